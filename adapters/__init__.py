@@ -1,0 +1,1 @@
+"""Everything about adapters and the 4-bit base they share. Imports nothing from ``server``."""

@@ -1,0 +1,221 @@
+"""The engine's nouns: what is asked for, and what comes back. No torch, no HTTP.
+
+``GenerationRequest`` goes in through ``EngineService.submit`` and a ``Generation`` comes back, an
+asynchronous iterator of ``Delta``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when to stop. Ranges are checked where requests enter (HTTP).
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1.
+        temperature: 0 means greedy.
+        top_p, top_k, min_p: keep the smallest set with that mass; that many (0 = all); that share of
+            the largest probability (0 = all).
+        presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
+        repetition_penalty: Hugging Face's, over prompt and generated tokens; 1 = none.
+        logit_bias: added to the logits, by token id.
+        seed: draws depend on (seed, index, position) alone; None = a fresh one.
+        stop: strings that end the text, which is cut before them.
+        stop_token_ids: tokens that end it as the end-of-sequence token does.
+        ignore_eos: go on after the end-of-sequence token.
+        min_tokens: end-of-sequence and stop tokens cannot be drawn before so many tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: None = none; k = the drawn token's and the k most likely ones'.
+        n: how many independent answers.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request as the engine takes it.
+
+    Attributes:
+        request_id: unique; also what the logs call it.
+        prompt: token ids, at least one.
+        adapter: the adapter's registered name; None = the base itself.
+        sampling: see ``SamplingParams``.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    adapter: str | None
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model (before penalties and temperature).
+
+    Attributes:
+        token: the token's own text (may be a replacement character for part of a character).
+        token_bytes: the exact bytes the token stands for.
+        top: the most likely tokens at this place, most likely first (empty inside ``top`` itself).
+    """
+
+    token_id: int
+    token: str
+    token_bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of one answer.
+
+    Attributes:
+        index: which of the n answers.
+        text: new text, possibly empty (held back for a stop string or a split character).
+        token_ids: the tokens drawn since the last delta.
+        logprobs: one per token in ``token_ids``, or None if not asked for.
+        finish_reason: set on an answer's last delta, and only there.
+        stop_reason: the stop string or stop token that ended it, if one did.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Generation(Protocol):
+    """A running request. Iterate to its end, or call ``cancel``; it raises ``RequestError`` if it fails."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names base and adapter digest: ``nf4-<base12>`` or ``nf4-<base12>-lora-<adapter12>``."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache (known once the first delta is there)."""
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    def cancel(self) -> None:
+        """Stop at once and free everything; harmless when already ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One registered (or refused) adapter, for ``GET /v1/adapters`` and metrics.
+
+    Attributes:
+        state: ``ready``, ``draining`` (unloaded, requests still running) or ``failed``.
+        tier: where its weights are now: ``device``, ``host`` or ``disk``.
+        rank: the largest rank of any of its modules.
+        nbytes: bytes of its weights as served.
+        last_used: UNIX seconds, or None.
+        reason: why it failed; None otherwise.
+    """
+
+    name: str
+    state: Literal["ready", "draining", "failed"]
+    digest: str | None
+    rank: int | None
+    nbytes: int | None
+    tier: Literal["device", "host", "disk"] | None
+    in_flight: int
+    last_used: float | None
+    created: float
+    path: str
+    base_model: str | None = None
+    warnings: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine for ``/metrics`` and ``/health``; counters only ever grow."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    pool_rows_total: int = 0
+    pool_rows_used: int = 0
+    adapter_evictions: int = 0
+    adapter_loads: int = 0
+    adapter_load_seconds: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The base as clients see it."""
+
+    name: str
+    served_names: tuple[str, ...]
+    digest: str
+    quantization: str
+    max_model_len: int
+    created: float
+
+
+class Service(Protocol):
+    """What HTTP needs of the engine (``server/engine/service.py`` is the real one, tests have a fake).
+
+    Coroutines run on the event loop and never block it. Errors are ``RequestError`` and ``AdapterError``.
+    """
+
+    @property
+    def base(self) -> BaseInfo: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def failure(self) -> str | None:
+        """Why the engine's loop ended, or None while it runs."""
+
+    def draining(self) -> bool: ...
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens the tokenizer adds."""
+
+    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation through the base's own chat template, ready for the answer."""
+
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request. Raises at once what can be known at once (unknown adapter, queue full, …)."""
+
+    def adapters(self) -> list[AdapterStatus]: ...
+
+    def has_adapter(self, name: str) -> bool: ...
+
+    async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
+        """Register the folder ``path`` (inside the adapter folder) under ``name``."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take no more requests for ``name``; free it when its last one ends."""

@@ -1,0 +1,66 @@
+"""Every way a request can fail, as one tree; ``server/http/errors.py`` maps it to HTTP in one place.
+
+::
+
+    ManyloraError (adapters/errors.py)
+    └── RequestError
+        ├── InvalidRequest          a field is wrong; ``param`` names it
+        ├── PromptTooLong           the prompt (and what is asked for) exceeds the context
+        ├── QueueFull               the waiting queue is at its bound; ``retry_after`` seconds
+        ├── ShuttingDown            the server drains; send the request elsewhere
+        ├── RequestFailed           processing this one request raised; the others went on
+        └── EngineDead              the engine's loop ended; ``/health`` says so
+"""
+
+from __future__ import annotations
+
+from adapters.errors import ManyloraError
+
+
+class RequestError(ManyloraError):
+    """A request that ends without (all of) its tokens."""
+
+
+class InvalidRequest(RequestError):
+    """A field is wrong.
+
+    Attributes:
+        param: the field's name as the client wrote it, or None for the body as a whole.
+        code: OpenAI's machine-readable code, where there is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit into the context."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already.
+
+    Attributes:
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDown(RequestError):
+    """The server is draining and takes no new requests."""
+
+
+class RequestFailed(RequestError):
+    """Processing this request raised; nobody else's was touched."""
+
+
+class EngineDead(RequestError):
+    """The engine's loop has ended; nothing can be served until a restart."""
