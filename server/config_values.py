@@ -1,0 +1,117 @@
+"""From what a user types to a value: one small parser a kind, each raising ``ValueError("must be …")``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def text(value: str) -> str:
+    """Any text but none at all."""
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+def name(value: str) -> str:
+    """A model's name, as it may stand in a URL."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]*", value):
+        raise ValueError("must begin with a letter or digit and hold only letters, digits and . _ / : -")
+    return value
+
+
+def key(value: str) -> str:
+    """A bearer key: visible ASCII, since it travels in a header."""
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("must be visible ASCII characters without spaces, at least one")
+    return value
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def parse(value: str) -> str:
+        if value.lower() not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value.lower()
+
+    return parse
+
+
+def flag(value: str) -> bool:
+    """A yes or no, as variables spell it."""
+    words = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+    }
+    if value.lower() not in words:
+        raise ValueError("must be true or false")
+    return words[value.lower()]
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """A whole number in a range, both ends included."""
+
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def seconds(value: str) -> float:
+    """A duration in seconds, 0 or more."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError("must be a number of seconds, 0 or more")
+    return number
+
+
+def size(low: int) -> Callable[[str], int]:
+    """Bytes: a plain number, a decimal unit (512MB) or a binary one (512MiB, 512M, 1.5G)."""
+
+    def parse(value: str) -> int:
+        match = re.fullmatch(
+            r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(i?B)?", value.strip(), re.IGNORECASE
+        )
+        if match is None:
+            raise ValueError("must be a number of bytes, or one with a unit such as 512MiB, 2GiB or 2G")
+        number, prefix, suffix = match.groups()
+        units = _UNITS if (suffix or "").lower() == "b" else _BINARY_UNITS
+        count = int(float(number) * units[prefix.upper()])
+        if count < low:
+            raise ValueError(f"must be at least {low} bytes")
+        return count
+
+    return parse
+
+
+def auto_or(parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """``auto`` (None) or what ``parse`` takes."""
+
+    def parse_auto(value: str) -> T | None:
+        if value.lower() == "auto":
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from None
+
+    return parse_auto

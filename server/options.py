@@ -1,0 +1,145 @@
+"""Every option of ``manylora serve``, declared once: a row is a flag and a ``MANYLORA_…`` variable."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from server.config_values import auto_or, choice, flag, integer, key, name, seconds, size, text
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One flag, one variable, one field of the config.
+
+    Attributes:
+        flag: as typed; the variable is ``MANYLORA_`` and the same in capitals.
+        target: ``group.field`` of ``ServerConfig``; the group is also the heading in ``--help``.
+        parse: turns the text into the value; raises ``ValueError("must be …")``.
+        default: as text, as if it had been typed; None = nothing.
+        metavar: how the value is called in ``--help``; None = a switch, turned off by ``--no-…``.
+        several: may be given more than once (in the variable: separated by commas).
+    """
+
+    flag: str
+    target: str
+    parse: Callable[[str], Any]
+    default: str | None
+    metavar: str | None
+    help: str
+    several: bool = False
+
+    @property
+    def group(self) -> str:
+        return self.target.partition(".")[0]
+
+    @property
+    def field(self) -> str:
+        return self.target.partition(".")[2]
+
+    @property
+    def dest(self) -> str:
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return f"MANYLORA_{self.dest.upper()}"
+
+
+# fmt: off
+OPTIONS: tuple[Option, ...] = (
+    Option("--home", "state.home", text, ".manylora", "DIR", "folder of all state"),
+
+    Option("--base", "base.base", text, "smollm2-135m", "MODEL",
+           "smollm2-135m, a transformers folder, a GGUF file or a hub id"),
+    Option("--quantization", "base.quantization", choice("nf4", "none"), "nf4", "{nf4,none}",
+           "nf4: 4 bits with double quantisation; none: bf16"),
+    Option("--served-model-name", "base.served_names", name, None, "NAME",
+           "what clients call the base (may be repeated)", several=True),
+    Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
+           "where to compute; auto: cuda if there is one"),
+
+    Option("--adapter-dir", "adapters.folder", text, None, "DIR",
+           "watched folder, one sub-folder an adapter (default: adapters/ under --home)"),
+    Option("--max-loras", "adapters.max_loras", integer(1, 65536), "16", "N",
+           "size the device pool for so many adapters of rank 16; of smaller ones more fit"),
+    Option("--max-lora-rank", "adapters.max_lora_rank", integer(1, 4096), "64", "R",
+           "refuse an adapter of a larger rank when it is loaded"),
+    Option("--lora-pool-rows", "adapters.pool_rows", auto_or(integer(1, 1 << 24)), "auto", "ROWS",
+           "rank rows of the device pool; auto: 16 for each of --max-loras, at least --max-lora-rank"),
+    Option("--lora-host-memory", "adapters.host_memory", size(0), "1GiB", "SIZE",
+           "memory for adapters that are not on the device"),
+    Option("--max-lora-bytes", "adapters.max_bytes", size(1), "512MiB", "SIZE",
+           "refuse an adapter with more bytes of weights"),
+
+    Option("--max-model-len", "engine.max_model_len", auto_or(integer(2, 1 << 24)), "auto", "TOKENS",
+           "most tokens of prompt and answer; auto: the model's own, as far as the KV cache allows"),
+    Option("--max-num-seqs", "engine.max_num_seqs", integer(1, 65536), "64", "N",
+           "most answers generated at once"),
+    Option("--max-num-batched-tokens", "engine.max_num_batched_tokens", auto_or(integer(1, 1 << 24)), "auto",
+           "TOKENS", "most tokens in one step; auto: what suits the device (512 on a CPU)"),
+    Option("--kv-cache-memory", "engine.kv_cache_memory", size(1), "1GiB", "SIZE",
+           "memory for keys and values"),
+    Option("--block-size", "engine.block_size", integer(1, 1024), "16", "TOKENS",
+           "tokens in one KV block"),
+    Option("--enable-prefix-caching", "engine.prefix_caching", flag, "true", None,
+           "reuse the KV of prompts that begin alike under the same adapter"),
+    Option("--max-queued-requests", "engine.max_queued_requests", integer(1, 1 << 20), "512", "N",
+           "answer 429 when so many wait"),
+    Option("--threads", "engine.threads", auto_or(integer(1, 4096)), "auto", "N",
+           "threads of the CPU kernels; auto: as many as this process may run on"),
+
+    Option("--host", "http.host", text, "127.0.0.1", "ADDRESS", "address to listen on"),
+    Option("--port", "http.port", integer(0, 65535), "8000", "PORT", "port to listen on; 0: any free one"),
+    Option("--api-key", "http.api_keys", key, None, "KEY",
+           "bearer key that clients must send (may be repeated; safer as a variable)", several=True),
+    Option("--admin-key", "http.admin_key", key, None, "KEY",
+           "bearer key of the admin routes; without one only loopback peers may use them"),
+    Option("--shutdown-timeout", "http.shutdown_timeout", seconds, "30", "SECONDS",
+           "how long running requests may go on after SIGTERM"),
+    Option("--max-body-bytes", "http.max_body_bytes", size(1024), "8MiB", "SIZE",
+           "answer 413 to a larger body"),
+
+    Option("--log-level", "log.level", choice("debug", "info", "warning", "error"), "info", "LEVEL",
+           "debug, info, warning or error"),
+    Option("--log-format", "log.format", choice("json", "text"), "json", "{json,text}",
+           "a JSON object a line, or text for people"),
+)
+# fmt: on
+
+USAGE = "manylora serve [OPTION …]   (every option is also the variable in brackets; the option wins)"
+
+HEADINGS = {
+    "state": "state",
+    "base": "base model",
+    "adapters": "adapters",
+    "engine": "engine",
+    "http": "http",
+    "log": "logging",
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare every row of ``OPTIONS`` on ``parser``, grouped; values stay text until ``resolve``."""
+    groups = {group: parser.add_argument_group(heading) for group, heading in HEADINGS.items()}
+    for option in OPTIONS:
+        shown = "" if option.default is None else f" (default: {option.default})"
+        arguments: dict[str, Any] = {
+            "dest": option.dest,
+            "default": None,
+            "help": f"{option.help}{shown} [{option.variable}]".replace("%", "%%"),
+        }
+        if option.metavar is None:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"metavar": option.metavar, "action": "append" if option.several else "store"}
+        groups[option.group].add_argument(option.flag, **arguments)
