@@ -1,0 +1,111 @@
+"""Reading an adapter's two files, each once, through descriptors that follow no link.
+
+Sizes come from ``fstat`` of the very descriptor that is read, so a file swapped in between cannot cheat.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+@contextmanager
+def open_folder(folder: Path) -> Iterator[int]:
+    """A descriptor of the folder; files are opened relative to it. Raises AdapterInvalid."""
+    try:
+        descriptor = os.open(folder, _FLAGS | os.O_DIRECTORY)
+    except OSError as error:
+        raise AdapterInvalid(
+            f"The adapter folder cannot be opened ({_reason(error)}); it must be a real folder, not a link."
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_file(folder: int, name: str, max_bytes: int) -> Iterator[tuple[BinaryIO, int]]:
+    """One regular file and its size in bytes.
+
+    Raises:
+        AdapterInvalid: it is missing, a link, or no regular file.
+        AdapterTooLarge: it has more than ``max_bytes``; nothing was read.
+        AdapterChanged: it was written to while it was read.
+    """
+    try:
+        descriptor = os.open(name, _FLAGS, dir_fd=folder)
+    except OSError as error:
+        raise _cannot_open(folder, name, error) from error
+    with open(descriptor, "rb", buffering=0) as stream:
+        before = os.fstat(descriptor)
+        _check_file(name, before, max_bytes)
+        yield stream, before.st_size
+        after = os.fstat(descriptor)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise AdapterChanged(
+                f"{name} was written to while it was read; deploy adapters by renaming a folder."
+            )
+
+
+def read_exactly(stream: BinaryIO, size: int, name: str) -> bytearray:
+    """``size`` bytes from the stream; raises AdapterInvalid when the file ends before."""
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size:
+        got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not got:
+            raise AdapterInvalid(f"{name} ends {size - filled} bytes early; it is truncated.")
+        filled += got
+    return data
+
+
+def read_file(folder: int, name: str, max_bytes: int) -> bytes:
+    """A whole small file; raises as ``open_file`` does."""
+    with open_file(folder, name, max_bytes) as (stream, size):
+        return bytes(read_exactly(stream, size, name))
+
+
+def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterInvalid(f"{name} is not a regular file.")
+    if status.st_size > max_bytes:
+        raise AdapterTooLarge(f"{name} has {status.st_size} bytes; at most {max_bytes} are read.")
+
+
+def _cannot_open(folder: int, name: str, error: OSError) -> AdapterError:
+    if not isinstance(error, FileNotFoundError):
+        return AdapterInvalid(
+            f"{name} cannot be opened ({_reason(error)}); it must be a regular file, not a link."
+        )
+    pickles = [pickle for pickle in PICKLE_FILES if _exists(folder, pickle)]
+    if name == WEIGHTS_FILE and pickles:
+        return AdapterUnsupported(
+            f"{pickles[0]} is a pickle, which can run code, so it is never loaded; convert it: "
+            f'safetensors.torch.save_file(torch.load("{pickles[0]}", weights_only=True), "{WEIGHTS_FILE}").'
+        )
+    return AdapterInvalid(f"{name} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}.")
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -1,0 +1,87 @@
+"""Regular expressions out of an adapter's config, matched with a time limit.
+
+A pattern in a config is data from whoever made the adapter, and ``re`` can take exponential time while it
+holds the interpreter lock: one folder could stop the whole server. So patterns with any operator that can
+backtrack run in a child interpreter that is killed after ``TIMEOUT`` seconds. This file is that child too,
+hence its imports from the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+TIMEOUT = 2.0
+"""Seconds that all patterns of one config may take together."""
+
+MAX_PATTERNS = 4096
+_PLAIN = re.compile(r"[\w.^$\\-]*")
+
+Hits = dict[str, str | None]
+"""Name that matched → what its group ``idx`` caught, if there is one."""
+
+
+class Pattern(NamedTuple):
+    """``core`` is the part from the config, ``text`` the whole; ``full`` asks for ``re.fullmatch``."""
+
+    core: str
+    text: str
+    full: bool
+
+
+@lru_cache(maxsize=256)
+def match_names(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[Hits, ...]:
+    """For each pattern, the names that it matches. Raises ValueError: no regex, too many, or too slow."""
+    if len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"there are {len(patterns)} patterns; at most {MAX_PATTERNS} are allowed")
+    slow = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern.core)]
+    answers = dict(zip(slow, _in_child(slow, names), strict=True)) if slow else {}
+    return tuple(answers[p] if p in answers else _hits(p.text, p.full, names) for p in patterns)
+
+
+def _hits(text: str, full: bool, names: Sequence[str]) -> Hits:
+    try:
+        compiled = re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
+    match = compiled.fullmatch if full else compiled.match
+    return {name: found.groupdict().get("idx") for name in names if (found := match(name))}
+
+
+def _in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Hits]:
+    question = json.dumps({"patterns": [(p.text, p.full) for p in patterns], "names": names})
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-W", "ignore", __file__],
+            input=question.encode(),
+            capture_output=True,
+            timeout=TIMEOUT,
+            check=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"its patterns take longer than {TIMEOUT:g} seconds to match; simplify them"
+        ) from None
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise ValueError(f"its patterns could not be matched ({error})") from None
+    answer = json.loads(child.stdout)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return list(answer["hits"])
+
+
+def _child() -> None:
+    question = json.load(sys.stdin)
+    try:
+        json.dump({"hits": [_hits(t, f, question["names"]) for t, f in question["patterns"]]}, sys.stdout)
+    except ValueError as error:
+        json.dump({"error": str(error)}, sys.stdout)
+
+
+if __name__ == "__main__":
+    _child()
