@@ -1,0 +1,120 @@
+"""Servers that speak OpenAI's HTTP: one that runs already, one started for the measurement, and ours."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import httpx
+
+from server.bench.client import Endpoint, Path, discover, play
+from server.bench.errors import BenchError
+from server.bench.peers import Setup
+from server.bench.peers.process import ChildProcess
+from server.bench.stats import RunResult
+from server.bench.workload import Workload
+
+# Quantising a large base for the first time is part of the first start.
+_START_TIMEOUT_S = 900.0
+
+
+class ExternalServer:
+    """A server that the operator runs and names; it is neither started nor stopped."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    @property
+    def name(self) -> str:
+        return self._endpoint.base_url.partition("://")[2]
+
+    def start(self, setup: Setup) -> None:
+        """Nothing to do: it runs."""
+
+    def run(self, workload: Workload) -> RunResult:
+        return asyncio.run(play(self._endpoint, workload))
+
+    def stop(self) -> None:
+        """Nothing to do: it is the operator's."""
+
+
+class HttpServer(ABC):
+    """A server that is a child process on a free loopback port."""
+
+    name: str
+    ready_path = "/health"
+
+    def __init__(self, path: Path = "/v1/completions") -> None:
+        self._path = path
+        self._process: ChildProcess | None = None
+        self._endpoint: Endpoint | None = None
+
+    @abstractmethod
+    def command(self, setup: Setup, port: int) -> list[str]:
+        """The command line that serves ``setup`` on 127.0.0.1 at ``port``."""
+
+    def start(self, setup: Setup) -> None:
+        port = free_port()
+        self._process = ChildProcess(self.command(setup, port), setup.scratch / f"{self.name}.log")
+        url = f"http://127.0.0.1:{port}"
+        self._wait(lambda: httpx.get(url + self.ready_path, trust_env=False).status_code == 200)
+        self._wait(lambda: set(setup.adapters) <= set(asyncio.run(discover(url, None))[1]))
+        self._endpoint = Endpoint(url, asyncio.run(discover(url, None))[0], self._path)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            self._process.check_alive()
+            try:
+                if done():
+                    return
+            except httpx.TransportError:
+                pass  # it does not listen yet
+            time.sleep(0.1)
+        tail = self._process.log_tail()
+        raise BenchError(f"{self.name} was not ready after {_START_TIMEOUT_S:.0f} s; its log ends:\n{tail}")
+
+    def run(self, workload: Workload) -> RunResult:
+        assert self._endpoint is not None, "start comes first"
+        return asyncio.run(play(self._endpoint, workload))
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.stop()
+
+
+class ManyloraServer(HttpServer):
+    """Ours. ``server_args`` are further flags of ``manylora serve``, and win over those set here."""
+
+    name = "manylora"
+    ready_path = "/ready"
+
+    def __init__(self, path: Path = "/v1/completions", server_args: Sequence[str] = ()) -> None:
+        super().__init__(path)
+        self._server_args = list(server_args)
+
+    def command(self, setup: Setup, port: int) -> list[str]:
+        flags = {
+            "--home": setup.scratch / "home",
+            "--base": setup.base,
+            "--adapter-dir": setup.scratch / "adapters",
+            "--host": "127.0.0.1",
+            "--port": port,
+        }
+        return [
+            *(sys.executable, "-m", "server.cli", "serve"),
+            *(str(part) for flag in flags.items() for part in flag),
+            *self._server_args,
+        ]
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,76 @@
+"""A child process whose log is kept and that is surely ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from server.bench.errors import BenchError
+
+_STOP_TIMEOUT_S = 30.0
+
+
+class ChildProcess:
+    """A running command. What it prints goes to ``log``; with ``talk``, input and output are pipes instead."""
+
+    def __init__(self, command: Sequence[str], log: Path, talk: bool = False) -> None:
+        self._log = log
+        with log.open("wb") as sink:
+            self._popen = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else sink,
+                stderr=sink,
+                env=_environment(),
+                text=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def ask(self, line: str) -> str:
+        """Write a line, read a line. Raises ``BenchError`` if the process ends instead."""
+        try:
+            _open(self._popen.stdin).write(line + "\n")
+            _open(self._popen.stdin).flush()
+            answer = _open(self._popen.stdout).readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise BenchError(f"the process ended while it was asked; its log ends:\n{self.log_tail()}")
+        return answer
+
+    def check_alive(self) -> None:
+        """Raises ``BenchError`` if the process has ended."""
+        code = self._popen.poll()
+        if code is not None:
+            raise BenchError(f"the process ended with code {code}; its log ends:\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        return self._log.read_text(errors="replace")[-2000:]
+
+    def stop(self) -> None:
+        """Ask it to end, wait, then insist."""
+        self._popen.terminate()
+        try:
+            self._popen.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe:
+                pipe.close()
+
+
+def _environment() -> dict[str, str]:
+    """Ours without MANYLORA_…: how the operator's own server is set up must not change what is measured."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MANYLORA_")}
+
+
+def _open(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None, "made with talk=True"
+    return pipe

@@ -1,0 +1,144 @@
+"""A measurement as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.bench.compare import Measured
+from server.bench.stats import STATISTICS, median
+
+_LABELS = {
+    "duration": "duration, s",
+    "completed": "requests completed",
+    "failed": "requests failed",
+    "total_input_tokens": "prompt tokens",
+    "total_cached_tokens": "of them from a prefix cache",
+    "total_output_tokens": "output tokens",
+    "request_throughput": "requests/s",
+    "output_throughput": "output tokens/s",
+    "total_token_throughput": "total tokens/s",
+    "prefill_throughput": "prefill tokens/s",
+    "decode_throughput": "decode tokens/s",
+    "generator_cpu_share": "load generator, cores",
+} | {
+    f"{statistic}_{name}_ms": f"{label} {statistic}, ms"
+    for name, label in {
+        "ttft": "time to first token",
+        "itl": "inter-token latency",
+        "tpot": "time per output token",
+        "e2el": "end-to-end latency",
+    }.items()
+    for statistic in STATISTICS
+}
+
+# What the load fixes, or what belongs to the measurement: a ratio of it says nothing.
+_WITHOUT_RATIO = {
+    "completed",
+    "failed",
+    "total_input_tokens",
+    "total_cached_tokens",
+    "total_output_tokens",
+    "generator_cpu_share",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over several runs."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        shown = _number(self.median)
+        return shown if self.min == self.max else f"{shown} ({_number(self.min)} to {_number(self.max)})"
+
+
+def spreads(measured: Measured) -> dict[str, Spread]:
+    """Every figure that all runs have."""
+    shared = [name for name in _LABELS if all(name in run for run in measured.runs)]
+    return {name: Spread.of([run[name] for run in measured.runs]) for name in shared}
+
+
+def ratios(ours: Measured, theirs: Measured) -> dict[str, Spread]:
+    """Ours divided by theirs, run by run: each pair had the same workload, one right after the other."""
+    shared = [name for name in spreads(ours) if name in spreads(theirs) and name not in _WITHOUT_RATIO]
+    return {
+        name: Spread.of([_divide(a[name], b[name]) for a, b in zip(ours.runs, theirs.runs, strict=True)])
+        for name in shared
+    }
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """A row a figure: the first runner's, then each peer's and the first one's ratio to it."""
+    ours, *peers = measured
+    columns: list[tuple[str, dict[str, Spread]]] = [(ours.name, spreads(ours))]
+    for one in peers:
+        columns += [(one.name, spreads(one)), (f"{ours.name}/{one.name}", ratios(ours, one))]
+    names = [name for name in _LABELS if any(name in figures for _, figures in columns)]
+    rows = [["median (min to max)", *(title for title, _ in columns)]]
+    rows += [[_LABELS[name], *(str(figures.get(name, "")) for _, figures in columns)] for name in names]
+    return _align(rows)
+
+
+def errors(measured: Sequence[Measured]) -> list[str]:
+    """One line for each kind of error, the most frequent first."""
+    return [
+        f"{one.name}: {count} times {error}"
+        for one in measured
+        for error, count in Counter(one.errors).most_common()
+    ]
+
+
+def document(config: dict[str, Any], machine: dict[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
+    """Everything, JSON-ready: what was asked, where it ran, each run's figures, medians and ratios."""
+    ours, *peers = measured
+    return {
+        "config": {key: str(value) if value == math.inf else value for key, value in config.items()},
+        "machine": machine,
+        "servers": [
+            {"name": one.name, "runs": one.runs, "errors": one.errors, "median": _medians(spreads(one))}
+            for one in measured
+        ],
+        "ratios": {
+            one.name: {name: _spread(spread) for name, spread in ratios(ours, one).items()} for one in peers
+        },
+    }
+
+
+def _medians(figures: dict[str, Spread]) -> dict[str, float]:
+    return {name: spread.median for name, spread in figures.items()}
+
+
+def _spread(spread: Spread) -> dict[str, float]:
+    return {"median": spread.median, "min": spread.min, "max": spread.max}
+
+
+def _divide(a: float, b: float) -> float:
+    return a / b if b else math.nan
+
+
+def _number(value: float) -> str:
+    if value == int(value):
+        return f"{value:.0f}"
+    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell: the first to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pads: list[Callable[[str, int], str]] = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    lines = [
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,153 @@
+"""What is asked of a server: which prompts, on which adapters, when. Pure data made from a seed; no clock, no I/O."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from server.bench.errors import BenchError
+
+Popularity = Literal["distinct", "uniform", "zipf", "identical", "base"]
+POPULARITIES: tuple[Popularity, ...] = get_args(Popularity)
+
+# Words that nearly every tokenizer has as one token: a chat prompt's length is then about right, and its
+# exact length is what the server reports.
+_WORDS = [
+    "the",
+    "time",
+    "people",
+    "way",
+    "water",
+    "day",
+    "part",
+    "place",
+    "year",
+    "work",
+    "back",
+    "life",
+    "house",
+    "world",
+    "school",
+    "number",
+    "night",
+    "point",
+    "home",
+    "hand",
+    "high",
+    "side",
+    "case",
+    "group",
+    "head",
+    "problem",
+    "fact",
+    "line",
+    "light",
+    "name",
+    "book",
+    "food",
+    "land",
+    "game",
+    "power",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The shape of a load.
+
+    Attributes:
+        num_prompts: requests in one run.
+        input_len, output_len: tokens of every prompt and of every answer.
+        popularity: how adapters share the requests, see ``choose_adapters``.
+        request_rate: mean requests per second of a Poisson process; infinity sends all at once.
+        max_concurrency: most requests in flight; None = no bound.
+        token_range: prompts draw token ids from [low, high).
+        seed: everything random follows from it.
+    """
+
+    num_prompts: int = 16
+    input_len: int = 200
+    output_len: int = 64
+    popularity: Popularity = "distinct"
+    request_rate: float = math.inf
+    max_concurrency: int | None = None
+    token_range: tuple[int, int] = (1000, 30000)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: ``adapter`` None means the base; ``due`` is in seconds after the run's start."""
+
+    adapter: str | None
+    prompt: tuple[int, ...]
+    max_tokens: int
+    due: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """As many common words as the prompt has tokens, for endpoints that take no token ids."""
+        return " ".join(_WORDS[token % len(_WORDS)] for token in self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The calls of one run, in order of ``due``."""
+
+    calls: tuple[Call, ...]
+    max_concurrency: int | None = None
+
+
+def make_workload(load: Load, adapters: Sequence[str], run: int) -> Workload:
+    """The workload of run number ``run``.
+
+    Every run has prompts of its own: a server's prefix cache must not answer the second run from the first.
+    """
+    rng = random.Random(f"prompts {load.seed} {run}")
+    token_ids = range(*load.token_range)
+    chosen = choose_adapters(
+        load.popularity, load.num_prompts, adapters, random.Random(f"adapters {load.seed} {run}")
+    )
+    due = arrivals(load.request_rate, load.num_prompts, random.Random(f"arrivals {load.seed} {run}"))
+    calls = tuple(
+        Call(adapter, tuple(rng.choices(token_ids, k=load.input_len)), load.output_len, at)
+        for adapter, at in zip(chosen, due, strict=True)
+    )
+    return Workload(calls, load.max_concurrency)
+
+
+def choose_adapters(
+    popularity: Popularity, count: int, adapters: Sequence[str], rng: random.Random
+) -> list[str | None]:
+    """Who asks whom: ``count`` adapter names, None for the base.
+
+    ``distinct`` goes round all adapters in turn; ``uniform`` draws any with the same chance; ``zipf`` draws the
+    k-th with a chance proportional to 1/k; ``identical`` takes the first alone; ``base`` takes none.
+    """
+    if popularity == "base":
+        return [None] * count
+    if not adapters:
+        raise BenchError(
+            f"adapter popularity {popularity!r} needs at least one adapter; use 'base' to ask the base alone"
+        )
+    match popularity:
+        case "distinct":
+            return list(itertools.islice(itertools.cycle(adapters), count))
+        case "identical":
+            return [adapters[0]] * count
+        case "uniform":
+            return [rng.choice(adapters) for _ in range(count)]
+        case "zipf":
+            weights = [1 / rank for rank in range(1, len(adapters) + 1)]
+            return list(rng.choices(adapters, weights, k=count))
+
+
+def arrivals(rate: float, count: int, rng: random.Random) -> list[float]:
+    """``count`` rising times in seconds: a Poisson process of ``rate`` per second, or all zero at an infinite rate."""
+    if math.isinf(rate):
+        return [0.0] * count
+    return list(itertools.accumulate(rng.expovariate(rate) for _ in range(count)))
