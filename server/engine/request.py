@@ -120,6 +120,10 @@ class Generation(Protocol):
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache (known once the first delta is there)."""
 
+    @property
+    def queue_seconds(self) -> float | None:
+        """From submission until a step first took the request up; None while it waits."""
+
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 
     def cancel(self) -> None:
