@@ -31,9 +31,19 @@ class LoadedBase:
 
 
 def load_base(
-    prepared: PreparedBase, device: str = "cpu", attn_implementation: str = "sdpa", progress: bool = False
+    prepared: PreparedBase,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+    progress: bool = False,
 ) -> LoadedBase:
-    """Load the checkpoint onto ``device``; with ``progress``, a bar on stderr.
+    """Load the checkpoint onto ``device``.
+
+    Args:
+        prepared: what ``prepare_base`` returned.
+        device: a torch device.
+        attn_implementation: a name known to transformers' attention interface; None lets transformers
+            choose (sdpa, or eager for models such as Gemma 2 that cannot do with it).
+        progress: a bar on stderr.
 
     Raises:
         BaseCorrupt: the checkpoint cannot be read, or tensors are missing.

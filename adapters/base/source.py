@@ -156,7 +156,7 @@ def _snapshot(hub_id: str, progress: bool) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise BaseNotFound(
-            f"{hub_id} is neither a path here nor a public model on the hub; check the spelling, or set HF_TOKEN."
+            f"{hub_id} is neither a path here nor a public model on the hub; check it, or set HF_TOKEN."
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise BaseNotFound(

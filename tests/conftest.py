@@ -1,0 +1,50 @@
+"""Fixtures shared by all rooms. No test may reach the model hub."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from adapters.base import DEFAULT_BASE, LoadedBase, PreparedBase, load_base, prepare_base
+from tests.tiny_models import Family, make_tiny_model
+
+TinyBase: TypeAlias = Callable[[Family], LoadedBase]
+
+
+@pytest.fixture(scope="session")
+def manylora_home() -> Path:
+    """The state folder, where the default base is prepared once for all test runs and for serving."""
+    return Path(os.environ.get("MANYLORA_HOME") or Path(__file__).parents[1] / ".manylora")
+
+
+@pytest.fixture(scope="session")
+def default_prepared(manylora_home: Path) -> PreparedBase:
+    """The default base on disk; fetched and quantised if it is not there yet."""
+    return prepare_base(DEFAULT_BASE, manylora_home)
+
+
+@pytest.fixture(scope="session")
+def default_base(default_prepared: PreparedBase) -> LoadedBase:
+    """The default base (SmolLM2-135M-Instruct in NF4), loaded on the CPU. Leave its modules as they are."""
+    return load_base(default_prepared)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    """A tiny random base of a family, in NF4. Leave its modules as they are."""
+    home = tmp_path_factory.mktemp("tiny-bases")
+
+    @cache
+    def load(family: Family) -> LoadedBase:
+        folder = make_tiny_model(family, home / family)
+        return load_base(prepare_base(str(folder), home / "cache", progress=False))
+
+    return load

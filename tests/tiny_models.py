@@ -1,0 +1,113 @@
+"""Tiny random models and adapters in the files that real ones come in, so that tests need no network."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+VOCAB_SIZE = 512
+# A multiple of 64, as are all sizes below: NF4 quantises in blocks of 64.
+_HIDDEN = 64
+_WEIGHT_STD = 0.1
+_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_EXTRAS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 16},
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 3},
+}
+
+
+def make_tiny_model(family: Family, path: Path, seed: int = 0) -> Path:
+    """Save a random model of ``family`` (2 or 3 layers, 4 heads on 2 KV heads) and its tokenizer."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": _HIDDEN,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": _WEIGHT_STD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(family, **{**sizes, **_EXTRAS[family]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        _roughen(model)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model.to(torch.bfloat16).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE of 512 tokens with a chat template, learnt from made-up words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=_SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    letters = random.Random(0)
+    words = ("".join(letters.choices("aeiourstlnm", k=letters.randint(2, 7))) for _ in range(3000))
+    tokenizer.train_from_iterator([" ".join(words)], trainer)
+    end, bos, eos = _SPECIAL_TOKENS
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=end)
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+def make_peft_adapter(
+    base: Path | str | Any,
+    path: Path,
+    r: int = 8,
+    target_modules: list[str] | str = "all-linear",
+    seed: int = 0,
+    **lora_config: Any,
+) -> Path:
+    """Save a random adapter, by PEFT itself, whose effect on the logits is plain to see.
+
+    Args:
+        base: the base's folder, or the model (4-bit or not), which is left as it was.
+        path: the adapter's folder.
+        lora_config: more fields of ``peft.LoraConfig``; ``lora_alpha`` is ``2 * r`` unless given.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path | str) else base
+    fields = {"lora_alpha": 2 * r, "task_type": "CAUSAL_LM", **lora_config}
+    adapted = get_peft_model(model, LoraConfig(r=r, target_modules=target_modules, **fields))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            std = 0.05 if "_B" in name else parameter.shape[-1] ** -0.5
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * std).to(parameter)
+    # PEFT would otherwise ask the hub for the base's config.
+    adapted.save_pretrained(path, save_embedding_layers=False)
+    adapted.unload()
+    return path
+
+
+def _roughen(model: Any) -> None:
+    """Make norms and biases count: fresh ones are ones and zeros, which hide a missing multiply or add."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.randn(parameter.shape) * _WEIGHT_STD
