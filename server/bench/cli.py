@@ -41,7 +41,7 @@ How each figure is defined is written in server/bench/stats.py.
 
 
 def add_parser(subparsers: SubParsers) -> None:
-    """Add ``bench`` and its sub-commands; the parsed arguments' ``run`` takes them and gives the exit code."""
+    """Add ``bench`` and its kinds; the parsed arguments' ``run`` takes them and gives the exit code."""
     bench = subparsers.add_parser("bench", help="measure a server")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
     serving = kinds.add_parser(

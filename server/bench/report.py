@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,11 @@ def _number(value: float) -> str:
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell: the first to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pads: list[Callable[[str, int], str]] = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
-        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
+        "  ".join(
+            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
+        )
         for row in rows
     ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -84,7 +84,8 @@ def median(values: Iterable[float]) -> float:
 def summarise(result: RunResult) -> Metrics:
     """The figures of one run, named as ``vllm bench serve`` names them where it has them.
 
-    Latencies are in milliseconds, ``duration`` in seconds. A figure that the run cannot give (no answer at all, answers of one token) is absent.
+    Latencies are in milliseconds, ``duration`` in seconds. A figure that the run cannot give (no answer at
+    all, answers of one token) is absent.
     """
     good = [record for record in result.records if record.error is None]
     metrics: Metrics = {"completed": len(good), "failed": len(result.records) - len(good)}

@@ -1,4 +1,4 @@
-"""What is asked of a server: which prompts, on which adapters, when. Pure data made from a seed; no clock, no I/O."""
+"""What is asked of a server: which prompts, of which adapters, when. Made from a seed; no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -16,43 +16,10 @@ POPULARITIES: tuple[Popularity, ...] = get_args(Popularity)
 
 # Words that nearly every tokenizer has as one token: a chat prompt's length is then about right, and its
 # exact length is what the server reports.
-_WORDS = [
-    "the",
-    "time",
-    "people",
-    "way",
-    "water",
-    "day",
-    "part",
-    "place",
-    "year",
-    "work",
-    "back",
-    "life",
-    "house",
-    "world",
-    "school",
-    "number",
-    "night",
-    "point",
-    "home",
-    "hand",
-    "high",
-    "side",
-    "case",
-    "group",
-    "head",
-    "problem",
-    "fact",
-    "line",
-    "light",
-    "name",
-    "book",
-    "food",
-    "land",
-    "game",
-    "power",
-]
+_WORDS = """
+the time people way water day part place year work back life house world school number night point home hand
+high side case group head problem fact line light name book food land game power
+""".split()  # noqa: SIM905 (a list of quoted words is harder to read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +92,8 @@ def choose_adapters(
 ) -> list[str | None]:
     """Who asks whom: ``count`` adapter names, None for the base.
 
-    ``distinct`` goes round all adapters in turn; ``uniform`` draws any with the same chance; ``zipf`` draws the
-    k-th with a chance proportional to 1/k; ``identical`` takes the first alone; ``base`` takes none.
+    ``distinct`` goes round all adapters in turn; ``uniform`` draws any with the same chance; ``zipf`` draws
+    the k-th with a chance proportional to 1/k; ``identical`` takes the first alone; ``base`` takes none.
     """
     if popularity == "base":
         return [None] * count
@@ -147,7 +114,7 @@ def choose_adapters(
 
 
 def arrivals(rate: float, count: int, rng: random.Random) -> list[float]:
-    """``count`` rising times in seconds: a Poisson process of ``rate`` per second, or all zero at an infinite rate."""
+    """``count`` rising times in seconds: a Poisson process of ``rate`` per second; all 0 if infinite."""
     if math.isinf(rate):
         return [0.0] * count
     return list(itertools.accumulate(rng.expovariate(rate) for _ in range(count)))

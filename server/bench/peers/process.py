@@ -14,7 +14,7 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class ChildProcess:
-    """A running command. What it prints goes to ``log``; with ``talk``, input and output are pipes instead."""
+    """A running command. What it prints goes to ``log``; with ``talk``, input and output are pipes."""
 
     def __init__(self, command: Sequence[str], log: Path, talk: bool = False) -> None:
         self._log = log

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.bench.cli import add_parser
+from tests.server.bench.fake_server import ADAPTERS, FakeServer, serving
+
+SMALL = ["--num-prompts", "4", "--random-input-len", "6", "--random-output-len", "3"]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(FakeServer()) as base_url:
+        yield base_url
+
+
+def bench(*arguments: str) -> int:
+    parser = argparse.ArgumentParser(prog="manylora")
+    add_parser(parser.add_subparsers())
+    parsed = parser.parse_args(["bench", "serving", *arguments])
+    code = parsed.run(parsed)
+    assert isinstance(code, int)
+    return code
+
+
+def test_a_measurement_from_end_to_end(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    assert (
+        bench("--base-url", url, *SMALL, "--repeats", "2", "--api-key", "k", "--save-result", str(out)) == 0
+    )
+    assert "output tokens/s" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    (server,) = result["servers"]
+    assert len(server["runs"]) == 2
+    assert server["median"]["total_output_tokens"] == 12
+    assert server["errors"] == []
+    assert result["config"]["request_rate"] == "inf"
+    assert result["machine"]["cores"] >= 1
+    assert "api_key" not in result["config"]
+
+
+def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--base-url", url, *SMALL, "--model", ADAPTERS[0], "missing") == 1
+    assert "2 times HTTP 404" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base-url", "http://127.0.0.1:9", "--peers", "peft"], "leave --base-url out"),
+        (["--base-url", "http://127.0.0.1:9", "--", "--max-loras", "3"], "leave --base-url out"),
+        (["--base-url", "http://127.0.0.1:9"], "does not list models"),
+        (["--model", "x"], "go with --base-url"),
+        (["--random-token-range", "5", "5"], "is empty"),
+    ],
+)
+def test_contradictions_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--num-prompts", "0"], ["--request-rate", "nan"], ["--peers", "peft,ollama"]]
+)
+def test_wrong_values_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench(*arguments)
+
+
+def test_measuring_imports_no_torch() -> None:
+    code = "import sys, server.bench.cli, server.bench.peers.peft; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.bench.compare import measure
+from server.bench.errors import BenchError
+from server.bench.peers import PEERS, Setup, peer
+from server.bench.peers.http import HttpServer, ManyloraServer
+from server.bench.peers.peft import PeftPeer, batches
+from server.bench.peers.process import ChildProcess
+from server.bench.stats import RunResult
+from server.bench.synthetic import write_adapters
+from server.bench.workload import Call, Load, Workload, make_workload
+from tests.conftest import TinyBase
+
+LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_range=(10, 500))
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    scratch = tmp_path_factory.mktemp("bench")
+    base = tiny_base("llama").prepared.path
+    return Setup(base, write_adapters(base, scratch / "adapters", 2, rank=4, seed=0), scratch)
+
+
+def test_synthetic_adapters_are_pefts_own(setup: Setup, tiny_base: TinyBase) -> None:
+    import torch
+    from peft import PeftModel
+
+    model = tiny_base("llama").model
+    tokens = torch.arange(10, 20)[None]
+    with torch.inference_mode():
+        plain = model(tokens).logits
+        adapted = PeftModel.from_pretrained(model, setup.adapters["lora-0000"], adapter_name="one")
+        adapted.load_adapter(setup.adapters["lora-0001"], adapter_name="two")
+        loaded = {name for name, _ in adapted.named_parameters() if ".lora_B.one." in name}
+        logits = [plain]
+        for name in ("one", "two"):
+            adapted.set_adapter(name)
+            logits.append(adapted(tokens).logits)
+        adapted.unload()
+    assert len(loaded) == len(tiny_base("llama").layout.sites)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(logits[a], logits[b])
+
+
+@pytest.fixture(scope="module")
+def peft_peer(setup: Setup) -> Iterator[PeftPeer]:
+    runner = PeftPeer()
+    runner.start(setup)
+    yield runner
+    runner.stop()
+
+
+def test_peft_answers_a_mixed_batch(peft_peer: PeftPeer, setup: Setup) -> None:
+    result = peft_peer.run(make_workload(LOAD, tuple(setup.adapters), run=1))
+    assert len(result.records) == 5
+    for record in result.records:
+        assert (record.prompt_tokens, record.output_tokens, len(record.chunks)) == (6, 3, 3)
+        assert record.sent < record.first < record.last
+
+
+def test_peft_cannot_be_asked_to_wait_for_arrivals(peft_peer: PeftPeer) -> None:
+    with pytest.raises(BenchError, match="request-rate inf"):
+        peft_peer.run(Workload((Call(None, (1,), 1, due=1.0),)))
+
+
+def test_peft_batches_are_as_large_as_the_concurrency() -> None:
+    calls = tuple(Call(None, (token,), 1) for token in range(5))
+    assert [len(batch) for batch in batches(Workload(calls, 2))] == [2, 2, 1]
+    assert [len(batch) for batch in batches(Workload(calls))] == [5]
+
+
+def test_a_peer_that_ends_says_why(tmp_path: Path) -> None:
+    child = ChildProcess([sys.executable, "-c", "raise SystemExit('no room')"], tmp_path / "log", talk=True)
+    with pytest.raises(BenchError, match="no room"):
+        child.ask("ready?")
+    child.stop()
+
+
+class Fake(HttpServer):
+    name = "fake"
+
+    def command(self, setup: Setup, port: int) -> list[str]:  # noqa: ARG002
+        return [sys.executable, "-m", "tests.server.bench.fake_server", str(port)]
+
+
+class Failing(HttpServer):
+    name = "failing"
+
+    def command(self, setup: Setup, port: int) -> list[str]:  # noqa: ARG002
+        return [sys.executable, "-c", "raise SystemExit('no room')"]
+
+
+def test_a_started_server_is_measured_in_turn_and_stopped(setup: Setup) -> None:
+    class Spy(Fake):
+        def run(self, workload: Workload) -> RunResult:
+            order.append(self.name)
+            return super().run(workload)
+
+    class Other(Spy):
+        name = "other"
+
+    order: list[str] = []
+    one, other = Spy(), Other()
+    measured = measure([one, other], setup, LOAD, repeats=2, num_warmups=1)
+    assert order == ["fake", "other"] * 3
+    assert [[run["completed"] for run in each.runs] for each in measured] == [[5, 5], [5, 5]]
+    with pytest.raises(BenchError, match="ended with code"):
+        one._process.check_alive()  # type: ignore[union-attr]
+
+
+def test_a_server_that_ends_at_once_is_reported(setup: Setup) -> None:
+    with pytest.raises(BenchError, match="no room"):
+        measure([Failing()], setup, LOAD, repeats=1, num_warmups=0)
+
+
+def test_our_servers_command(setup: Setup) -> None:
+    command = ManyloraServer(server_args=["--max-loras", "3"]).command(setup, 1234)
+    assert command[1:4] == ["-m", "server.cli", "serve"]
+    assert command[command.index("--base") + 1] == str(setup.base)
+    assert command[-2:] == ["--max-loras", "3"]
+
+
+def test_every_listed_peer_exists() -> None:
+    assert [peer(name).name for name in PEERS] == list(PEERS)
