@@ -1,0 +1,44 @@
+"""The admin routes: load, unload and list adapters. Answers are vLLM's, errors OpenAI's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
+
+from server.engine.request import AdapterStatus
+from server.errors import InvalidRequest
+from server.http.context import context_of
+from server.http.limits import read_body
+from server.http.models import base_names
+from server.http.schema import LoadAdapter, UnloadAdapter
+
+
+async def load_adapter(request: Request) -> PlainTextResponse:
+    """Register a folder inside the adapter folder under a name."""
+    context = context_of(request)
+    body = await read_body(request, LoadAdapter, context.config.max_body_bytes)
+    if body.lora_name in base_names(context.service.base):
+        raise InvalidRequest(f"'{body.lora_name}' is the base's name; give the adapter another.", "lora_name")
+    await context.service.load_adapter(body.lora_name, body.lora_path, body.load_inplace)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_adapter(request: Request) -> PlainTextResponse:
+    """Take no more requests for an adapter; running ones finish."""
+    context = context_of(request)
+    body = await read_body(request, UnloadAdapter, context.config.max_body_bytes)
+    await context.service.unload_adapter(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def list_adapters(request: Request) -> JSONResponse:
+    """Every adapter, the failed ones with their reasons."""
+    data = [_status(status) for status in context_of(request).service.adapters()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+def _status(status: AdapterStatus) -> dict[str, Any]:
+    return {"object": "adapter"} | asdict(status)

@@ -1,0 +1,87 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.engine.request import Delta, TokenLogprob
+from server.http.context import context_of
+from server.http.disconnect import until_disconnect
+from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
+from server.http.limits import read_body
+from server.http.record import record_of
+from server.http.schema import ChatBody
+from server.http.sse import Chunks, EventStream
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation, whole or streamed."""
+    context, record = context_of(request), record_of(request)
+    body = await read_body(request, ChatBody, context.config.max_body_bytes)
+    begin(record, context, body, "chatcmpl")
+    prompt = await context.service.render_chat([message.rendered() for message in body.messages])
+    room = room_for_answer(len(prompt), body.asked_tokens, context.service.base.max_model_len)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    running = await submit(record, context, [(tuple(prompt), body.sampling(room, logprobs))])
+    if body.stream:
+        return EventStream(_chunks(running, body.include_usage), record, running.cancel)
+    try:
+        answers = await until_disconnect(request.receive, collect(running))
+    finally:
+        running.cancel()
+    return JSONResponse(_whole(running, answers, body.logprobs))
+
+
+def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": _logprobs(answer.logprobs) if logprobs else None,
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        for index, answer in enumerate(answers)
+    ]
+    return running.envelope("chat.completion") | {"choices": choices, "usage": running.usage()}
+
+
+async def _chunks(running: Running, include_usage: bool) -> Chunks:
+    envelope = running.envelope("chat.completion.chunk")
+    if include_usage:
+        envelope["usage"] = None
+    started = False
+    async for delta in running.deltas():
+        if not started:
+            started = True
+            for index in range(running.choices):
+                yield envelope | {"choices": [_choice(index, {"role": "assistant", "content": ""})]}
+        if delta.text or delta.logprobs or delta.finish_reason:
+            yield envelope | {"choices": [_delta_choice(delta)]}
+    if include_usage:
+        yield envelope | {"choices": [], "usage": running.usage()}
+
+
+def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _delta_choice(delta: Delta) -> dict[str, Any]:
+    choice = _choice(delta.index, {"content": delta.text} if delta.text else {})
+    if delta.logprobs is not None:
+        choice["logprobs"] = _logprobs(delta.logprobs)
+    if delta.finish_reason is not None:
+        choice |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+    return choice
+
+
+def _logprobs(tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    content = [_token(token) | {"top_logprobs": [_token(top) for top in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.token, "logprob": token.logprob, "bytes": list(token.token_bytes)}

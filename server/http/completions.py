@@ -1,0 +1,112 @@
+"""``POST /v1/completions``: text or token ids, one prompt or several, the older shape of logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.engine.request import SamplingParams, TokenLogprob
+from server.errors import InvalidRequest
+from server.http.context import Context, context_of
+from server.http.disconnect import until_disconnect
+from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
+from server.http.limits import read_body
+from server.http.record import record_of
+from server.http.schema import CompletionBody, Prompt
+from server.http.sse import Chunks, EventStream
+
+DEFAULT_MAX_TOKENS = 16
+
+
+async def completions(request: Request) -> Response:
+    """Continue one prompt or several, whole or streamed."""
+    context, record = context_of(request), record_of(request)
+    body = await read_body(request, CompletionBody, context.config.max_body_bytes)
+    begin(record, context, body, "cmpl")
+    prompts = [await _tokens(context, prompt) for prompt in body.prompt]
+    running = await submit(
+        record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
+    )
+    if body.stream:
+        return EventStream(_chunks(running, body.include_usage), record, running.cancel)
+    try:
+        answers = await until_disconnect(request.receive, collect(running))
+    finally:
+        running.cancel()
+    return JSONResponse(_whole(running, answers, body.logprobs is not None))
+
+
+async def _tokens(context: Context, prompt: Prompt) -> tuple[int, ...]:
+    tokens = tuple(await context.service.encode(prompt)) if isinstance(prompt, str) else prompt
+    if not tokens:
+        raise InvalidRequest("'prompt' has no tokens; give at least one.", "prompt")
+    return tokens
+
+
+def _sampling(context: Context, body: CompletionBody, prompt: tuple[int, ...]) -> SamplingParams:
+    room = room_for_answer(len(prompt), body.asked_tokens, context.service.base.max_model_len)
+    limit = room if body.asked_tokens is not None else min(room, DEFAULT_MAX_TOKENS)
+    return body.sampling(limit, body.logprobs)
+
+
+def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "text": answer.text,
+            "logprobs": _logprobs(answer.logprobs, 0) if logprobs else None,
+            "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+        }
+        for index, answer in enumerate(answers)
+    ]
+    return running.envelope("text_completion") | {"choices": choices, "usage": running.usage()}
+
+
+async def _chunks(running: Running, include_usage: bool) -> Chunks:
+    envelope = running.envelope("text_completion")
+    if include_usage:
+        envelope["usage"] = None
+    offsets = [0] * running.choices
+    async for delta in running.deltas():
+        if not (delta.text or delta.logprobs or delta.finish_reason):
+            continue
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = _logprobs(delta.logprobs, offsets[delta.index])
+            offsets[delta.index] += sum(len(token.token) for token in delta.logprobs)
+        choice = {
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        yield envelope | {"choices": [choice]}
+    if include_usage:
+        yield envelope | {"choices": [], "usage": running.usage()}
+
+
+def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    """The older shape: parallel lists; ``text_offset`` counts characters of the answer from ``offset`` on."""
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.token)
+    return {
+        "tokens": [token.token for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [_top(token) for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _top(token: TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens and the drawn one; of tokens with the same text the likeliest counts."""
+    best: dict[str, float] = {}
+    for each in (*token.top, token):
+        best[each.token] = max(best.get(each.token, each.logprob), each.logprob)
+    return best

@@ -1,0 +1,197 @@
+"""From a checked body to running generations: which model, does it fit, submit, merge, measure.
+
+Chat and plain completions differ in how they ask and how they answer; what lies between is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from server.engine.request import Delta, Generation, GenerationRequest, SamplingParams, TokenLogprob
+from server.errors import PromptTooLong
+from server.http.context import Context
+from server.http.models import resolve_adapter
+from server.http.record import Record
+from server.http.schema import Generate
+from server.metrics import Metrics
+
+
+def room_for_answer(prompt_tokens: int, asked: int | None, context: int) -> int:
+    """Tokens the answer may have: what was asked for, else all that is left. Raises ``PromptTooLong``."""
+    room = context - prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            f"The prompt has {prompt_tokens} tokens, but the model's context is {context} tokens, "
+            "of which the answer needs at least one. Shorten the prompt.",
+        )
+    if asked is not None and asked > room:
+        raise PromptTooLong(
+            f"The prompt has {prompt_tokens} tokens and the answer may take {asked}, but the model's context is "
+            f"{context} tokens. Shorten the prompt or lower 'max_tokens' to {room}.",
+            "max_tokens",
+        )
+    return room if asked is None else asked
+
+
+def begin(record: Record, context: Context, body: Generate, prefix: str) -> str | None:
+    """Note what is asked for, and return the adapter that ``model`` means (None = the base).
+
+    Raises ``ModelNotFound`` or ``ModelUnavailable``, before any work is done for the prompt.
+    """
+    record.adapter = resolve_adapter(context.service, body.model)
+    record.model = body.model
+    record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
+    if body.user is not None:
+        record.user = hashlib.sha256(body.user.encode()).hexdigest()[:16]
+    return record.adapter
+
+
+async def submit(
+    record: Record, context: Context, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]]
+) -> Running:
+    """Queue one generation a prompt, all or none of them."""
+    generations: list[Generation] = []
+    try:
+        for number, (prompt, sampling) in enumerate(prompts):
+            request = GenerationRequest(f"{record.completion_id}-{number}", prompt, record.adapter, sampling)
+            generations.append(await context.service.submit(request))
+    except BaseException:
+        for generation in generations:
+            generation.cancel()
+        raise
+    record.generated = True
+    record.prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
+    return Running(tuple(generations), prompts[0][1].n, record, context.metrics)
+
+
+@dataclass(slots=True)
+class Running:
+    """The generations of one HTTP request, as one stream of deltas.
+
+    Attributes:
+        n: answers for each prompt; answer ``i`` of prompt ``p`` has the index ``p * n + i``.
+        created: UNIX seconds.
+    """
+
+    generations: tuple[Generation, ...]
+    n: int
+    record: Record
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+    _last: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def choices(self) -> int:
+        return len(self.generations) * self.n
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every delta as it comes, its index counted over all prompts. Raises what a generation raises."""
+        async with aclosing(_merged(self.generations)) as merged:
+            async for number, delta in merged:
+                numbered = replace(delta, index=number * self.n + delta.index) if number else delta
+                self._measure(numbered)
+                yield numbered
+
+    def cancel(self) -> None:
+        """Stop them all; harmless after the end."""
+        for generation in self.generations:
+            generation.cancel()
+
+    def envelope(self, kind: str) -> dict[str, Any]:
+        """The fields that every answer and every chunk of this request has."""
+        return {
+            "id": self.record.completion_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.record.model,
+            "system_fingerprint": self.generations[0].fingerprint,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's ``usage``, as of now."""
+        record = self.record
+        return {
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "total_tokens": record.prompt_tokens + record.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+        }
+
+    def _measure(self, delta: Delta) -> None:
+        tokens = len(delta.token_ids)
+        if not tokens:
+            return
+        now, record = time.perf_counter(), self.record
+        if record.ttft is None:
+            record.ttft = now - record.started
+            self.metrics.first_token(record.ttft)
+        if delta.index in self._last:
+            self.metrics.next_tokens((now - self._last[delta.index]) / tokens)
+        else:
+            record.cached_tokens = sum(generation.cached_tokens for generation in self.generations)
+            record.queue_seconds = max((g.queue_seconds or 0.0 for g in self.generations), default=None)
+        self._last[delta.index] = now
+        record.completion_tokens += tokens
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer, put together from its deltas."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+async def collect(running: Running) -> list[Answer]:
+    """Every answer of ``running``, by index, once all are complete."""
+    answers = [Answer() for _ in range(running.choices)]
+    async for delta in running.deltas():
+        answer = answers[delta.index]
+        answer.text += delta.text
+        answer.logprobs.extend(delta.logprobs or ())
+        answer.finish_reason = delta.finish_reason or answer.finish_reason
+        answer.stop_reason = delta.stop_reason if delta.stop_reason is not None else answer.stop_reason
+    return answers
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """The deltas of several generations in the order they come, each with its generation's number."""
+    if len(generations) == 1:
+        async for delta in generations[0]:
+            yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+    pumps = [asyncio.create_task(_pump(number, each, queue)) for number, each in enumerate(generations)]
+    try:
+        open_streams = len(pumps)
+        while open_streams:
+            number, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_streams -= 1
+            else:
+                yield number, item
+    finally:
+        for pump in pumps:
+            pump.cancel()
+
+
+async def _pump(
+    number: int, generation: Generation, queue: asyncio.Queue[tuple[int, Delta | Exception | None]]
+) -> None:
+    try:
+        async for delta in generation:
+            queue.put_nowait((number, delta))
+        queue.put_nowait((number, None))
+    except Exception as error:
+        queue.put_nowait((number, error))

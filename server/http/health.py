@@ -1,0 +1,38 @@
+"""Probes and numbers: ``/health``, ``/ready``, ``/version``, ``/metrics``."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.http.context import context_of
+from server.version import VERSION
+
+
+async def health(request: Request) -> JSONResponse:
+    """200 while the engine's loop lives; 503 with the reason once it ended: restart the server."""
+    reason = context_of(request).service.failure()
+    if reason is not None:
+        return JSONResponse({"status": "failed", "reason": reason}, status_code=503)
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> JSONResponse:
+    """200 while new requests are taken; 503 while the server drains or has failed."""
+    service = context_of(request).service
+    if service.failure() is not None:
+        return await health(request)
+    if service.draining():
+        return JSONResponse({"status": "draining"}, status_code=503)
+    return JSONResponse({"status": "ready"})
+
+
+async def version(_: Request) -> JSONResponse:
+    """The version of manylora."""
+    return JSONResponse({"version": VERSION})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    text, content_type = context_of(request).metrics.exposition()
+    return Response(text, headers={"Content-Type": content_type})

@@ -1,0 +1,96 @@
+"""``GET /v1/models``, and what the ``model`` field of a request means."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import PurePath
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from server.engine.request import AdapterStatus, BaseInfo, Service
+from server.http.context import context_of
+from server.http.errors import ModelNotFound, ModelUnavailable
+
+
+def base_names(base: BaseInfo) -> tuple[str, ...]:
+    """The names that mean the base itself."""
+    return base.served_names or (base.name,)
+
+
+def resolve_adapter(service: Service, model: str) -> str | None:
+    """The adapter that ``model`` names, or None for the base. Never falls back to the base.
+
+    Raises:
+        ModelUnavailable: the adapter failed to load, or is being unloaded.
+        ModelNotFound: there is no such name; the message lists near ones.
+    """
+    if model in base_names(service.base):
+        return None
+    if service.has_adapter(model):
+        return model
+    known = service.adapters()
+    for status in known:
+        if status.name == model and status.state != "ready":
+            raise _unavailable(status)
+    names = [*base_names(service.base), *(status.name for status in known if status.state == "ready")]
+    raise _not_found(model, names)
+
+
+async def list_models(request: Request) -> JSONResponse:
+    """The base under each of its names, and every adapter that can be asked for, resident or not."""
+    return JSONResponse({"object": "list", "data": _cards(context_of(request).service)})
+
+
+async def get_model(request: Request) -> JSONResponse:
+    """One of them, by the name in the path."""
+    service, model = context_of(request).service, request.path_params["model"]
+    resolve_adapter(service, model)
+    card = next((card for card in _cards(service) if card["id"] == model), None)
+    if card is None:
+        raise _not_found(model, base_names(service.base))
+    return JSONResponse(card)
+
+
+def _unavailable(status: AdapterStatus) -> ModelUnavailable:
+    if status.state == "draining":
+        return ModelUnavailable(
+            f"Adapter '{status.name}' is being unloaded and takes no more requests.", "model"
+        )
+    return ModelUnavailable(f"Adapter '{status.name}' could not be loaded: {status.reason}", "model")
+
+
+def _not_found(model: str, names: list[str] | tuple[str, ...]) -> ModelNotFound:
+    near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "GET /v1/models lists them."
+    )
+    return ModelNotFound(f"The model {model!r} does not exist. {hint}", "model")
+
+
+def _cards(service: Service) -> list[dict[str, Any]]:
+    base = service.base
+    bases = [_base_card(base, name) for name in base_names(base)]
+    return bases + [_adapter_card(base, each) for each in service.adapters() if each.state == "ready"]
+
+
+def _card(name: str, created: float, base: BaseInfo) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": "manylora",
+        "max_model_len": base.max_model_len,
+    }
+
+
+def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
+    own = {"root": base.name, "parent": None, "digest": base.digest, "quantization": base.quantization}
+    return _card(name, base.created, base) | own
+
+
+def _adapter_card(base: BaseInfo, status: AdapterStatus) -> dict[str, Any]:
+    # vLLM gives the whole path as root; clients need not learn how the server's disk is laid out.
+    own = {"root": PurePath(status.path).name, "parent": base_names(base)[0], "digest": status.digest}
+    return _card(status.name, status.created, base) | own

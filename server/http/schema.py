@@ -1,0 +1,250 @@
+"""The bodies that clients send, as strict models: what is not declared is refused by name, never dropped.
+
+A null counts as absent, as OpenAI's clients mean it. Fields that are not supported are taken at the one value
+that asks for nothing (``HARMLESS``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from server.engine.request import SamplingParams
+from server.errors import InvalidRequest
+
+MAX_CHOICES = 64
+MAX_TOKEN_ID = (1 << 31) - 1
+
+HARMLESS: dict[str, Any] = {
+    "store": False,
+    "echo": False,
+    "best_of": 1,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
+    "parallel_tool_calls": False,
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "service_tier": "auto",
+}
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Prompt = str | tuple[int, ...]
+
+
+def _harmless(field: str, value: object) -> bool:
+    return value is None or (field in HARMLESS and value == HARMLESS[field])
+
+
+class Body(BaseModel):
+    """A JSON object that holds only what it declares."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_harmless(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {
+            key: value
+            for key, value in data.items()
+            if not (_harmless(key, value) if key not in fields else value is None)
+        }
+
+
+def _one_as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text_as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _biases(value: object) -> dict[int, float]:
+    """``{"token id": bias}`` with the ids as numbers."""
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and biases")
+    biases = {}
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 11):
+            raise ValueError(f"{str(token)[:40]!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {token} must be a number from -100 to 100")
+        biases[int(token)] = float(bias)
+    return biases
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value
+    )
+
+
+def _prompts(value: object) -> tuple[Prompt, ...]:
+    """One prompt or several, as text or token ids: always a tuple of prompts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a text, a list of texts, a list of token ids or a list of such lists")
+    if isinstance(value[0], int):
+        value = [value]
+    if all(isinstance(prompt, str) for prompt in value):
+        return tuple(value)
+    if all(_is_ids(prompt) for prompt in value):
+        return tuple(tuple(prompt) for prompt in value)
+    raise ValueError("must hold texts only or token ids (whole numbers from 0) only")
+
+
+class StreamOptions(Body):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool = False
+
+
+class Generate(Body):
+    """What chat and plain completions have in common."""
+
+    model: Name
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Annotated[list[StopString], BeforeValidator(_one_as_list), Field(max_length=16)] = Field(
+        default_factory=list
+    )
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] = 0
+    skip_special_tokens: bool = True
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    # Tags of stored completions; nothing is stored here, so they have nothing to do.
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Generate:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("'stream_options' needs 'stream': true.", "stream_options")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise InvalidRequest(
+                f"'max_tokens' is {self.max_tokens}, 'max_completion_tokens' {self.max_completion_tokens}: "
+                "they mean the same, so give one of them.",
+                "max_tokens",
+            )
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The client's own limit for the answer, if it gave one."""
+        return self.max_tokens or self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """These fields as the engine takes them, for an answer of at most ``max_tokens``."""
+        if self.min_tokens > max_tokens:
+            message = (
+                f"'min_tokens' is {self.min_tokens}, more than the most tokens of the answer, {max_tokens}."
+            )
+            raise InvalidRequest(message, "min_tokens")
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=logprobs,
+            n=self.n,
+        )
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One turn of a conversation; ``content`` is always a list of parts here."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_text_as_parts), Field(min_length=1)]
+
+    def rendered(self) -> dict[str, str]:
+        """As chat templates take it; ``developer`` is OpenAI's newer word for ``system``."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class ChatBody(Generate):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        return self
+
+
+class CompletionBody(Generate):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _few_choices(self) -> CompletionBody:
+        if len(self.prompt) * self.n > MAX_CHOICES:
+            message = f"{len(self.prompt)} prompts with n={self.n} ask for more than {MAX_CHOICES} answers."
+            raise InvalidRequest(message, "prompt" if self.n == 1 else "n")
+        return self
+
+
+class LoadAdapter(Body):
+    """``POST /v1/load_lora_adapter``, as vLLM has it."""
+
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadAdapter(Body):
+    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: Name

@@ -1,0 +1,48 @@
+"""Apps over the fake service, reached in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.config import HttpConfig, from_args
+from server.http.app import create_app
+from tests.server.http.fake_service import FakeService, adapter
+
+MakeClient = Callable[..., TestClient]
+
+
+@pytest.fixture
+def config() -> HttpConfig:
+    return from_args([], {}).http
+
+
+@pytest.fixture
+def service() -> FakeService:
+    broken = adapter("broken", state="failed", tier=None, digest=None, reason="its tensors are all zero.")
+    ready = {name: adapter(name) for name in ("poet", "router")}
+    return FakeService(known=ready | {"broken": broken})
+
+
+@pytest.fixture
+def make_client(service: FakeService, config: HttpConfig) -> Iterator[MakeClient]:
+    """A client of a server with some other settings; its peer address is ``host``."""
+    opened: list[TestClient] = []
+
+    def make(host: str = "127.0.0.1", **changes: Any) -> TestClient:
+        client = TestClient(create_app(service, replace(config, **changes)), client=(host, 1234))
+        opened.append(client)
+        return client
+
+    yield make
+    for client in opened:
+        client.close()
+
+
+@pytest.fixture
+def client(make_client: MakeClient) -> TestClient:
+    return make_client()
