@@ -1,0 +1,53 @@
+"""Names and paths that users may give: what is allowed, and where they lead. Opens nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from adapters.errors import AdapterNameInvalid
+
+MAX_NAME_LENGTH = 128
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_name(name: str) -> str:
+    """The name itself, if it may name an adapter. Raises AdapterNameInvalid."""
+    if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+        raise AdapterNameInvalid(
+            f"{name!r:.140} cannot name an adapter; use letters, digits, '.', '_' and '-', beginning with a "
+            f"letter or digit, at most {MAX_NAME_LENGTH} characters."
+        )
+    return name
+
+
+def resolve_under(root: Path, path_or_name: str | Path) -> Path:
+    """The path, absolute and below ``root``; a relative one is taken from ``root``.
+
+    Raises AdapterNameInvalid when it is not below ``root``, or when a component below ``root`` is ``..`` or a
+    link. (``root`` itself may be a link: whoever configured the server chose it.) The path need not exist.
+    """
+    root = root.absolute()
+    wanted = Path(path_or_name)
+    refused = f"{str(path_or_name)!r:.300} is not a path below the adapter folder"
+    if ".." in wanted.parts:
+        raise AdapterNameInvalid(f"{refused}: '..' is not allowed.")
+    try:
+        relative = (root / wanted).relative_to(root)
+    except ValueError:
+        raise AdapterNameInvalid(f"{refused} ({root}).") from None
+    if not relative.parts:
+        raise AdapterNameInvalid(f"{refused}: it is that folder itself.")
+    steps = [*relative.parents[-2::-1], relative]
+    if any(_is_link(root / step, refused) for step in steps):
+        raise AdapterNameInvalid(f"{refused}: links are not followed.")
+    return root / relative
+
+
+def _is_link(path: Path, refused: str) -> bool:
+    if "\0" in str(path):
+        raise AdapterNameInvalid(f"{refused}: it has a NUL character.")
+    try:
+        return path.is_symlink()
+    except OSError as error:
+        raise AdapterNameInvalid(f"{refused}: {error.strerror}.") from error

@@ -1,0 +1,275 @@
+"""Names → versions of adapters: who is served under which name, and who still runs on an older version.
+
+Bookkeeping only, under one lock, without torch: reading a folder is ``inspect``'s work, which is handed in
+and runs outside the lock. What is resident on the device is the pool's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from adapters.errors import AdapterError, AdapterExists, AdapterInvalid, AdapterNotFound
+from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
+
+if TYPE_CHECKING:
+    from adapters.artifact import AdapterInfo
+
+logger = logging.getLogger("manylora.adapters")
+
+State = Literal["ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Version:
+    """One content under one name. Two versions are the same only if they are the same object.
+
+    Attributes:
+        digest: of the content; versions that share it share rows and cached KV.
+        path: the folder to load it from.
+        created: when it was registered, in seconds of Unix time.
+    """
+
+    name: str
+    digest: str
+    path: Path
+    info: AdapterInfo
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the list of adapters.
+
+    A ``ready`` entry with a ``reason`` serves on, but the newest content of its folder was refused.
+    ``last_used`` and ``created`` are seconds of Unix time.
+    """
+
+    name: str
+    state: State
+    version: Version | None
+    in_flight: int
+    last_used: float | None
+    path: Path
+    reason: str | None
+    created: float
+
+
+@dataclass(slots=True)
+class _Use:
+    in_flight: int = 0
+    last_used: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    path: Path
+    reason: str
+    created: float
+
+
+class Registry:
+    """Thread-safe; every method but ``register`` returns at once.
+
+    Subscribers are called outside the lock, in the thread that caused the event:
+
+    Attributes:
+        on_idle: called with a replaced or unregistered version when its last request has ended.
+        on_retired: called with a version when neither a name nor a request uses its digest any more, so that
+            its memory can go. The same content may be registered anew at any moment.
+    """
+
+    def __init__(
+        self, root: Path, inspect: Callable[[Path], AdapterInfo], reserved: frozenset[str] = frozenset()
+    ) -> None:
+        """``root`` holds all adapters' folders; ``reserved`` are the names that mean the base."""
+        self.root = root.absolute()
+        self.on_idle: list[Callable[[Version], None]] = []
+        self.on_retired: list[Callable[[Version], None]] = []
+        self._inspect = inspect
+        self._reserved = reserved
+        self._lock = threading.Lock()
+        self._current: dict[str, Version] = {}
+        self._uses: dict[Version, _Use] = {}
+        self._failures: dict[str, _Failure] = {}
+
+    def register(self, name: str, path: str | Path, replace: bool) -> Version:
+        """Reads the folder and points the name at it; the same content again changes nothing.
+
+        Raises:
+            AdapterNameInvalid: the name or the path is not allowed.
+            AdapterExists: the name means the base, or is taken by another content and not ``replace``.
+            AdapterError: what ``inspect`` raises. A version already served under the name goes on.
+        """
+        folder = self._check(name, path)
+        try:
+            info = self._inspect(folder)
+        except AdapterError as error:
+            if name in self._current:
+                self.fail(name, folder, str(error))
+            raise
+        return self._point(Version(name, info.digest, folder, info, time.time()), replace)
+
+    def unregister(self, name: str) -> None:
+        """Forgets the name; requests under way end on their version. Raises AdapterNotFound."""
+        with self._lock:
+            old = self._current.pop(name, None)
+            failure = self._failures.pop(name, None)
+            gone = self._forget_if_idle(old)
+        if old is None and failure is None:
+            raise self._not_found(name)
+        if old is not None:
+            logger.info("Adapter %s is no longer served.", name)
+        self._tell(gone)
+
+    def resolve(self, name: str) -> Version:
+        """The version that a new request for ``name`` gets now.
+
+        Raises AdapterNotFound naming near matches, or AdapterInvalid with the reason why it is not served.
+        """
+        version = self._current.get(name)
+        if version is None:
+            raise self._why_not(name)
+        return version
+
+    def checkout(self, name: str) -> Version:
+        """``resolve`` and ``acquire`` in one, so that no replacement comes between. Raises as ``resolve``."""
+        with self._lock:
+            version = self._current.get(name)
+            if version is not None:
+                self._begin(version)
+                return version
+        raise self._why_not(name)
+
+    def acquire(self, version: Version) -> None:
+        """A request begins on the version, which stays at least until its ``release``.
+
+        That holds for a version replaced since ``resolve`` too: it is then draining, and told of again.
+        """
+        with self._lock:
+            self._begin(version)
+
+    def release(self, version: Version) -> None:
+        """A request on the version has ended. Raises ValueError when none was under way."""
+        with self._lock:
+            use = self._uses.get(version)
+            if use is None or use.in_flight == 0:
+                raise ValueError(f"No request is under way on adapter {version.name!r} ({version.digest}).")
+            use.in_flight -= 1
+            use.last_used = time.time()
+            gone = self._forget_if_idle(version)
+        self._tell(gone)
+
+    def fail(self, name: str, path: Path, reason: str) -> None:
+        """Lists the folder as not served; a name that serves goes on, the reason beside it. Logged once."""
+        with self._lock:
+            known = self._failures.get(name)
+            if known is not None and (known.path, known.reason) == (path, reason):
+                return
+            self._failures[name] = _Failure(path, reason, time.time())
+            serving = name in self._current
+        logger.warning("Adapter %s is %s: %s", name, "not replaced" if serving else "not served", reason)
+
+    def entries(self) -> list[Entry]:
+        """Every adapter by name: served, failed, and the versions that are draining."""
+        with self._lock:
+            served = [self._entry(version) for version in self._uses]
+            failed = [
+                Entry(name, "failed", None, 0, None, failure.path, failure.reason, failure.created)
+                for name, failure in self._failures.items()
+                if name not in self._current
+            ]
+        return sorted(served + failed, key=lambda entry: (entry.name, entry.state != "ready", entry.created))
+
+    def names_by_path(self) -> dict[Path, set[str]]:
+        """Folder → the names that are served from it, or failed because of it."""
+        with self._lock:
+            pairs = [(version.path, name) for name, version in self._current.items()]
+            pairs += [(f.path, name) for name, f in self._failures.items() if name not in self._current]
+        names: dict[Path, set[str]] = {}
+        for path, name in pairs:
+            names.setdefault(path, set()).add(name)
+        return names
+
+    def _check(self, name: str, path: str | Path) -> Path:
+        check_name(name)
+        if name in self._reserved:
+            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
+        return resolve_under(self.root, path)
+
+    def _point(self, new: Version, replace: bool) -> Version:
+        with self._lock:
+            old = self._current.get(new.name)
+            if old is not None and old.digest != new.digest and not replace:
+                raise AdapterExists(f"{new.name!r} is served already, and replacing was not asked for.")
+            self._failures.pop(new.name, None)
+            if old is not None and (old.digest, old.path) == (new.digest, new.path):
+                return old
+            self._current[new.name] = new
+            self._uses[new] = _Use()
+            gone = self._forget_if_idle(old)
+        logger.info("Adapter %s is served: rank %d, digest %.12s.", new.name, new.info.rank, new.digest)
+        for warning in new.info.warnings:
+            logger.warning("Adapter %s: %s", new.name, warning)
+        self._tell(gone)
+        return new
+
+    def _forget_if_idle(self, version: Version | None) -> tuple[Version, bool] | None:
+        """The version and whether its digest is retired too, if it has gone now. Needs the lock."""
+        if version is None or self._is_current(version) or self._uses[version].in_flight:
+            return None
+        del self._uses[version]
+        return version, all(other.digest != version.digest for other in self._uses)
+
+    def _tell(self, gone: tuple[Version, bool] | None) -> None:
+        if gone is None:
+            return
+        version, retired = gone
+        for subscriber in [*self.on_idle, *(self.on_retired if retired else ())]:
+            subscriber(version)
+
+    def _is_current(self, version: Version) -> bool:
+        return self._current.get(version.name) is version
+
+    def _entry(self, version: Version) -> Entry:
+        use, current = self._uses[version], self._is_current(version)
+        failure = self._failures.get(version.name) if current else None
+        return Entry(
+            name=version.name,
+            state="ready" if current else "draining",
+            version=version,
+            in_flight=use.in_flight,
+            last_used=use.last_used,
+            path=version.path,
+            reason=failure.reason if failure else None,
+            created=version.created,
+        )
+
+    def _begin(self, version: Version) -> None:
+        use = self._uses.setdefault(version, _Use())
+        use.in_flight += 1
+        use.last_used = time.time()
+
+    def _why_not(self, name: str) -> AdapterError:
+        failure = self._failures.get(name)
+        if failure is not None:
+            return AdapterInvalid(f"Adapter {name!r} cannot be served: {failure.reason}")
+        return self._not_found(name)
+
+    def _not_found(self, name: str) -> AdapterNotFound:
+        with self._lock:
+            names = list(self._current)
+        near = _near(name, names)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        return AdapterNotFound(f"There is no adapter {name!r:.140}{hint}")
+
+
+def _near(name: str, names: Iterable[str]) -> list[str]:
+    """Comparing costs time in the name's length, and anybody may send one: long ones are near to nothing."""
+    return get_close_matches(name, names, n=3) if len(name) <= MAX_NAME_LENGTH else []

@@ -1,0 +1,226 @@
+"""Keeps the registry equal to the adapter folder: one sub-folder an adapter, its name the adapter's.
+
+A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its two files, and reads it
+only when that signature stood still for two looks, so that half-written files are never read. Renaming a
+finished folder into place is the safest way to deploy, and as quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
+from adapters.errors import AdapterError, AdapterNotFound
+from adapters.paths import check_name
+from adapters.registry import Registry
+
+logger = logging.getLogger("manylora.adapters")
+
+INTERVAL = 0.4
+SCAN_BUDGET = 0.8
+"""Seconds after which the thread begins no further folder before it looks again (at removals above all)."""
+SETTLED_AGE = 1.0
+"""At the first look, files untouched for so many seconds count as finished."""
+INCOMPLETE_AFTER = 30.0
+"""Seconds that a folder without both files is waited for before it is listed as failed."""
+UNFINISHED_SUFFIXES = (".tmp", ".partial")
+READERS = 2
+ROUNDS = 2
+"""Idle folders are spread over so many looks, so that thousands cost little; a renamed one is not idle."""
+
+FileSignature = tuple[int, int, int, int]
+Signature = tuple[FileSignature | None, ...]
+
+
+@dataclass(slots=True)
+class _Folder:
+    """One folder as last seen.
+
+    Attributes:
+        since: when this signature was first seen (monotonic seconds).
+        still: whether it was seen twice, or was old already at the first look.
+        done: whether this signature has been read, well or badly.
+    """
+
+    path: Path
+    inode: int
+    signature: Signature
+    since: float
+    still: bool
+    done: bool = False
+
+    def is_due(self, now: float) -> bool:
+        """Whether to read it now; one without both files is read late, to find the reason to list."""
+        complete = None not in self.signature
+        return self.still and not self.done and (complete or now - self.since >= INCOMPLETE_AFTER)
+
+
+class Watcher:
+    """Watches ``registry.root``. ``scan_once`` is for before ``start``; the two never run at once."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._root = registry.root
+        self._folders: dict[str, _Folder] = {}
+        self._suppressed: dict[str, Signature] = {}
+        self._suppressing = threading.Lock()
+        self._looks = 0
+        self._unreadable = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="adapter-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Begins to look, in a daemon thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread, at the latest after the folders that it is reading."""
+        self._stop.set()
+        self._thread.join()
+
+    def suppress(self, name: str) -> None:
+        """Leaves the folder ``name`` unregistered until its files change; call it before ``unregister``.
+
+        Raises AdapterNameInvalid.
+        """
+        signature = _signature(f"{self._root}/{check_name(name)}")
+        with self._suppressing:
+            self._suppressed[name] = signature
+
+    def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
+        """One look: registers, replaces and unregisters what has changed, and returns when that is done.
+
+        ``progress`` shows a bar on a terminal; after ``budget`` seconds no further folder is begun.
+        """
+        inodes = self._list()
+        if inodes is None:
+            return
+        now = time.monotonic()
+        self._drop_removed(inodes.keys())
+        due = [folder for name, inode in inodes.items() if (folder := self._look(name, inode)).is_due(now)]
+        self._looks += 1
+        if due:
+            self._load_all(due, progress, now + budget)
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            try:
+                self.scan_once(budget=SCAN_BUDGET)
+            except Exception:
+                logger.exception("Looking at the adapter folder failed; trying again.")
+
+    def _list(self) -> dict[str, int] | None:
+        """The candidates' names and inodes; None while the folder cannot be listed, which removes nobody."""
+        try:
+            with os.scandir(self._root) as entries:
+                inodes = {entry.name: entry.inode() for entry in entries if _is_candidate(entry)}
+        except OSError as error:
+            if not self._unreadable:
+                logger.warning("The adapter folder cannot be listed (%s); adapters stay.", error.strerror)
+            self._unreadable = True
+            return None
+        self._unreadable = False
+        return inodes
+
+    def _drop_removed(self, names: Set[str]) -> None:
+        removed = self._folders.keys() - names
+        if not removed:
+            return
+        served = self._registry.names_by_path()
+        for folder in removed:
+            for name in served.get(self._folders.pop(folder).path, ()):
+                self._unregister(name)
+            with self._suppressing:
+                self._suppressed.pop(folder, None)
+
+    def _look(self, name: str, inode: int) -> _Folder:
+        """The folder as it is now; one whose signature has changed begins anew."""
+        known = self._folders.get(name)
+        if known is not None and known.done and known.inode == inode and (hash(name) + self._looks) % ROUNDS:
+            return known
+        signature = _signature(f"{self._root}/{name}")
+        if known is not None and known.signature == signature:
+            known.still, known.inode = True, inode
+            return known
+        with self._suppressing:
+            if self._suppressed.get(name, signature) != signature:
+                del self._suppressed[name]
+        still = self._looks == 0 and _is_settled(signature)
+        self._folders[name] = _Folder(self._root / name, inode, signature, time.monotonic(), still)
+        return self._folders[name]
+
+    def _load_all(self, due: list[_Folder], progress: bool, deadline: float) -> None:
+        served = self._registry.names_by_path()
+        taken = {name: path for path, names in served.items() for name in names}
+
+        def load(folder: _Folder) -> None:
+            if time.monotonic() >= deadline or self._stop.is_set():
+                return
+            folder.done = True
+            own = folder.path.name
+            names = served.get(folder.path, set()) | ({own} if own not in taken else set())
+            for name in names:
+                self._register(name, folder.path)
+
+        with (
+            ThreadPoolExecutor(READERS, "adapter-reader") as readers,
+            tqdm(total=len(due), desc="Adapters", unit="", disable=None if progress else True) as bar,
+        ):
+            for _ in readers.map(load, due):
+                bar.update()
+
+    def _register(self, name: str, path: Path) -> None:
+        """Points the name at the folder, or lists why not: a bad folder fails alone."""
+        if self._is_suppressed(name):
+            return
+        try:
+            self._registry.register(name, path, replace=True)
+        except AdapterError as error:
+            self._registry.fail(name, path, str(error))
+        except Exception as error:
+            logger.exception("Reading adapter %s failed.", name)
+            self._registry.fail(name, path, f"Reading it failed: {type(error).__name__}: {error}.")
+        if self._is_suppressed(name):  # unloaded while it was read
+            self._unregister(name)
+
+    def _unregister(self, name: str) -> None:
+        with suppress(AdapterNotFound):
+            self._registry.unregister(name)
+
+    def _is_suppressed(self, name: str) -> bool:
+        with self._suppressing:
+            return name in self._suppressed
+
+
+def _is_candidate(entry: os.DirEntry[str]) -> bool:
+    """A link to a folder is one too: it is refused with its reason, where skipping it would puzzle people."""
+    return not entry.name.startswith(".") and not entry.name.endswith(UNFINISHED_SUFFIXES) and entry.is_dir()
+
+
+def _signature(folder: str) -> Signature:
+    return tuple(_file_signature(f"{folder}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def _file_signature(path: str) -> FileSignature | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_settled(signature: Signature) -> bool:
+    """Whether nothing was written for ``SETTLED_AGE`` seconds, by change times: copying cannot set them."""
+    newest = max((file[3] for file in signature if file is not None), default=0)
+    return time.time() - newest / 1e9 >= SETTLED_AGE
