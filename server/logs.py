@@ -1,4 +1,4 @@
-"""Logs: to stderr, one JSON object a line, or text for people. Values that clients chose are always quoted."""
+"""Logs: to stderr, one JSON object a line, or text for people. What clients chose is always quoted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={json.dumps(value, default=str)}" for name, value in _fields(record).items())
+        fields = "".join(
+            f" {name}={json.dumps(value, default=str)}" for name, value in _fields(record).items()
+        )
         return super().formatMessage(record) + fields
 
 

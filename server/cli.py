@@ -1,0 +1,71 @@
+"""The command ``manylora``. It imports nothing heavy before it must, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from adapters.errors import ManyloraError
+from server.config import ConfigError, resolve
+from server.options import USAGE, OneLineParser, add_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 it failed, 2 it was asked for wrongly."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(bench=words[:1] == ["bench"]).parse_args(words)
+    run: Callable[[argparse.Namespace], int | None] = arguments.run
+    try:
+        return run(arguments) or 0
+    except ConfigError as error:
+        return _fail(arguments, error, 2)
+    except ManyloraError as error:
+        return _fail(arguments, error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
+    print(f"manylora {arguments.command}: {error}", file=sys.stderr)
+    return code
+
+
+def _parser(bench: bool) -> argparse.ArgumentParser:
+    """The whole command line; ``bench`` says whether that command's own parser is worth importing."""
+    parser: argparse.ArgumentParser = OneLineParser(
+        prog="manylora", description="Many LoRA adapters on one 4-bit base, in one batch."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve", help="serve a base and its adapters", usage=USAGE, allow_abbrev=False
+    )
+    add_options(serve)
+    serve.set_defaults(run=_serve)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    if bench:
+        from server.bench.cli import add_parser  # brings an HTTP client
+
+        add_parser(commands)
+    else:
+        commands.add_parser("bench", help="measure a server")
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    config = resolve(arguments, os.environ)
+    from server.serve import run  # only now: it brings the HTTP stack
+
+    run(config)
+
+
+def _version(_: argparse.Namespace) -> None:
+    from server.version import VERSION
+
+    print(VERSION)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

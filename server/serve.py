@@ -1,0 +1,132 @@
+"""``manylora serve``: one engine and one HTTP server in one process, from start to drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+
+from server.config import ConfigError, ServerConfig
+from server.engine.request import Service
+from server.http.app import create_app
+from server.logs import configure
+from server.version import VERSION
+
+logger = logging.getLogger("manylora.serve")
+
+# After the drain only answers that outlived it are left; their connections get this long to be told.
+_CLOSE_SECONDS = 2
+
+
+class RunningService(Service, Protocol):
+    """A service that can be started and ended; ``server/engine/build.py`` makes it."""
+
+    async def start(self) -> None: ...
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests at once; return when the running ones have ended, or after ``timeout`` seconds."""
+
+    def stop(self) -> None:
+        """End the engine; whatever still runs fails."""
+
+
+Build = Callable[[ServerConfig], RunningService]
+
+
+def run(config: ServerConfig, build: Build | None = None) -> None:
+    """Serve until told to end. Raises ``ManyloraError`` or ``ConfigError`` if it cannot begin."""
+    configure(config.log)
+    listener = _bind(config.http.host, config.http.port)
+    service = (build or _build)(config)
+    asyncio.run(serve(service, config, listener))
+
+
+async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
+    """Start ``service``, answer on ``listener``, drain on SIGTERM or SIGINT, and stop; a second signal ends at once."""
+    await service.start()
+    server = _Server(service, config)
+    try:
+        _announce(service, config, listener)
+        await server.serve(sockets=[listener])
+    finally:
+        service.stop()
+    logger.info("stopped")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
+
+    def __init__(self, service: RunningService, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(service, config.http),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                proxy_headers=False,  # the admin routes trust the peer's address
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self.service = service
+        self.drain_seconds = config.http.shutdown_timeout
+        self.draining: asyncio.Task[None] | None = None
+        self.loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.loop.call_soon_threadsafe(self._on_signal, signal.Signals(sig).name)
+
+    def _on_signal(self, name: str) -> None:
+        if self.draining is None:
+            logger.info("draining", extra={"fields": {"signal": name, "timeout_s": self.drain_seconds}})
+            self.draining = asyncio.create_task(self._drain())
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await self.service.drain(self.drain_seconds)
+        finally:
+            self.should_exit = True
+
+
+def _build(config: ServerConfig) -> RunningService:
+    from server.engine.build import build_service  # brings torch, which takes seconds
+
+    return build_service(config)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded, so that a taken port is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host} --port {port}: {error.strerror}; choose another address or port"
+        ) from None
+    return listener
+
+
+def _announce(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
+    base, (host, port) = service.base, listener.getsockname()[:2]
+    fields = {
+        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "version": VERSION,
+        "base": base.name,
+        "base_digest": base.digest,
+        "quantization": base.quantization,
+        "max_model_len": base.max_model_len,
+        "adapters": len(service.adapters()),
+    }
+    logger.info("serving", extra={"fields": fields})
+    if host not in ("127.0.0.1", "::1") and not config.http.api_keys:
+        logger.warning("anybody who can reach this address may use it: no --api-key is set")
