@@ -12,7 +12,8 @@ from typing import Protocol
 
 import uvicorn
 
-from server.config import ConfigError, ServerConfig
+from adapters.errors import ManyloraError
+from server.config import ServerConfig
 from server.engine.request import Service
 from server.http.app import create_app
 from server.logs import configure
@@ -24,13 +25,17 @@ logger = logging.getLogger("manylora.serve")
 _CLOSE_SECONDS = 2
 
 
+class AddressUnavailable(ManyloraError):
+    """The address to listen on is taken, or is none of this machine's."""
+
+
 class RunningService(Service, Protocol):
     """A service that can be started and ended; ``server/engine/build.py`` makes it."""
 
     async def start(self) -> None: ...
 
-    async def drain(self, timeout: float) -> None:
-        """Refuse new requests at once; return when the running ones have ended, or after ``timeout`` seconds."""
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests at once; True when the running ones have ended, False after ``timeout`` s."""
 
     def stop(self) -> None:
         """End the engine; whatever still runs fails."""
@@ -40,7 +45,7 @@ Build = Callable[[ServerConfig], RunningService]
 
 
 def run(config: ServerConfig, build: Build | None = None) -> None:
-    """Serve until told to end. Raises ``ManyloraError`` or ``ConfigError`` if it cannot begin."""
+    """Serve until told to end. Raises ``ManyloraError`` if it cannot begin."""
     configure(config.log)
     listener = _bind(config.http.host, config.http.port)
     service = (build or _build)(config)
@@ -48,7 +53,7 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
 
 
 async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
-    """Start ``service``, answer on ``listener``, drain on SIGTERM or SIGINT, and stop; a second signal ends at once."""
+    """Start ``service``, answer on ``listener``, drain on SIGTERM or SIGINT, stop; a second signal ends at once."""
     await service.start()
     server = _Server(service, config)
     try:
@@ -60,7 +65,7 @@ async def serve(service: RunningService, config: ServerConfig, listener: socket.
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, except that a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
+    """uvicorn, but a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
 
     def __init__(self, service: RunningService, config: ServerConfig) -> None:
         super().__init__(
@@ -91,7 +96,8 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         try:
-            await self.service.drain(self.drain_seconds)
+            complete = await self.service.drain(self.drain_seconds)
+            logger.info("drained", extra={"fields": {"complete": complete}})
         finally:
             self.should_exit = True
 
@@ -110,7 +116,7 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise ConfigError(
+        raise AddressUnavailable(
             f"--host {host} --port {port}: {error.strerror}; choose another address or port"
         ) from None
     return listener
