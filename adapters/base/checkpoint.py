@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,16 +96,18 @@ def _convert(files: Path, quantization: Quantization, target: Path, progress: bo
         if files.is_dir():
             _quantize(files, target)
         elif quantization == "none":
-            _unpack_gguf(files, target)
+            _unpack_gguf(files, target, progress)
         else:  # transformers takes one quantisation at a time: out of GGUF first, then into NF4
             dense = target / "dense"
-            _unpack_gguf(files, dense)
+            _unpack_gguf(files, dense, progress)
             _quantize(dense, target)
             shutil.rmtree(dense)
 
 
-def _unpack_gguf(gguf: Path, target: Path) -> None:
-    with reading(gguf):
+def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
+    # transformers' switch for its bars does not reach the one that it shows for GGUF files.
+    bar = nullcontext() if progress else redirect_stderr(io.StringIO())
+    with reading(gguf), bar:
         model = load_whole(gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
         tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(target)

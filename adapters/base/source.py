@@ -68,6 +68,7 @@ def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
 
 
 def _gguf(path: Path, memo: DigestMemo) -> Source:
+    _refuse_adapter(path.parent)
     with path.open("rb") as file:
         if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
             raise BaseCorrupt(f"{path} is not a GGUF file; give a .gguf file or a transformers folder.")
@@ -75,6 +76,7 @@ def _gguf(path: Path, memo: DigestMemo) -> Source:
 
 
 def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Source:
+    _refuse_adapter(path)
     config = _read_config(path)
     _check_weights(path)
     prequantized = _is_nf4(path, config)
@@ -82,9 +84,16 @@ def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Sourc
     return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized)
 
 
+def _refuse_adapter(folder: Path) -> None:
+    # transformers would follow it, quietly, to the adapter's own base and apply it there.
+    if (folder / "adapter_config.json").exists():
+        raise BaseNotFound(
+            f"{folder} holds an adapter (adapter_config.json); give a folder with nothing but the base, "
+            "and put the adapter into the adapter folder."
+        )
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise BaseNotFound(f"{path} is an adapter, not a base; put it into the adapter folder instead.")
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
