@@ -1,1 +1,1 @@
-"""The server: ``http`` speaks OpenAI's protocol, ``engine`` runs the model; neither knows the other's parts."""
+"""The server: ``http`` speaks OpenAI's protocol, ``engine`` runs the model; they meet in one protocol."""

@@ -1,0 +1,39 @@
+"""One operation, several backends.
+
+    for each segment (slot, start, stop), with R = rows of that slot in the site's pool:
+        y[start:stop] += (x[start:stop] @ A[R].T) @ B[R]
+
+Shapes: y [tokens, out_features] (updated in place), x [tokens, in_features], A [rows, in_features],
+B [rows, out_features]. Slots without rows at this site, and tokens in no segment, are left alone.
+``reference.py`` is the specification; every backend equals it within its dtype's rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapters.rank_pool import SitePool
+
+
+class Segment(NamedTuple):
+    """Tokens [start, stop) use the adapter in ``slot``."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+class LoraKernel(Protocol):
+    """See the module's docstring."""
+
+    def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None: ...
+
+
+def choose() -> LoraKernel:
+    """The backend for this machine, chosen once when the model is built."""
+    from adapters.kernels.segmented import segmented_lora
+
+    return segmented_lora

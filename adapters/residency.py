@@ -1,0 +1,297 @@
+"""Which adapters are on the device: loading, least-recently-used eviction, pins, and the line for room.
+
+    disk ──load (checked, digest compared)──> host tier (bounded bytes) ──copy──> rank pool (bounded rows)
+
+``pin`` never blocks: it answers with a slot, or starts the load on a thread of this module and answers
+"not yet", so a cold adapter delays nobody but its own requests. A pinned adapter stays until it is
+unpinned as often as it was pinned.
+
+If every row is pinned, the adapter waits in line as a *claim*. For the first claim in line the cheapest
+sufficient set of residents is *closed*: they go on serving, but accept no new pins, so they drain and the
+claim gets its rows. Without that, popular adapters would be re-pinned forever and a cold one starve.
+Whoever wants an adapter asks again every step; a claim that nobody has asked for lately is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from adapters.artifact import Adapter
+from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
+from adapters.host_tier import HostTier
+from adapters.rank_pool import RankPool
+from adapters.registry import Version
+
+log = logging.getLogger("manylora.adapters")
+
+Tier = Literal["device", "host", "disk"]
+
+MAX_LOADS = 4
+"""Loads under way or in line; more would only churn the host tier."""
+
+PATIENCE = 2.0
+"""Seconds that a claim outlives its last asker, and that a new resident is kept for its first pin."""
+
+
+@dataclass(slots=True)
+class _Resident:
+    slot: int
+    ranks: Mapping[str, int]
+    keep_until: float
+    pins: int = 0
+    retired: bool = False
+
+
+@dataclass(slots=True)
+class _Claim:
+    ranks: Mapping[str, int]
+    asked: float
+
+
+@dataclass(slots=True)
+class ResidencyStats:
+    """Counters that only grow."""
+
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+
+
+class Residency:
+    """Decides who is in the rank pool and in the host tier. Thread-safe.
+
+    Args:
+        pool: the device rows.
+        load: reads and checks a version's weights from disk; raises ``AdapterError``.
+        host_bytes: bound of the host tier.
+        on_change: called when a ``pin`` that was refused may now end otherwise; on any thread.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        pool: RankPool,
+        load: Callable[[Version], Adapter],
+        host_bytes: int,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.host = HostTier(host_bytes)
+        self.stats = ResidencyStats()
+        self._load = load
+        self.on_change = on_change
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._device: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._loading: set[str] = set()
+        self._unwanted: set[str] = set()  # forgotten while loading
+        self._claims: OrderedDict[str, _Claim] = OrderedDict()
+        self._closed: set[str] = set()
+        self._errors: dict[str, AdapterError] = {}
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+
+    def pin(self, version: Version) -> int | None:
+        """The adapter's slot, pinned; or None = not yet: ask again on the next step.
+
+        Raises:
+            AdapterError: why loading it failed. The next ``pin`` tries afresh.
+        """
+        with self._lock:
+            self._settle()
+            digest = version.digest
+            resident = self._device.get(digest)
+            if resident is not None and digest not in self._closed:
+                resident.pins += 1
+                resident.retired = False
+                resident.keep_until = 0.0
+                self._device.move_to_end(digest)
+                return resident.slot
+            if digest in self._errors:
+                raise self._errors.pop(digest)
+            self._want(version)
+            return None
+
+    def unpin(self, digest: str) -> None:
+        with self._lock:
+            resident = self._device[digest]
+            resident.pins -= 1
+            assert resident.pins >= 0, "unpinned more often than pinned"
+            if resident.pins == 0 and resident.retired:
+                self._evict(digest)
+
+    def forget(self, digest: str) -> None:
+        """No name points at ``digest`` any more: free its host copy now, its rows with the last pin."""
+        with self._lock:
+            self.host.drop(digest)
+            self._errors.pop(digest, None)
+            self._claims.pop(digest, None)
+            if digest in self._loading:
+                self._unwanted.add(digest)
+            resident = self._device.get(digest)
+            if resident is None:
+                return
+            resident.retired = True
+            if resident.pins == 0:
+                self._evict(digest)
+
+    def tier(self, digest: str) -> Tier:
+        with self._lock:
+            if digest in self._device:
+                return "device"
+            return "host" if digest in self.host else "disk"
+
+    @property
+    def pins(self) -> int:
+        with self._lock:
+            return sum(resident.pins for resident in self._device.values())
+
+    def close(self) -> None:
+        """Finish the load under way and start no other."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def check_integrity(self) -> None:
+        """Assert that books and pool agree (tests, and the engine when idle)."""
+        with self._lock:
+            self.pool.check_integrity()
+            assert self._closed <= set(self._device), "a closed adapter is not resident"
+            used = sum(sum(resident.ranks.values()) for resident in self._device.values())
+            assert self._loading or used == self.pool.rows_used, "rows without a resident"
+
+    # -- the line for room (the lock is held) -----------------------------------------------------
+
+    def _want(self, version: Version) -> None:
+        """Start loading ``version``, or see that it stands in line."""
+        digest = version.digest
+        if digest in self._loading:
+            return
+        claim = self._claims.get(digest)
+        if claim is not None:
+            claim.asked = self._clock()
+            if digest != self._first_claim() or not self._fits(claim.ranks):
+                return
+        elif digest in self._device:  # closed for the first claim: get in line behind it
+            self._claims[digest] = _Claim(version.info.ranks, self._clock())
+            return
+        elif len(self._loading) + len(self._claims) >= MAX_LOADS:
+            return
+        self._loading.add(digest)
+        self._loader.submit(self._bring, version)
+
+    def _settle(self) -> None:
+        """Drop claims that are served or forgotten, and choose anew who must drain for the first one."""
+        oldest = self._clock() - PATIENCE
+        for digest, claim in list(self._claims.items()):
+            if claim.asked < oldest:
+                del self._claims[digest]
+        first = self._first_claim()
+        self._closed = self._who_must_drain(self._claims[first].ranks) if first else set()
+        for digest in [d for d in self._claims if d in self._device and d not in self._closed]:
+            del self._claims[digest]
+
+    def _first_claim(self) -> str | None:
+        return next((digest for digest in self._claims if digest not in self._device), None)
+
+    def _who_must_drain(self, ranks: Mapping[str, int]) -> set[str]:
+        """The residents with the fewest pins, as many as it takes until ``ranks`` would fit."""
+        missing = self.pool.missing_rows(ranks)
+        chosen: set[str] = set()
+        for digest, resident in sorted(self._device.items(), key=lambda item: item[1].pins):
+            if not missing:
+                break
+            chosen.add(digest)
+            missing = {
+                s: n - resident.ranks.get(s, 0) for s, n in missing.items() if n > resident.ranks.get(s, 0)
+            }
+        return chosen
+
+    def _evictable(self) -> list[str]:
+        """Residents that may go, least recently used first."""
+        now = self._clock()
+        return [
+            d for d, r in self._device.items() if r.pins == 0 and (r.keep_until <= now or d in self._closed)
+        ]
+
+    def _fits(self, ranks: Mapping[str, int]) -> bool:
+        missing = self.pool.missing_rows(ranks)
+        for digest in self._evictable():
+            freed = self._device[digest].ranks
+            missing = {s: n - freed.get(s, 0) for s, n in missing.items() if n > freed.get(s, 0)}
+        return not missing
+
+    def _reserve(self, ranks: Mapping[str, int]) -> int | None:
+        """Rows for ``ranks``, evicting as many as needed; None (and nobody evicted) if that is not enough."""
+        if not self._fits(ranks):
+            return None
+        for digest in self._evictable():
+            if not self.pool.missing_rows(ranks):
+                break
+            self._evict(digest)
+            self.stats.evictions += 1
+        return self.pool.reserve(ranks)
+
+    def _evict(self, digest: str) -> None:
+        self.pool.free(self._device.pop(digest).slot)
+        self._closed.discard(digest)
+
+    # -- the loader's thread ----------------------------------------------------------------------
+
+    def _bring(self, version: Version) -> None:
+        """Disk -> host -> device; or into the line of claims; or into the errors."""
+        began = self._clock()
+        try:
+            if self._to_device(version, self._to_host(version)):
+                self.stats.loads += 1
+                self.stats.load_seconds += self._clock() - began
+        except AdapterError as error:
+            self._fail(version, error)
+        except Exception as error:
+            log.exception("loading adapter %s raised", version.name)
+            self._fail(version, AdapterInvalid(f"Adapter {version.name!r} could not be loaded: {error}"))
+        finally:
+            with self._lock:
+                self._loading.discard(version.digest)
+                if version.digest in self._unwanted:
+                    self._unwanted.discard(version.digest)
+                    self.forget(version.digest)
+            self.on_change()
+
+    def _fail(self, version: Version, error: AdapterError) -> None:
+        with self._lock:
+            self._claims.pop(version.digest, None)
+            self._errors[version.digest] = error
+
+    def _to_host(self, version: Version) -> Adapter:
+        with self._lock:
+            kept = self.host.get(version.digest)
+        if kept is not None:
+            return kept
+        adapter = self._load(version)
+        if not self.pool.could_ever_fit(adapter.info.ranks):
+            raise AdapterTooLarge(
+                f"Adapter {version.name!r} has rank {adapter.info.rank}, but the device pool has "
+                f"{self.pool.num_rows} rows; raise --lora-pool-rows."
+            )
+        with self._lock:
+            self.host.put(adapter)
+        return adapter
+
+    def _to_device(self, version: Version, adapter: Adapter) -> bool:
+        ranks, digest = adapter.info.ranks, version.digest
+        with self._lock:
+            slot = self._reserve(ranks)
+            if slot is None:
+                self._claims.setdefault(digest, _Claim(ranks, self._clock()))
+                return False
+        self.pool.write(slot, adapter)
+        with self._lock:
+            self._claims.pop(digest, None)
+            self._device[digest] = _Resident(slot, ranks, keep_until=self._clock() + PATIENCE)
+        return True

@@ -1,0 +1,130 @@
+"""From the engine's outputs to the client's deltas: text, stop strings, log-probabilities.
+
+Runs where the answer is read (the event loop), not on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from server.engine.engine import Output
+from server.engine.request import Delta, GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.sampler import RankedLogprobs
+from server.engine.stop_strings import Scan, StopScanner
+from server.engine.tokenizer import Tokenizer
+
+
+class Answer:
+    """One of a request's n answers: turns each of its outputs into a delta."""
+
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self._params = params
+        self._tokenizer = tokenizer
+        self._text = tokenizer.stream(params.skip_special_tokens)
+        self._scanner = StopScanner(params.stop)
+        self._count = 0
+
+    def push(self, output: Output) -> Delta:
+        """The delta for one more token; a stop string may end the answer before the engine knows."""
+        self._count += 1
+        token = output.token
+        ends = output.reason == "stop"  # the token is an end-of-sequence or stop token: not part of the text
+        scan = self._scan("" if ends else self._text.push(token))
+        text, reason = scan.text, output.reason
+        if scan.stop is not None:
+            reason = "stop"
+        elif reason is not None:
+            text += self._rest()
+        stop_token = token if ends and token in self._params.stop_token_ids else None
+        return Delta(self.index, text, (token,), self._logprobs(output), reason, scan.stop or stop_token)
+
+    def _scan(self, text: str) -> Scan:
+        return self._scanner.push(text) if self._count >= self._params.min_tokens else Scan(text)
+
+    def _rest(self) -> str:
+        scan = self._scanner.push(self._text.finish())
+        return scan.text + self._scanner.finish()
+
+    def _logprobs(self, output: Output) -> tuple[TokenLogprob, ...] | None:
+        if output.logprobs is None:
+            return None
+        ranked: RankedLogprobs = output.logprobs
+        top = tuple(self._logprob(i, value) for i, value in zip(ranked.top_ids, ranked.top, strict=True))
+        return (self._logprob(output.token, ranked.drawn, top),)
+
+    def _logprob(self, token: int, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        text, raw = self._tokenizer.piece(token)
+        return TokenLogprob(token, text, raw, value, top)
+
+
+class RunningGeneration:
+    """``server.engine.request.Generation``: all n answers of one request, as they come.
+
+    Args:
+        base_tag: names the base in the fingerprint.
+        cancel: ends the request in the engine.
+        stop_answer: ends one answer in the engine (its stop string was seen).
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        base_tag: str,
+        digest: str | None,
+        cancel: Callable[[], None],
+        stop_answer: Callable[[int], None],
+    ) -> None:
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._answers = {i: Answer(i, request.sampling, tokenizer) for i in range(request.sampling.n)}
+        self._base_tag = base_tag
+        self._digest = digest
+        self._cancel = cancel
+        self._stop_answer = stop_answer
+        self._cached = 0
+        self._submitted = time.monotonic()
+        self._queue_seconds: float | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return self._base_tag if self._digest is None else f"{self._base_tag}-lora-{self._digest[:12]}"
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._cached
+
+    @property
+    def queue_seconds(self) -> float | None:
+        return self._queue_seconds
+
+    def deliver(self, output: Output) -> None:
+        """Event loop: one more output of this request."""
+        self._outputs.put_nowait(output)
+
+    def cancel(self) -> None:
+        if self._answers:
+            self._answers.clear()
+            self._cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while self._answers:
+            output = await self._outputs.get()
+            if output.error is not None:
+                self._answers.clear()
+                raise output.error
+            answer = self._answers.get(output.index)
+            if answer is None:  # its stop string was seen; the engine had not heard of it yet
+                continue
+            if output.index == 0:
+                self._cached = output.cached
+                self._queue_seconds = output.started - self._submitted
+            self._digest = output.digest
+            delta = answer.push(output)
+            if delta.finish_reason is not None:
+                del self._answers[output.index]
+                if output.reason is None:
+                    self._stop_answer(output.index)
+            yield delta

@@ -1,0 +1,68 @@
+"""Paged attention with torch's own flash kernels; right on every device.
+
+Keys and values are gathered from their pages, then attended to by ``scaled_dot_product_attention``. In
+decoding, the query heads that share a KV head are laid out as that head's query rows, so that the gathered
+keys are read once and not once a query head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine.attention import LayerAttention
+from server.engine.attention.plan import AttentionPlan, DecodePart, PrefillPart
+
+Cache = tuple[Tensor, Tensor]
+
+
+def torch_paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: AttentionPlan, layer: LayerAttention
+) -> Tensor:
+    """See ``AttentionBackend``."""
+    for pages, new in zip(cache, (k, v), strict=True):
+        pages.index_copy_(0, plan.new_slots, new)
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    if plan.decode is not None:
+        out[plan.decode.tokens] = _decode(q[plan.decode.tokens], cache, plan.decode, layer)
+    for part in plan.prefills:
+        out[part.start : part.stop] = _prefill(q[part.start : part.stop], cache, part, layer)
+    return out
+
+
+def _decode(q: Tensor, cache: Cache, part: DecodePart, layer: LayerAttention) -> Tensor:
+    """q [n, heads, dim] -> [n, heads, dim]."""
+    n, longest = part.kv_slots.shape
+    keys, values = (
+        pages.index_select(0, part.kv_slots.view(-1)).view(n, longest, *pages.shape[1:]).transpose(1, 2)
+        for pages in cache
+    )
+    grouped = q.view(n, keys.shape[1], -1, q.shape[-1])
+    out = _attend(grouped, keys, values, part.bias(layer.window, q.dtype), layer)
+    return out.reshape(n, q.shape[1], -1)
+
+
+def _prefill(q: Tensor, cache: Cache, part: PrefillPart, layer: LayerAttention) -> Tensor:
+    """q [new, heads, dim] -> [new, heads, dim]."""
+    keys, values = (pages.index_select(0, part.kv_slots).transpose(0, 1)[None] for pages in cache)
+    query = q.transpose(0, 1)[None]
+    if part.whole and layer.window is None and layer.softcap is None:
+        out = F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=layer.scale, enable_gqa=True
+        )
+    else:
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        seen = part.seen(layer.window)
+        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+        out = _attend(query, keys, values, bias, layer)
+    return out[0].transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layer: LayerAttention) -> Tensor:
+    if layer.softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=layer.scale)
+    scores = (q @ k.transpose(-1, -2)).float() * layer.scale
+    scores = layer.softcap * torch.tanh(scores / layer.softcap) + bias
+    return scores.softmax(-1).to(v.dtype) @ v

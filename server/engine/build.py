@@ -1,0 +1,177 @@
+"""Puts the parts together, in the order in which they need one another; the only place to know them all."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from adapters.artifact import Limits, inspect_adapter, load_adapter
+from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.rank_pool import RankPool
+from adapters.registry import Registry, Version
+from adapters.residency import Residency
+from adapters.watcher import Watcher
+from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
+from server.engine.admission import ResidencyGate
+from server.engine.engine import Engine
+from server.engine.kv_cache import BlockManager
+from server.engine.listing import AdapterListing
+from server.engine.model import KvShape, ModelRunner
+from server.engine.request import BaseInfo, EngineStats
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.service import EngineService
+from server.engine.tokenizer import Tokenizer
+
+log = logging.getLogger("manylora.engine")
+
+_DEFAULT_STEP_TOKENS = 512
+"""Prompt tokens a step: more makes prefill no faster on a CPU and everybody's next token later."""
+
+
+def build_service(config: ServerConfig) -> EngineService:
+    """Prepare and load the base, take the memory, read the adapter folder; the service is ready to start.
+
+    Raises:
+        ConfigError: a size that does not fit the model or the memory.
+        BaseModelError: the base cannot be had or served.
+    """
+    torch.set_num_threads(config.engine.threads)
+    base = _load(config)
+    served_names = config.base.served_names or (base.prepared.name,)
+    pool = RankPool(base.layout.sites, config.adapters.pool_rows, base.model.dtype, base.model.device)
+    runner = ModelRunner(base, pool)
+    blocks, max_model_len = _allocate_kv(config.engine, base, runner)
+
+    registry, residency = _adapters(config.adapters, base, pool, frozenset(served_names))
+    gate = ResidencyGate(residency, registry)
+    scheduler = Scheduler(_limits(config.engine, max_model_len), blocks, gate)
+    tokenizer = _tokenizer(base)
+    engine = Engine(runner, scheduler, gate, registry, tokenizer.eos)
+
+    watcher = Watcher(registry)
+    watcher.scan_once(progress=True)
+    info = BaseInfo(
+        base.prepared.name,
+        served_names,
+        base.prepared.digest,
+        base.prepared.quantization,
+        max_model_len,
+        time.time(),
+    )
+    _log_sizes(info, blocks, pool, registry)
+    service = EngineService(
+        info, engine, registry, watcher, tokenizer, AdapterListing(registry, residency),
+        stats=partial(_stats, scheduler, residency),
+        max_queued=config.engine.max_queued_requests, on_close=residency.close,
+    )  # fmt: skip
+    residency.on_change = service.wake
+    return service
+
+
+def _load(config: ServerConfig) -> LoadedBase:
+    device = config.base.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA"
+        )
+    prepared = prepare_base(config.base.base, config.home, config.base.quantization)
+    return load_base(prepared, device, progress=True)
+
+
+def _allocate_kv(config: EngineConfig, base: LoadedBase, runner: ModelRunner) -> tuple[BlockManager, int]:
+    shapes = runner.probe()
+    num_blocks = _blocks_in(config, shapes, runner.dtype)
+    runner.allocate(shapes, num_blocks, config.block_size)
+    max_model_len = _max_model_len(config, base.model.config, num_blocks * config.block_size)
+    return BlockManager(num_blocks, config.block_size, config.prefix_caching), max_model_len
+
+
+def _blocks_in(config: EngineConfig, shapes: dict[int, KvShape], dtype: torch.dtype) -> int:
+    block = config.block_size * sum(shape.bytes_per_token(dtype) for shape in shapes.values())
+    if config.kv_cache_memory < block:
+        raise ConfigError(
+            f"--kv-cache-memory {config.kv_cache_memory}: one block of this model takes {block} bytes; "
+            "give it at least that, better a thousand times as much"
+        )
+    return config.kv_cache_memory // block
+
+
+def _max_model_len(config: EngineConfig, model_config: Any, capacity: int) -> int:
+    """The length asked for, or the model's own as far as the KV cache holds it."""
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None) or capacity
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(own, capacity)
+    if wanted > own:
+        raise ConfigError(f"--max-model-len {wanted}: the model itself handles {own} tokens; ask for no more")
+    if wanted > capacity:
+        raise ConfigError(
+            f"--max-model-len {wanted}: the KV cache holds {capacity} tokens; "
+            f"raise --kv-cache-memory or set --max-model-len to {capacity} or less"
+        )
+    return wanted
+
+
+def _limits(config: EngineConfig, max_model_len: int) -> SchedulerLimits:
+    budget = config.max_num_batched_tokens or max(_DEFAULT_STEP_TOKENS, config.max_num_seqs)
+    return SchedulerLimits(config.max_num_seqs, budget, max_model_len)
+
+
+def _adapters(
+    config: AdapterConfig, base: LoadedBase, pool: RankPool, reserved: frozenset[str]
+) -> tuple[Registry, Residency]:
+    config.folder.mkdir(parents=True, exist_ok=True)
+    limits = Limits(config.max_lora_rank, config.max_bytes)
+    dtype = base.model.dtype
+    inspect = partial(inspect_adapter, layout=base.layout, limits=limits, dtype=dtype)
+    registry = Registry(config.folder, inspect, reserved)
+
+    def load(version: Version) -> Any:
+        return load_adapter(version.path, base.layout, limits, dtype, expect_digest=version.digest)
+
+    residency = Residency(pool, load, config.host_memory)
+    registry.on_retired.append(lambda version: residency.forget(version.digest))
+    return registry, residency
+
+
+def _tokenizer(base: LoadedBase) -> Tokenizer:
+    configured = base.model.generation_config.eos_token_id
+    eos = set(configured if isinstance(configured, list) else [configured]) | {base.tokenizer.eos_token_id}
+    vocab_size = base.model.get_output_embeddings().weight.shape[0]
+    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}))
+
+
+def _stats(scheduler: Scheduler, residency: Residency) -> EngineStats:
+    return EngineStats(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting) + len(scheduler.preempted),
+        kv_blocks_total=scheduler.blocks.num_blocks,
+        kv_blocks_used=scheduler.blocks.num_used,
+        prefix_queries_tokens=scheduler.prompt_tokens,
+        prefix_hit_tokens=scheduler.cached_tokens,
+        preemptions=scheduler.preemptions,
+        pool_rows_total=residency.pool.rows_total,
+        pool_rows_used=residency.pool.rows_used,
+        adapter_evictions=residency.stats.evictions,
+        adapter_loads=residency.stats.loads,
+        adapter_load_seconds=residency.stats.load_seconds,
+        steps=scheduler.steps,
+    )
+
+
+def _log_sizes(base: BaseInfo, blocks: BlockManager, pool: RankPool, registry: Registry) -> None:
+    log.info("base %s: %s, digest %s", base.name, base.quantization, base.digest)
+    log.info(
+        "KV cache: %d blocks, %d tokens; context %d tokens",
+        blocks.num_blocks, blocks.num_blocks * blocks.block_size, base.max_model_len,
+    )  # fmt: skip
+    log.info(
+        "adapter pool: %d rows at %d sites, %.0f MB", pool.num_rows, len(pool.sites), pool.bytes_total / 1e6
+    )
+    log.info("adapters: %d served", sum(entry.state == "ready" for entry in registry.entries()))

@@ -1,0 +1,154 @@
+"""Which sequence owns which KV block. Integers only: no tensors, no clock, no threads.
+
+A block holds ``block_size`` tokens of keys and values. Full blocks are named by a chain of digests that
+starts at the adapter's own, so a block is found again only by the same tokens under the same weights:
+a replaced adapter can never read its predecessor's KV.
+
+Free blocks keep their content and their name until they are taken for something else, least recently
+freed first; the prefix cache is simply the set of named blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+BlockName = bytes
+
+
+def chain_root(digest: str | None) -> BlockName:
+    """The name before the first block: the adapter's content digest, or the base's own."""
+    return hashlib.blake2b((digest or "base").encode(), digest_size=16).digest()
+
+
+def chain_next(parent: BlockName, tokens: Sequence[int]) -> BlockName:
+    """The name of the block that holds ``tokens`` after the block ``parent``."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+class BlockTable:
+    """One sequence's blocks, in order, and the names of those that are full.
+
+    Attributes:
+        root: see ``chain_root``.
+        blocks: block ids; token i lives in ``blocks[i // block_size]``.
+        names: names of the leading full blocks whose content is computed.
+    """
+
+    __slots__ = ("blocks", "names", "root")
+
+    def __init__(self, root: BlockName) -> None:
+        self.root = root
+        self.blocks: list[int] = []
+        self.names: list[BlockName] = []
+
+    @property
+    def tip(self) -> BlockName:
+        return self.names[-1] if self.names else self.root
+
+
+class BlockManager:
+    """Allocates blocks, shares equal prefixes, and forgets nothing until it must.
+
+    Args:
+        num_blocks: how many blocks the KV tensors hold.
+        block_size: tokens in a block.
+        prefix_caching: whether full blocks are named and found again.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._refs = [0] * num_blocks
+        self._name_of: list[BlockName | None] = [None] * num_blocks
+        self._by_name: dict[BlockName, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def match(self, table: BlockTable, tokens: Sequence[int]) -> int:
+        """Take over cached blocks for the longest known prefix of ``tokens`` and return its length.
+
+        The last token is always left to compute, since its logits are what the caller wants.
+        """
+        if not self._prefix_caching:
+            return 0
+        size = self.block_size
+        for start in range(0, len(tokens) - size, size):
+            name = chain_next(table.tip, tokens[start : start + size])
+            block = self._by_name.get(name)
+            if block is None:
+                break
+            self._take(block)
+            table.blocks.append(block)
+            table.names.append(name)
+        return len(table.blocks) * size
+
+    def grow(self, table: BlockTable, num_tokens: int) -> bool:
+        """Extend ``table`` to hold ``num_tokens``; False (and nothing changed) if blocks run out."""
+        missing = self.blocks_for(num_tokens) - len(table.blocks)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            table.blocks.append(self._take_any())
+        return True
+
+    def commit(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
+        """Name the blocks that are full now that ``num_computed`` leading ``tokens`` have their KV."""
+        if not self._prefix_caching:
+            return
+        size = self.block_size
+        for i in range(len(table.names), num_computed // size):
+            name = chain_next(table.tip, tokens[i * size : (i + 1) * size])
+            table.names.append(name)
+            if name not in self._by_name:
+                self._by_name[name] = table.blocks[i]
+                self._name_of[table.blocks[i]] = name
+
+    def release(self, table: BlockTable) -> None:
+        """Give all of a sequence's blocks back; deepest first, so that a prefix outlives its tail."""
+        for block in reversed(table.blocks):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if self._name_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+        table.blocks.clear()
+        table.names.clear()
+
+    def check_integrity(self, tables: Sequence[BlockTable]) -> None:
+        """Assert that the books agree with the live ``tables`` (tests, and the engine when idle)."""
+        refs = [0] * self.num_blocks
+        for table in tables:
+            for block in table.blocks:
+                refs[block] += 1
+        assert refs == self._refs, "reference counts differ from the tables"
+        assert {b for b, n in enumerate(refs) if n == 0} == set(self._free), "free list is wrong"
+        for name, block in self._by_name.items():
+            assert self._name_of[block] == name, f"block {block} lost its name"
+        assert sum(n is not None for n in self._name_of) == len(self._by_name), "a name is not indexed"
+
+    def _take_any(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        name = self._name_of[block]
+        if name is not None:
+            del self._by_name[name]
+            self._name_of[block] = None
+        self._refs[block] = 1
+        return block
+
+    def _take(self, block: int) -> None:
+        self._free.pop(block, None)
+        self._refs[block] += 1

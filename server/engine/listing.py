@@ -1,0 +1,47 @@
+"""What is told of adapters: the registry's entries joined with where their weights are."""
+
+from __future__ import annotations
+
+from adapters.errors import AdapterNotFound
+from adapters.registry import Entry, Registry
+from adapters.residency import Residency
+from server.engine.request import AdapterStatus
+
+
+class AdapterListing:
+    """Reads; changes nothing."""
+
+    def __init__(self, registry: Registry, residency: Residency) -> None:
+        self._registry = registry
+        self._residency = residency
+
+    def all(self) -> list[AdapterStatus]:
+        return [self._status(entry) for entry in self._registry.entries()]
+
+    def has(self, name: str) -> bool:
+        return any(entry.name == name for entry in self._registry.entries())
+
+    def one(self, name: str) -> AdapterStatus:
+        for entry in self._registry.entries():
+            if entry.name == name and entry.state != "draining":
+                return self._status(entry)
+        raise AdapterNotFound(f"There is no adapter {name!r}.")
+
+    def _status(self, entry: Entry) -> AdapterStatus:
+        version = entry.version
+        info = version.info if version else None
+        return AdapterStatus(
+            name=entry.name,
+            state=entry.state,
+            digest=version.digest if version else None,
+            rank=info.rank if info else None,
+            nbytes=info.nbytes if info else None,
+            tier=self._residency.tier(version.digest) if version else None,
+            in_flight=entry.in_flight,
+            last_used=entry.last_used,
+            created=entry.created,
+            path=str(entry.path),
+            base_model=info.base_model if info else None,
+            warnings=info.warnings if info else (),
+            reason=entry.reason,
+        )

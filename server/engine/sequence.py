@@ -1,0 +1,108 @@
+"""One answer being made: its tokens, its progress, its blocks. Bookkeeping only, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapters.registry import Version
+from server.engine.kv_cache import BlockTable
+from server.engine.request import FinishReason, SamplingParams
+
+
+class Sequence:
+    """One answer of one request, from the queue to its last token.
+
+    Attributes:
+        request_id, index: which request, and which of its n answers.
+        adapter: the adapter version it asks for; None = the base.
+        slot: the adapter's slot in the rank pool while pinned; -1 = none.
+        tokens: prompt and generated tokens.
+        num_prompt: how many of them are the prompt.
+        num_computed: how many leading tokens have their KV in the cache.
+        num_cached: prompt tokens that the prefix cache gave at first admission; None before it.
+        arrival: rank in order of arrival; smaller is older.
+        seed: what its draws come from, together with the position.
+        table: its KV blocks; None while it has none.
+        started: clock at the first step that took it up; None before.
+        not_before: clock before which admission need not be tried again.
+        attempts: how often admission found the adapter's content changed.
+    """
+
+    __slots__ = (
+        "adapter", "arrival", "attempts", "eos", "index", "not_before", "num_cached", "num_computed",
+        "num_prompt", "params", "request_id", "seed", "slot", "started", "table", "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        prompt: tuple[int, ...],
+        adapter: Version | None,
+        params: SamplingParams,
+        seed: int,
+        arrival: int,
+        eos: frozenset[int],
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.adapter = adapter
+        self.params = params
+        self.seed = seed
+        self.arrival = arrival
+        self.eos = eos
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.num_computed = 0
+        self.num_cached: int | None = None
+        self.slot = -1
+        self.table: BlockTable | None = None
+        self.started: float | None = None
+        self.not_before = 0.0
+        self.attempts = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.index
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still without KV; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def digest(self) -> str | None:
+        return self.adapter.digest if self.adapter else None
+
+    def finish_reason(self, token: int, max_model_len: int) -> FinishReason | None:
+        """Why ``token`` (just appended) ends this answer, or None if it goes on."""
+        if self.num_generated >= max(self.params.min_tokens, 1) and self.is_stop_token(token):
+            return "stop"
+        if self.num_generated >= self.params.max_tokens or len(self.tokens) >= max_model_len:
+            return "length"
+        return None
+
+    def is_stop_token(self, token: int) -> bool:
+        if token in self.params.stop_token_ids:
+            return True
+        return token in self.eos and not self.params.ignore_eos
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step computes for one sequence: tokens [start, start + length).
+
+    ``samples`` says that the chunk ends with the sequence's last token, so that a new one is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def samples(self) -> bool:
+        return self.start + self.length == len(self.sequence.tokens)

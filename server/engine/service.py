@@ -1,0 +1,265 @@
+"""Between the event loop and the engine's thread: ``server.engine.request.Service``, for real.
+
+Commands go to the thread through a deque, outputs come back once a step through the loop. The thread is
+the only one that touches the engine; everything else here runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from adapters.registry import Registry
+from adapters.watcher import Watcher
+from server.engine.answer import RunningGeneration
+from server.engine.engine import Engine, Output
+from server.engine.listing import AdapterListing
+from server.engine.request import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
+from server.engine.tokenizer import Tokenizer
+from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
+
+log = logging.getLogger("manylora.engine")
+
+Command = Callable[[], None]
+_RETRY_WAITING = 0.05
+"""Seconds after which waiting requests are looked at again when nothing runs (an adapter may have come)."""
+
+
+class EngineService:
+    """Runs the engine on a thread of its own and carries requests to it.
+
+    Args:
+        engine, registry, watcher, tokenizer, listing: the parts, already built.
+        stats: a snapshot of the parts' counters; cheap and safe from any thread.
+        max_queued: requests that may wait to start.
+        on_close: frees what the parts hold, after the thread has ended.
+    """
+
+    def __init__(
+        self,
+        base: BaseInfo,
+        engine: Engine,
+        registry: Registry,
+        watcher: Watcher,
+        tokenizer: Tokenizer,
+        listing: AdapterListing,
+        stats: Callable[[], EngineStats],
+        max_queued: int,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._base = base
+        self._engine = engine
+        self._registry = registry
+        self._watcher = watcher
+        self._tokenizer = tokenizer
+        self._listing = listing
+        self._stats = stats
+        self._max_queued = max_queued
+        self._on_close = on_close
+        self._base_tag = f"{base.quantization}-{base.digest[:12]}"
+        self._commands: deque[Command] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._draining = False
+        self._failure: str | None = None
+        self._running: dict[str, RunningGeneration] = {}
+        self._ends: deque[float] = deque(maxlen=32)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        self._watcher.start()
+
+    def begin_drain(self) -> None:
+        """Take no new requests; those that are here go on."""
+        self._draining = True
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until every request has ended; False if some had not after ``timeout`` seconds."""
+        self.begin_drain()
+        deadline = time.monotonic() + timeout
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._running
+
+    def stop(self) -> None:
+        """End the thread at the next step's end and free everything."""
+        self._stopping = True
+        self._wake.set()
+        self._watcher.stop()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._on_close()
+
+    def wake(self) -> None:
+        """Look at the waiting requests again (an adapter's state has changed); from any thread."""
+        self._wake.set()
+
+    # -- what HTTP asks ---------------------------------------------------------------------------
+
+    @property
+    def base(self) -> BaseInfo:
+        return self._base
+
+    def stats(self) -> EngineStats:
+        return self._stats()
+
+    def failure(self) -> str | None:
+        return self._failure
+
+    def draining(self) -> bool:
+        return self._draining
+
+    async def encode(self, text: str) -> list[int]:
+        return await asyncio.to_thread(self._tokenizer.encode, text)
+
+    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return await asyncio.to_thread(self._tokenizer.render_chat, messages)
+
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """See ``Service.submit``.
+
+        Raises:
+            EngineDead, ShuttingDown, QueueFull, PromptTooLong, InvalidRequest, AdapterError: at once.
+        """
+        self._check_open()
+        self._check(request)
+        version = self._registry.checkout(request.adapter) if request.adapter is not None else None
+        generation = RunningGeneration(
+            request, self._tokenizer, self._base_tag, version.digest if version else None,
+            cancel=partial(self._cancel, request.request_id),
+            stop_answer=partial(self._stop_answer, request.request_id),
+        )  # fmt: skip
+        self._running[request.request_id] = generation
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
+        self._send(partial(self._engine.add, request, version, seed))
+        return generation
+
+    def adapters(self) -> list[AdapterStatus]:
+        return self._listing.all()
+
+    def has_adapter(self, name: str) -> bool:
+        return self._listing.has(name)
+
+    async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
+        await asyncio.to_thread(self._registry.register, name, path, replace)
+        return self._listing.one(name)
+
+    async def unload_adapter(self, name: str) -> None:
+        self._watcher.suppress(name)  # its folder is still there; do not load it again
+        self._registry.unregister(name)
+
+    # -- event loop -------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(f"The engine has ended ({self._failure}); the server must be restarted.")
+        if self._draining:
+            raise ShuttingDown("The server is shutting down; send the request elsewhere.")
+        waiting = self._stats().waiting + len(self._commands)
+        if waiting >= self._max_queued:
+            raise QueueFull(
+                f"{waiting} requests are waiting already, the most that --max-queued-requests allows.",
+                retry_after=self._seconds_for(waiting),
+            )
+
+    def _seconds_for(self, waiting: int) -> int:
+        """How long the present queue takes at the pace of the latest answers, between 1 and 60 s."""
+        if len(self._ends) < 2:
+            return 1
+        pace = (time.monotonic() - self._ends[0]) / len(self._ends)
+        return min(60, max(1, math.ceil(waiting * pace)))
+
+    def _check(self, request: GenerationRequest) -> None:
+        limit = self._base.max_model_len
+        if not request.prompt:
+            raise InvalidRequest("The prompt is empty; it needs at least one token.", param="prompt")
+        if len(request.prompt) >= limit:
+            raise PromptTooLong(
+                f"The prompt has {len(request.prompt)} tokens; with at least one to generate, this server's "
+                f"limit is {limit} (--max-model-len)."
+            )
+        params = request.sampling
+        self._check_vocabulary("prompt", request.prompt)
+        self._check_vocabulary("logit_bias", params.logit_bias)
+        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
+
+    def _check_vocabulary(self, field: str, tokens: Iterable[int]) -> None:
+        size = self._tokenizer.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InvalidRequest(
+                f"Token id {wrong} is outside the vocabulary (0 to {size - 1}).", param=field
+            )
+
+    def _cancel(self, request_id: str) -> None:
+        if self._running.pop(request_id, None) is not None:
+            self._send(partial(self._engine.abort, request_id))
+
+    def _stop_answer(self, request_id: str, index: int) -> None:
+        self._send(partial(self._engine.abort_answer, request_id, index))
+
+    def _send(self, command: Command) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _deliver(self, outputs: list[Output], ended: list[str]) -> None:
+        for output in outputs:
+            generation = self._running.get(output.request_id)
+            if generation is not None:
+                generation.deliver(output)
+        for request_id in ended:
+            self._running.pop(request_id, None)
+            self._ends.append(time.monotonic())
+
+    # -- the engine's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception as error:
+            log.critical("the engine's loop ended", exc_info=True)
+            self._die(f"{type(error).__name__}: {error}")
+
+    def _turn(self) -> None:
+        """Take commands, make one step, hand its outputs over; sleep while there is nothing to do."""
+        self._wake.clear()
+        while self._commands:
+            self._commands.popleft()()
+        outputs = self._engine.step() if self._engine.busy else []
+        ended = self._engine.take_ended()
+        if outputs or ended:
+            self._post(self._deliver, outputs, ended)
+        if not self._engine.busy:
+            self._wake.wait()
+        elif not self._engine.running:
+            self._wake.wait(_RETRY_WAITING)
+
+    def _die(self, why: str) -> None:
+        self._failure = why
+        error = EngineDead(f"The engine has ended ({why}); the server must be restarted.")
+        self._post(self._fail_all, error)
+
+    def _fail_all(self, error: EngineDead) -> None:
+        for request_id, generation in self._running.items():
+            generation.deliver(Output(request_id, 0, token=-1, error=error))
+        self._running.clear()
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the event loop is closed: nobody listens any more
+            self._stopping = True

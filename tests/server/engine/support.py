@@ -1,0 +1,60 @@
+"""Sequences and schedulers for tests that need no torch model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from adapters.artifact import AdapterInfo
+from adapters.registry import Version
+from server.engine.kv_cache import BlockManager
+from server.engine.request import SamplingParams
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Sequence
+
+_numbers = itertools.count()
+
+
+def make_version(name: str, digest: str | None = None, ranks: dict[str, int] | None = None) -> Version:
+    info = AdapterInfo(digest or f"digest-of-{name}", ranks or {"a": 4}, 1000, None, ())
+    return Version(name=name, digest=info.digest, path=Path(name), info=info, created=0.0)
+
+
+def make_sequence(
+    prompt: int | list[int] = 5, adapter: str | Version | None = None, **params: Any
+) -> Sequence:
+    """A sequence with a prompt of that many distinct tokens, or of exactly those."""
+    number = next(_numbers)
+    tokens = list(range(1000 * number, 1000 * number + prompt)) if isinstance(prompt, int) else prompt
+    version = make_version(adapter) if isinstance(adapter, str) else adapter
+    sampling = SamplingParams(**({"max_tokens": 1000} | params))
+    return Sequence(f"r{number}", 0, tuple(tokens), version, sampling, 0, number, frozenset({2}))
+
+
+class OpenGate:
+    """Admits everyone but the adapters named in ``cold``."""
+
+    def __init__(self, cold: set[str] | None = None) -> None:
+        self.cold = cold or set()
+        self.pins = 0
+
+    def admit(self, sequence: Sequence) -> bool:
+        if sequence.adapter is not None and sequence.adapter.name in self.cold:
+            return False
+        self.pins += 1
+        sequence.slot = 0 if sequence.adapter is not None else -1
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        del sequence
+        self.pins -= 1
+
+
+def make_scheduler(
+    blocks: int = 64, block_size: int = 4, seqs: int = 8, budget: int = 32, gate: OpenGate | None = None
+) -> Scheduler:
+    limits = SchedulerLimits(
+        max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=blocks * block_size
+    )
+    return Scheduler(limits, BlockManager(blocks, block_size), gate or OpenGate())
