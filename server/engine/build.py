@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,21 @@ _DEFAULT_STEP_TOKENS = 512
 """Prompt tokens a step: more makes prefill no faster on a CPU and everybody's next token later."""
 
 
-def build_service(config: ServerConfig) -> EngineService:
-    """Prepare and load the base, take the memory, read the adapter folder; the service is ready to start.
+@dataclass(frozen=True)
+class Parts:
+    """Everything a server is made of, put together and not yet started."""
+
+    info: BaseInfo
+    runner: ModelRunner
+    engine: Engine
+    registry: Registry
+    residency: Residency
+    watcher: Watcher
+    tokenizer: Tokenizer
+
+
+def build_parts(config: ServerConfig) -> Parts:
+    """Prepare and load the base, take the memory, read the adapter folder.
 
     Raises:
         ConfigError: a size that does not fit the model or the memory.
@@ -41,35 +55,43 @@ def build_service(config: ServerConfig) -> EngineService:
     """
     torch.set_num_threads(config.engine.threads)
     base = _load(config)
-    served_names = config.base.served_names or (base.prepared.name,)
     pool = RankPool(base.layout.sites, config.adapters.pool_rows, base.model.dtype, base.model.device)
     runner = ModelRunner(base, pool)
     blocks, max_model_len = _allocate_kv(config.engine, base, runner)
-
-    registry, residency = _adapters(config.adapters, base, pool, frozenset(served_names))
+    info = _info(config, base, max_model_len)
+    registry, residency = _adapters(config.adapters, base, pool, frozenset(info.served_names))
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(_limits(config.engine, max_model_len), blocks, gate)
     tokenizer = _tokenizer(base)
     engine = Engine(runner, scheduler, gate, registry, tokenizer.eos)
-
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
-    info = BaseInfo(
-        base.prepared.name,
-        served_names,
-        base.prepared.digest,
-        base.prepared.quantization,
-        max_model_len,
-        time.time(),
-    )
     _log_sizes(info, blocks, pool, registry)
+    return Parts(info, runner, engine, registry, residency, watcher, tokenizer)
+
+
+def build_service(config: ServerConfig) -> EngineService:
+    """The service, ready to start. Raises as ``build_parts`` does."""
+    parts = build_parts(config)
     service = EngineService(
-        info, engine, registry, watcher, tokenizer, AdapterListing(registry, residency),
-        stats=partial(_stats, scheduler, residency),
-        max_queued=config.engine.max_queued_requests, on_close=residency.close,
-    )  # fmt: skip
-    residency.on_change = service.wake
+        parts.info,
+        parts.engine,
+        parts.registry,
+        parts.watcher,
+        parts.tokenizer,
+        AdapterListing(parts.registry, parts.residency),
+        stats=partial(_stats, parts.engine.scheduler, parts.residency),
+        max_queued=config.engine.max_queued_requests,
+        on_close=parts.residency.close,
+    )
+    parts.residency.on_change = service.wake
     return service
+
+
+def _info(config: ServerConfig, base: LoadedBase, max_model_len: int) -> BaseInfo:
+    prepared = base.prepared
+    names = config.base.served_names or (prepared.name,)
+    return BaseInfo(prepared.name, names, prepared.digest, prepared.quantization, max_model_len, time.time())
 
 
 def _load(config: ServerConfig) -> LoadedBase:

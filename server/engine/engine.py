@@ -53,7 +53,7 @@ class Engine:
     """Requests in, outputs out, one ``step`` at a time.
 
     Args:
-        model: runs a step's chunks.
+        model: runs a step's chunks; also an attribute, so that one can look at the logits in between.
         scheduler: decides what a step computes; its gate must be ``gate``.
         gate: pins adapters.
         registry: counts who uses which version.
@@ -64,7 +64,7 @@ class Engine:
         self, model: Model, scheduler: Scheduler, gate: ResidencyGate, registry: Registry, eos: frozenset[int]
     ) -> None:
         self.scheduler = scheduler
-        self._model = model
+        self.model = model
         self._gate = gate
         self._registry = registry
         self._eos = eos
@@ -154,7 +154,7 @@ class Engine:
             return [result for chunk in batch for result in self._compute([chunk])]
 
     def _draw(self, batch: SequenceOf[Chunk]) -> list[Draw | Exception | None]:
-        logits = self._model(batch)
+        logits = self.model(batch)
         draws = iter(sample(logits, [chunk.sequence for chunk in batch if chunk.samples]))
         return [next(draws) if chunk.samples else None for chunk in batch]
 

@@ -1,0 +1,135 @@
+"""A mixed batch equals each request alone, and both equal PEFT on the same 4-bit base.
+
+Everything is bf16, so sums in another order differ in the last bits; ``TOLERANCE`` is what is allowed, as a
+share of the logits' standard deviation. Greedy tokens must be PEFT's wherever its two best logits differ by
+more than that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from adapters.base import LoadedBase, load_base, prepare_base
+from server.engine.build import Parts
+from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
+from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
+
+FAMILIES: list[Family] = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
+TOLERANCE = 0.1
+
+ADAPTERS = {
+    "everywhere": {"r": 8, "target_modules": "all-linear"},
+    "attention": {"r": 3, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 12},
+    "mixed-ranks": {
+        "r": 4,
+        "target_modules": ["q_proj", "o_proj", "down_proj", "gate_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 16, "down_proj": 7},
+        "alpha_pattern": {"down_proj": 20},
+        "use_rslora": True,
+    },
+}
+
+
+def _prompts(vocabulary: int) -> list[Asked]:
+    """Lengths on both sides of a block, of a chunk and of the sliding window; two share an adapter."""
+    generator = torch.Generator().manual_seed(0)
+    plan = [
+        ("everywhere", 5),
+        (None, 37),
+        ("attention", 70),
+        ("mixed-ranks", 16),
+        ("everywhere", 33),
+        (None, 1),
+    ]
+    return [
+        Asked(torch.randint(3, vocabulary, (n,), generator=generator).tolist(), adapter, {"ignore_eos": True})
+        for adapter, n in plan
+    ]
+
+
+def _run_mixed(parts: Parts, requests: list[Asked]) -> LogitsRecorder:
+    recorder = LogitsRecorder(parts.runner)
+    parts.engine.model = recorder
+    driver = Driver(parts)
+    driver.resident(*ADAPTERS)
+    driver.run(*requests)
+    parts.engine.check_idle()
+    parts.residency.check_integrity()
+    return recorder
+
+
+def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
+    """Logits [generated, vocabulary] of one plain forward pass over prompt and answer."""
+    tokens = torch.tensor([asked.prompt + asked.tokens[:-1]])
+    with torch.inference_mode():
+        if asked.adapter is None:
+            logits = base.model(tokens, use_cache=False).logits
+        else:
+            model = PeftModel.from_pretrained(base.model, folder / asked.adapter)
+            logits = model.eval()(tokens, use_cache=False).logits
+            model.unload()
+    return logits[0, len(asked.prompt) - 1 :].float()
+
+
+def _check(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) -> float:
+    """The largest difference, as a share of the logits' standard deviation."""
+    scale = theirs.std().item()
+    worst = ((ours - theirs).abs().max() / scale).item()
+    assert worst <= tolerance
+    best = theirs.topk(2).values
+    sure = (best[:, 0] - best[:, 1]) > tolerance * scale
+    same = theirs.argmax(-1) == torch.tensor(tokens)
+    assert bool((same | ~sure).all()), "a greedy token differs where the margin is clear"
+    return worst
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
+    folder = make_tiny_model(family, tmp_path / family)
+    prepared = prepare_base(str(folder), tmp_path, progress=False)
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64")
+    requests = _prompts(parts.tokenizer.vocab_size)
+    recorder = _run_mixed(parts, requests)
+    assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
+    for asked in requests:
+        theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
+        _check(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_mixed_batch_equals_each_request_alone(family: Family, tmp_path: Path) -> None:
+    folder = make_tiny_model(family, tmp_path / family)
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--no-enable-prefix-caching")
+    together = _prompts(parts.tokenizer.vocab_size)
+    mixed = _run_mixed(parts, together)
+    for asked in together:
+        alone = Asked(asked.prompt, asked.adapter, asked.params)
+        single = _run_mixed(parts, [alone])
+        assert max(len(batch) for batch in single.batches) == 1
+        _check(mixed.of(asked)[:1], single.of(alone)[:1], asked.tokens[:1], TOLERANCE)
+        if alone.tokens == asked.tokens:
+            _check(mixed.of(asked), single.of(alone), asked.tokens, TOLERANCE)
+
+
+def test_adapters_do_change_the_answer(tmp_path: Path) -> None:
+    folder = make_tiny_model("llama", tmp_path / "llama")
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    parts = build(folder, tmp_path)
+    prompt = list(range(10, 30))
+    answers = [Asked(prompt, name) for name in (*ADAPTERS, None)]
+    recorder = _run_mixed(parts, answers)
+    first = [recorder.of(asked)[0] for asked in answers]
+    scale = first[-1].std()
+    for i, one in enumerate(first):
+        for other in first[i + 1 :]:
+            assert (one - other).abs().max() / scale > 3 * TOLERANCE
