@@ -172,7 +172,7 @@ def reading(path: Path) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseCorrupt(
             f"{path} cannot be read as a causal language model ({reason}); "
-            "fetch it again, or give a model that transformers knows."
+            "fetch it again (a cached one may be deleted), or give a model that transformers knows."
         ) from error
 
 

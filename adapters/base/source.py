@@ -149,7 +149,7 @@ def _is_nf4(path: Path, config: dict[str, Any]) -> bool:
 
 def _snapshot(hub_id: str, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         # Sub-folders hold the same weights in other formats (original/, onnx/).
@@ -167,7 +167,7 @@ def _snapshot(hub_id: str, progress: bool) -> Path:
         raise BaseNotFound(
             f"{hub_id} is neither a path here nor a public model on the hub; check it, or set HF_TOKEN."
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, OSError) as error:
         raise BaseNotFound(
             f"{hub_id} is no path here and the hub cannot be reached for it; "
             "check the spelling and the network, or give --base a local folder."
