@@ -169,8 +169,9 @@ class Watcher:
                 return
             folder.done = True
             own = folder.path.name
-            names = served.get(folder.path, set()) | ({own} if own not in taken else set())
-            for name in names:
+            if taken.get(own, folder.path) != folder.path:
+                logger.warning("Folder %s is not served: %s goes by its name.", own, taken[own])
+            for name in served.get(folder.path, set()) | ({own} - taken.keys()):
                 self._register(name, folder.path)
 
         with (

@@ -1,0 +1,170 @@
+"""Hostile and broken files, and what the digest stands for."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits, load_adapter
+from adapters.artifact.plan import plan_sites
+from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    return load_adapter(folder, LAYOUT, LIMITS, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "adapter")
+
+
+def test_other_files_are_ignored(folder: Path) -> None:
+    (folder / "README.md").write_text("# hello")
+    (folder / "optimizer.pt").write_bytes(b"\x80not a pickle")
+    (folder / "adapter_model.bin").write_bytes(b"\x80never read beside the safetensors")
+    assert _load(folder).info.rank == 4
+
+
+def test_a_pickle_alone_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
+    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterUnsupported, match=r"adapter_model.bin is a pickle.*convert it.*save_file"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_missing_linked_or_special_files_are_refused(folder: Path, name: str) -> None:
+    (folder / name).rename(folder / "elsewhere")
+    with pytest.raises(AdapterInvalid, match=f"{name} is missing"):
+        _load(folder)
+    (folder / name).symlink_to(folder / "elsewhere")
+    with pytest.raises(
+        AdapterInvalid, match=rf"{name} cannot be opened \(.*\); it must be a regular file, not a link"
+    ):
+        _load(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(AdapterInvalid, match=f"{name} is not a regular file"):
+        _load(folder)
+
+
+def test_a_missing_or_linked_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    for path in (tmp_path / "link", tmp_path / "nowhere", folder / CONFIG_FILE):
+        with pytest.raises(AdapterInvalid, match="The adapter folder cannot be opened"):
+            _load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "adapter_config.json is not valid JSON"),
+        ("[1]", "adapter_config.json must hold one JSON object, not a list"),
+        ('{"r": NaN}', "NaN is not JSON"),
+        ('{"r": 4, "r": 8}', "the key 'r' occurs twice"),
+        ("[" * 100_000, "adapter_config.json is not valid JSON"),
+        ('{"r": ' + "1" * 5000 + "}", "adapter_config.json is not valid JSON"),
+    ],
+)
+def test_configs_that_are_no_json_object(folder: Path, text: str, message: str) -> None:
+    (folder / CONFIG_FILE).write_text(text)
+    with pytest.raises(AdapterInvalid, match=message):
+        _load(folder)
+
+
+def test_sizes_are_capped_before_reading(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS_FILE, 2**40)  # sparse: takes no room, but reading it would
+    with pytest.raises(AdapterTooLarge, match=rf"{WEIGHTS_FILE} has {2**40} bytes; at most"):
+        _load(folder)
+    os.truncate(folder / CONFIG_FILE, 2**20 + 1)
+    with pytest.raises(AdapterTooLarge, match=f"{CONFIG_FILE} has 1048577 bytes"):
+        _load(folder)
+
+
+def _entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [4, 8], "data_offsets": [0, 128], **changes}
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "message"),
+    [
+        ({}, 0, "holds no tensors"),
+        ({"t": {"dtype": "F32"}}, 128, "the header's entry of tensor 't' is malformed"),
+        ({"t": _entry(shape=[-4, -8])}, 128, "is malformed"),
+        ({"t": _entry(shape=[4.0, 8])}, 128, "is malformed"),
+        ({"t": _entry(data_offsets=[0, 64])}, 64, "needs 128 bytes but has 64"),
+        ({"t": _entry(data_offsets=[8, 136])}, 136, "without holes or overlaps"),
+        ({"t": _entry()}, 200, "without holes or overlaps"),
+        ({"t": _entry()}, 100, "truncated or damaged"),
+        ({"t": _entry(), "u": _entry()}, 256, "without holes or overlaps"),
+    ],
+)
+def test_headers_that_lie(folder: Path, header: dict[str, Any], body: int, message: str) -> None:
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * body)
+    with pytest.raises(AdapterInvalid, match=message):
+        _load(folder)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"PK\3\4", b"\xff" * 8 + b"{}", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_files_that_are_no_safetensors(folder: Path, data: bytes) -> None:
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    with pytest.raises(AdapterInvalid, match=WEIGHTS_FILE):
+        _load(folder)
+
+
+def test_a_file_written_to_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch_and_plan(*args: Any) -> Any:
+        os.utime(folder / WEIGHTS_FILE, ns=(1, 1))
+        return plan_sites(*args)
+
+    monkeypatch.setattr("adapters.artifact.load.plan_sites", touch_and_plan)
+    with pytest.raises(AdapterChanged, match=f"{WEIGHTS_FILE} was written to while it was read"):
+        _load(folder)
+
+
+def test_no_descriptor_is_left_open(folder: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    _load(folder)
+    (folder / WEIGHTS_FILE).write_bytes(b"broken")
+    with pytest.raises(AdapterInvalid):
+        _load(folder)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_digest_is_the_content_that_is_served(folder: Path, tmp_path: Path) -> None:
+    digest = _load(folder).info.digest
+    same = write_folder(tmp_path / "same", config(lora_dropout=0.5, target_modules=["v_proj", "q_proj"]))
+    os.utime(same / WEIGHTS_FILE, ns=(1, 1))
+    scaled = write_folder(tmp_path / "scaled", config(lora_alpha=9))
+    retrained = write_folder(tmp_path / "retrained", weights=tensors(seed=1))
+    assert _load(same).info.digest == digest
+    assert len({digest, _load(scaled).info.digest, _load(retrained).info.digest}) == 3
+
+
+def test_an_expected_digest_is_held_to(folder: Path) -> None:
+    digest = _load(folder).info.digest
+    assert _load(folder, expect_digest=digest).info.digest == digest
+    write_folder(folder, weights=tensors(seed=1))
+    with pytest.raises(AdapterChanged, match="no longer what was registered"):
+        _load(folder, expect_digest=digest)
+
+
+def test_weights_own_their_memory(folder: Path) -> None:
+    for pair in _load(folder, dtype=torch.float32).weights.values():
+        for tensor in (pair.a, pair.b):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_wide_file_may_be_larger_than_what_is_served(folder: Path) -> None:
+    assert (folder / WEIGHTS_FILE).stat().st_size > 208
+    assert load_adapter(folder, LAYOUT, Limits(max_rank=4, max_bytes=208)).info.nbytes == 208

@@ -1,0 +1,220 @@
+"""Everything that is refused, each with the sentence that its user gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.artifact import Limits, inspect_adapter, load_adapter
+from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from tests.adapters.artifact_folders import LAYOUT, LIMITS, Q, V, config, key, tensors, write_folder
+
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "ADALORA"}, r"peft_type is 'ADALORA'; only 'LORA'"),
+    ({"peft_type": None}, r"peft_type is None; only 'LORA'"),
+    ({"task_type": "SEQ_CLS"}, r"task_type is 'SEQ_CLS'"),
+    ({"use_dora": True}, r"use_dora is set: DoRA scales"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is set: whole modules"),
+    ({"bias": "lora_only"}, r"bias is 'lora_only': trained biases"),
+    ({"lora_bias": True}, r"lora_bias is set"),
+    ({"trainable_token_indices": [1]}, r"trainable_token_indices is set"),
+    ({"layer_replication": [[0, 1]]}, r"layer_replication is set"),
+    ({"target_parameters": ["experts.up_proj"]}, r"target_parameters is set"),
+    ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens is set: aLoRA"),
+    ({"use_qalora": True}, r"use_qalora is set"),
+    ({"use_bdlora": {"nblocks": 2}}, r"use_bdlora is set"),
+    ({"arrow_config": {"top_k": 1}}, r"arrow_config is set"),
+    ({"kasa_config": {"beta": 0.1}}, r"kasa_config is set"),
+    ({"monteclora_config": {"buffer_size": 3}}, r"monteclora_config is set"),
+    ({"velora_config": {"x": 3}}, r"velora_config is set"),
+    ({"megatron_config": {"x": 3}}, r"megatron_config is set"),
+    *(
+        (
+            {"init_lora_weights": init},
+            rf"init_lora_weights is '{init}'.*path_initial_model_for_weight_conversion",
+        )
+        for init in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga")
+    ),
+    ({"init_lora_weights": "loftq"}, r"init_lora_weights is 'loftq'.*replace_lora_weights_loftq"),
+    ({"init_lora_weights": "brand_new"}, r"init_lora_weights is 'brand_new', which is not known"),
+    ({"hyper_lora": {"depth": 2}}, r"hyper_lora is set .* does not know what it means"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, r"'model.embed_tokens' of the base is not a linear"),
+    ({"target_modules": r".*\.self_attn"}, r"'model.layers.0.self_attn' of the base is not a linear"),
+]
+
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"r": 0}, r"r in adapter_config.json must be a positive integer, not 0"),
+    ({"r": True}, r"r in adapter_config.json must be a positive integer, not True"),
+    ({"r": None}, r"has no r; PEFT always writes it"),
+    ({"lora_alpha": "8"}, r"lora_alpha in adapter_config.json must be a finite number, not '8'"),
+    ({"use_rslora": "yes"}, r"use_rslora in adapter_config.json must be true or false"),
+    ({"rank_pattern": ["q_proj"]}, r"rank_pattern in adapter_config.json must be an object"),
+    ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern in adapter_config.json must be a positive integer"),
+    ({"target_modules": None}, r"has no target_modules"),
+    ({"target_modules": [1]}, r"target_modules in adapter_config.json must be a string or a list of strings"),
+    ({"target_modules": ["qq_proj"]}, r"target_modules \('qq_proj',\) matches no module of the base"),
+    ({"layers_to_transform": ["0"]}, r"layers_to_transform in adapter_config.json must be an integer or"),
+    ({"layers_pattern": "layers"}, r"layers_pattern needs layers_to_transform"),
+    ({"target_modules": "x", "layers_to_transform": [0]}, r"need target_modules to be a list of names"),
+    ({"base_model_name_or_path": 7}, r"base_model_name_or_path in adapter_config.json must be a string"),
+    ({"r": 8}, r"has shape \[4, 8\]; rank 8 of the config"),
+    ({"target_modules": ["q_proj"]}, rf"1 modules have tensors, but target_modules does not name them: {V}"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), UNSUPPORTED, ids=lambda x: str(x)[:40])
+def test_unsupported_configs(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterUnsupported, match=message):
+        load_adapter(write_folder(tmp_path / "a", config(**fields)), LAYOUT, LIMITS)
+
+
+@pytest.mark.parametrize(("fields", "message"), INVALID, ids=lambda x: str(x)[:40])
+def test_invalid_configs(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match=message):
+        load_adapter(write_folder(tmp_path / "a", config(**fields)), LAYOUT, LIMITS)
+
+
+def test_keys_that_only_training_reads_and_unknown_ones_that_are_off_are_fine(tmp_path: Path) -> None:
+    harmless = {
+        **{"lora_dropout": 0.1, "peft_version": "0.99", "inference_mode": True, "revision": "main"},
+        **{
+            "auto_mapping": {"unsloth_fixed": True},
+            "megatron_core": "megatron.core",
+            "qalora_group_size": 16,
+        },
+        **{"eva_config": {"rho": 2.0}, "init_lora_weights": "eva", "ensure_weight_tying": False},
+        **{"use_future": False, "future_config": None, "future_list": []},
+    }
+    assert inspect_adapter(write_folder(tmp_path / "a", config(**harmless)), LAYOUT, LIMITS).rank == 4
+
+
+def _swap(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The usual tensors with some replaced, added or (None) left out; names may be given as ``q_A``."""
+    short = {f"{site[0]}_{side}": key(name, side) for site, name in (("q", Q), ("v", V)) for side in "AB"}
+    result: dict[str, torch.Tensor | None] = {**tensors(), **{short.get(k, k): v for k, v in changes.items()}}
+    return {name: tensor for name, tensor in result.items() if tensor is not None}
+
+
+FOUR = torch.ones(4, 8)
+TENSORS: list[tuple[dict[str, torch.Tensor | None], type[Exception], str]] = [
+    (
+        {"v_A": None, "v_B": None},
+        AdapterInvalid,
+        rf"1 of the modules that target_modules names have no tensors: {V}",
+    ),
+    ({"v_B": None}, AdapterInvalid, rf"{V} has only lora_A; its lora_B is missing"),
+    ({"v_A": None}, AdapterInvalid, rf"{V} has only lora_B; its lora_A is missing"),
+    ({"v_A": torch.ones(4, 7)}, AdapterInvalid, r"has shape \[4, 7\].* make it \[4, 8\]"),
+    ({"v_B": torch.ones(4, 5)}, AdapterInvalid, r"has shape \[4, 5\].* make it \[4, 4\]"),
+    ({"v_A": torch.ones(32)}, AdapterInvalid, r"has shape \[32\]"),
+    (
+        {"v_A": torch.ones(4, 8, dtype=torch.float64)},
+        AdapterInvalid,
+        r"has dtype F64; save the adapter in F32",
+    ),
+    ({"v_A": torch.ones(4, 8, dtype=torch.int8)}, AdapterInvalid, r"has dtype I8"),
+    ({"v_A": torch.full((4, 8), torch.nan)}, AdapterInvalid, rf"{V}.lora_A.weight' has NaN or infinity"),
+    ({"v_B": torch.full((4, 4), torch.inf)}, AdapterInvalid, rf"{V}.lora_B.weight' has NaN or infinity"),
+    ({"v_B": torch.full((4, 4), 3e38)}, AdapterInvalid, r"overflows bfloat16 once scaled"),
+    (
+        {"q_B": torch.zeros(6, 4), "v_B": torch.zeros(4, 4)},
+        AdapterInvalid,
+        r"it would be the base, untrained",
+    ),
+    ({key(Q.replace("q_proj", "q_prj"), "A"): FOUR}, AdapterInvalid, rf"the nearest are {Q}"),
+    ({key("transformer.h.0.attn.c_attn", "A"): FOUR}, AdapterInvalid, r"seems to be for another base"),
+    ({key("lm_head", "A"): FOUR}, AdapterUnsupported, r"'lm_head' of the base is not a linear"),
+    (
+        {"base_model.model.model.embed_tokens.lora_embedding_A": FOUR},
+        AdapterUnsupported,
+        r"LoRA on embeddings",
+    ),
+    ({f"base_model.model.{Q}.lora_magnitude_vector": FOUR}, AdapterUnsupported, r"belongs to DoRA"),
+    ({f"base_model.model.{Q}.lora_B.bias": FOUR}, AdapterUnsupported, r"a bias on lora_B"),
+    ({f"base_model.model.{Q}.bias": FOUR}, AdapterUnsupported, r"trained biases"),
+    ({"base_model.model.lm_head.weight": FOUR}, AdapterUnsupported, r"save_embedding_layers=False"),
+    ({"base_model.model.score.modules_to_save.weight": FOUR}, AdapterUnsupported, r"without modules_to_save"),
+    ({"optimizer.state": FOUR}, AdapterInvalid, r"'optimizer.state' is no LoRA tensor"),
+    ({f"{Q}.lora_A.weight": FOUR}, AdapterInvalid, r"are the same tensor's names"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), TENSORS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_tensors_that_do_not_fit(
+    changes: dict[str, torch.Tensor | None], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        load_adapter(write_folder(tmp_path / "a", weights=_swap(**changes)), LAYOUT, LIMITS)
+
+
+def test_a_zero_alpha_is_the_base(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid, match="it would be the base"):
+        load_adapter(write_folder(tmp_path / "a", config(lora_alpha=0)), LAYOUT, LIMITS)
+
+
+def test_one_trained_site_is_enough(tmp_path: Path) -> None:
+    adapter = load_adapter(write_folder(tmp_path / "a", weights=_swap(v_B=torch.zeros(4, 4))), LAYOUT, LIMITS)
+    assert adapter.info.ranks == {Q: 4, V: 4}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.replace("lora_A.weight", "lora_A.default.weight").replace(
+            "B.weight", "B.default.weight"
+        ),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    ],
+    ids=["adapter name", "no prefix", "compiled", "FSDP"],
+)
+def test_names_as_other_tools_write_them(rename: Any, tmp_path: Path) -> None:
+    renamed = {rename(name): tensor for name, tensor in tensors().items()}
+    usual = load_adapter(write_folder(tmp_path / "usual"), LAYOUT, LIMITS)
+    other = load_adapter(write_folder(tmp_path / "other", weights=renamed), LAYOUT, LIMITS)
+    assert renamed.keys() != tensors().keys()
+    assert all(torch.equal(other.weights[s].b, usual.weights[s].b) for s in (Q, V))
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    mixed = {
+        name.replace(".weight", ".one.weight" if Q in name else ".two.weight"): t
+        for name, t in tensors().items()
+    }
+    with pytest.raises(AdapterInvalid, match="mixes the tensors of several adapters: one, two"):
+        load_adapter(write_folder(tmp_path / "a", weights=mixed), LAYOUT, LIMITS)
+
+
+def test_caps_hold_before_any_value_is_read(tmp_path: Path) -> None:
+    poisoned = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors().items()}
+    folder = write_folder(tmp_path / "a", weights=poisoned)
+    with pytest.raises(AdapterTooLarge, match=rf"{Q} has rank 4; --max-lora-rank allows 3"):
+        load_adapter(folder, LAYOUT, Limits(max_rank=3, max_bytes=10_000))
+    with pytest.raises(AdapterTooLarge, match=r"takes 208 bytes as served; this server allows 207"):
+        load_adapter(folder, LAYOUT, Limits(max_rank=4, max_bytes=207))
+    with pytest.raises(AdapterInvalid, match="NaN"):
+        load_adapter(folder, LAYOUT, Limits(max_rank=4, max_bytes=208))
+
+
+@pytest.mark.parametrize(
+    ("base", "warned"),
+    [
+        ("TINY-1b", False),
+        ("/data/models/tiny-1b/", False),
+        ("unsloth/Tiny-1B-unsloth-bnb-4bit", False),
+        (None, False),
+        ("other/Huge-70B", True),
+    ],
+)
+def test_another_bases_name_is_a_warning_only(base: str | None, warned: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", config(base_model_name_or_path=base))
+    info = inspect_adapter(folder, LAYOUT, LIMITS)
+    assert info.base_model == base
+    expected = ("It was trained on 'other/Huge-70B', but the base is 'some-lab/Tiny-1B'.",) if warned else ()
+    assert info.warnings == expected

@@ -1,0 +1,77 @@
+"""Names and paths that users may give."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.errors import AdapterNameInvalid
+from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
+
+ALPHANUMERIC = string.ascii_letters + string.digits
+
+
+@given(
+    st.text(ALPHANUMERIC, min_size=1, max_size=1), st.text(ALPHANUMERIC + "._-", max_size=MAX_NAME_LENGTH - 1)
+)
+def test_good_names(first: str, rest: str) -> None:
+    assert check_name(first + rest) == first + rest
+
+
+@given(st.text(max_size=8), st.characters(exclude_characters=ALPHANUMERIC + "._-"), st.text(max_size=8))
+def test_no_name_has_another_character(before: str, bad: str, after: str) -> None:
+    with pytest.raises(AdapterNameInvalid, match="cannot name an adapter"):
+        check_name(before + bad + after)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "-flag", "_x", "a" * 129, "a\n", "a/b", "ü", "a\0"]
+)
+def test_bad_names(name: str) -> None:
+    with pytest.raises(AdapterNameInvalid):
+        check_name(name)
+
+
+@given(st.text(max_size=20))
+def test_whatever_is_asked_for_stays_below_the_root(path: str) -> None:
+    root = Path("/nowhere/adapters")
+    try:
+        found = resolve_under(root, path)
+    except AdapterNameInvalid:
+        return
+    assert root in found.parents
+    assert ".." not in found.parts
+
+
+def test_relative_and_absolute_paths(tmp_path: Path) -> None:
+    assert resolve_under(tmp_path, "a") == tmp_path / "a"
+    assert resolve_under(tmp_path, "a/./b") == tmp_path / "a" / "b"
+    assert resolve_under(tmp_path, tmp_path / "a") == tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "..", "../x", "a/../b", "a/..", "/etc/passwd", "/", "a\0b", "a" * 5000]
+)
+def test_paths_that_lead_elsewhere(path: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterNameInvalid, match="is not a path below the adapter folder"):
+        resolve_under(tmp_path, path)
+
+
+def test_a_neighbour_with_the_same_beginning_is_elsewhere(tmp_path: Path) -> None:
+    with pytest.raises(AdapterNameInvalid):
+        resolve_under(tmp_path / "adapters", str(tmp_path / "adapters-secret" / "a"))
+
+
+def test_links_below_the_root_are_refused_but_the_root_may_be_one(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    (real / "a").mkdir(parents=True)
+    (real / "link").symlink_to(real / "a")
+    (tmp_path / "root").symlink_to(real)
+    assert resolve_under(tmp_path / "root", "a") == tmp_path / "root" / "a"
+    for path in ("link", "link/below"):
+        with pytest.raises(AdapterNameInvalid, match="links are not followed"):
+            resolve_under(real, path)

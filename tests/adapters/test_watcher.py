@@ -1,0 +1,325 @@
+"""The watcher over real folders; looks are made by hand, so that nothing depends on time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from adapters import watcher as module
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, inspect_adapter
+from adapters.errors import AdapterInvalid, AdapterNotFound
+from adapters.registry import Registry
+from adapters.watcher import Watcher
+from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
+
+
+class Room:
+    """An adapter folder, its registry and watcher, past the first look."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.reads: list[str] = []
+        self.registry = Registry(root, self._inspect, frozenset({"base"}))
+        self.watcher = Watcher(self.registry)
+
+    def _inspect(self, folder: Path) -> AdapterInfo:
+        self.reads.append(folder.name)
+        return inspect_adapter(folder, LAYOUT, LIMITS)
+
+    def write(self, name: str, seed: int = 0) -> Path:
+        return write_folder(self.root / name, weights=tensors(seed=seed))
+
+    def look(self, times: int = 4) -> None:
+        """Enough looks for any change to be seen, and seen again."""
+        for _ in range(times):
+            self.watcher.scan_once()
+
+    def states(self) -> dict[str, str]:
+        return {entry.name: entry.state for entry in self.registry.entries()}
+
+    def digest(self, name: str) -> str:
+        return self.registry.resolve(name).digest
+
+    def reason(self, name: str) -> str | None:
+        return next(entry.reason for entry in self.registry.entries() if entry.name == name)
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Room:
+    room = Room(tmp_path)
+    room.look(1)
+    return room
+
+
+def test_new_replaced_removed(room: Room) -> None:
+    room.write("a")
+    room.look()
+    first = room.digest("a")
+    room.write("a", seed=1)
+    room.look()
+    assert room.digest("a") != first
+    shutil.rmtree(room.root / "a")
+    room.look(1)
+    assert room.states() == {}
+    room.write("a")
+    room.look()
+    assert room.digest("a") == first
+
+
+def test_a_folder_is_read_only_after_it_stood_still(room: Room) -> None:
+    folder = room.write("a")
+    for size in (10, 20, 30):
+        (folder / WEIGHTS_FILE).write_bytes(b"x" * size)
+        room.look(1)
+    room.write("a")
+    room.look(1)
+    assert room.reads == []
+    room.look(1)
+    assert room.reads == ["a"]
+    assert room.states() == {"a": "ready"}
+
+
+def test_a_folder_renamed_into_place_replaces(room: Room) -> None:
+    room.write("a")
+    room.look()
+    first = room.digest("a")
+    new = room.write(".new", seed=1)
+    (room.root / "a").rename(room.root / ".old")
+    new.rename(room.root / "a")
+    room.look(2)
+    assert room.digest("a") != first
+
+
+def test_an_idle_folder_is_read_once(room: Room) -> None:
+    room.write("a")
+    room.look(10)
+    assert room.reads == ["a"]
+
+
+def test_an_edited_config_replaces(room: Room) -> None:
+    room.write("a")
+    room.look()
+    first = room.digest("a")
+    write_folder(room.root / "a", config(lora_alpha=2))
+    room.look()
+    assert room.digest("a") != first
+
+
+def test_unfinished_hidden_and_stray_things_are_skipped(room: Room) -> None:
+    for name in (".hidden", "a.tmp", "a.partial"):
+        room.write(name)
+    (room.root / "notes.txt").write_text("x")
+    room.look()
+    assert room.reads == []
+    assert room.states() == {}
+
+
+def test_a_bad_one_fails_alone_and_is_said_once(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    room.write("good")
+    write_folder(room.root / "bad", config(use_dora=True))
+    room.look(6)
+    assert room.states() == {"bad": "failed", "good": "ready"}
+    assert [r.message[:34] for r in caplog.records if r.levelname != "INFO"] == [
+        "Adapter bad is not served: use_dor"
+    ]
+    with pytest.raises(AdapterInvalid, match="use_dora is set"):
+        room.registry.resolve("bad")
+    write_folder(room.root / "bad")
+    room.look()
+    assert room.states() == {"bad": "ready", "good": "ready"}
+
+
+def test_a_bad_replacement_leaves_the_old_one_serving(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    room.write("a")
+    room.look()
+    first = room.digest("a")
+    write_folder(room.root / "a", config(use_dora=True))
+    room.look(6)
+    assert room.digest("a") == first
+    assert "use_dora" in (room.reason("a") or "")
+    assert sum("not replaced" in record.message for record in caplog.records) == 1
+
+
+def test_a_failed_folder_that_is_removed_is_forgotten(room: Room) -> None:
+    write_folder(room.root / "bad", config(use_dora=True))
+    room.look()
+    shutil.rmtree(room.root / "bad")
+    room.look(1)
+    assert room.states() == {}
+
+
+@pytest.mark.parametrize("name", ["white space", "base", "ümlaut"])
+def test_names_that_cannot_be_served_are_listed(name: str, room: Room) -> None:
+    room.write(name)
+    room.look(6)
+    assert room.states() == {name: "failed"}
+    assert room.reads == []
+    shutil.rmtree(room.root / name)
+    room.look(1)
+    assert room.states() == {}
+
+
+def test_a_linked_folder_is_listed_with_the_reason(
+    room: Room, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = write_folder(tmp_path_factory.mktemp("elsewhere") / "a")
+    (room.root / "link").symlink_to(elsewhere)
+    room.look()
+    assert "links are not followed" in (room.reason("link") or "")
+
+
+def test_an_incomplete_folder_is_waited_for_then_listed(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = room.write("a")
+    (folder / WEIGHTS_FILE).rename(room.root / ".weights")
+    room.look()
+    assert room.states() == {}
+    monkeypatch.setattr(module, "INCOMPLETE_AFTER", 0.0)
+    room.look()
+    assert (
+        room.reason("a") == f"{WEIGHTS_FILE} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}."
+    )
+    (room.root / ".weights").rename(folder / WEIGHTS_FILE)
+    room.look()
+    assert room.states() == {"a": "ready"}
+
+
+def test_unloaded_by_hand_stays_so_until_the_files_change(room: Room) -> None:
+    room.write("a")
+    room.look()
+    room.watcher.suppress("a")
+    room.registry.unregister("a")
+    room.look()
+    assert room.states() == {}
+    room.write("a", seed=1)
+    room.look()
+    assert room.states() == {"a": "ready"}
+
+
+def test_unloaded_before_it_was_ever_seen(room: Room) -> None:
+    room.write("a")
+    room.registry.register("a", "a", replace=False)
+    room.watcher.suppress("a")
+    room.registry.unregister("a")
+    room.look()
+    assert room.states() == {}
+
+
+def test_unloaded_while_it_is_read(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    register = room.registry.register
+
+    def unload_meanwhile(name: str, path: Path, replace: bool) -> object:
+        room.watcher.suppress(name)
+        return register(name, path, replace)
+
+    monkeypatch.setattr(room.registry, "register", unload_meanwhile)
+    room.write("a")
+    room.look()
+    assert room.reads == ["a"]
+    assert room.states() == {}
+
+
+def test_an_alias_follows_its_folder(room: Room) -> None:
+    room.write("a")
+    room.registry.register("alias", "a", replace=False)
+    room.look()
+    assert room.states() == {"a": "ready", "alias": "ready"}
+    first = room.digest("alias")
+    room.write("a", seed=1)
+    room.look()
+    assert room.digest("alias") == room.digest("a") != first
+    shutil.rmtree(room.root / "a")
+    room.look(1)
+    assert room.states() == {}
+
+
+def test_a_name_given_to_another_folder_is_left_to_it(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    room.write("b")
+    room.registry.register("a", "b", replace=False)
+    room.write("a", seed=1)
+    room.look()
+    assert room.registry.resolve("a").path == room.root / "b"
+    assert [r.message for r in caplog.records] == [
+        f"Folder a is not served: {room.root / 'b'} goes by its name."
+    ]
+
+
+def test_an_unexpected_error_stays_in_its_folder(
+    room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(folder: Path) -> object:
+        if folder.name == "bad":
+            raise RuntimeError("boom")
+        return inspect_adapter(folder, LAYOUT, LIMITS)
+
+    monkeypatch.setattr(room.registry, "_inspect", explode)
+    room.write("bad")
+    room.write("good")
+    room.look(6)
+    assert room.states() == {"bad": "failed", "good": "ready"}
+    assert room.reason("bad") == "Reading it failed: RuntimeError: boom."
+    assert sum("Reading adapter bad failed" in record.message for record in caplog.records) == 1
+
+
+def test_a_root_that_cannot_be_listed_removes_nobody(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    room.write("a")
+    room.look()
+    room.root.rename(room.root.with_name("away"))
+    room.look()
+    assert room.states() == {"a": "ready"}
+    assert sum("cannot be listed" in record.message for record in caplog.records) == 1
+    room.root.with_name("away").rename(room.root)
+    room.look()
+    assert room.states() == {"a": "ready"}
+
+
+def test_the_first_look_takes_what_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Room(tmp_path)
+    room.write("fresh")
+    room.look(1)
+    assert room.states() == {}
+    monkeypatch.setattr(module, "SETTLED_AGE", 0.0)
+    room = Room(tmp_path)
+    room.watcher.scan_once(progress=True)
+    assert room.states() == {"fresh": "ready"}
+
+
+def test_a_spent_budget_leaves_the_rest_to_the_next_look(room: Room) -> None:
+    room.write("a")
+    room.look(1)
+    room.watcher.scan_once(budget=0.0)
+    assert room.states() == {}
+    room.look(1)
+    assert room.states() == {"a": "ready"}
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_the_thread_does_it_all_and_outlives_errors(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INTERVAL", 0.01)
+    scandir, failures = os.scandir, iter([RuntimeError("boom")])
+
+    def flaky(path: Path) -> object:
+        for error in failures:
+            raise error
+        return scandir(path)
+
+    monkeypatch.setattr("adapters.watcher.os.scandir", flaky)
+    room.watcher.start()
+    room.write("a")
+    _wait_for(lambda: room.states() == {"a": "ready"})
+    shutil.rmtree(room.root / "a")
+    _wait_for(lambda: room.states() == {})
+    room.watcher.stop()
+    room.write("b")
+    with pytest.raises(AdapterNotFound):
+        room.registry.resolve("b")
