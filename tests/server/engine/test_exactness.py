@@ -8,6 +8,7 @@ more than that.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
 FAMILIES: list[Family] = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
 TOLERANCE = 0.1
 
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "everywhere": {"r": 8, "target_modules": "all-linear"},
     "attention": {"r": 3, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 12},
     "mixed-ranks": {
