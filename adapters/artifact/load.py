@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import MappingProxyType
@@ -87,15 +88,19 @@ def _read_tensors(
 def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: torch.dtype) -> torch.Tensor:
     """A as it is; B (the one with a ``scale``) scaled in float32 and transposed to rank rows."""
     raw = torch.frombuffer(data, dtype=_TORCH_DTYPE[entry.dtype]).view(entry.shape)
-    if not bool(torch.isfinite(raw).all()):
-        raise AdapterInvalid(f"Tensor {entry.name!r} has NaN or infinity in it; the training diverged.")
-    scaled = raw if scale is None else raw.float().mul_(scale).t()
+    scaled = raw if scale is None else (raw.float() * scale).t()
     served = scaled.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(served).all()):
-        raise AdapterInvalid(
-            f"Tensor {entry.name!r} overflows {str(dtype).removeprefix('torch.')} once scaled."
-        )
-    return served
+    if _all_finite(served):
+        return served
+    if _all_finite(raw):
+        short = str(dtype).removeprefix("torch.")
+        raise AdapterInvalid(f"Tensor {entry.name!r} overflows {short} once scaled.")
+    raise AdapterInvalid(f"Tensor {entry.name!r} has NaN or infinity in it; the training diverged.")
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """By the extremes, which NaN spreads to: many times quicker than asking of every value."""
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _check_not_base(weights: Iterable[LoraWeights]) -> None:
