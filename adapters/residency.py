@@ -200,30 +200,32 @@ class Residency:
         return next((digest for digest in self._claims if digest not in self._device), None)
 
     def _who_must_drain(self, ranks: Mapping[str, int]) -> set[str]:
-        """The residents with the fewest pins, as many as it takes until ``ranks`` would fit."""
+        """The residents with the fewest pins, as many as it takes until ``ranks`` would fit.
+
+        Those that wait for their first pin are spared: closing them would undo a load for nothing. Nobody
+        drains if that leaves too few; it is a matter of moments.
+        """
         missing = self.pool.missing_rows(ranks)
         chosen: set[str] = set()
-        for digest, resident in sorted(self._device.items(), key=lambda item: item[1].pins):
+        used = [(d, r) for d, r in self._device.items() if not self._is_fresh(r)]
+        for digest, resident in sorted(used, key=lambda item: item[1].pins):
             if not missing:
                 break
             chosen.add(digest)
-            missing = {
-                s: n - resident.ranks.get(s, 0) for s, n in missing.items() if n > resident.ranks.get(s, 0)
-            }
-        return chosen
+            missing = _less(missing, resident.ranks)
+        return chosen if not missing else set()
 
     def _evictable(self) -> list[str]:
         """Residents that may go, least recently used first."""
-        now = self._clock()
-        return [
-            d for d, r in self._device.items() if r.pins == 0 and (r.keep_until <= now or d in self._closed)
-        ]
+        return [d for d, r in self._device.items() if r.pins == 0 and not self._is_fresh(r)]
+
+    def _is_fresh(self, resident: _Resident) -> bool:
+        return resident.keep_until > self._clock()
 
     def _fits(self, ranks: Mapping[str, int]) -> bool:
         missing = self.pool.missing_rows(ranks)
         for digest in self._evictable():
-            freed = self._device[digest].ranks
-            missing = {s: n - freed.get(s, 0) for s, n in missing.items() if n > freed.get(s, 0)}
+            missing = _less(missing, self._device[digest].ranks)
         return not missing
 
     def _reserve(self, ranks: Mapping[str, int]) -> int | None:
@@ -295,3 +297,8 @@ class Residency:
             self._claims.pop(digest, None)
             self._device[digest] = _Resident(slot, ranks, keep_until=self._clock() + PATIENCE)
         return True
+
+
+def _less(missing: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
+    """The rows still missing by site when ``freed`` come free."""
+    return {site: rows - freed.get(site, 0) for site, rows in missing.items() if rows > freed.get(site, 0)}

@@ -74,7 +74,8 @@ def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
             model = PeftModel.from_pretrained(base.model, folder / asked.adapter)
             logits = model.eval()(tokens, use_cache=False).logits
             model.unload()
-    return logits[0, len(asked.prompt) - 1 :].float()
+    generated: Tensor = logits[0, len(asked.prompt) - 1 :].float()
+    return generated
 
 
 def _check(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) -> float:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,7 +54,7 @@ def test_draws_follow_the_distribution() -> None:
         ({"top_p": 1e-9}, [2]),
     ],
 )
-def test_truncation_keeps_and_renormalises(params: dict[str, float], kept: list[int]) -> None:
+def test_truncation_keeps_and_renormalises(params: dict[str, Any], kept: list[int]) -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])  # probabilities 0.09, 0.24, 0.64, 0.03
     expected = torch.zeros(4)
     expected[kept] = logits.softmax(-1)[kept]

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.artifact import Adapter, AdapterInfo, LoraWeights
+from adapters.kernels import LoraKernel, Segment
+from adapters.kernels.reference import reference_lora
+from adapters.kernels.segmented import segmented_lora
+from adapters.rank_pool import RankPool
+from adapters.rows import RowAllocator
+from adapters.sites import Site
+
+SITES = {"q": Site("q", 12, 20), "down": Site("down", 20, 12)}
+KERNELS: list[LoraKernel] = [segmented_lora]
+
+
+def _adapter(ranks: dict[str, int], seed: int = 0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: LoraWeights(
+            torch.randn(rank, SITES[name].in_features, generator=generator),
+            torch.randn(rank, SITES[name].out_features, generator=generator),
+        )
+        for name, rank in ranks.items()
+    }
+    return Adapter(AdapterInfo(f"digest{seed}", ranks, 0, None, ()), weights)
+
+
+def _insert(pool: RankPool, adapter: Adapter) -> int:
+    slot = pool.reserve(adapter.info.ranks)
+    assert slot is not None
+    pool.write(slot, adapter)
+    return slot
+
+
+def test_neighbouring_rows_are_preferred() -> None:
+    rows = RowAllocator(8)
+    first = rows.take(2)
+    rows.take(1)
+    assert first is not None
+    rows.give(first)
+    assert rows.take(3) == [3, 4, 5]
+    assert rows.take(4) == [0, 1, 6, 7]
+    assert rows.take(1) is None
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
+def test_rows_never_leak(history: list[tuple[bool, int]]) -> None:
+    rows = RowAllocator(16)
+    owned: list[list[int]] = []
+    for give, number in history:
+        if give and owned:
+            rows.give(owned.pop(number % len(owned)))
+        elif (taken := rows.take(number)) is not None:
+            assert len(taken) == number
+            owned.append(taken)
+        rows.check_integrity(owned)
+
+
+def test_absent_sites_take_no_rows_and_ranks_are_not_padded() -> None:
+    pool = RankPool(SITES, 8, torch.float32)
+    _insert(pool, _adapter({"q": 5}))
+    assert pool.rows_used == 5
+    assert pool.missing_rows({"q": 4, "down": 8}) == {"q": 1}
+    assert pool.reserve({"q": 4}) is None
+    assert pool.rows_used == 5
+    pool.check_integrity()
+
+
+def test_freed_rows_are_used_again() -> None:
+    pool = RankPool(SITES, 8, torch.float32)
+    slots = [_insert(pool, _adapter({"q": 4, "down": 2}, seed)) for seed in range(2)]
+    pool.free(slots[0])
+    assert _insert(pool, _adapter({"q": 4}, 2)) == slots[0]
+    pool.free(slots[1])
+    pool.free(slots[0])
+    pool.check_integrity()
+    assert pool.rows_used == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(-1, 5), st.integers(1, 4)), min_size=1, max_size=8),
+    st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 1000),
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_equals_the_reference(
+    kernel: LoraKernel, runs: list[tuple[int, int]], ranks: list[int], dtype: torch.dtype, seed: int
+) -> None:
+    """Who shares an adapter, ranks (0 = the site is absent), rows with holes and base tokens all vary."""
+    pool = RankPool(SITES, 40, dtype)
+    torch.manual_seed(seed)
+    fillers = [_insert(pool, _adapter({"q": 1 + i % 3})) for i in range(3)]
+    slots = [
+        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, seed=i))
+        for i, rank in enumerate(ranks[:3])
+    ]
+    for filler in fillers:
+        pool.free(filler)  # leaves holes, so that the next adapters' rows are scattered
+    slots += [
+        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, seed=i))
+        for i, rank in enumerate(ranks[3:])
+    ]
+    segments, token = [], 0
+    for slot, length in runs:
+        if slot >= 0:
+            segments.append(Segment(slots[slot], token, token + length))
+        token += length
+    x, y = torch.randn(token, 12, dtype=dtype), torch.randn(token, 20, dtype=dtype)
+    expected, got = y.clone(), y.clone()
+    reference_lora(expected, x, pool.sites["q"], segments)
+    kernel(got, x, pool.sites["q"], segments)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance * 8)
+    untouched = torch.ones(token, dtype=torch.bool)
+    for _, start, stop in segments:
+        untouched[start:stop] = False
+    assert torch.equal(got[untouched], y[untouched])
