@@ -39,6 +39,11 @@ on a free loopback port with synthetic adapters, measured and stopped; flags aft
 How each figure is defined is written in server/bench/stats.py.
 """
 
+_BUSY = (
+    "other work runs here (load average {load_average:.1f} on {cores} cores): threads that share a step "
+    "suffer most, and no figure below is to be trusted"
+)
+
 
 def add_parser(subparsers: SubParsers) -> None:
     """Add ``bench`` and its kinds; the parsed arguments' ``run`` takes them and gives the exit code."""
@@ -180,10 +185,12 @@ def _load(arguments: argparse.Namespace) -> Load:
 
 
 def _measure(arguments: argparse.Namespace, load: Load) -> tuple[list[Measured], dict[str, Any]]:
+    machine = describe_machine()
+    if machine["load_average"] > machine["cores"]:
+        print(_BUSY.format(**machine), file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="manylora-bench-") as scratch:
         prepare = _external if arguments.base_url else _own
         runners, setup = prepare(arguments, Path(scratch))
-        machine = describe_machine()
         num_warmups = load.num_prompts if arguments.num_warmups is None else arguments.num_warmups
         return measure(runners, setup, load, arguments.repeats, num_warmups), machine
 

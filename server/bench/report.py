@@ -71,9 +71,10 @@ def spreads(measured: Measured) -> dict[str, Spread]:
 
 def ratios(ours: Measured, theirs: Measured) -> dict[str, Spread]:
     """Ours divided by theirs, run by run: each pair had the same workload, one right after the other."""
-    shared = [name for name in spreads(ours) if name in spreads(theirs) and name not in _WITHOUT_RATIO]
+    divisors = {name for name, spread in spreads(theirs).items() if spread.min > 0} - _WITHOUT_RATIO
+    shared = [name for name in spreads(ours) if name in divisors]
     return {
-        name: Spread.of([_divide(a[name], b[name]) for a, b in zip(ours.runs, theirs.runs, strict=True)])
+        name: Spread.of([a[name] / b[name] for a, b in zip(ours.runs, theirs.runs, strict=True)])
         for name in shared
     }
 
@@ -121,10 +122,6 @@ def _medians(figures: dict[str, Spread]) -> dict[str, float]:
 
 def _spread(spread: Spread) -> dict[str, float]:
     return {"median": spread.median, "min": spread.min, "max": spread.max}
-
-
-def _divide(a: float, b: float) -> float:
-    return a / b if b else math.nan
 
 
 def _number(value: float) -> str:

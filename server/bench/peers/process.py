@@ -41,14 +41,14 @@ class ChildProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise BenchError(f"the process ended while it was asked; its log ends:\n{self.log_tail()}")
+            raise BenchError(f"{self._log.stem} ended while it was asked; its log ends:\n{self.log_tail()}")
         return answer
 
     def check_alive(self) -> None:
         """Raises ``BenchError`` if the process has ended."""
         code = self._popen.poll()
         if code is not None:
-            raise BenchError(f"the process ended with code {code}; its log ends:\n{self.log_tail()}")
+            raise BenchError(f"{self._log.stem} ended with code {code}; its log ends:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:]

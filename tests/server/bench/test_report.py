@@ -29,6 +29,11 @@ def test_the_table_is_aligned_and_shows_ratios() -> None:
     assert "315 (300 to 330)" in speed
 
 
+def test_there_is_no_ratio_to_nothing() -> None:
+    nothing = Measured("peer", [{"prefill_throughput": 0.0}])
+    assert ratios(Measured("ours", [{"prefill_throughput": 1.0}]), nothing) == {}
+
+
 def test_errors_are_counted_by_kind() -> None:
     assert errors([OURS, PEER]) == ["ours: 2 times x", "ours: 1 times y"]
 
