@@ -16,6 +16,7 @@ from adapters.errors import ManyloraError
 from server.config import ServerConfig
 from server.engine.request import Service
 from server.http.app import create_app
+from server.http.disconnect import Closing
 from server.logs import configure
 from server.version import VERSION
 
@@ -53,7 +54,7 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
 
 
 async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
-    """Start ``service``, answer on ``listener``, drain on SIGTERM or SIGINT, stop; a second signal ends at once."""
+    """Answer on ``listener`` until SIGTERM or SIGINT, drain, and stop; a second signal ends at once."""
     await service.start()
     server = _Server(service, config)
     try:
@@ -68,9 +69,10 @@ class _Server(uvicorn.Server):
     """uvicorn, but a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
 
     def __init__(self, service: RunningService, config: ServerConfig) -> None:
+        app = create_app(service, config.http)
         super().__init__(
             uvicorn.Config(
-                create_app(service, config.http),
+                app,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -80,6 +82,7 @@ class _Server(uvicorn.Server):
             )
         )
         self.service = service
+        self.closing: Closing = app.state.context.closing
         self.drain_seconds = config.http.shutdown_timeout
         self.draining: asyncio.Task[None] | None = None
         self.loop = asyncio.get_running_loop()
@@ -99,6 +102,7 @@ class _Server(uvicorn.Server):
             complete = await self.service.drain(self.drain_seconds)
             logger.info("drained", extra={"fields": {"complete": complete}})
         finally:
+            self.closing.close()
             self.should_exit = True
 
 

@@ -27,9 +27,9 @@ async def chat_completions(request: Request) -> Response:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     running = await submit(record, context, [(tuple(prompt), body.sampling(room, logprobs))])
     if body.stream:
-        return EventStream(_chunks(running, body.include_usage), record, running.cancel)
+        return EventStream(_chunks(running, body.include_usage), running, context.closing)
     try:
-        answers = await until_disconnect(request.receive, collect(running))
+        answers = await until_disconnect(request.receive, context.closing, collect(running))
     finally:
         running.cancel()
     return JSONResponse(_whole(running, answers, body.logprobs))

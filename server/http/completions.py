@@ -31,9 +31,9 @@ async def completions(request: Request) -> Response:
         record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
     )
     if body.stream:
-        return EventStream(_chunks(running, body.include_usage), record, running.cancel)
+        return EventStream(_chunks(running, body.include_usage), running, context.closing)
     try:
-        answers = await until_disconnect(request.receive, collect(running))
+        answers = await until_disconnect(request.receive, context.closing, collect(running))
     finally:
         running.cancel()
     return JSONResponse(_whole(running, answers, body.logprobs is not None))

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from server.config import HttpConfig
 from server.engine.request import Service
+from server.http.disconnect import Closing
 from server.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The engine, the limits of HTTP, and where numbers go."""
+    """The engine, the limits of HTTP, and where numbers go.
+
+    Attributes:
+        closing: closed when the time to drain is over; answers that still run end with an error.
+    """
 
     service: Service
     config: HttpConfig
     metrics: Metrics
+    closing: Closing = field(default_factory=Closing)
 
 
 def context_of(request: Request) -> Context:

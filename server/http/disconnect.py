@@ -1,4 +1,4 @@
-"""Work for a client lasts only as long as the client does."""
+"""Work for a client lasts only as long as the client and the server do."""
 
 from __future__ import annotations
 
@@ -8,27 +8,57 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
+from server.errors import ShuttingDown
 from server.http.errors import ClientDisconnected
 
 T = TypeVar("T")
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+class Closing:
+    """Tells everything that works for a client that the server ends; bound to no event loop."""
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._watches: set[asyncio.Future[None]] = set()
+
+    def close(self) -> None:
+        """End all work, now and from now on. Call it on the event loop."""
+        self._closed = True
+        for watch in self._watches:
+            if not watch.done():
+                watch.set_result(None)
+
+    def watch(self) -> asyncio.Future[None]:
+        """A future of the running loop, done once ``close`` was called; cancel it when it is not needed."""
+        watch = asyncio.get_running_loop().create_future()
+        self._watches.add(watch)
+        watch.add_done_callback(self._watches.discard)
+        if self._closed:
+            watch.set_result(None)
+        return watch
+
+
+async def until_disconnect(receive: Receive, closing: Closing, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``; if the client goes first, cancel it and raise ``ClientDisconnected``.
 
-    The request's body must have been read: what ``receive`` still brings is the disconnect.
+    The request's body must have been read: what ``receive`` still brings is the disconnect. The server's end
+    (``closing``) cancels it too, as ``ShuttingDown``.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
+    closed = closing.watch()
+    tasks: tuple[asyncio.Future[Any], ...] = (working, gone, closed)
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
+        if closed.done():
+            raise ShuttingDown("The server ended before the answer was complete; send the request elsewhere.")
         raise ClientDisconnected("The client went away before its answer was complete.")
     finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -24,7 +24,7 @@ from server.metrics import Metrics
 
 
 def room_for_answer(prompt_tokens: int, asked: int | None, context: int) -> int:
-    """Tokens the answer may have: what was asked for, else all that is left. Raises ``PromptTooLong``."""
+    """Tokens the answer may have: as asked for, else all that is left. Raises ``PromptTooLong``."""
     room = context - prompt_tokens
     if room < 1:
         raise PromptTooLong(
@@ -33,24 +33,23 @@ def room_for_answer(prompt_tokens: int, asked: int | None, context: int) -> int:
         )
     if asked is not None and asked > room:
         raise PromptTooLong(
-            f"The prompt has {prompt_tokens} tokens and the answer may take {asked}, but the model's context is "
-            f"{context} tokens. Shorten the prompt or lower 'max_tokens' to {room}.",
+            f"The prompt has {prompt_tokens} tokens and the answer may take {asked}, but the model's context "
+            f"is {context} tokens. Shorten the prompt or lower 'max_tokens' to {room}.",
             "max_tokens",
         )
     return room if asked is None else asked
 
 
-def begin(record: Record, context: Context, body: Generate, prefix: str) -> str | None:
-    """Note what is asked for, and return the adapter that ``model`` means (None = the base).
+def begin(record: Record, context: Context, body: Generate, prefix: str) -> None:
+    """Note what is asked for, and which adapter ``model`` means, before any work is done for the prompt.
 
-    Raises ``ModelNotFound`` or ``ModelUnavailable``, before any work is done for the prompt.
+    Raises ``ModelNotFound`` or ``ModelUnavailable``.
     """
     record.adapter = resolve_adapter(context.service, body.model)
     record.model = body.model
     record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
     if body.user is not None:
         record.user = hashlib.sha256(body.user.encode()).hexdigest()[:16]
-    return record.adapter
 
 
 async def submit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import RequestError
-from server.http.disconnect import until_disconnect
-from server.http.errors import code_of, error_body, shape_of
-from server.http.record import Record
+from server.http.disconnect import Closing, until_disconnect
+from server.http.errors import ClientDisconnected, code_of, error_body, shape_of
+from server.http.generation import Running
 
 logger = logging.getLogger(__name__)
 
@@ -23,50 +23,48 @@ Chunks = AsyncGenerator[dict[str, Any], None]
 
 
 class EventStream(Response):
-    """A response that sends ``chunks``. Until the first one, an error still becomes a proper HTTP status.
+    """A response that sends ``chunks``.
 
-    ``cancel`` is called however the stream ends: complete, failed, or because the client went away.
+    Until the first one, an error still becomes a proper HTTP status; afterwards it is told in the stream.
+    However the stream ends (complete, failed, or the client went away), the generations are cancelled.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Chunks, record: Record, cancel: Callable[[], None]) -> None:
+    def __init__(self, chunks: Chunks, running: Running, closing: Closing) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.chunks = chunks
-        self.record = record
-        self.cancel = cancel
+        self.running = running
+        self.closing = closing
+        self.started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         try:
-            await until_disconnect(receive, self._send_all(send))
+            await until_disconnect(receive, self.closing, self._send_all(send))
         except Exception as error:
-            if self.record.status is None:
+            if not self.started:
                 raise
-            self.record.status = shape_of(error).status
-            self.record.error = code_of(error)
+            await self._tell(error, send)
         finally:
-            self.cancel()
+            self.running.cancel()
 
     async def _send_all(self, send: Send) -> None:
-        started = False
-        try:
-            async with aclosing(self.chunks) as chunks:
-                async for chunk in chunks:
-                    if not started:
-                        await send(
-                            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                        )
-                        started = True
-                    await _send_body(send, _event(chunk))
-            await _send_body(send, DONE, more=False)
-        except Exception as error:
-            if not started:
-                raise
-            if not isinstance(error, RequestError):
-                logger.exception("streaming failed unexpectedly")
+        async with aclosing(self.chunks) as chunks:
+            async for chunk in chunks:
+                if not self.started:
+                    self.started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await _send_body(send, _event(chunk))
+        await _send_body(send, DONE, more=False)
+
+    async def _tell(self, error: Exception, send: Send) -> None:
+        record = self.running.record
+        record.status, record.error = shape_of(error).status, code_of(error)
+        if not isinstance(error, RequestError):
+            logger.error("streaming failed unexpectedly", exc_info=error)
+        if not isinstance(error, ClientDisconnected):
             await _send_body(send, b"event: error\n" + _event(error_body(error)), more=False)
-            raise
 
 
 def _event(data: dict[str, Any]) -> bytes:

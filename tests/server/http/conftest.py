@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig, from_args
@@ -46,3 +49,26 @@ def make_client(service: FakeService, config: HttpConfig) -> Iterator[MakeClient
 @pytest.fixture
 def client(make_client: MakeClient) -> TestClient:
     return make_client()
+
+
+@pytest.fixture
+def live(service: FakeService, config: HttpConfig) -> Iterator[str]:
+    """The address of a real server on a real socket, in a thread."""
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service, config), port=0, log_config=None, access_log=False, lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Fail if ``condition`` does not come true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""A ``Service`` without a model: prompt tokens are bytes, answers count `` a b c …``; it can fail and hang."""
+"""A ``Service`` without a model: prompt tokens are bytes, answers count `` a b c …``; can fail and hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.errors import ShuttingDown
 
 
 def token(number: int, top: int | None = None) -> TokenLogprob:
-    """The answer's token ``number``, with ``top`` likely ones beside it."""
+    """An answer's token ``number``, with ``top`` likely ones beside it."""
     text = f" {chr(ord('a') + number % 26)}"
     likely = tuple(token(number + step) for step in range(top or 0))
     return TokenLogprob(number, text, text.encode(), math.log(1 / (number + 2)), likely)
@@ -31,7 +31,7 @@ BASE = BaseInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000
 
 @dataclass(eq=False)
 class FakeGeneration:
-    """Yields ``max_tokens`` tokens for each answer; fails or hangs before token ``at`` as the service says."""
+    """``max_tokens`` tokens for each answer, unless the service says to fail or hang at one."""
 
     request: GenerationRequest
     service: FakeService
@@ -53,7 +53,7 @@ class FakeGeneration:
             if number == service.fail_at:
                 raise service.error
             if number == service.hang_at:
-                await asyncio.Event().wait()
+                await service.resume.wait()
             await asyncio.sleep(0)
             drawn = token(number, sampling.logprobs)
             last = "length" if number + 1 == sampling.max_tokens else None
@@ -71,10 +71,11 @@ class FakeService:
     known: dict[str, AdapterStatus] = field(default_factory=dict)
     fail_at: int | None = None
     hang_at: int | None = None
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception = field(default_factory=lambda: ValueError("a bug"))
     refusal: Exception | None = None
     dead: str | None = None
-    drain: bool = False
+    is_draining: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
     conversations: list[list[dict[str, str]]] = field(default_factory=list)
     running: set[FakeGeneration] = field(default_factory=set)
@@ -86,7 +87,7 @@ class FakeService:
         return self.dead
 
     def draining(self) -> bool:
-        return self.drain
+        return self.is_draining
 
     async def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -96,7 +97,7 @@ class FakeService:
         return [1, *"".join(message["content"] for message in messages).encode()]
 
     async def submit(self, request: GenerationRequest) -> FakeGeneration:
-        if self.drain:
+        if self.is_draining:
             raise ShuttingDown("The server is shutting down; send the request elsewhere.")
         if self.refusal is not None:
             raise self.refusal

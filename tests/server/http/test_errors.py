@@ -1,0 +1,44 @@
+"""No error is without a row in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from adapters.errors import AdapterError
+from server.errors import InvalidRequest, RequestError
+from server.http.errors import INTERNAL, SHAPES, HttpError, code_of, error_body, shape_of
+
+
+def leaves(cls: type[BaseException]) -> Iterator[type[BaseException]]:
+    below = cls.__subclasses__()
+    if not below:
+        yield cls
+    for each in below:
+        yield from leaves(each)
+
+
+def test_every_kind_of_failed_request_has_its_own_row() -> None:
+    ours = {
+        each
+        for tree in (RequestError, AdapterError)
+        for each in leaves(tree)
+        if "bench" not in each.__module__
+    }
+    assert len(ours) > 15
+    assert {each.__name__ for each in ours if each not in SHAPES} == set()
+
+
+def test_rows_have_statuses_of_errors() -> None:
+    assert all(400 <= shape.status < 600 for shape in SHAPES.values())
+    assert shape_of(KeyError()) is INTERNAL
+    assert shape_of(HttpError("?")) is INTERNAL
+
+
+def test_an_error_own_code_goes_first() -> None:
+    assert code_of(InvalidRequest("no", "n", "invalid_value")) == "invalid_value"
+    assert error_body(InvalidRequest("no", "n"))["error"] == {
+        "message": "no",
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": None,
+    }

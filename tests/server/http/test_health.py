@@ -1,0 +1,30 @@
+"""Probes tell alive from ready."""
+
+from __future__ import annotations
+
+from starlette.testclient import TestClient
+
+from tests.server.http.fake_service import FakeService
+
+
+def statuses(client: TestClient) -> tuple[int, int]:
+    return client.get("/health").status_code, client.get("/ready").status_code
+
+
+def test_alive_and_ready(client: TestClient) -> None:
+    assert statuses(client) == (200, 200)
+
+
+def test_draining_is_alive_but_not_ready(client: TestClient, service: FakeService) -> None:
+    service.is_draining = True
+    assert statuses(client) == (200, 503)
+
+
+def test_dead_says_why(client: TestClient, service: FakeService) -> None:
+    service.dead = "ValueError: out of blocks"
+    assert statuses(client) == (503, 503)
+    assert client.get("/health").json()["reason"] == "ValueError: out of blocks"
+
+
+def test_version(client: TestClient) -> None:
+    assert set(client.get("/version").json()) == {"version"}

@@ -1,0 +1,67 @@
+"""The list of models, and one of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from starlette.testclient import TestClient
+
+from tests.server.http.fake_service import FakeService, adapter
+
+BASE = {
+    "id": "tiny",
+    "object": "model",
+    "created": 1000,
+    "owned_by": "manylora",
+    "max_model_len": 64,
+    "root": "tiny",
+    "parent": None,
+    "digest": "sha256:base",
+    "quantization": "nf4",
+}
+POET = {
+    "id": "poet",
+    "object": "model",
+    "created": 2000,
+    "owned_by": "manylora",
+    "max_model_len": 64,
+    "root": "poet",
+    "parent": "tiny",
+    "digest": "sha256:poet",
+}
+
+
+def test_the_base_and_every_ready_adapter(client: TestClient) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert listed["data"][:2] == [BASE, POET]
+    assert [card["id"] for card in listed["data"]] == ["tiny", "poet", "router"]
+
+
+def test_one_model(client: TestClient) -> None:
+    assert client.get("/v1/models/tiny").json() == BASE
+    assert client.get("/v1/models/poet").json() == POET
+    assert client.get("/v1/models/pot").json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/broken").json()["error"]["code"] == "model_unavailable"
+
+
+def test_served_names_replace_the_base_own_name(client: TestClient, service: FakeService) -> None:
+    service.base = replace(service.base, served_names=("gpt", "org/chat"))
+    cards = client.get("/v1/models").json()["data"]
+    assert [(card["id"], card["root"], card["parent"]) for card in cards[:3]] == [
+        ("gpt", "tiny", None),
+        ("org/chat", "tiny", None),
+        ("poet", "poet", "gpt"),
+    ]
+    assert client.get("/v1/models/org/chat").status_code == 200
+    for model, status in (("gpt", 200), ("org/chat", 200), ("tiny", 404)):
+        body = {"model": model, "prompt": "a"}
+        assert client.post("/v1/completions", json=body).status_code == status
+    assert {request.adapter for request in service.requests} == {None}
+
+
+def test_the_disk_is_not_shown_to_clients(client: TestClient, service: FakeService) -> None:
+    service.known["poet"] = adapter("poet", path="/srv/secret/place/v2")
+    text = client.get("/v1/models").text
+    assert "secret" not in text
+    assert '"root":"v2"' in text

@@ -1,0 +1,310 @@
+"""Every refusal: its status, and that it names the field and the remedy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.errors import EngineDead, InvalidRequest, QueueFull, RequestFailed
+from server.http.limits import MAX_DEPTH
+from tests.server.http.conftest import MakeClient
+from tests.server.http.fake_service import FakeService, adapter
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
+
+
+def post(client: TestClient, url: str, body: object) -> tuple[int, dict[str, Any]]:
+    response = client.post(url, json=body)
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error
+
+
+WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, "model"),
+    ({"model": 3}, "model"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.01}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 1.5}, "min_p"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"1": True}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"seed": 1 << 63}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"stop": [""]}, "stop.0"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": True}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
+    ({"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+    ({"max_tokens": 64}, "max_tokens"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"functions": [{}]}, "functions"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"audio": {}}, "audio"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"store": True}, "store"),
+    ({"best_of": 2}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"metadata": {"a": 1}}, "metadata.a"),
+    ({"temprature": 1}, "temprature"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), WRONG_IN_BOTH, ids=lambda value: json.dumps(value)[:40])
+@pytest.mark.parametrize(("url", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+def test_a_wrong_field_is_named(
+    client: TestClient,
+    service: FakeService,
+    url: str,
+    body: dict[str, Any],
+    fields: dict[str, Any],
+    param: str,
+) -> None:
+    status, error = post(client, url, body | fields)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert param in error["message"]
+    assert not service.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "x", "name": "bob"}]}, "messages.0.name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_a_wrong_field_of_chat_is_named(client: TestClient, fields: dict[str, Any], param: str) -> None:
+    status, error = post(client, "/v1/chat/completions", CHAT | fields)
+    assert status == 400
+    assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 16}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_a_wrong_field_of_completions_is_named(
+    client: TestClient, fields: dict[str, Any], param: str
+) -> None:
+    status, error = post(client, "/v1/completions", TEXT | fields)
+    assert (status, error["param"]) == (400, param)
+
+
+def test_unsupported_is_said_plainly(client: TestClient) -> None:
+    _, error = post(client, "/v1/chat/completions", CHAT | {"tools": [1]})
+    assert error["code"] == "unsupported_parameter"
+    assert error["message"] == "'tools' is not supported; leave it out."
+
+
+def test_a_prompt_over_the_context_learns_both_numbers(client: TestClient) -> None:
+    long = [{"role": "user", "content": "x" * 63}]
+    status, error = post(client, "/v1/chat/completions", CHAT | {"messages": long})
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "64 tokens" in error["message"]
+    status, error = post(client, "/v1/completions", TEXT | {"prompt": [1] * 40, "max_tokens": 30})
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "max_tokens")
+    assert all(number in error["message"] for number in ("40", "30", "64", "24"))
+
+
+def test_the_last_token_of_the_context_can_be_used(client: TestClient) -> None:
+    response = client.post("/v1/completions", json=TEXT | {"prompt": [1] * 63})
+    assert response.json()["usage"]["completion_tokens"] == 1
+
+
+class TestModels:
+    def test_unknown_names_get_near_ones(self, client: TestClient, service: FakeService) -> None:
+        status, error = post(client, "/v1/chat/completions", CHAT | {"model": "poets"})
+        assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert "'poet'" in error["message"]
+        assert "broken" not in post(client, "/v1/chat/completions", CHAT | {"model": "brokem"})[1]["message"]
+        assert not service.requests
+
+    def test_a_failed_adapter_says_why_and_never_is_the_base(
+        self, client: TestClient, service: FakeService
+    ) -> None:
+        status, error = post(client, "/v1/chat/completions", CHAT | {"model": "broken"})
+        assert (status, error["code"]) == (404, "model_unavailable")
+        assert "all zero" in error["message"]
+        assert not service.requests
+
+    def test_a_draining_adapter(self, client: TestClient, service: FakeService) -> None:
+        service.known["poet"] = adapter("poet", state="draining")
+        status, error = post(client, "/v1/completions", TEXT | {"model": "poet"})
+        assert (status, error["code"]) == (404, "model_unavailable")
+
+
+class TestEngine:
+    def test_a_full_queue_says_when_to_come_back(self, client: TestClient, service: FakeService) -> None:
+        service.refusal = QueueFull("512 requests wait.", retry_after=7)
+        response = client.post("/v1/chat/completions", json=CHAT)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+        assert response.json()["error"]["type"] == "rate_limit_error"
+
+    def test_draining(self, client: TestClient, service: FakeService) -> None:
+        service.is_draining = True
+        response = client.post("/v1/chat/completions", json=CHAT)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert "retry-after" in response.headers
+
+    def test_a_dead_engine(self, client: TestClient, service: FakeService) -> None:
+        service.refusal = EngineDead("The engine's loop has ended.")
+        assert post(client, "/v1/chat/completions", CHAT)[0] == 503
+
+    def test_the_engine_finds_a_wrong_field(self, client: TestClient, service: FakeService) -> None:
+        service.refusal = InvalidRequest("Token 9 is not in the vocabulary.", "prompt")
+        status, error = post(client, "/v1/completions", TEXT)
+        assert (status, error["param"], error["message"]) == (
+            400,
+            "prompt",
+            "Token 9 is not in the vocabulary.",
+        )
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_failing_before_the_first_token_is_a_status(
+        self, client: TestClient, service: FakeService, stream: bool
+    ) -> None:
+        service.fail_at, service.error = 0, RequestFailed("Processing this request raised.")
+        status, error = post(client, "/v1/chat/completions", CHAT | {"stream": stream})
+        assert (status, error["code"]) == (500, "request_failed")
+        assert not service.running
+
+    def test_failing_later_is_an_event(self, client: TestClient, service: FakeService) -> None:
+        service.fail_at, service.error = 2, RequestFailed("Processing this request raised.")
+        response = client.post("/v1/chat/completions", json=CHAT | {"stream": True})
+        assert response.status_code == 200
+        *_, last, rest = response.text.split("\n\n")
+        assert rest == ""
+        event, data = last.split("\n")
+        assert event == "event: error"
+        assert json.loads(data.removeprefix("data: "))["error"]["code"] == "request_failed"
+        assert not service.running
+
+    @pytest.mark.parametrize("fail_at", [0, 1])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_bug_is_not_told_to_the_client(
+        self, client: TestClient, service: FakeService, stream: bool, fail_at: int
+    ) -> None:
+        service.fail_at, service.error = fail_at, ValueError("secret detail")
+        response = client.post("/v1/chat/completions", json=CHAT | {"stream": stream})
+        assert response.status_code == (200 if stream and fail_at else 500)
+        assert "internal_error" in response.text
+        assert "secret" not in response.text
+        assert not service.running
+
+    def test_one_failing_prompt_ends_all(self, client: TestClient, service: FakeService) -> None:
+        service.fail_at, service.error = 1, RequestFailed("Processing this request raised.")
+        assert post(client, "/v1/completions", TEXT | {"prompt": ["a", "b", "c"]})[0] == 500
+        assert not service.running
+
+
+class TestBodies:
+    def send(self, client: TestClient, content: bytes, kind: str = "application/json") -> tuple[int, str]:
+        response = client.post("/v1/chat/completions", content=content, headers={"Content-Type": kind})
+        return response.status_code, response.json()["error"]["message"]
+
+    def test_the_media_type_must_be_json(self, client: TestClient) -> None:
+        """A browser can send anything else across origins without asking first."""
+        assert self.send(client, json.dumps(CHAT).encode(), "text/plain")[0] == 415
+
+    def test_a_charset_is_no_matter(self, client: TestClient) -> None:
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        assert (
+            client.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers).status_code == 200
+        )
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"{", b"nonsense", b'{"model": NaN}', b'{"model": "a}', b'{"a":1}x']
+    )
+    def test_not_json(self, client: TestClient, content: bytes) -> None:
+        assert self.send(client, content)[0] == 400
+
+    @pytest.mark.parametrize("content", [b"[]", b"3", b"null", b'"text"'])
+    def test_not_an_object(self, client: TestClient, content: bytes) -> None:
+        assert self.send(client, content)[0] == 400
+
+    def test_not_utf8(self, client: TestClient) -> None:
+        status, message = self.send(client, b'{"model": "\xff"}')
+        assert (status, message) == (400, "The body is not valid UTF-8 at byte 11.")
+
+    def test_a_lone_surrogate(self, client: TestClient) -> None:
+        assert self.send(client, rb'{"model": "\ud800"}')[0] == 400
+
+    def test_too_deep(self, client: TestClient) -> None:
+        status, message = self.send(client, b"[" * 100_000 + b"]" * 100_000)
+        assert status == 400
+        assert str(MAX_DEPTH) in message
+
+    def test_brackets_in_strings_are_not_depth(self, client: TestClient) -> None:
+        content = '[{"' * 100 + "\\" + "]" * 7
+        body = CHAT | {"messages": [{"role": "user", "content": "[{" * 20}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+        body = CHAT | {"model": content}
+        assert client.post("/v1/chat/completions", json=body).json()["error"]["param"] == "model"
+
+    def test_depth_checking_is_linear(self, client: TestClient) -> None:
+        """Unclosed quotes and escapes, which make careless patterns quadratic (this would take minutes)."""
+        assert self.send(client, rb'"' + rb"\"" * 2_000_000)[0] == 400
+        assert self.send(client, b"[]{}" * 1_000_000)[0] == 400
+
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_too_large(self, make_client: MakeClient, declared: bool) -> None:
+        client = make_client(max_body_bytes=1024)
+        content: Any = b" " * 1025 if declared else iter([b" " * 600, b" " * 600])
+        status, message = self.send(client, content)
+        assert status == 413
+        assert "1024" in message
+
+    def test_a_huge_number(self, client: TestClient) -> None:
+        assert self.send(client, b'{"model": "tiny", "prompt": ' + b"9" * 10_000 + b"}")[0] == 400
+
+
+def test_paths_and_methods_that_are_not_there(client: TestClient) -> None:
+    assert client.get("/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert client.get("/v1/chat/completions").status_code == 405
+    assert client.get("/v1/chat/completions").headers["allow"] == "POST"

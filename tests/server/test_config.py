@@ -1,0 +1,154 @@
+"""Options: every one is a flag and a variable, flags win, and what is wrong is named."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.config import ConfigError, ServerConfig, from_args
+from server.options import OPTIONS, Option
+
+# For each option a text that is not its default, and the value it means.
+OTHER: dict[str, tuple[str, Any]] = {
+    "--home": ("/srv/m", Path("/srv/m")),
+    "--base": ("org/model", "org/model"),
+    "--quantization": ("none", "none"),
+    "--served-model-name": ("gpt-x", ("gpt-x",)),
+    "--device": ("cpu", "cpu"),
+    "--adapter-dir": ("/srv/a", Path("/srv/a")),
+    "--max-loras": ("8", 8),
+    "--max-lora-rank": ("32", 32),
+    "--lora-pool-rows": ("512", 512),
+    "--lora-host-memory": ("2GiB", 2 << 30),
+    "--max-lora-bytes": ("1M", 1 << 20),
+    "--max-model-len": ("2048", 2048),
+    "--max-num-seqs": ("32", 32),
+    "--max-num-batched-tokens": ("1024", 1024),
+    "--kv-cache-memory": ("256MiB", 256 << 20),
+    "--block-size": ("32", 32),
+    "--enable-prefix-caching": ("false", False),
+    "--max-queued-requests": ("9", 9),
+    "--threads": ("7", 7),
+    "--host": ("0.0.0.0", "0.0.0.0"),
+    "--port": ("0", 0),
+    "--api-key": ("k1", ("k1",)),
+    "--admin-key": ("a1", "a1"),
+    "--shutdown-timeout": ("1.5", 1.5),
+    "--max-body-bytes": ("2048", 2048),
+    "--log-level": ("debug", "debug"),
+    "--log-format": ("text", "text"),
+}
+EACH = pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
+
+
+def value_of(config: ServerConfig, option: Option) -> Any:
+    owner = config if option.group == "state" else getattr(config, option.group)
+    return getattr(owner, option.field)
+
+
+@EACH
+def test_flag_and_variable_mean_the_same(option: Option) -> None:
+    text, value = OTHER[option.flag]
+    typed = [option.flag, text] if option.metavar else [option.flag.replace("--", "--no-", 1)]
+    assert value_of(from_args(typed, {}), option) == value
+    assert value_of(from_args([], {option.variable: text}), option) == value
+    assert value_of(from_args([], {}), option) != value
+
+
+@EACH
+def test_the_flag_wins(option: Option) -> None:
+    text, value = OTHER[option.flag]
+    typed = [option.flag, text] if option.metavar else [option.flag.replace("--", "--no-", 1)]
+    environ = {option.variable: option.default or "loser"}
+    assert value_of(from_args(typed, environ), option) == value
+
+
+def test_every_field_has_an_option() -> None:
+    config = from_args([], {})
+    declared = {option.target for option in OPTIONS}
+    groups = [field.name for field in fields(config) if field.name != "home"]
+    assert {f"{group}.{field.name}" for group in groups for field in fields(getattr(config, group))} | {
+        "state.home"
+    } == declared
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "remedy"),
+    [
+        ("--port", "65536", "from 0 to 65535"),
+        ("--port", "80.5", "whole number"),
+        ("--max-loras", "0", "from 1"),
+        ("--max-lora-rank", "", "whole number"),
+        ("--lora-pool-rows", "many", "or auto"),
+        ("--quantization", "int8", "nf4, none"),
+        ("--kv-cache-memory", "1 GiB extra", "512MiB"),
+        ("--kv-cache-memory", "-1", "512MiB"),
+        ("--kv-cache-memory", "0", "at least 1"),
+        ("--shutdown-timeout", "-1", "0 or more"),
+        ("--shutdown-timeout", "nan", "0 or more"),
+        ("--shutdown-timeout", "inf", "0 or more"),
+        ("--enable-prefix-caching", "maybe", "true or false"),
+        ("--served-model-name", "a b", "letters"),
+        ("--home", " ", "empty"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(flag: str, text: str, remedy: str) -> None:
+    option = next(option for option in OPTIONS if option.flag == flag)
+    with pytest.raises(ConfigError, match=remedy) as raised:
+        from_args([], {option.variable: text})
+    if option.several:
+        return
+    assert str(raised.value).startswith(f"{option.variable}={text!r}: ")
+    if option.metavar:
+        with pytest.raises(ConfigError, match=remedy) as raised:
+            from_args([f"{flag}={text}"], {})
+        assert str(raised.value).startswith(f"{flag} {text!r}: ")
+
+
+def test_keys_are_never_shown() -> None:
+    with pytest.raises(ConfigError) as raised:
+        from_args(["--admin-key", "my secret"], {})
+    assert "secret" not in str(raised.value)
+    assert "sesame" not in repr(from_args(["--api-key", "sesame", "--admin-key", "sesame"], {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("512MiB", 512 << 20),
+        ("1GiB", 1 << 30),
+        ("2G", 2 << 30),
+        ("2gib", 2 << 30),
+        ("1.5K", 1536),
+        ("3MB", 3_000_000),
+        ("7B", 7),
+        ("1 TiB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert from_args(["--kv-cache-memory", text], {}).engine.kv_cache_memory == size
+
+
+def test_several_values() -> None:
+    assert from_args(["--api-key", "a", "--api-key", "b"], {}).http.api_keys == ("a", "b")
+    assert from_args([], {"MANYLORA_API_KEY": "a, b,"}).http.api_keys == ("a", "b")
+
+
+def test_auto_is_resolved_where_it_can_be() -> None:
+    config = from_args(["--home", "h", "--max-loras", "2"], {})
+    assert config.adapters.folder == Path("h/adapters")
+    assert config.adapters.pool_rows == 64  # an adapter of the largest rank must fit
+    assert from_args(["--max-loras", "10"], {}).adapters.pool_rows == 160
+    assert config.engine.threads >= 1
+    assert (config.engine.max_model_len, config.engine.max_num_batched_tokens) == (None, None)
+
+
+def test_values_must_fit_each_other() -> None:
+    with pytest.raises(ConfigError, match="--max-lora-rank 64"):
+        from_args(["--lora-pool-rows", "63"], {})
+    with pytest.raises(ConfigError, match="--max-num-seqs 64"):
+        from_args(["--max-num-batched-tokens", "63"], {})

@@ -1,0 +1,45 @@
+"""Log lines: one JSON object each, whatever is in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from server.logs import JsonFormatter, TextFormatter
+
+
+def record(message: str = "hello", **fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("manylora.x", logging.INFO, "file", 1, message, (), None)
+    made.__dict__["fields"] = fields
+    return made
+
+
+def test_json_is_one_line_with_the_fields_beside() -> None:
+    line = JsonFormatter().format(record("two\nlines", model='a"b\n', status=200))
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert entry.pop("time").endswith("+00:00")
+    assert entry == {
+        "level": "info",
+        "logger": "manylora.x",
+        "message": "two\nlines",
+        "model": 'a"b\n',
+        "status": 200,
+    }
+
+
+def test_an_exception_stays_in_its_line() -> None:
+    made = record()
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    line = JsonFormatter().format(made)
+    assert "\n" not in line
+    assert json.loads(line)["exception"].endswith("ValueError: bad")
+
+
+def test_text_quotes_what_clients_chose() -> None:
+    line = TextFormatter().format(record(model="a\nERROR forged"))
+    assert line.endswith('manylora.x: hello model="a\\nERROR forged"')
