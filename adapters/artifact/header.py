@@ -16,6 +16,7 @@ from adapters.artifact.strict_json import parse_object
 from adapters.errors import AdapterInvalid
 
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_NAME_LENGTH = 512
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -55,9 +56,10 @@ def read_header(stream: BinaryIO, file_size: int) -> Header:
 def _entry(name: str, value: Any) -> TensorEntry:
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
-            if all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            numbers_fit = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            if numbers_fit and len(name) <= MAX_NAME_LENGTH:
                 return _check_size(TensorEntry(name, dtype, tuple(shape), begin, end))
-    raise AdapterInvalid(f"{WEIGHTS_FILE}: the header's entry of tensor {name!r} is malformed.")
+    raise AdapterInvalid(f"{WEIGHTS_FILE}: the header's entry of tensor {name!r:.100} is malformed.")
 
 
 def _check_size(entry: TensorEntry) -> TensorEntry:

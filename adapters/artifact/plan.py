@@ -27,12 +27,8 @@ _LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>
 _FOREIGN = {
     re.compile(r"lora_embedding_[AB]"): "LoRA on embeddings is not served yet; target linear modules only",
     re.compile(r"lora_magnitude_vector"): "it belongs to DoRA, which is not served yet",
-    re.compile(
-        r"lora_B\.(?:[^.]+\.)?bias$"
-    ): "a bias on lora_B is not served yet; train with lora_bias=false",
-    re.compile(
-        r"modules_to_save|original_module"
-    ): "whole modules are not served; train without modules_to_save",
+    re.compile(r"lora_B\.(?:[^.]+\.)?bias$"): "a bias on lora_B is not served; train with lora_bias=false",
+    re.compile(r"modules_to_save"): "whole modules are not served; train without modules_to_save",
     re.compile(r"(?:^|\.)(?:embed_tokens|wte|lm_head)\.(?:[^.]+\.)?weight$"): (
         "a whole embedding or output head would replace the base's; save with save_embedding_layers=False"
     ),

@@ -49,18 +49,18 @@ def check_supported(config: Mapping[str, Any]) -> None:
     """Raises AdapterUnsupported for the first thing in ``config`` that cannot be served exactly."""
     if config.get("peft_type") != "LORA":
         raise AdapterUnsupported(
-            f"peft_type is {config.get('peft_type')!r}; only 'LORA' adapters can be served."
+            f"peft_type is {config.get('peft_type')!r:.100}; only 'LORA' adapters can be served."
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterUnsupported(
-            f"task_type is {config['task_type']!r}; only 'CAUSAL_LM' adapters can be served."
+            f"task_type is {config['task_type']!r:.100}; only 'CAUSAL_LM' adapters can be served."
         )
     for key, reason in REFUSED.items():
         if _says_something(config.get(key)):
             raise AdapterUnsupported(f"{key} is set: {reason}.")
     if config.get("bias") not in (None, "none"):
         raise AdapterUnsupported(
-            f"bias is {config['bias']!r}: trained biases are not served; train with bias='none'."
+            f"bias is {config['bias']!r:.100}: trained biases are not served; train with bias='none'."
         )
     _check_init(config.get("init_lora_weights"))
     _check_unknown(config)
@@ -72,7 +72,7 @@ def _check_init(init: Any) -> None:
         return
     if isinstance(init, str) and init.lower().startswith(_INITS_CONVERTIBLE):
         raise AdapterUnsupported(
-            f"init_lora_weights is {init!r}, which changed the base's weights in training; "
+            f"init_lora_weights is {init!r:.100}, which changed the base's weights in training; "
             "convert it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     if init == "loftq":
@@ -80,14 +80,16 @@ def _check_init(init: Any) -> None:
             "init_lora_weights is 'loftq', which replaced the base's weights in training; train with "
             "peft.replace_lora_weights_loftq instead, which leaves the base as it is."
         )
-    raise AdapterUnsupported(f"init_lora_weights is {init!r}, which is not known to leave the base as it is.")
+    raise AdapterUnsupported(
+        f"init_lora_weights is {init!r:.100}, which is not known to leave the base as it is."
+    )
 
 
 def _check_unknown(config: Mapping[str, Any]) -> None:
     for key in sorted(config.keys() - UNDERSTOOD - HARMLESS - REFUSED.keys()):
         if _says_something(config[key]):
             raise AdapterUnsupported(
-                f"{key} is set in adapter_config.json, but this server does not know what it means; "
+                f"{key:.100} is set in adapter_config.json, but this server does not know what it means; "
                 "update the server, or remove the field if the adapter does not depend on it."
             )
 

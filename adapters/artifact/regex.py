@@ -48,7 +48,7 @@ def _hits(text: str, full: bool, names: Sequence[str]) -> Hits:
     try:
         compiled = re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
+        raise ValueError(f"{text!r:.200} is not a regular expression ({error})") from None
     match = compiled.fullmatch if full else compiled.match
     return {name: found.groupdict().get("idx") for name in names if (found := match(name))}
 

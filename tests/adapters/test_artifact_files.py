@@ -99,6 +99,7 @@ def _entry(**changes: Any) -> dict[str, Any]:
         ({"t": {"dtype": "F32"}}, 128, "the header's entry of tensor 't' is malformed"),
         ({"t": _entry(shape=[-4, -8])}, 128, "is malformed"),
         ({"t": _entry(shape=[4.0, 8])}, 128, "is malformed"),
+        ({"t" * 513: _entry()}, 128, "is malformed"),
         ({"t": _entry(data_offsets=[0, 64])}, 64, "needs 128 bytes but has 64"),
         ({"t": _entry(data_offsets=[8, 136])}, 136, "without holes or overlaps"),
         ({"t": _entry()}, 200, "without holes or overlaps"),
