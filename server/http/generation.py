@@ -45,8 +45,8 @@ def begin(record: Record, context: Context, body: Generate, prefix: str) -> None
 
     Raises ``ModelNotFound`` or ``ModelUnavailable``.
     """
-    record.adapter = resolve_adapter(context.service, body.model)
     record.model = body.model
+    record.adapter = resolve_adapter(context.service, body.model)
     record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
     if body.user is not None:
         record.user = hashlib.sha256(body.user.encode()).hexdigest()[:16]

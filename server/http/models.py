@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import heapq
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
 
@@ -12,6 +15,8 @@ from starlette.responses import JSONResponse
 from server.engine.request import AdapterStatus, BaseInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
+
+MAX_COMPARED = 200
 
 
 def base_names(base: BaseInfo) -> tuple[str, ...]:
@@ -61,12 +66,21 @@ def _unavailable(status: AdapterStatus) -> ModelUnavailable:
     return ModelUnavailable(f"Adapter '{status.name}' could not be loaded: {status.reason}", "model")
 
 
-def _not_found(model: str, names: list[str] | tuple[str, ...]) -> ModelNotFound:
-    near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
+def _not_found(model: str, names: Sequence[str]) -> ModelNotFound:
+    near = difflib.get_close_matches(model, _candidates(model, names), n=3, cutoff=0.5)
     hint = (
         f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "GET /v1/models lists them."
     )
     return ModelNotFound(f"The model {model!r} does not exist. {hint}", "model")
+
+
+def _candidates(model: str, names: Sequence[str]) -> list[str]:
+    """The names worth comparing: of thousands only those that begin most alike, since comparing is slow."""
+
+    def alike(name: str) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(model, name, strict=False)))
+
+    return heapq.nlargest(MAX_COMPARED, names, key=alike)
 
 
 def _cards(service: Service) -> list[dict[str, Any]]:

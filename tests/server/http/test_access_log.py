@@ -57,7 +57,7 @@ def test_sane_request_ids_are_kept(
 def test_refusals_are_logged_with_their_code(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     client.post("/v1/chat/completions", json=CHAT | {"model": "nobody"})
     line = fields(caplog)
-    assert (line["status"], line["error"]) == (404, "model_not_found")
+    assert (line["status"], line["error"], line["model"]) == (404, "model_not_found", "nobody")
     assert "prompt_tokens" not in line
 
 

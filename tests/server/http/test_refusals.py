@@ -165,6 +165,12 @@ class TestModels:
         assert "broken" not in post(client, "/v1/chat/completions", CHAT | {"model": "brokem"})[1]["message"]
         assert not service.requests
 
+    def test_near_names_are_found_among_thousands(self, client: TestClient, service: FakeService) -> None:
+        names = [f"team-{number:04}" for number in range(3000)]
+        service.known |= {name: adapter(name) for name in (*names, "router-de")}
+        _, error = post(client, "/v1/chat/completions", CHAT | {"model": "router-ed"})
+        assert "'router-de'" in error["message"]
+
     def test_a_failed_adapter_says_why_and_never_is_the_base(
         self, client: TestClient, service: FakeService
     ) -> None:
