@@ -45,9 +45,9 @@ class PeftPeer:
         self._process.ask(json.dumps({"base": str(setup.base), "adapters": adapters}))
 
     def run(self, workload: Workload) -> RunResult:
-        assert self._process is not None, "start comes first"
         if any(call.due for call in workload.calls):
             raise BenchError("PEFT has no scheduler: compare it at --request-rate inf")
+        assert self._process is not None, "start comes first"
         answer = json.loads(self._process.ask(json.dumps(asdict(workload))))
         return RunResult(tuple(CallRecord(**record) for record in answer))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.bench.cli import add_parser
+from tests.conftest import TinyBase
 from tests.server.bench.fake_server import ADAPTERS, FakeServer, serving
 
 SMALL = ["--num-prompts", "4", "--random-input-len", "6", "--random-output-len", "3"]
@@ -44,6 +45,22 @@ def test_a_measurement_from_end_to_end(url: str, tmp_path: Path, capsys: pytest.
     assert result["config"]["request_rate"] == "inf"
     assert result["machine"]["cores"] >= 1
     assert "api_key" not in result["config"]
+
+
+def test_our_own_server_beside_a_peer(
+    tiny_base: TinyBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(tiny_base("llama").prepared.path)
+    target = ["--base", base, "--home", str(tmp_path), "--num-adapters", "3", "--peers", "peft"]
+    out = tmp_path / "result.json"
+    saved = ["--save-result", str(out)]
+    flags = ["--", "--kv-cache-memory", "16MiB", "--threads", "1"]
+    assert bench(*target, *SMALL, "--random-token-range", "10", "500", *saved, *flags) == 0
+    assert "manylora/peft" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert [server["median"]["total_output_tokens"] for server in result["servers"]] == [12, 12]
+    assert result["ratios"]["peft"]["output_throughput"]["median"] > 0
+    assert result["config"]["server_args"] == flags[1:]
 
 
 def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,11 @@ from server.bench.compare import measure
 from server.bench.errors import BenchError
 from server.bench.peers import PEERS, Setup, peer
 from server.bench.peers.http import HttpServer, ManyloraServer
-from server.bench.peers.peft import PeftPeer, batches
+from server.bench.peers.peft import Generator, PeftPeer, batches
 from server.bench.peers.process import ChildProcess
 from server.bench.stats import RunResult
 from server.bench.synthetic import write_adapters
-from server.bench.workload import Call, Load, Workload, make_workload
+from server.bench.workload import Call, Load, Popularity, Workload, make_workload
 from tests.conftest import TinyBase
 
 LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_range=(10, 500))
@@ -49,24 +49,23 @@ def test_synthetic_adapters_are_pefts_own(setup: Setup, tiny_base: TinyBase) -> 
 
 
 @pytest.fixture(scope="module")
-def peft_peer(setup: Setup) -> Iterator[PeftPeer]:
-    runner = PeftPeer()
-    runner.start(setup)
-    yield runner
-    runner.stop()
+def generator(setup: Setup) -> Generator:
+    return Generator(setup.base, {name: str(folder) for name, folder in setup.adapters.items()})
 
 
-def test_peft_answers_a_mixed_batch(peft_peer: PeftPeer, setup: Setup) -> None:
-    result = peft_peer.run(make_workload(LOAD, tuple(setup.adapters), run=1))
-    assert len(result.records) == 5
-    for record in result.records:
+@pytest.mark.parametrize("popularity", ["distinct", "identical", "base"])
+def test_peft_answers_any_batch(generator: Generator, setup: Setup, popularity: Popularity) -> None:
+    workload = make_workload(replace(LOAD, popularity=popularity), tuple(setup.adapters), run=1)
+    records = generator.answer(workload)
+    assert len(records) == 5
+    for record in records:
         assert (record.prompt_tokens, record.output_tokens, len(record.chunks)) == (6, 3, 3)
         assert record.sent < record.first < record.last
 
 
-def test_peft_cannot_be_asked_to_wait_for_arrivals(peft_peer: PeftPeer) -> None:
+def test_peft_cannot_be_asked_to_wait_for_arrivals() -> None:
     with pytest.raises(BenchError, match="request-rate inf"):
-        peft_peer.run(Workload((Call(None, (1,), 1, due=1.0),)))
+        PeftPeer().run(Workload((Call(None, (1,), 1, due=1.0),)))
 
 
 def test_peft_batches_are_as_large_as_the_concurrency() -> None:
