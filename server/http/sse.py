@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import RequestError
+from adapters.errors import ManyloraError
 from server.http.disconnect import Closing, until_disconnect
 from server.http.errors import ClientDisconnected, code_of, error_body, shape_of
 from server.http.generation import Running
@@ -61,7 +61,7 @@ class EventStream(Response):
     async def _tell(self, error: Exception, send: Send) -> None:
         record = self.running.record
         record.status, record.error = shape_of(error).status, code_of(error)
-        if not isinstance(error, RequestError):
+        if not isinstance(error, ManyloraError):
             logger.error("streaming failed unexpectedly", exc_info=error)
         if not isinstance(error, ClientDisconnected):
             await _send_body(send, b"event: error\n" + _event(error_body(error)), more=False)
