@@ -85,9 +85,10 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, at the latest after the folders that it is reading."""
+        """Begins no further folder, and waits for those that the thread is reading."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def suppress(self, name: str) -> None:
         """Leaves the folder ``name`` unregistered until its files change; call it before ``unregister``.

@@ -36,7 +36,7 @@ def targeted_modules(
     if isinstance(targets, str):
         chosen = _full_matches(targets, names, "target_modules")
     else:
-        chosen = _named(targets, names) | _in_layers(settings, _by_suffix(targets, names) - set(targets))
+        chosen = _named(targets, names) | _in_layers(settings, _by_suffix(targets, names))
     excluded = settings.exclude_modules
     if isinstance(excluded, str):
         return frozenset(chosen - (_full_matches(excluded, names, "exclude_modules") if excluded else set()))

@@ -84,15 +84,32 @@ def test_a_folder_is_read_only_after_it_stood_still(room: Room) -> None:
     assert room.states() == {"a": "ready"}
 
 
-def test_a_folder_renamed_into_place_replaces(room: Room) -> None:
-    room.write("a")
+def test_folders_renamed_into_place_replace_at_once(room: Room) -> None:
+    names = [f"a{index}" for index in range(12)]
+    for name in names:
+        room.write(name)
     room.look()
-    first = room.digest("a")
-    new = room.write(".new", seed=1)
-    (room.root / "a").rename(room.root / ".old")
-    new.rename(room.root / "a")
+    first = {room.digest(name) for name in names}
+    for name in names:
+        new = room.write(f".new-{name}", seed=1)
+        (room.root / name).rename(room.root / f".old-{name}")
+        new.rename(room.root / name)
     room.look(2)
-    assert room.digest("a") != first
+    assert first.isdisjoint(room.digest(name) for name in names)
+
+
+def test_later_looks_take_nothing_on_trust(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLED_AGE", 0.0)
+    room.write("a")
+    room.look(1)
+    assert room.reads == []
+
+
+def test_stopping_begins_no_further_folder(room: Room) -> None:
+    room.write("a")
+    room.watcher.stop()
+    room.look()
+    assert room.reads == []
 
 
 def test_an_idle_folder_is_read_once(room: Room) -> None:
