@@ -96,8 +96,9 @@ class Watcher:
         Raises AdapterNameInvalid.
         """
         signature = _signature(f"{self._root}/{check_name(name)}")
-        with self._suppressing:
-            self._suppressed[name] = signature
+        if any(signature):
+            with self._suppressing:
+                self._suppressed[name] = signature
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
         """One look: registers, replaces and unregisters what has changed, and returns when that is done.
