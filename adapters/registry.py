@@ -128,6 +128,10 @@ class Registry:
             logger.info("Adapter %s is no longer served.", name)
         self._tell(gone)
 
+    def serves(self, name: str) -> bool:
+        """Whether a new request may ask for the name now; of a thousand adapters as quick as of one."""
+        return name in self._current
+
     def resolve(self, name: str) -> Version:
         """The version that a new request for ``name`` gets now.
 

@@ -19,7 +19,7 @@ class AdapterListing:
         return [self._status(entry) for entry in self._registry.entries()]
 
     def has(self, name: str) -> bool:
-        return any(entry.name == name for entry in self._registry.entries())
+        return self._registry.serves(name)
 
     def one(self, name: str) -> AdapterStatus:
         for entry in self._registry.entries():
