@@ -1,0 +1,101 @@
+"""A real server in a process of its own, its log in a file, and how to wait for what it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parents[2]
+START_SECONDS = 120
+"""Far more than a start takes, for machines that do something else besides."""
+# What an outer `make test`, or the settings of whoever runs it, would change about the server under test.
+FOREIGN = ("MANYLORA_", "MAKE", "MFLAGS")
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that is ready, or was.
+
+    Attributes:
+        home: its state folder.
+        log: the file that its stdout and stderr go to.
+    """
+
+    process: subprocess.Popen[bytes]
+    url: str
+    home: Path
+    log: Path
+
+    @property
+    def adapters(self) -> Path:
+        return self.home / "adapters"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """The value of the unlabelled sample ``manylora_<name>``."""
+        text = httpx.get(f"{self.url}/metrics").raise_for_status().text
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return next(sample.value for sample in samples if sample.name == f"manylora_{name}")
+
+
+@contextmanager
+def running(command: list[str], home: Path, log: Path, **variables: str) -> Iterator[RunningServer]:
+    """Start ``command`` (its port in the variable PORT or MANYLORA_PORT) and end it with a SIGTERM."""
+    port = str(free_port())
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    environ |= {"MANYLORA_HOME": str(home), "HF_HUB_OFFLINE": "1", **variables}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [part.format(port=port) for part in command], cwd=ROOT, env=environ, stdout=output, stderr=output
+        )
+    server = RunningServer(process, f"http://127.0.0.1:{port}", home, log)
+    try:
+        eventually(lambda: is_ready(server), START_SECONDS)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def make_serve() -> list[str]:
+    """``make serve``, in the environment that runs the tests and that is therefore complete."""
+    return ["make", "serve", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/.installed", "PORT={port}"]
+
+
+def is_ready(server: RunningServer) -> bool:
+    assert server.process.poll() is None, server.log.read_text()
+    try:
+        return httpx.get(f"{server.url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> None:
+    """Fail unless ``condition`` comes true within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
+        time.sleep(0.05)

@@ -1,0 +1,41 @@
+"""How things end: a client that goes away, and a server that is told to."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+
+from tests.e2e.running_server import RunningServer, eventually, running
+from tests.e2e.test_answers import BASE
+
+
+def stream_of(client: openai.OpenAI, tokens: int) -> openai.Stream[openai.types.Completion]:
+    """An answer of exactly so many tokens, as it comes."""
+    return client.completions.create(
+        model=BASE, prompt="Once upon a time", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
+    )
+
+
+def test_a_client_that_goes_away_frees_its_place(server: RunningServer, client: openai.OpenAI) -> None:
+    steps = server.metric("engine_steps_total")
+    with stream_of(client, tokens=1900) as stream:
+        next(stream)
+        assert server.metric("requests_running") == 1
+    eventually(lambda: server.metric("requests_running") == 0, 10)
+    assert server.metric("engine_steps_total") - steps < 1900
+
+
+def test_sigterm_lets_a_running_stream_end(state: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.prefix) / "bin" / "manylora"), "serve", "--port", "{port}"]
+    with running(command, state, tmp_path / "serve.log") as server, server.client() as client:
+        with stream_of(client, tokens=150) as stream:
+            next(stream)
+            server.process.send_signal(signal.SIGTERM)
+            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
+            last = [chunk.choices[0] for chunk in stream][-1]
+        assert last.finish_reason == "length"
+        assert server.process.wait(30) == 0

@@ -1,0 +1,216 @@
+"""What a clean clone is set up from: pinned versions, the wheel, the Makefile, the container image."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+STATE_VARIABLES = ("MANYLORA_", "MAKE", "MFLAGS")
+
+
+def pins() -> dict[str, Version]:
+    """``constraints.txt`` by canonical name. Fails on a line that is no plain ``name==version``."""
+    pinned: dict[str, Version] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pinned[canonicalize_name(name)] = Version(version)
+    return pinned
+
+
+@pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
+def test_direct_dependencies_are_pinned_within_their_ranges(requirement: Requirement) -> None:
+    assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_no_pin_is_of_one_kind_of_machine() -> None:
+    assert [name for name, version in pins().items() if version.local] == []
+
+
+def test_indirect_dependencies_are_pinned() -> None:
+    """All that is installed with the direct ones, except what its parent pins itself (as torch does CUDA)."""
+    assert {requirement.name for requirement in closure(DIRECT)} - pins().keys() == set()
+
+
+def closure(wanted: list[Requirement]) -> Iterator[Requirement]:
+    seen: set[str] = set()
+    stack = list(wanted)
+    while stack:
+        requirement = stack.pop()
+        requirement.name = canonicalize_name(requirement.name)
+        if str(requirement) in seen:
+            continue
+        seen.add(str(requirement))
+        yield requirement
+        stack += needed_by(requirement)
+
+
+def needed_by(parent: Requirement) -> Iterator[Requirement]:
+    try:
+        lines = requires(parent.name) or []
+    except PackageNotFoundError:
+        pytest.skip(f"{parent.name} is not installed here")
+    for line in lines:
+        child = Requirement(line)
+        extras = parent.extras | {""}
+        applies = child.marker is None or any(child.marker.evaluate({"extra": extra}) for extra in extras)
+        if applies and not str(child.specifier).startswith("=="):
+            yield child
+
+
+def test_the_wheel_has_every_file_of_the_application(tmp_path: Path) -> None:
+    """Built from a copy, so that no build folder appears in the checkout."""
+    source = tmp_path / "source"
+    for name in ("adapters", "server"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    expected = {path.relative_to(source).as_posix() for path in source.glob("*/**/*") if path.is_file()}
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == expected
+
+
+def make(*arguments: str, **variables: str) -> str:
+    """What ``make`` prints, run without the state of a ``make`` that runs these tests."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(STATE_VARIABLES)}
+    command = ["make", "--no-print-directory", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ | variables, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_an_environment_is_made_and_filled_once(tmp_path: Path) -> None:
+    plan = make("--dry-run", "serve", f"VENV={tmp_path}")
+    steps = [plan.index(step) for step in ("-m venv", "pip install", "manylora serve")]
+    assert steps == sorted(steps)
+    (tmp_path / "bin").mkdir()
+    for made in ("bin/pip", ".installed"):
+        (tmp_path / made).touch()
+    plan = make("--dry-run", "serve", f"VENV={tmp_path}")
+    assert "manylora serve" in plan
+    assert "pip install" not in plan
+
+
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
+def test_changed_requirements_are_installed(changed: str, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for made in ("bin/pip", ".installed", ".installed-dev"):
+        (tmp_path / made).touch()
+    for target in ("serve", "test"):
+        assert "pip install" in make("--dry-run", f"--what-if={changed}", target, f"VENV={tmp_path}")
+
+
+def test_an_old_python_is_refused_in_one_line(tmp_path: Path) -> None:
+    old = tmp_path / "old-python"
+    hide = "import sys; sys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{hide}; exec(sys.argv[1])" "$2"\n')
+    old.chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        make("serve", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}")
+    said = [line for line in refused.value.stderr.splitlines() if not line.startswith("make")]
+    assert len(said) == 1
+    assert "3.11" in said[0]
+    assert "3.10.1" in said[0]
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("home", ["state", "state of mine"])
+def test_samples_are_copied_once(home: str, tmp_path: Path) -> None:
+    adapters = tmp_path / home / "adapters"
+    samples = {path.parent.name for path in ROOT.glob("adapters/samples/*/adapter_config.json")}
+    make("samples", MANYLORA_HOME=str(tmp_path / home))
+    assert {path.name for path in adapters.iterdir()} == samples
+    kept = adapters / min(samples)
+    (kept / "adapter_config.json").write_text("the operator's own")
+    make("samples", MANYLORA_HOME=os.path.relpath(tmp_path / home, ROOT))
+    assert (kept / "adapter_config.json").read_text() == "the operator's own"
+    assert {path.name for path in adapters.iterdir()} == samples
+
+
+Instructions = list[tuple[str, str]]
+
+
+def stages() -> dict[str, tuple[str, Instructions]]:
+    """The Dockerfile's stages by name: what each is built on, and its instructions."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
+    found: dict[str, tuple[str, Instructions]] = {}
+    for word, _, rest in (line.partition(" ") for line in lines if line):
+        if word == "FROM":
+            parent, _, name = rest.partition(" AS ")
+            found[name] = (parent, [])
+        elif found:
+            found[name][1].append((word, rest.strip()))
+    return found
+
+
+def instructions(target: str) -> Instructions:
+    """All that holds in the image ``target``, its parents' first."""
+    parent, own = stages()[target]
+    return (instructions(parent) if parent in stages() else []) + own
+
+
+def test_the_image_for_cpus_is_the_default() -> None:
+    assert list(stages())[-1] == "cpu"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_images_run_unprivileged_with_their_state_in_a_volume(target: str) -> None:
+    last = dict(instructions(target))
+    assert last["USER"].isdigit()
+    assert last["USER"] != "0"
+    assert last["VOLUME"] == last["WORKDIR"] == "/var/lib/manylora"
+    assert "MANYLORA_HOME=/var/lib/manylora" in last_environment(target)
+    assert "MANYLORA_HOST=0.0.0.0" in last_environment(target)
+    assert json.loads(last["ENTRYPOINT"]) == ["manylora"]
+    assert json.loads(last["CMD"]) == ["serve"]
+
+
+def last_environment(target: str) -> list[str]:
+    return [pair for word, rest in instructions(target) if word == "ENV" for pair in rest.split()]
+
+
+def test_only_the_cuda_image_has_flash_attn() -> None:
+    assert "flash-attn" in str(instructions("build-cuda"))
+    assert "flash-attn" not in str(instructions("build-cpu"))
+    for target in ("cpu", "cuda"):
+        assert f"--from=build-{target} /opt/manylora /opt/manylora" in dict(instructions(target))["COPY"]
+
+
+@pytest.mark.parametrize(("status", "well"), [(200, True), (503, False)])
+def test_the_health_check_believes_the_server(status: int, well: bool) -> None:
+    """The very command of the image, run against a server that says how it is."""
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+    command = json.loads(dict(instructions("cpu"))["HEALTHCHECK"].partition("CMD ")[2])
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        environ = {**os.environ, "MANYLORA_PORT": str(server.server_port)}
+        check = subprocess.Popen([sys.executable, *command[1:]], env=environ, stderr=subprocess.DEVNULL)
+        server.handle_request()
+        assert (check.wait() == 0) is well
