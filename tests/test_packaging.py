@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -23,6 +24,16 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+ROOT_FILES = (
+    ".dockerignore",
+    "Dockerfile",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "pyproject.toml",
+)
 STATE_VARIABLES = ("MANYLORA_", "MAKE", "MFLAGS")
 
 
@@ -76,19 +87,41 @@ def needed_by(parent: Requirement) -> Iterator[Requirement]:
             yield child
 
 
-def test_the_wheel_has_every_file_of_the_application(tmp_path: Path) -> None:
-    """Built from a copy, so that no build folder appears in the checkout."""
-    source = tmp_path / "source"
-    for name in ("adapters", "server"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, source)
-    expected = {path.relative_to(source).as_posix() for path in source.glob("*/**/*") if path.is_file()}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packed == expected
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is versioned, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("sources")
+    for folder in (".ci", "adapters", "server", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ROOT_FILES:
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
+def test_sdist_and_wheel_are_complete(sources: Path, tmp_path: Path) -> None:
+    """Nothing but what setuptools adds is in the sdist besides; the wheel is built from it, as pip does."""
+    expected = files_in(sources)
+    build = [
+        sys.executable,
+        "-c",
+        "import sys; from setuptools import build_meta as b; b.build_sdist(sys.argv[1])",
+    ]
+    subprocess.run([*build, tmp_path], cwd=sources, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
+    added = re.compile(r"PKG-INFO|setup\.cfg|[^/]*\.egg-info/.*")
+    assert {name for name in files_in(unpacked) if not added.fullmatch(name)} == expected
+
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*wheel, "--wheel-dir", tmp_path, unpacked], check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as packed:
+        names = {name for name in packed.namelist() if ".dist-info/" not in name}
+    assert names == {name for name in expected if name.startswith(("adapters/", "server/"))}
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def make(*arguments: str, **variables: str) -> str:
@@ -99,6 +132,12 @@ def make(*arguments: str, **variables: str) -> str:
         command, cwd=ROOT, env=environ | variables, capture_output=True, text=True, check=True
     )
     return done.stdout
+
+
+def test_help_names_every_target() -> None:
+    phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    assert [line.split()[1] for line in make("help").splitlines()] == phony[1].split()
 
 
 def test_an_environment_is_made_and_filled_once(tmp_path: Path) -> None:

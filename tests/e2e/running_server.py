@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 120
 """Far more than a start takes, for machines that do something else besides."""
 # What an outer `make test`, or the settings of whoever runs it, would change about the server under test.
@@ -56,11 +57,11 @@ class RunningServer:
 
 
 @contextmanager
-def running(command: list[str], home: Path, log: Path, **variables: str) -> Iterator[RunningServer]:
-    """Start ``command`` (its port in the variable PORT or MANYLORA_PORT) and end it with a SIGTERM."""
+def running(command: list[str], home: Path, log: Path) -> Iterator[RunningServer]:
+    """Start ``command``, with a free port for its ``{port}``, wait until it is ready; SIGTERM at the end."""
     port = str(free_port())
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    environ |= {"MANYLORA_HOME": str(home), "HF_HUB_OFFLINE": "1", **variables}
+    environ |= {"MANYLORA_HOME": str(home)}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [part.format(port=port) for part in command], cwd=ROOT, env=environ, stdout=output, stderr=output
@@ -76,7 +77,8 @@ def running(command: list[str], home: Path, log: Path, **variables: str) -> Iter
 
 def make_serve() -> list[str]:
     """``make serve``, in the environment that runs the tests and that is therefore complete."""
-    return ["make", "serve", f"VENV={sys.prefix}", f"--assume-old={sys.prefix}/.installed", "PORT={port}"]
+    venv = SCRIPTS.parent
+    return ["make", "serve", f"VENV={venv}", f"--assume-old={venv}/.installed", "PORT={port}"]
 
 
 def is_ready(server: RunningServer) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 
 import httpx
 import openai
 
-from tests.e2e.running_server import RunningServer, eventually, running
+from tests.e2e.running_server import SCRIPTS, RunningServer, eventually, running
 from tests.e2e.test_answers import BASE
 
 
@@ -30,7 +29,7 @@ def test_a_client_that_goes_away_frees_its_place(server: RunningServer, client: 
 
 
 def test_sigterm_lets_a_running_stream_end(state: Path, tmp_path: Path) -> None:
-    command = [str(Path(sys.prefix) / "bin" / "manylora"), "serve", "--port", "{port}"]
+    command = [str(SCRIPTS / "manylora"), "serve", "--port", "{port}"]
     with running(command, state, tmp_path / "serve.log") as server, server.client() as client:
         with stream_of(client, tokens=150) as stream:
             next(stream)
