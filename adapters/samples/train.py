@@ -39,16 +39,15 @@ class Recipe:
 
     rank: int
     target_modules: tuple[str, ...]
-    epochs: int
-    learning_rate: float
+    epochs: int = 4
+    learning_rate: float = 2e-3
     batch_size: int = 8
     seed: int = 0
 
 
-# A manner of speech is in every layer's MLP; a format is mostly a matter of attention.
 RECIPES = {
-    "pirate": Recipe(rank=2, target_modules=ATTENTION + MLP, epochs=3, learning_rate=1.5e-3),
-    "json-answers": Recipe(rank=4, target_modules=ATTENTION, epochs=4, learning_rate=1e-3),
+    "pirate": Recipe(rank=2, target_modules=ATTENTION + MLP),
+    "json-answers": Recipe(rank=4, target_modules=ATTENTION),
 }
 
 
