@@ -6,6 +6,7 @@ PORT ?= 8000
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py adapters/native/src/*)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -42,15 +43,15 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 clean: ## Remove the environment and all caches, but no state (.manylora)
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info adapters/native/*.so
 	find server adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: without changes in what they depend on, nothing is installed again.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed: $(BUILT_FROM) | $(BIN)/pip
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed-dev: $(BUILT_FROM) | $(BIN)/pip
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $(VENV)/.installed $@
 
