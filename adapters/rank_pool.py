@@ -10,13 +10,19 @@ This file moves rows in and out. Who may stay is decided in ``residency.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from adapters.artifact import Adapter, LoraWeights
+from adapters.native.structs import LoraSite
 from adapters.rows import RowAllocator
 from adapters.sites import Site
+
+IntArray = npt.NDArray[np.integer[Any]]
 
 Rows = slice | Tensor
 """Rows of one adapter at one site: a slice where they are neighbours, else an int64 index [r]."""
@@ -29,6 +35,7 @@ class SitePool:
         a: [rows, in_features].
         b: [rows, out_features].
         rows: by slot, for the adapters that add to this site.
+        native: the same for the native kernels (``LoraSite`` in native.h), kept up to date in place.
     """
 
     def __init__(self, site: Site, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,12 +43,40 @@ class SitePool:
         self.b = torch.empty(num_rows, site.out_features, dtype=dtype, device=device)
         self.rows: dict[int, Rows] = {}
         self.allocator = RowAllocator(num_rows)
+        self._lists: dict[int, IntArray] = {}
+        self._tables: list[tuple[IntArray, IntArray]] = []
+        self.native = LoraSite(self.a.data_ptr(), self.b.data_ptr(), site.in_features, site.out_features)
+        self._make_tables(slots=16)
 
     def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
         index = _as_rows(rows, self.a.device)
         self.a[index] = weights.a.to(self.a.device)
         self.b[index] = weights.b.to(self.b.device)
         self.rows[slot] = index
+        self._tell_native(slot, rows)
+
+    def free(self, slot: int, rows: list[int]) -> None:
+        self.rows.pop(slot, None)
+        self._tables[-1][1][slot] = 0
+        self._lists.pop(slot, None)
+        self.allocator.give(rows)
+
+    def _tell_native(self, slot: int, rows: list[int]) -> None:
+        while slot >= len(self._tables[-1][1]):
+            self._make_tables(slots=2 * len(self._tables[-1][1]))
+        addresses, ranks = self._tables[-1]
+        self._lists[slot] = np.array(rows, dtype=np.int32)
+        addresses[slot] = self._lists[slot].ctypes.data
+        ranks[slot] = len(rows)
+
+    def _make_tables(self, slots: int) -> None:
+        """Larger tables; the old ones stay, since a kernel may be reading them right now."""
+        addresses, ranks = np.zeros(slots, np.int64), np.zeros(slots, np.int32)
+        if self._tables:
+            before = self._tables[-1]
+            addresses[: len(before[0])], ranks[: len(before[1])] = before
+        self._tables.append((addresses, ranks))
+        self.native.rows, self.native.ranks = addresses.ctypes.data, ranks.ctypes.data
 
 
 class RankPool:
@@ -106,8 +141,7 @@ class RankPool:
 
     def free(self, slot: int) -> None:
         for name, rows in self._owned.pop(slot).items():
-            self.sites[name].rows.pop(slot, None)
-            self.sites[name].allocator.give(rows)
+            self.sites[name].free(slot, rows)
 
     def check_integrity(self) -> None:
         """Assert that every row is free or owned once (tests, and the engine when idle)."""

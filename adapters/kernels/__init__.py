@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from adapters.rank_pool import SitePool
@@ -32,8 +33,15 @@ class LoraKernel(Protocol):
     def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None: ...
 
 
-def choose() -> LoraKernel:
+def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
     """The backend for this machine, chosen once when the model is built."""
-    from adapters.kernels.segmented import segmented_lora
+    import torch
 
+    from adapters.kernels.segmented import segmented_lora
+    from adapters.native import library
+
+    if device.type == "cpu" and dtype == torch.bfloat16 and (native := library()) is not None:
+        from adapters.kernels.native import NativeLora
+
+        return NativeLora(native)
     return segmented_lora

@@ -21,7 +21,7 @@ from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
-from server.engine.model import KvShape, ModelRunner
+from server.engine.model import StepModel, build_model
 from server.engine.request import BaseInfo, EngineStats
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
@@ -38,7 +38,7 @@ class Parts:
     """Everything a server is made of, put together and not yet started."""
 
     info: BaseInfo
-    runner: ModelRunner
+    model: StepModel
     engine: Engine
     registry: Registry
     residency: Residency
@@ -56,18 +56,21 @@ def build_parts(config: ServerConfig) -> Parts:
     torch.set_num_threads(config.engine.threads)
     base = _load(config)
     pool = RankPool(base.layout.sites, config.adapters.pool_rows, base.model.dtype, base.model.device)
-    runner = ModelRunner(base, pool)
-    blocks, max_model_len = _allocate_kv(config.engine, base, runner)
+    step_tokens = _step_tokens(config.engine)
+    model = build_model(base, pool, config.engine.block_size, step_tokens)
+    blocks, max_model_len = _allocate_kv(config.engine, base, model)
     info = _info(config, base, max_model_len)
     registry, residency = _adapters(config.adapters, base, pool, frozenset(info.served_names))
     gate = ResidencyGate(residency, registry)
-    scheduler = Scheduler(_limits(config.engine, max_model_len), blocks, gate)
+    scheduler = Scheduler(
+        SchedulerLimits(config.engine.max_num_seqs, step_tokens, max_model_len), blocks, gate
+    )
     tokenizer = _tokenizer(base)
-    engine = Engine(runner, scheduler, gate, registry, tokenizer.eos)
+    engine = Engine(model, scheduler, gate, registry, tokenizer.eos)
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
     _log_sizes(info, blocks, pool, registry)
-    return Parts(info, runner, engine, registry, residency, watcher, tokenizer)
+    return Parts(info, model, engine, registry, residency, watcher, tokenizer)
 
 
 def build_service(config: ServerConfig) -> EngineService:
@@ -106,16 +109,15 @@ def _load(config: ServerConfig) -> LoadedBase:
     return load_base(prepared, device, progress=True)
 
 
-def _allocate_kv(config: EngineConfig, base: LoadedBase, runner: ModelRunner) -> tuple[BlockManager, int]:
-    shapes = runner.probe()
-    num_blocks = _blocks_in(config, shapes, runner.dtype)
-    runner.allocate(shapes, num_blocks, config.block_size)
+def _allocate_kv(config: EngineConfig, base: LoadedBase, model: StepModel) -> tuple[BlockManager, int]:
+    num_blocks = _blocks_in(config, model, base.model.dtype)
+    model.allocate(num_blocks, config.block_size)
     max_model_len = _max_model_len(config, base.model.config, num_blocks * config.block_size)
     return BlockManager(num_blocks, config.block_size, config.prefix_caching), max_model_len
 
 
-def _blocks_in(config: EngineConfig, shapes: dict[int, KvShape], dtype: torch.dtype) -> int:
-    block = config.block_size * sum(shape.bytes_per_token(dtype) for shape in shapes.values())
+def _blocks_in(config: EngineConfig, model: StepModel, dtype: torch.dtype) -> int:
+    block = config.block_size * sum(shape.bytes_per_token(dtype) for shape in model.shapes.values())
     if config.kv_cache_memory < block:
         raise ConfigError(
             f"--kv-cache-memory {config.kv_cache_memory}: one block of this model takes {block} bytes; "
@@ -140,9 +142,8 @@ def _max_model_len(config: EngineConfig, model_config: Any, capacity: int) -> in
     return wanted
 
 
-def _limits(config: EngineConfig, max_model_len: int) -> SchedulerLimits:
-    budget = config.max_num_batched_tokens or max(_DEFAULT_STEP_TOKENS, config.max_num_seqs)
-    return SchedulerLimits(config.max_num_seqs, budget, max_model_len)
+def _step_tokens(config: EngineConfig) -> int:
+    return config.max_num_batched_tokens or max(_DEFAULT_STEP_TOKENS, config.max_num_seqs)
 
 
 def _adapters(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +9,32 @@ from hypothesis import strategies as st
 
 from adapters.artifact import Adapter, AdapterInfo, LoraWeights
 from adapters.kernels import LoraKernel, Segment
+from adapters.kernels.native import NativeLora
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.segmented import segmented_lora
+from adapters.native import library
 from adapters.rank_pool import RankPool
 from adapters.rows import RowAllocator
 from adapters.sites import Site
 
 SITES = {"q": Site("q", 12, 20), "down": Site("down", 20, 12)}
-KERNELS: list[LoraKernel] = [segmented_lora]
+NATIVE_ISAS = ["avx512bf16", "avx2", "portable"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _best_isa_afterwards() -> Iterator[None]:
+    yield
+    loaded = library()
+    if loaded is not None:
+        next(isa for isa in NATIVE_ISAS if loaded.manylora_choose(isa.encode()))
+
+
+def _native(isa: str) -> LoraKernel:
+    """The native kernel in the given instruction set, or a skip where it does not run."""
+    loaded = library()
+    if loaded is None or not loaded.manylora_choose(isa.encode()):
+        pytest.skip(f"no native kernel for {isa} here")
+    return NativeLora(loaded)
 
 
 def _adapter(ranks: dict[str, int], seed: int = 0) -> Adapter:
@@ -81,6 +101,22 @@ def test_freed_rows_are_used_again() -> None:
     assert pool.rows_used == 0
 
 
+def _check_each_token_alone(
+    kernel: LoraKernel,
+    got: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    pool: RankPool,
+    segments: list[Segment],
+) -> None:
+    """A token's result is the same to the bit when nothing else is in the step."""
+    for slot, start, stop in segments:
+        for t in range(start, stop):
+            alone = y[t : t + 1].clone()
+            kernel(alone, x[t : t + 1], pool.sites["q"], [Segment(slot, 0, 1)])
+            assert torch.equal(alone[0], got[t])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(-1, 5), st.integers(1, 4)), min_size=1, max_size=8),
@@ -88,11 +124,13 @@ def test_freed_rows_are_used_again() -> None:
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 1000),
 )
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", ["segmented", *NATIVE_ISAS])
 def test_every_kernel_equals_the_reference(
-    kernel: LoraKernel, runs: list[tuple[int, int]], ranks: list[int], dtype: torch.dtype, seed: int
+    backend: str, runs: list[tuple[int, int]], ranks: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     """Who shares an adapter, ranks (0 = the site is absent), rows with holes and base tokens all vary."""
+    kernel = segmented_lora if backend == "segmented" else _native(backend)
+    dtype = dtype if backend == "segmented" else torch.bfloat16
     pool = RankPool(SITES, 40, dtype)
     torch.manual_seed(seed)
     fillers = [_insert(pool, _adapter({"q": 1 + i % 3})) for i in range(3)]
@@ -117,6 +155,8 @@ def test_every_kernel_equals_the_reference(
     kernel(got, x, pool.sites["q"], segments)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance * 8)
+    if backend != "segmented":
+        _check_each_token_alone(kernel, got, x, y, pool, segments)
     untouched = torch.ones(token, dtype=torch.bool)
     for _, start, stop in segments:
         untouched[start:stop] = False

@@ -1,21 +1,21 @@
 """Attention over paged keys and values.
 
-``plan.py`` turns a step's chunks into index tensors, once a step; a backend uses them in every layer.
-``AttentionBackend`` is the interface, ``torch_paged.py`` the one that runs everywhere.
+``AttentionBackend`` is the interface; ``torch_paged.py`` runs everywhere, ``native_paged.py`` on CPUs.
 
 The model's own attention modules call the function that ``install`` registers with transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from adapters.errors import BaseModelError
-from server.engine.attention.plan import AttentionPlan
+from server.engine.sequence import Chunk
 
 NAME = "manylora"
 """The name under which the function is registered with transformers."""
@@ -36,27 +36,52 @@ class LayerAttention:
     softcap: float | None = None
 
 
-class AttentionBackend(Protocol):
-    """Computes one layer's attention for one step."""
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """One layer's keys and values: heads and the dimension of each."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: tuple[Tensor, Tensor],
-        plan: AttentionPlan,
-        layer: LayerAttention,
-    ) -> Tensor:
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class AttentionBackend(Protocol):
+    """Owns the pages of all layers and attends over them."""
+
+    def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
+        """Take the memory: for each layer, ``num_blocks`` blocks of keys and of values."""
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        """A step starts, whose tokens are ``chunks``, one after the other."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
         """Store the new k and v, then attend.
 
         Args:
             q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim].
-            cache: the layer's keys and values, each [kv_slots, kv_heads, head_dim].
 
         Returns:
             [tokens, heads, head_dim of v].
         """
+
+
+def choose(
+    shapes: Mapping[int, KvShape], block_size: int, device: torch.device, dtype: torch.dtype
+) -> AttentionBackend:
+    """The backend for this model on this machine, chosen once when the model is built."""
+    from adapters.native import library
+    from server.engine.attention.torch_paged import TorchPaged
+
+    native = library() if device.type == "cpu" and dtype == torch.bfloat16 else None
+    if native is not None:
+        from server.engine.attention.native_paged import NativePaged
+
+        if NativePaged.fits(shapes, block_size):
+            return NativePaged(native, block_size)
+    return TorchPaged(block_size, device, dtype)
 
 
 class AttentionHost:

@@ -21,7 +21,7 @@ class DecodePart:
 
     Attributes:
         tokens: [n] where in the step their tokens are.
-        kv_slots: [n, longest] their KV slots, padded with 0.
+        kv_slots: [n, longest] their KV slots, padded with a slot that always holds zeros.
         lengths: [n] how many of them count, the new token's own included.
     """
 
@@ -85,9 +85,13 @@ class AttentionPlan:
 
 
 def make_plan(
-    chunks: SequenceOf[Chunk], block_size: int, device: torch.device | str = "cpu"
+    chunks: SequenceOf[Chunk], block_size: int, padding: int, device: torch.device | str = "cpu"
 ) -> AttentionPlan:
-    """Index tensors for ``chunks``, whose tokens lie one chunk after the other in the step."""
+    """Index tensors for ``chunks``, whose tokens lie one chunk after the other in the step.
+
+    ``padding`` is a KV slot that nobody writes: what is masked is still multiplied by 0, and 0 times another
+    request's NaN would be NaN.
+    """
     new_slots: list[Tensor] = []
     prefills: list[PrefillPart] = []
     decode_tokens: list[int] = []
@@ -106,7 +110,9 @@ def make_plan(
     if decode_tokens:
         decode = DecodePart(
             tokens=torch.tensor(decode_tokens, device=device),
-            kv_slots=torch.nn.utils.rnn.pad_sequence(decode_slots, batch_first=True).to(device),
+            kv_slots=torch.nn.utils.rnn.pad_sequence(
+                decode_slots, batch_first=True, padding_value=padding
+            ).to(device),
             lengths=torch.tensor([s.shape[0] for s in decode_slots], device=device),
         )
     return AttentionPlan(torch.cat(new_slots).to(device), decode, prefills)

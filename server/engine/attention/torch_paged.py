@@ -7,28 +7,55 @@ keys are read once and not once a query head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.attention import LayerAttention
-from server.engine.attention.plan import AttentionPlan, DecodePart, PrefillPart
+from server.engine.attention import KvShape, LayerAttention
+from server.engine.attention.plan import AttentionPlan, DecodePart, PrefillPart, make_plan
+from server.engine.sequence import Chunk
 
 Cache = tuple[Tensor, Tensor]
 
 
-def torch_paged_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: AttentionPlan, layer: LayerAttention
-) -> Tensor:
-    """See ``AttentionBackend``."""
-    for pages, new in zip(cache, (k, v), strict=True):
-        pages.index_copy_(0, plan.new_slots, new)
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    if plan.decode is not None:
-        out[plan.decode.tokens] = _decode(q[plan.decode.tokens], cache, plan.decode, layer)
-    for part in plan.prefills:
-        out[part.start : part.stop] = _prefill(q[part.start : part.stop], cache, part, layer)
-    return out
+class TorchPaged:
+    """See ``AttentionBackend``. A layer's keys and values are each [blocks * block_size + 1, kv_heads, dim].
+
+    The last slot is never written: padding reads it.
+    """
+
+    def __init__(self, block_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._dtype = dtype
+        self._caches: dict[int, Cache] = {}
+        self._padding = 0
+        self._plan: AttentionPlan | None = None
+
+    def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
+        self._padding = num_blocks * self._block_size
+        for layer, shape in shapes.items():
+            self._caches[layer] = (self._pages(shape, shape.key_dim), self._pages(shape, shape.value_dim))
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        self._plan = make_plan(chunks, self._block_size, self._padding, self._device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+        cache, plan = self._caches[layer], self._plan
+        assert plan is not None
+        for pages, new in zip(cache, (k, v), strict=True):
+            pages.index_copy_(0, plan.new_slots, new)
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        if plan.decode is not None:
+            out[plan.decode.tokens] = _decode(q[plan.decode.tokens], cache, plan.decode, kind)
+        for part in plan.prefills:
+            out[part.start : part.stop] = _prefill(q[part.start : part.stop], cache, part, kind)
+        return out
+
+    def _pages(self, shape: KvShape, dim: int) -> Tensor:
+        return torch.zeros(self._padding + 1, shape.kv_heads, dim, dtype=self._dtype, device=self._device)
 
 
 def _decode(q: Tensor, cache: Cache, part: DecodePart, layer: LayerAttention) -> Tensor:

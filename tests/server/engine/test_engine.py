@@ -66,7 +66,9 @@ def test_preemption_changes_no_token(home: Path) -> None:
         Asked(PROMPT[i:], name, {"max_tokens": 40, "ignore_eos": True})
         for i, name in enumerate(("one", "two", None))
     ]
-    Driver(parts).run(*requests)
+    driver = Driver(parts)
+    driver.resident("one", "two")
+    driver.run(*requests)
     assert parts.engine.scheduler.preemptions > 0
     _check_empty(parts)
     for asked in requests:

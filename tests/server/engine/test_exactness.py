@@ -54,7 +54,7 @@ def _prompts(vocabulary: int) -> list[Asked]:
 
 
 def _run_mixed(parts: Parts, requests: list[Asked]) -> LogitsRecorder:
-    recorder = LogitsRecorder(parts.runner)
+    recorder = LogitsRecorder(parts.model)
     parts.engine.model = recorder
     driver = Driver(parts)
     driver.resident(*ADAPTERS)

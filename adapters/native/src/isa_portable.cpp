@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+MANYLORA_KERNELS(portable)

@@ -1,0 +1,125 @@
+// LoRA over rank rows:  y_t += sum over j in rows(adapter of t) of (A_j . x_t) B_j
+//
+// shrink: h_tj = A_j . x_t, sixteen partial sums along the input, then one number, rounded to bf16
+// expand: y_t += h_t B, two rows of B at a time, in the order of the adapter's row list, on float32
+//
+// A task is a few tokens of one segment at one linear, so a decoding step has at least as many tasks as
+// adapters, and a long prompt is cut into many. No padding: ranks, and absent linears, cost what they are.
+
+constexpr int64_t TASK_TOKENS = 16;  // tokens of a task
+constexpr int TOKENS = 4;            // tokens that share one reading of a row
+
+// h[t][j] for T tokens and R rows, whose sums are kept in registers.
+template <int T, int R>
+static inline void shrink_tile(const bf16* const* x, const bf16* const* a, int64_t in, float h[T][R]) {
+    f32x16 acc[T][R] = {};
+    for (int64_t i = 0; i < in; i += 32) {
+        u32x16 xs[T], as[R];
+        for (int t = 0; t < T; t++) xs[t] = load_pairs(x[t] + i, in - i);
+        for (int j = 0; j < R; j++) as[j] = load_pairs(a[j] + i, in - i);
+        for (int t = 0; t < T; t++)
+            for (int j = 0; j < R; j++) acc[t][j] = dot2(acc[t][j], xs[t], as[j]);
+    }
+    for (int t = 0; t < T; t++)
+        for (int j = 0; j < R; j++) h[t][j] = sum(acc[t][j]);
+}
+
+// y[t] for T tokens: 32 columns at a time in registers, over all pairs of rows.
+template <int T>
+static inline void expand(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* h, int64_t h_stride,
+                          bf16* const* y) {
+    for (int64_t c = 0; c < site.out; c += 32) {
+        const int64_t left = site.out - c;
+        f32x16 acc[T][2];
+        for (int t = 0; t < T; t++) {
+            acc[t][0] = load_floats(y[t] + c, left);
+            acc[t][1] = left > 16 ? load_floats(y[t] + c + 16, left - 16) : f32x16{};
+        }
+        for (int64_t j = 0; j < rank; j += 2) {
+            const bf16* b0 = site.b + rows[j] * site.out + c;
+            const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
+            u32x16 low, high;
+            interleave(load_pairs(b0, left), load_pairs(b1, left), low, high);
+            for (int t = 0; t < T; t++) {
+                u32x16 pair = splat_pair(h + t * h_stride + j);
+                acc[t][0] = dot2(acc[t][0], low, pair);
+                acc[t][1] = dot2(acc[t][1], high, pair);
+            }
+        }
+        for (int t = 0; t < T; t++) {
+            store_bf16s(y[t] + c, acc[t][0], left);
+            if (left > 16) store_bf16s(y[t] + c + 16, acc[t][1], left - 16);
+        }
+    }
+}
+
+template <int T>
+static inline void lora_tokens(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* x, int64_t x_stride,
+                               bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
+    constexpr int R = T == 1 ? 8 : 4;
+    const bf16* xs[T];
+    bf16* ys[T];
+    for (int t = 0; t < T; t++) xs[t] = x + t * x_stride, ys[t] = y + t * y_stride;
+    int64_t j = 0;
+    for (; j + R <= rank; j += R) {
+        const bf16* as[R];
+        float found[T][R];
+        for (int i = 0; i < R; i++) as[i] = site.a + rows[j + i] * site.in;
+        shrink_tile<T, R>(xs, as, site.in, found);
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < R; i++) h[t * h_stride + j + i] = to_bf16(found[t][i]);
+    }
+    for (; j < rank; j++) {
+        const bf16* as[1] = {site.a + rows[j] * site.in};
+        float found[T][1];
+        shrink_tile<T, 1>(xs, as, site.in, found);
+        for (int t = 0; t < T; t++) h[t * h_stride + j] = to_bf16(found[t][0]);
+    }
+    if (rank % 2)
+        for (int t = 0; t < T; t++) h[t * h_stride + rank] = 0;
+    expand<T>(site, rows, rank, h, h_stride, ys);
+}
+
+struct LoraTask {
+    int64_t site, slot, start, stop;
+};
+
+static void lora_task(const LoraCall& call, const LoraTask& task) {
+    const LoraSite& site = *call.sites[task.site];
+    const int64_t rank = site.ranks[task.slot], h_stride = rank + rank % 2;
+    const int32_t* rows = site.rows[task.slot];
+    static thread_local Buffer<bf16> kept;
+    bf16* h = kept.at_least(TOKENS * h_stride);
+    const int64_t y_stride = call.y_strides[task.site];
+    int64_t t = task.start;
+    for (; t + TOKENS <= task.stop; t += TOKENS)
+        lora_tokens<TOKENS>(site, rows, rank, call.x + t * call.x_stride, call.x_stride,
+                            call.y[task.site] + t * y_stride, y_stride, h, h_stride);
+    for (; t < task.stop; t++)
+        lora_tokens<1>(site, rows, rank, call.x + t * call.x_stride, call.x_stride,
+                       call.y[task.site] + t * y_stride, y_stride, h, h_stride);
+}
+
+static int64_t tasks_of(const LoraCall* call, LoraTask* tasks) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < call->n_segments; i++) {
+        const Segment& s = call->segments[i];
+        for (int64_t site = 0; site < call->n_sites; site++) {
+            if (call->sites[site]->ranks[s.slot] == 0) continue;
+            for (int64_t t = s.start; t < s.stop; t += TASK_TOKENS)
+                tasks[count++] = {site, s.slot, t, least(t + TASK_TOKENS, s.stop)};
+        }
+    }
+    return count;
+}
+
+static void lora(const LoraCall* call) {
+    static thread_local Buffer<LoraTask> kept;
+    int64_t bound = 0;
+    for (int64_t i = 0; i < call->n_segments; i++)
+        bound += call->n_sites * ((call->segments[i].stop - call->segments[i].start) / TASK_TOKENS + 1);
+    LoraTask* tasks = kept.at_least(bound);
+    const int64_t count = tasks_of(call, tasks);
+#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
+    for (int64_t i = 0; i < count; i++) lora_task(*call, tasks[i]);
+}

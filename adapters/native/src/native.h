@@ -1,0 +1,125 @@
+// What Python and the kernels say to each other: plain structs and C functions, no torch.
+//
+// Every kernel's result for a token depends on that token's own inputs alone: not on the other tokens of the
+// step, on how prompts were cut into chunks, on where pages lie, or on the number of threads. Each sum is
+// formed by one thread in one fixed order.
+#pragma once
+#include <cstdint>
+
+typedef uint16_t bf16;
+
+// One linear's adapters, all of them: rank rows, and by slot which rows are whose (see adapters/rank_pool.py).
+struct LoraSite {
+    const bf16* a;               // [rows, in]
+    const bf16* b;               // [rows, out], the adapters' scale folded in
+    int64_t in, out;
+    const int32_t* const* rows;  // [slots] the slot's rows
+    const int32_t* ranks;        // [slots] how many; 0 = the adapter does not touch this linear
+};
+
+// Tokens [start, stop) use the adapter in `slot`.
+struct Segment {
+    int64_t slot, start, stop;
+};
+
+struct LoraCall {
+    const LoraSite* const* sites;  // [n_sites] linears that share the input x
+    bf16* const* y;                // [n_sites] [tokens, out], added to
+    const int64_t* y_strides;      // [n_sites] elements from one token to the next
+    int64_t n_sites;
+    const bf16* x;                 // [tokens, in]
+    int64_t x_stride;
+    const Segment* segments;
+    int64_t n_segments;
+};
+
+// Keys and values live in tiles of 16 tokens for one head; see attention.h for the order within a tile.
+struct Pages {
+    bf16* keys;    // [tiles, kv_heads, 16 * head_dim]
+    bf16* values;  // [tiles, kv_heads, 16 * head_dim]
+    int64_t kv_heads, head_dim;
+};
+
+// Which tokens there are in a step, and where their sequences' tiles are.
+struct Tokens {
+    int64_t count;
+    const int64_t* kv_slots;    // [count] where the token's own key and value go: tile * 16 + place
+    const int64_t* positions;   // [count] in its sequence, from 0
+    const int64_t* sequences;   // [count] index into tile_starts
+    const int64_t* tile_starts; // [sequences] where the sequence's tiles begin in `tiles`
+    const int64_t* tiles;       // tile ids, in order of position
+};
+
+struct AttentionCall {
+    const Pages* pages;
+    const Tokens* tokens;
+    const bf16* q;             // [count, heads, head_dim]
+    const bf16* k;             // [count, kv_heads, head_dim]
+    const bf16* v;             // [count, kv_heads, head_dim]
+    int64_t q_stride, k_stride, v_stride;  // elements from one token to the next
+    bf16* out;                 // [count, heads, head_dim], contiguous
+    int64_t heads;
+    float scale;
+    float softcap;             // 0 = none
+    int64_t window;            // a token sees so many latest ones, itself included; 0 = all
+};
+
+// bitsandbytes' own NF4 kernel, by address (gemv_4bit_inference_cpu_nf4_bf16).
+typedef void (*Nf4Kernel)(int64_t m, int64_t n, int64_t k, const bf16* x, const uint8_t* w, const bf16* absmax,
+                          bf16* out, int64_t blocksize, int64_t x_stride, int64_t out_stride);
+
+struct Linear {
+    const uint8_t* w;      // packed by bitsandbytes for its kernel
+    const bf16* absmax;
+    const bf16* bias;      // [out] or null
+    int64_t in, out, blocksize;
+    const LoraSite* lora;
+};
+
+// One decoder block. Norm weights are float32 [hidden] (head norms [head_dim]); null = there is no such norm.
+struct Block {
+    Linear q, k, v, o, gate, up, down;
+    const float *norm_before_attention, *norm_after_attention, *norm_before_mlp, *norm_after_mlp;
+    const float *q_norm, *k_norm;
+    Pages pages;
+    int64_t window;
+};
+
+struct Scratch {           // bf16, for the largest step
+    bf16 *normed, *qkv, *attended, *gate_up, *delta;
+};
+
+struct StackCall {
+    Block* blocks;
+    int64_t n_blocks;
+    int64_t hidden, heads, head_dim, intermediate;
+    float eps, scale, softcap;
+    int64_t gelu;                // 0 = SiLU, 1 = GELU with tanh
+    Nf4Kernel nf4;
+    bf16* x;                     // [tokens, hidden] embeddings in, the last block's output out
+    const float *cosines, *sines;  // [positions, head_dim]
+    const Tokens* tokens;
+    const Segment* segments;
+    int64_t n_segments;
+    Scratch scratch;
+};
+
+// out[i] = norm(x[rows[i]]) @ W^T in float32.
+struct HeadCall {
+    const bf16* x;            // [tokens, hidden]
+    const int64_t* rows;      // [n] which tokens
+    int64_t n, hidden, vocabulary;
+    const float* norm;        // [hidden]
+    float eps;
+    const bf16* w;            // [vocabulary / 16, hidden / 2, 16, 2], the last group padded with zeros
+    bf16* normed;             // [n, hidden] scratch
+    float* out;               // [n, vocabulary rounded up to 16]
+};
+
+struct Kernels {
+    const char* name;
+    void (*lora)(const LoraCall*);
+    void (*attention)(const AttentionCall*);
+    void (*stack)(const StackCall*);
+    void (*head)(const HeadCall*);
+};

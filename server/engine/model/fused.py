@@ -1,0 +1,194 @@
+"""Llama-like models in one native call a step (``adapters/native/src/stack.h``), on 4-bit weights on a CPU.
+
+The base's linears are bitsandbytes' own NF4 kernel, called by its address; around it everything is ours. A
+request's logits are the same to the bit alone, in any batch, beside any adapters, chunked, preempted or from
+the prefix cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as SequenceOf
+from ctypes import addressof, byref, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.native import isa, library
+from adapters.native.structs import HeadCall, Scratch, StackCall
+from adapters.rank_pool import RankPool
+from server.engine.attention.native_paged import NativePaged, NativePages
+from server.engine.attention.native_tokens import NativeTokens
+from server.engine.kv_cache import BlockTable, chain_root
+from server.engine.model.fused_weights import LINEARS, FusedWeights
+from server.engine.model.steps import flatten, lora_segments
+from server.engine.model.stock import StockModel
+from server.engine.request import SamplingParams
+from server.engine.sequence import Chunk, Sequence
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
+
+ALIKE = 0.15
+"""Mean distance from transformers' own logits that bf16's rounding explains, in their standard deviations."""
+
+
+def why_not_fused(stock: StockModel, block_size: int) -> str | None:
+    """Why this model cannot run fused here, or None if it can."""
+    model: Any = stock.model
+    if stock.device.type != "cpu" or library() is None or isa() != "avx512bf16":
+        return "the fused step needs a CPU with AVX512-BF16 and the native kernels"
+    if model.config.model_type not in MODEL_TYPES:
+        return f"there is no fused step for {model.config.model_type}"
+    if model.model.rotary_emb.rope_type not in STATIC_ROPE:
+        return f"rope type {model.model.rotary_emb.rope_type!r} depends on the length"
+    if not NativePaged.fits(stock.shapes, block_size):
+        return "head dimension and block size must be multiples of 16"
+    if _nf4_kernel() is None or not all(_is_packed(layer) for layer in model.model.layers):
+        return "its linears are not packed NF4"
+    return None
+
+
+def _is_packed(layer: Any) -> bool:
+    bases = [layer.get_submodule(path).base for path in LINEARS.values()]
+    states: list[Any] = [getattr(base.weight, "quant_state", None) for base in bases]
+    return all(
+        getattr(state, "packing_format_for_cpu", False) and state.quant_type == "nf4" for state in states
+    )
+
+
+def _nf4_kernel() -> int | None:
+    """The address of bitsandbytes' kernel, if this build of it has one."""
+    from bitsandbytes.cextension import lib
+
+    try:
+        return ctypes.cast(lib.gemv_4bit_inference_cpu_nf4_bf16, c_void_p).value
+    except (AttributeError, RuntimeError):
+        return None
+
+
+class FusedModel:
+    """See ``StepModel``.
+
+    Args:
+        stock: the same model as transformers runs it; weights, shapes and rotary angles are taken from it.
+        pool: the adapters' rank rows.
+        max_tokens: most tokens of a step.
+    """
+
+    name = "fused"
+
+    def __init__(self, stock: StockModel, pool: RankPool, max_tokens: int) -> None:
+        loaded = library()
+        assert loaded is not None
+        self._library = loaded
+        self._model: Any = stock.model
+        self._config: Any = stock.model.config
+        self.shapes = stock.shapes
+        self._weights = FusedWeights(stock.model, pool, stock.kinds)
+        self._tokens: NativeTokens | None = None
+        self._pages: NativePages | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._scratch = self._make_scratch(max_tokens)
+        first = self._weights.blocks[0]
+        kind = stock.kinds[0]
+        self._call = StackCall(
+            blocks=addressof(self._weights.blocks),
+            n_blocks=len(self._weights.blocks),
+            hidden=self._config.hidden_size,
+            heads=first.q.outputs // self.shapes[0].key_dim,
+            head_dim=self.shapes[0].key_dim,
+            intermediate=first.gate.outputs,
+            eps=self._config.rms_norm_eps,
+            scale=kind.scale,
+            softcap=kind.softcap or 0.0,
+            gelu=int("gelu" in _activation(self._config)),
+            nf4=_nf4_kernel(),
+            scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
+        )
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        positions = min(num_blocks * block_size, self._config.max_position_embeddings)
+        self._tokens = NativeTokens(block_size)
+        self._pages = NativePages(self.shapes, num_blocks * block_size)
+        for layer, pages in self._pages.layers.items():
+            self._weights.blocks[layer].pages = pages
+        self._angles = self._rotary_angles(positions)
+        self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
+
+    @torch.inference_mode()
+    def __call__(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        assert self._tokens is not None
+        tokens, _, last = flatten(chunks)
+        self._tokens.begin(chunks)
+        segments = np.array(lora_segments(chunks), np.int64).reshape(-1, 3)
+        x = self._model.model.embed_tokens(tokens)
+        call = self._call
+        call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
+        call.segments, call.n_segments = segments.ctypes.data, len(segments)
+        self._library.manylora_stack(byref(call))
+        return self._head(x, last)
+
+    def _head(self, x: Tensor, rows: Tensor) -> Tensor:
+        """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
+        vocabulary, n = self._model.lm_head.weight.shape[0], len(rows)
+        out = torch.empty(n, -(-vocabulary // 16) * 16)
+        normed = torch.empty(n, x.shape[1], dtype=x.dtype)
+        call = HeadCall(
+            x=x.data_ptr(),
+            rows=rows.data_ptr(),
+            n=n,
+            hidden=x.shape[1],
+            vocabulary=vocabulary,
+            norm=self._weights.final_norm.data_ptr(),
+            eps=self._config.rms_norm_eps,
+            w=self._weights.head.data_ptr(),
+            normed=normed.data_ptr(),
+            out=out.data_ptr(),
+        )
+        self._library.manylora_head(byref(call))
+        logits = out[:, :vocabulary]
+        cap = getattr(self._config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def differs_from(self, stock: StockModel, block_size: int) -> str | None:
+        """Run both on a made-up prompt; says so if this is not the model that transformers would run.
+
+        A guard against configurations that the fused step does not know of.
+        """
+        prompt = tuple((37 * i + 11) % self._config.vocab_size for i in range(40))
+        sequence = Sequence("check", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
+        sequence.table = BlockTable(chain_root(None))
+        blocks = -(-len(prompt) // block_size)
+        sequence.table.blocks = list(range(blocks))
+        chunk = Chunk(sequence, 0, len(prompt))
+        for model in (self, stock):
+            model.allocate(blocks, block_size)
+        ours, theirs = self([chunk]), stock([chunk])
+        difference = ((ours - theirs).square().mean().sqrt() / theirs.std()).item()
+        return None if difference < ALIKE else f"the fused step differs from them by {difference:.2f}"
+
+    def _make_scratch(self, tokens: int) -> dict[str, Tensor]:
+        block = self._weights.blocks[0]
+        widths = {
+            "normed": block.q.inputs,
+            "qkv": block.q.outputs + 2 * block.k.outputs,
+            "attended": block.q.outputs,
+            "gate_up": 2 * block.gate.outputs,
+            "delta": block.q.inputs,
+        }
+        return {name: torch.empty(tokens, width, dtype=torch.bfloat16) for name, width in widths.items()}
+
+    def _rotary_angles(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [positions, head_dim] as the model makes them, its scaling included."""
+        like = torch.zeros(1, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            cosines, sines = self._model.model.rotary_emb(like, torch.arange(positions)[None])
+        return cosines[0].float().contiguous(), sines[0].float().contiguous()
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)

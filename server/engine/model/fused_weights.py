@@ -1,0 +1,99 @@
+"""A Llama-like model's weights as the native stack reads them: addresses into the loaded model."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import addressof
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.lora import LoraLinear
+from adapters.native.structs import Block, Linear
+from adapters.rank_pool import RankPool
+from server.engine.attention import LayerAttention
+
+PLUS_ONE = frozenset({"gemma", "gemma2"})
+"""Model types whose norms multiply by 1 + weight."""
+
+BLOCK_NORMS = {
+    "norm_before_attention": "input_layernorm",
+    "norm_before_mlp": "post_attention_layernorm",
+}
+GEMMA2_NORMS = {
+    "norm_before_attention": "input_layernorm",
+    "norm_after_attention": "post_attention_layernorm",
+    "norm_before_mlp": "pre_feedforward_layernorm",
+    "norm_after_mlp": "post_feedforward_layernorm",
+}
+LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+class FusedWeights:
+    """The ``Block`` structs of all layers, and whatever they point at that the model itself does not hold.
+
+    Args:
+        model: transformers' model, its linears already wrapped for adapters and packed for the CPU.
+    """
+
+    def __init__(self, model: Any, pool: RankPool, kinds: Mapping[int, LayerAttention]) -> None:
+        self._model_type = model.config.model_type
+        self._kept: list[Tensor] = []
+        layers = model.model.layers
+        self.blocks = (Block * len(layers))()
+        for i, layer in enumerate(layers):
+            self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
+            self.blocks[i].window = kinds[i].window or 0
+        self.final_norm = self._norm(model.model.norm)
+        self.head = self._keep(pack_head(model.lm_head.weight.detach()))
+
+    def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
+        for field, path in LINEARS.items():
+            setattr(block, field, self._linear(layer.get_submodule(path), pool, f"{name}.{path}"))
+        for field, path in (GEMMA2_NORMS if self._model_type == "gemma2" else BLOCK_NORMS).items():
+            setattr(block, field, self._norm(layer.get_submodule(path)).data_ptr())
+        for field in ("q_norm", "k_norm"):
+            norm = getattr(layer.self_attn, field, None)
+            if norm is not None:
+                setattr(block, field, self._norm(norm).data_ptr())
+
+    def _linear(self, module: LoraLinear, pool: RankPool, site: str) -> ctypes.Structure:
+        base: Any = module.base
+        state = base.weight.quant_state
+        bias = None if base.bias is None else self._keep(base.bias.detach().to(torch.bfloat16))
+        return Linear(
+            w=base.weight.data_ptr(),
+            absmax=state.absmax.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            inputs=base.in_features,
+            outputs=base.out_features,
+            blocksize=state.blocksize,
+            lora=addressof(pool.sites[site].native),
+        )
+
+    def _norm(self, module: Any) -> Tensor:
+        weight = module.weight.detach().float()
+        return self._keep(weight + 1.0 if self._model_type in PLUS_ONE else weight)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1]
+
+
+def pack_head(weight: Tensor) -> Tensor:
+    """[vocabulary, hidden] -> [groups, hidden / 2, 16, 2]: sixteen words' weights lie side by side."""
+    vocabulary, hidden = weight.shape
+    groups = -(-vocabulary // 16)
+    padded = torch.zeros(groups * 16, hidden, dtype=torch.bfloat16)
+    padded[:vocabulary] = weight
+    return padded.view(groups, 16, hidden // 2, 2).transpose(1, 2).contiguous()

@@ -1,0 +1,86 @@
+"""The base as transformers runs it: its own blocks, our attention, our layer around its linears.
+
+Serves every causal LM that uses transformers' attention interface, on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from adapters.base import LoadedBase
+from adapters.errors import BaseModelError
+from adapters.kernels import choose as choose_lora
+from adapters.lora import attach
+from adapters.rank_pool import RankPool
+from server.engine.attention import AttentionBackend, KvShape, LayerAttention, install
+from server.engine.attention import choose as choose_attention
+from server.engine.model.steps import flatten, lora_segments
+from server.engine.sequence import Chunk
+
+
+class StockModel:
+    """See ``StepModel``.
+
+    Args:
+        base: the loaded base; its model is changed in place and belongs to this object from now on.
+        pool: the adapters' rank rows, for this base's sites.
+
+    Attributes:
+        shapes, kinds: by layer, what its keys and values look like and how it attends.
+    """
+
+    name = "transformers"
+
+    def __init__(self, base: LoadedBase, pool: RankPool) -> None:
+        self.model = base.model
+        self.device = next(base.model.parameters()).device
+        self.dtype: torch.dtype = base.model.dtype
+        self._host = install(base.model)
+        self._lora = attach(base.model, pool, choose_lora(self.device, self.dtype))
+        self._attention: AttentionBackend | None = None
+        self.shapes: dict[int, KvShape] = {}
+        self.kinds: dict[int, LayerAttention] = {}
+        self._probe()
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        self._attention = choose_attention(self.shapes, block_size, self.device, self.dtype)
+        self._attention.allocate(self.shapes, num_blocks)
+
+    @torch.inference_mode()
+    def __call__(self, chunks: SequenceOf[Chunk]) -> Tensor:
+        assert self._attention is not None
+        self._attention.begin(chunks)
+        self._host.handler = self._attention
+        self._lora.segments = lora_segments(chunks)
+        return self._forward(*flatten(chunks))
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Learn the layers from a run on one token.
+
+        Raises:
+            BaseModelError: if the model cannot be served (no attention layer calls us, or it needs more).
+        """
+
+        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+            self.shapes[layer] = KvShape(k.shape[1], k.shape[2], v.shape[2])
+            self.kinds[layer] = kind
+            return q.new_zeros(*q.shape[:2], v.shape[2])
+
+        self._host.handler = record
+        self._forward(*(torch.zeros(1, dtype=torch.long) for _ in range(3)))
+        if not self.shapes:
+            raise BaseModelError(f"{type(self.model).__name__} has no attention layer that can be served.")
+
+    def _forward(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=tokens[None].to(self.device),
+            position_ids=positions[None].to(self.device),
+            logits_to_keep=last.to(self.device),
+            use_cache=False,
+        )
+        logits: Tensor = out.logits[0].float()
+        return logits
