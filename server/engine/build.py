@@ -12,6 +12,7 @@ import torch
 
 from adapters.artifact import Limits, inspect_adapter, load_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.native import isa
 from adapters.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
@@ -69,7 +70,7 @@ def build_parts(config: ServerConfig) -> Parts:
     engine = Engine(model, scheduler, gate, registry, tokenizer.eos)
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
-    _log_sizes(info, blocks, pool, registry)
+    _log_sizes(model, info, blocks, pool, registry)
     return Parts(info, model, engine, registry, residency, watcher, tokenizer)
 
 
@@ -188,8 +189,11 @@ def _stats(scheduler: Scheduler, residency: Residency) -> EngineStats:
     )
 
 
-def _log_sizes(base: BaseInfo, blocks: BlockManager, pool: RankPool, registry: Registry) -> None:
+def _log_sizes(
+    model: StepModel, base: BaseInfo, blocks: BlockManager, pool: RankPool, registry: Registry
+) -> None:
     log.info("base %s: %s, digest %s", base.name, base.quantization, base.digest)
+    log.info("blocks: %s; native kernels: %s", model.name, isa())
     log.info(
         "KV cache: %d blocks, %d tokens; context %d tokens",
         blocks.num_blocks, blocks.num_blocks * blocks.block_size, base.max_model_len,

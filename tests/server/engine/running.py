@@ -25,8 +25,9 @@ _numbers = itertools.count()
 def build(base: Path | str, home: Path, *flags: str) -> Parts:
     """The parts for ``base`` with small sizes; ``flags`` as for ``manylora serve``."""
     sizes = ["--kv-cache-memory", "16MiB", "--max-lora-rank", "16", "--max-loras", "8", "--threads", "1"]
-    parts = build_parts(from_args(["--base", str(base), "--home", str(home), *sizes, *flags], environ={}))
-    for folder in (home / "adapters").iterdir():  # just written, so the watcher would wait a moment
+    config = from_args(["--base", str(base), "--home", str(home), *sizes, *flags], environ={})
+    parts = build_parts(config)
+    for folder in config.adapters.folder.iterdir():  # just written, so the watcher would wait a moment
         parts.registry.register(folder.name, folder, replace=False)
     return parts
 
