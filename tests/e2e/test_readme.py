@@ -1,0 +1,62 @@
+"""What the README shows is what happens: its transcript, its commands, its options."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from server.options import OPTIONS
+from tests.e2e.running_server import RunningServer
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _commands(program: str) -> list[list[str]]:
+    lines = "\n".join(_blocks("sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
+
+
+def test_the_transcript_is_true(server: RunningServer) -> None:
+    (code,), (expected,) = _blocks("python"), _blocks("text")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code.replace(ADDRESS, server.url), "README.md", "exec"), {})
+    assert printed.getvalue() == expected
+
+
+def test_every_curl_command_answers(server: RunningServer) -> None:
+    commands = _commands("curl")
+    assert len(commands) == 4
+    for command in commands:
+        here = [word.replace(ADDRESS, server.url) for word in command]
+        result = subprocess.run(
+            [*here, "--silent", "--fail-with-body"], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout
+        if "completions" in command[1]:
+            assert "honey" in json.loads(result.stdout)["choices"][0]["message"]["content"]
+
+
+def test_every_option_named_exists() -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    elsewhere = set()
+    for module in ("server.bench.cli", "adapters.samples.train", "adapters.samples.heldout"):
+        source = Path(module.replace(".", "/") + ".py").read_text()
+        elsewhere |= set(re.findall(r'"(--[a-z-]+)"', source))
+    known = {option.flag for option in OPTIONS} | elsewhere | {"--target", "--gpus", "--help"}
+    assert named <= known
+
+
+def test_every_file_named_exists() -> None:
+    for path in re.findall(r"`((?:adapters|server|tests)/[^`]*)`", README):
+        assert list(Path().glob(path)), path
