@@ -53,21 +53,21 @@ class SitePool:
         self.a[index] = weights.a.to(self.a.device)
         self.b[index] = weights.b.to(self.b.device)
         self.rows[slot] = index
-        self._tell_native(slot, rows)
+        addresses, ranks = self._tables[-1]
+        self._lists[slot] = np.array(rows, dtype=np.int32)
+        addresses[slot] = self._lists[slot].ctypes.data
+        ranks[slot] = len(rows)
+
+    def hold(self, slot: int) -> None:
+        """Give ``slot`` a place in the native tables: kernels look up every slot at every site."""
+        while slot >= len(self._tables[-1][1]):
+            self._make_tables(slots=2 * len(self._tables[-1][1]))
 
     def free(self, slot: int, rows: list[int]) -> None:
         self.rows.pop(slot, None)
         self._tables[-1][1][slot] = 0
         self._lists.pop(slot, None)
         self.allocator.give(rows)
-
-    def _tell_native(self, slot: int, rows: list[int]) -> None:
-        while slot >= len(self._tables[-1][1]):
-            self._make_tables(slots=2 * len(self._tables[-1][1]))
-        addresses, ranks = self._tables[-1]
-        self._lists[slot] = np.array(rows, dtype=np.int32)
-        addresses[slot] = self._lists[slot].ctypes.data
-        ranks[slot] = len(rows)
 
     def _make_tables(self, slots: int) -> None:
         """Larger tables; the old ones stay, since a kernel may be reading them right now."""
@@ -126,6 +126,8 @@ class RankPool:
         if self.missing_rows(ranks):
             return None
         slot = next(i for i in range(len(self._owned) + 1) if i not in self._owned)
+        for pool in self.sites.values():
+            pool.hold(slot)
         owned: dict[str, list[int]] = {}
         for name, rank in ranks.items():
             rows = self.sites[name].allocator.take(rank)

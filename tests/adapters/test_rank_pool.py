@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -98,6 +99,27 @@ def test_freed_rows_are_used_again() -> None:
     pool.free(slots[1])
     pool.free(slots[0])
     pool.check_integrity()
+    assert pool.rows_used == 0
+
+
+def test_every_site_knows_every_slot() -> None:
+    """A kernel asks each site for the rank of each slot in the step, also where its adapter is absent."""
+    pool = RankPool(SITES, 40, torch.bfloat16)
+    slots = [_insert(pool, _adapter({"q": 1}, seed)) for seed in range(40)]
+    for site in pool.sites.values():
+        ranks = ctypes.cast(site.native.ranks, ctypes.POINTER(ctypes.c_int32))
+        known = len(site._tables[-1][1])
+        assert known > max(slots)
+        assert [ranks[slot] for slot in range(known)] == [len(site._lists.get(i, ())) for i in range(known)]
+
+
+def test_rows_that_were_never_written_can_be_given_back() -> None:
+    """As when reading the adapter fails between the two."""
+    pool = RankPool(SITES, 40, torch.bfloat16)
+    slots = [pool.reserve({"q": 1}) for _ in range(40)]
+    for slot in slots:
+        assert slot is not None
+        pool.free(slot)
     assert pool.rows_used == 0
 
 
