@@ -19,6 +19,7 @@ COMMON = [
     "-fPIC",
     "-fopenmp",
     "-fvisibility=hidden",
+    "-ffp-contract=off",  # see simd.h
     "-Wno-psabi",
     "-Wno-ignored-attributes",
 ]

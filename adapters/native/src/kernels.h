@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include "native.h"

@@ -1,5 +1,8 @@
-// Sixteen lanes, written once with the compiler's vector types; only `dot2` has a form of its own for
-// AVX512-BF16. Included inside a namespace, once for each instruction set.
+// Sixteen lanes, written once with the compiler's vector types; only `fma16` and `dot2` have forms of their
+// own. Included inside a namespace, once for each instruction set.
+//
+// Compiled with -ffp-contract=off: a product and a sum become one rounding only where `fma16` says so. Else the
+// compiler would choose, perhaps otherwise for one token than for four, and results would differ in a bit.
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -46,14 +49,22 @@ static inline u16x16 to_bf16s(f32x16 x) {
 
 static inline bf16 to_bf16(float x) { return to_bf16s(splat(x))[0]; }
 
+// a * b + c
+static inline f32x16 fma16(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
 // acc[i] += a[2i] * b[2i] + a[2i+1] * b[2i+1], for bf16 pairs in float32.
 static inline f32x16 dot2(f32x16 acc, u32x16 a, u32x16 b) {
 #ifdef __AVX512BF16__
     return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
-    acc += (f32x16)(a << 16) * (f32x16)(b << 16);
-    acc += (f32x16)(a & 0xffff0000u) * (f32x16)(b & 0xffff0000u);
-    return acc;
+    acc = fma16((f32x16)(a << 16), (f32x16)(b << 16), acc);
+    return fma16((f32x16)(a & 0xffff0000u), (f32x16)(b & 0xffff0000u), acc);
 #endif
 }
 
@@ -85,14 +96,14 @@ static inline f32x16 exp16(f32x16 x) {
     f32x16 clamped = x < -87.0f ? splat(-87.0f) : x;
     clamped = clamped > 88.0f ? splat(88.0f) : clamped;
     f32x16 n = clamped * 1.44269504f + round - round;
-    f32x16 r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    f32x16 r = fma16(n, splat(2.12194440e-4f), fma16(n, splat(-0.693359375f), clamped));
     f32x16 p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = fma16(p, r, splat(1.3981999507e-3f));
+    p = fma16(p, r, splat(8.3334519073e-3f));
+    p = fma16(p, r, splat(4.1665795894e-2f));
+    p = fma16(p, r, splat(1.6666665459e-1f));
+    p = fma16(p, r, splat(5.0000001201e-1f));
+    p = fma16(p, r * r, r) + 1.0f;
     i32x16 exponent = (__builtin_convertvector(n, i32x16) + 127) << 23;
     p *= (f32x16)exponent;
     p = x < -87.0f ? splat(0.0f) : p;
