@@ -112,6 +112,7 @@ HeadCall = _struct(
     vocabulary=c_int64,
     norm=c_void_p,
     eps=c_float,
+    softcap=c_float,
     w=c_void_p,
     normed=c_void_p,
     out=c_void_p,

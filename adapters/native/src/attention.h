@@ -38,8 +38,7 @@ static inline f32x16 scores_of(const bf16* q, const bf16* keys, int64_t head_dim
     for (int64_t d = 0; d < head_dim; d += 8)
         for (int i = 0; i < 4; i++)
             part[i] = dot2(part[i], load<u32x16>(keys + (d + 2 * i) * TILE), splat_pair(q + d + 2 * i));
-    f32x16 s = ((part[0] + part[1]) + (part[2] + part[3])) * scale;
-    return softcap > 0 ? softcap * tanh16(s / softcap) : s;
+    return softcapped(((part[0] + part[1]) + (part[2] + part[3])) * scale, softcap);
 }
 
 // Adds a tile of which places [first, last] are seen. What was never written beyond `last` may be anything.

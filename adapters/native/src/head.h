@@ -1,4 +1,4 @@
-// The final norm and the output head:  logits = norm(x) W^T, W in bf16, packed so that sixteen words' sums
+// The final norm and the output head:  logits = norm(x) W^T, softcapped, W in bf16, packed so that sixteen words' sums
 // stand in one register. float32 out: rounding logits to bf16 would only make ties.
 
 template <int ROWS>
@@ -11,7 +11,7 @@ static inline void head_group(const HeadCall& call, int64_t row, int64_t group) 
         for (int r = 0; r < ROWS; r++) acc[r] = dot2(acc[r], pairs, splat_pair(x + r * call.hidden + i));
     }
     const int64_t width = (call.vocabulary + 15) / 16 * 16;
-    for (int r = 0; r < ROWS; r++) store(call.out + (row + r) * width + group * 16, acc[r]);
+    for (int r = 0; r < ROWS; r++) store(call.out + (row + r) * width + group * 16, softcapped(acc[r], call.softcap));
 }
 
 static void head(const HeadCall* call) {

@@ -104,13 +104,13 @@ struct StackCall {
     Scratch scratch;
 };
 
-// out[i] = norm(x[rows[i]]) @ W^T in float32.
+// out[i] = cap(norm(x[rows[i]]) @ W^T) in float32, where cap(z) = softcap * tanh(z / softcap).
 struct HeadCall {
     const bf16* x;            // [tokens, hidden]
     const int64_t* rows;      // [n] which tokens
     int64_t n, hidden, vocabulary;
     const float* norm;        // [hidden]
-    float eps;
+    float eps, softcap;       // softcap 0 = none
     const bf16* w;            // [vocabulary / 16, hidden / 2, 16, 2], the last group padded with zeros
     bf16* normed;             // [n, hidden] scratch
     float* out;               // [n, vocabulary rounded up to 16]

@@ -115,6 +115,9 @@ static inline f32x16 tanh16(f32x16 x) {
     return 1.0f - 2.0f / (e + 1.0f);
 }
 
+// Squeezes scores into (-cap, cap); 0 = leave them.
+static inline f32x16 softcapped(f32x16 x, float cap) { return cap > 0 ? cap * tanh16(x / cap) : x; }
+
 // Sixteen bf16 of a row that may end sooner: what lies beyond `left` reads as 0 and is not written.
 static inline f32x16 load_floats(const bf16* p, int64_t left = 16) {
     if (left >= 16) return to_floats(load<u16x16>(p));

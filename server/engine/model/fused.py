@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, SiLUActivation
 
 from adapters.native import isa, library
 from adapters.native.structs import HeadCall, Scratch, StackCall
@@ -29,8 +30,14 @@ from server.engine.request import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
+ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
+"""The native activations by transformers' own (``StackCall.gelu``)."""
+
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
+
+CHECK_TOKENS = 40
+"""Length of the prompt on which the two are compared."""
 
 ALIKE = 0.15
 """Mean distance from transformers' own logits that bf16's rounding explains, in their standard deviations."""
@@ -45,6 +52,9 @@ def why_not_fused(stock: StockModel, block_size: int) -> str | None:
         return f"there is no fused step for {model.config.model_type}"
     if model.model.rotary_emb.rope_type not in STATIC_ROPE:
         return f"rope type {model.model.rotary_emb.rope_type!r} depends on the length"
+    activation = type(model.model.layers[0].mlp.act_fn)
+    if activation not in ACTIVATIONS:
+        return f"there is no native {activation.__name__}"
     if not NativePaged.fits(stock.shapes, block_size):
         return "head dimension and block size must be multiples of 16"
     if _nf4_kernel() is None or not all(_is_packed(layer) for layer in model.model.layers):
@@ -92,7 +102,8 @@ class FusedModel:
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._scratch = self._make_scratch(max_tokens)
+        self._max_tokens = max_tokens
+        self._scratch = self._make_scratch()
         first = self._weights.blocks[0]
         kind = stock.kinds[0]
         self._call = StackCall(
@@ -105,7 +116,7 @@ class FusedModel:
             eps=self._config.rms_norm_eps,
             scale=kind.scale,
             softcap=kind.softcap or 0.0,
-            gelu=int("gelu" in _activation(self._config)),
+            gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
             nf4=_nf4_kernel(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
         )
@@ -145,21 +156,21 @@ class FusedModel:
             vocabulary=vocabulary,
             norm=self._weights.final_norm.data_ptr(),
             eps=self._config.rms_norm_eps,
+            softcap=getattr(self._config, "final_logit_softcapping", None) or 0.0,
             w=self._weights.head.data_ptr(),
             normed=normed.data_ptr(),
             out=out.data_ptr(),
         )
         self._library.manylora_head(byref(call))
-        logits = out[:, :vocabulary]
-        cap = getattr(self._config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return out[:, :vocabulary]
 
     def differs_from(self, stock: StockModel, block_size: int) -> str | None:
         """Run both on a made-up prompt; says so if this is not the model that transformers would run.
 
         A guard against configurations that the fused step does not know of.
         """
-        prompt = tuple((37 * i + 11) % self._config.vocab_size for i in range(40))
+        length = min(CHECK_TOKENS, self._max_tokens, self._config.max_position_embeddings)
+        prompt = tuple((37 * i + 11) % self._config.vocab_size for i in range(length))
         sequence = Sequence("check", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
         sequence.table = BlockTable(chain_root(None))
         blocks = -(-len(prompt) // block_size)
@@ -171,7 +182,7 @@ class FusedModel:
         difference = ((ours - theirs).square().mean().sqrt() / theirs.std()).item()
         return None if difference < ALIKE else f"the fused step differs from them by {difference:.2f}"
 
-    def _make_scratch(self, tokens: int) -> dict[str, Tensor]:
+    def _make_scratch(self) -> dict[str, Tensor]:
         block = self._weights.blocks[0]
         widths = {
             "normed": block.q.inputs,
@@ -180,7 +191,9 @@ class FusedModel:
             "gate_up": 2 * block.gate.outputs,
             "delta": block.q.inputs,
         }
-        return {name: torch.empty(tokens, width, dtype=torch.bfloat16) for name, width in widths.items()}
+        return {
+            name: torch.empty(self._max_tokens, width, dtype=torch.bfloat16) for name, width in widths.items()
+        }
 
     def _rotary_angles(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [positions, head_dim] as the model makes them, its scaling included."""
@@ -188,7 +201,3 @@ class FusedModel:
         with torch.inference_mode():
             cosines, sines = self._model.model.rotary_emb(like, torch.arange(positions)[None])
         return cosines[0].float().contiguous(), sines[0].float().contiguous()
-
-
-def _activation(config: Any) -> str:
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
