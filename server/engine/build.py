@@ -18,6 +18,7 @@ from adapters.registry import Registry, Version
 from adapters.residency import Residency
 from adapters.watcher import Watcher
 from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
+from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockManager
@@ -54,7 +55,7 @@ def build_parts(config: ServerConfig) -> Parts:
         ConfigError: a size that does not fit the model or the memory.
         BaseModelError: the base cannot be had or served.
     """
-    torch.set_num_threads(config.engine.threads)
+    threads.claim(config.engine.threads)
     base = _load(config)
     pool = RankPool(base.layout.sites, config.adapters.pool_rows, base.model.dtype, base.model.device)
     step_tokens = _step_tokens(config.engine)
@@ -86,6 +87,7 @@ def build_service(config: ServerConfig) -> EngineService:
         AdapterListing(parts.registry, parts.residency),
         stats=partial(_stats, parts.engine.scheduler, parts.residency),
         max_queued=config.engine.max_queued_requests,
+        num_threads=config.engine.threads,
         on_close=parts.residency.close,
     )
     parts.residency.on_change = service.wake

@@ -18,6 +18,7 @@ from functools import partial
 
 from adapters.registry import Registry
 from adapters.watcher import Watcher
+from server.engine import threads
 from server.engine.answer import RunningGeneration
 from server.engine.engine import Engine, Output
 from server.engine.listing import AdapterListing
@@ -39,6 +40,7 @@ class EngineService:
         engine, registry, watcher, tokenizer, listing: the parts, already built.
         stats: a snapshot of the parts' counters; cheap and safe from any thread.
         max_queued: requests that may wait to start.
+        num_threads: how many the engine computes with.
         on_close: frees what the parts hold, after the thread has ended.
     """
 
@@ -52,6 +54,7 @@ class EngineService:
         listing: AdapterListing,
         stats: Callable[[], EngineStats],
         max_queued: int,
+        num_threads: int,
         on_close: Callable[[], None],
     ) -> None:
         self._base = base
@@ -62,10 +65,12 @@ class EngineService:
         self._listing = listing
         self._stats = stats
         self._max_queued = max_queued
+        self._num_threads = num_threads
         self._on_close = on_close
         self._base_tag = f"{base.quantization}-{base.digest[:12]}"
         self._commands: deque[Command] = deque()
         self._wake = threading.Event()
+        self._claimed = threading.Event()
         self._stopping = False
         self._draining = False
         self._failure: str | None = None
@@ -79,6 +84,8 @@ class EngineService:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._claimed.wait()
+        threads.step_aside()
         self._watcher.start()
 
     def begin_drain(self) -> None:
@@ -227,6 +234,8 @@ class EngineService:
 
     def _run(self) -> None:
         try:
+            threads.claim(self._num_threads)
+            self._claimed.set()
             while not self._stopping:
                 self._turn()
         except Exception as error:

@@ -1,4 +1,6 @@
 // Chooses the best instruction set of this machine, once, and exports plain C functions.
+#include <omp.h>
+
 #include <cstring>
 
 #include "native.h"
@@ -44,6 +46,9 @@ EXPORT int manylora_choose(const char* name) {
         if (std::strcmp(kernels->name, name) == 0 && runs_here(*kernels)) return chosen = kernels, 1;
     return 0;
 }
+
+// Ends the OpenMP workers of the calling thread; it gets new ones if it computes again.
+EXPORT void manylora_release_workers() { omp_pause_resource_all(omp_pause_soft); }
 
 EXPORT void manylora_lora(const LoraCall* call) { chosen->lora(call); }
 EXPORT void manylora_attention(const AttentionCall* call) { chosen->attention(call); }
