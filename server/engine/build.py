@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def build_service(config: ServerConfig) -> EngineService:
         on_close=parts.residency.close,
     )
     parts.residency.on_change = service.wake
+    gc.freeze()  # what was loaded stays: a collection need not walk a million objects between two tokens
     return service
 
 
