@@ -58,7 +58,7 @@ class Served:
         ]
 
     def check(self, parts: Parts, turns: int = 1, max_tokens: int | None = None) -> int:
-        """All requests together, the last turn compared with each alone; most adapters (or none) in a step."""
+        """All requests together, the last turn compared with each alone; most adapters in a step."""
         recorder = LogitsRecorder(parts.model)
         parts.engine.model = recorder
         driver = Driver(parts)
