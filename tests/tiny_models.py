@@ -33,8 +33,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_model(family: Family, path: Path, seed: int = 0) -> Path:
-    """Save a random model of ``family`` (2 or 3 layers, 4 heads on 2 KV heads) and its tokenizer."""
+def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any) -> Path:
+    """Save a random model (2 or 3 layers, 4 heads on 2 KV heads) and its tokenizer.
+
+    Args:
+        family: transformers' model type; one of ``Family``, or another that reads the same fields.
+        config_fields: more fields of its config, or others than the usual ones.
+    """
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": _HIDDEN,
@@ -48,7 +53,7 @@ def make_tiny_model(family: Family, path: Path, seed: int = 0) -> Path:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    config = AutoConfig.for_model(family, **{**sizes, **_EXTRAS[family]})
+    config = AutoConfig.for_model(family, **{**sizes, **_EXTRAS.get(family, {}), **config_fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
