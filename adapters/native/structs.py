@@ -61,6 +61,17 @@ Linear = _struct(
     blocksize=c_int64,
     lora=c_void_p,
 )
+LinearCall = _struct(
+    "LinearCall",
+    linears=c_void_p,
+    y=c_void_p,
+    n_linears=c_int64,
+    y_stride=c_int64,
+    x=c_void_p,
+    x_stride=c_int64,
+    count=c_int64,
+    codebook=c_void_p,
+)
 Block = _struct(
     "Block",
     q=Linear,
@@ -94,7 +105,7 @@ StackCall = _struct(
     scale=c_float,
     softcap=c_float,
     gelu=c_int64,
-    nf4=c_void_p,
+    codebook=c_void_p,
     x=c_void_p,
     cosines=c_void_p,
     sines=c_void_p,

@@ -50,6 +50,7 @@ EXPORT int manylora_choose(const char* name) {
 // Ends the OpenMP workers of the calling thread; it gets new ones if it computes again.
 EXPORT void manylora_release_workers() { omp_pause_resource_all(omp_pause_soft); }
 
+EXPORT void manylora_linears(const LinearCall* call) { chosen->linears(call); }
 EXPORT void manylora_lora(const LoraCall* call) { chosen->lora(call); }
 EXPORT void manylora_attention(const AttentionCall* call) { chosen->attention(call); }
 EXPORT void manylora_stack(const StackCall* call) { chosen->stack(call); }

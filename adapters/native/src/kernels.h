@@ -12,6 +12,7 @@
 namespace {
 #include "simd.h"
 #include "buffer.h"
+#include "nf4.h"
 #include "lora.h"
 #include "attention.h"
 #include "rows.h"
@@ -20,4 +21,4 @@ namespace {
 }  // namespace
 
 #define MANYLORA_KERNELS(isa) \
-    extern const Kernels isa##_kernels = {#isa, lora, attention, stack, head};
+    extern const Kernels isa##_kernels = {#isa, linears, lora, attention, stack, head};

@@ -64,16 +64,23 @@ struct AttentionCall {
     int64_t window;            // a token sees so many latest ones, itself included; 0 = all
 };
 
-// bitsandbytes' own NF4 kernel, by address (gemv_4bit_inference_cpu_nf4_bf16).
-typedef void (*Nf4Kernel)(int64_t m, int64_t n, int64_t k, const bf16* x, const uint8_t* w, const bf16* absmax,
-                          bf16* out, int64_t blocksize, int64_t x_stride, int64_t out_stride);
-
 struct Linear {
-    const uint8_t* w;      // packed by bitsandbytes for its kernel
-    const bf16* absmax;
+    const uint8_t* w;      // [out / 32, in / 2, 32] packed by bitsandbytes for CPUs, see nf4.h
+    const bf16* absmax;    // [in / blocksize, out]
     const bf16* bias;      // [out] or null
     int64_t in, out, blocksize;
     const LoraSite* lora;
+};
+
+// Linears that share their input; each writes its own y.
+struct LinearCall {
+    const Linear* const* linears;  // [n_linears]
+    bf16* const* y;                // [n_linears] [count, out]
+    int64_t n_linears;
+    int64_t y_stride;              // elements from one token to the next, the same for all
+    const bf16* x;                 // [count, in]
+    int64_t x_stride, count;
+    const bf16* codebook;          // [16] NF4's values
 };
 
 // One decoder block. Norm weights are float32 [hidden] (head norms [head_dim]); null = there is no such norm.
@@ -95,7 +102,7 @@ struct StackCall {
     int64_t hidden, heads, head_dim, intermediate;
     float eps, scale, softcap;
     int64_t gelu;                // 0 = SiLU, 1 = GELU with tanh
-    Nf4Kernel nf4;
+    const bf16* codebook;        // [16] NF4's values
     bf16* x;                     // [tokens, hidden] embeddings in, the last block's output out
     const float *cosines, *sines;  // [positions, head_dim]
     const Tokens* tokens;
@@ -118,6 +125,7 @@ struct HeadCall {
 
 struct Kernels {
     const char* name;
+    void (*linears)(const LinearCall*);
     void (*lora)(const LoraCall*);
     void (*attention)(const AttentionCall*);
     void (*stack)(const StackCall*);

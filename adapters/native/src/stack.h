@@ -3,28 +3,21 @@
 //   x += o( attention( rope(q(n(x))), rope(k(n(x))), v(n(x)) ) )        each linear with its adapters
 //   x += down( act(gate(n(x))) * up(n(x)) )                             n = RMSNorm
 
-static void linear(const StackCall& call, const Linear& l, const bf16* x, int64_t x_stride, bf16* out,
-                   int64_t out_stride) {
-    const int64_t count = call.tokens->count;
-    call.nf4(count, l.out, l.in, x, l.w, l.absmax, out, l.blocksize, x_stride, out_stride);
-    if (l.bias == nullptr) return;
-    for (int64_t t = 0; t < count; t++) add_row(out + t * out_stride, l.bias, l.out);
-}
-
-// The adapters' part of linears that share x and write side by side into rows of `stride`.
+// Linears that share x and write side by side into rows of `stride`, with their adapters' part.
 template <int N>
-static void adapt(const StackCall& call, const Linear* const (&linears)[N], const bf16* x, int64_t x_stride, bf16* out,
-                  int64_t stride) {
-    if (call.n_segments == 0) return;
-    const LoraSite* sites[N];
+static void project(const StackCall& call, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
+                    int64_t stride) {
     bf16* ys[N];
+    const LoraSite* sites[N];
     int64_t strides[N], column = 0;
     for (int i = 0; i < N; i++) {
-        sites[i] = linears[i]->lora, ys[i] = out + column, strides[i] = stride;
-        column += linears[i]->out;
+        ys[i] = out + column, sites[i] = which[i]->lora, strides[i] = stride;
+        column += which[i]->out;
     }
-    LoraCall lora_call = {sites, ys, strides, N, x, x_stride, call.segments, call.n_segments};
-    lora(&lora_call);
+    LinearCall base = {which, ys, N, stride, x, x_stride, call.tokens->count, call.codebook};
+    linears(&base);
+    LoraCall adapters = {sites, ys, strides, N, x, x_stride, call.segments, call.n_segments};
+    if (call.n_segments > 0) lora(&adapters);
 }
 
 template <typename F>
@@ -41,10 +34,7 @@ static void attention_half(const StackCall& call, const Block& b) {
     each_token(call, [&](int64_t t) {
         rms_norm(call.x + t * hidden, b.norm_before_attention, hidden, call.eps, s.normed + t * hidden);
     });
-    linear(call, b.q, s.normed, hidden, s.qkv, stride);
-    linear(call, b.k, s.normed, hidden, s.qkv + q_size, stride);
-    linear(call, b.v, s.normed, hidden, s.qkv + q_size + kv_size, stride);
-    adapt(call, {&b.q, &b.k, &b.v}, s.normed, hidden, s.qkv, stride);
+    project(call, {&b.q, &b.k, &b.v}, s.normed, hidden, s.qkv, stride);
     each_token(call, [&](int64_t t) {
         const float* cosines = call.cosines + call.tokens->positions[t] * dim;
         const float* sines = call.sines + call.tokens->positions[t] * dim;
@@ -58,8 +48,7 @@ static void attention_half(const StackCall& call, const Block& b) {
     AttentionCall a = {&b.pages, call.tokens, s.qkv, s.qkv + q_size, s.qkv + q_size + kv_size, stride, stride, stride,
                        s.attended, call.heads, call.scale, call.softcap, b.window};
     attention(&a);
-    linear(call, b.o, s.attended, q_size, s.delta, hidden);
-    adapt(call, {&b.o}, s.attended, q_size, s.delta, hidden);
+    project(call, {&b.o}, s.attended, q_size, s.delta, hidden);
     each_token(call, [&](int64_t t) {
         bf16* delta = s.delta + t * hidden;
         if (b.norm_after_attention != nullptr) rms_norm(delta, b.norm_after_attention, hidden, call.eps, delta);
@@ -73,15 +62,12 @@ static void mlp_half(const StackCall& call, const Block& b) {
     each_token(call, [&](int64_t t) {
         rms_norm(call.x + t * hidden, b.norm_before_mlp, hidden, call.eps, s.normed + t * hidden);
     });
-    linear(call, b.gate, s.normed, hidden, s.gate_up, 2 * inner);
-    linear(call, b.up, s.normed, hidden, s.gate_up + inner, 2 * inner);
-    adapt(call, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
+    project(call, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
     each_token(call, [&](int64_t t) {
         bf16* gate = s.gate_up + t * 2 * inner;
         activate(gate, gate + inner, inner, call.gelu != 0);
     });
-    linear(call, b.down, s.gate_up, 2 * inner, s.delta, hidden);
-    adapt(call, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
+    project(call, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
     each_token(call, [&](int64_t t) {
         bf16* delta = s.delta + t * hidden;
         if (b.norm_after_mlp != nullptr) rms_norm(delta, b.norm_after_mlp, hidden, call.eps, delta);

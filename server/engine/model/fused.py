@@ -1,15 +1,13 @@
 """Llama-like models in one native call a step (``adapters/native/src/stack.h``), on 4-bit weights on a CPU.
 
-The base's linears are bitsandbytes' own NF4 kernel, called by its address; around it everything is ours. A
-request's logits are the same to the bit alone, in any batch, beside any adapters, chunked, preempted or from
-the prefix cache.
+The weights stay where bitsandbytes packed them. A request's logits are the same to the bit alone, in any
+batch, beside any adapters, chunked, preempted or from the prefix cache.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence as SequenceOf
-from ctypes import addressof, byref, c_void_p
+from ctypes import addressof, byref
 from typing import Any
 
 import numpy as np
@@ -57,7 +55,7 @@ def why_not_fused(stock: StockModel, block_size: int) -> str | None:
         return f"there is no native {activation.__name__}"
     if not NativePaged.fits(stock.shapes, block_size):
         return "head dimension and block size must be multiples of 16"
-    if _nf4_kernel() is None or not all(_is_packed(layer) for layer in model.model.layers):
+    if not all(_is_packed(layer) for layer in model.model.layers):
         return "its linears are not packed NF4"
     return None
 
@@ -68,16 +66,6 @@ def _is_packed(layer: Any) -> bool:
     return all(
         getattr(state, "packing_format_for_cpu", False) and state.quant_type == "nf4" for state in states
     )
-
-
-def _nf4_kernel() -> int | None:
-    """The address of bitsandbytes' kernel, if this build of it has one."""
-    from bitsandbytes.cextension import lib
-
-    try:
-        return ctypes.cast(lib.gemv_4bit_inference_cpu_nf4_bf16, c_void_p).value
-    except (AttributeError, RuntimeError):
-        return None
 
 
 class FusedModel:
@@ -117,7 +105,7 @@ class FusedModel:
             scale=kind.scale,
             softcap=kind.softcap or 0.0,
             gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
-            nf4=_nf4_kernel(),
+            codebook=self._weights.codebook.data_ptr(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
         )
 

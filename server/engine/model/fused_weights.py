@@ -54,6 +54,7 @@ class FusedWeights:
         for i, layer in enumerate(layers):
             self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
             self.blocks[i].window = kinds[i].window or 0
+        self.codebook = self._keep(_codebook(layers[0]))
         self.final_norm = self._norm(model.model.norm)
         self.head = self._keep(pack_head(model.lm_head.weight.detach()))
 
@@ -88,6 +89,12 @@ class FusedWeights:
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
         return self._kept[-1]
+
+
+def _codebook(layer: Any) -> Tensor:
+    """NF4's sixteen values in bf16, as bitsandbytes has them."""
+    code: Tensor = layer.get_submodule(LINEARS["q"]).base.weight.quant_state.code
+    return code.detach().to(torch.bfloat16)
 
 
 def pack_head(weight: Tensor) -> Tensor:

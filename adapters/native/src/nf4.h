@@ -1,0 +1,103 @@
+// Products with 4-bit weights:  y = x W^T + bias,  W[n][k] = codebook[w[n][k]] * absmax[k / blocksize][n]
+//
+// Weights lie as bitsandbytes packs them for CPUs, in panels of 32 outputs: for each pair of inputs 32 bytes, the low
+// halves outputs 0-15 (both inputs of output 0, then of output 1, ...), the high halves outputs 16-31. A look-up in
+// one register turns them into bf16 pairs for `dot2`. A quantisation block's sum is scaled once, in float32.
+//
+// Rows are taken some at a time. Many rows share a panel that is decoded once, few decode as they go; the sums, and
+// so the results, are the same.
+
+constexpr int PANEL = 32;
+constexpr int NF4_ROWS = 6;  // rows whose sums are kept in registers
+
+struct Codebook {
+    u16x32 values;
+    // The pairs of outputs 0-15 and 16-31 for one pair of inputs.
+    inline void decode(const uint8_t* w, u32x16& low, u32x16& high) const {
+        typedef uint8_t u8x32 __attribute__((vector_size(32)));
+        u16x32 both = __builtin_convertvector(load<u8x32>(w), u16x32);
+        low = (u32x16)__builtin_shuffle(values, both & 15);
+        high = (u32x16)__builtin_shuffle(values, both >> 4);
+    }
+};
+
+struct Decoding {  // decode while multiplying
+    const Codebook& codebook;
+    const uint8_t* w;
+    inline void pair(int64_t p, u32x16& low, u32x16& high) const { codebook.decode(w + p * PANEL, low, high); }
+};
+
+struct Decoded {  // read what was decoded before
+    const u32x16* pairs;
+    inline void pair(int64_t p, u32x16& low, u32x16& high) const { low = pairs[2 * p], high = pairs[2 * p + 1]; }
+};
+
+template <int ROWS, typename Weights>
+static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weights, const bf16* x, int64_t x_stride,
+                            bf16* y, int64_t y_stride) {
+    f32x16 total[ROWS][2] = {};
+    const int64_t pairs = l.blocksize / 2;
+    for (int64_t b = 0; b < l.in / l.blocksize; b++) {
+        f32x16 part[ROWS][2] = {};
+        for (int64_t p = b * pairs; p < (b + 1) * pairs; p++) {
+            u32x16 low, high;
+            weights.pair(p, low, high);
+            for (int r = 0; r < ROWS; r++) {
+                u32x16 xs = splat_pair(x + r * x_stride + 2 * p);
+                part[r][0] = dot2(part[r][0], low, xs);
+                part[r][1] = dot2(part[r][1], high, xs);
+            }
+        }
+        const bf16* absmax = l.absmax + b * l.out + panel * PANEL;
+        const f32x16 scale[2] = {load_floats(absmax), load_floats(absmax + 16)};
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < 2; i++) total[r][i] = fma16(part[r][i], scale[i], total[r][i]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < 2; i++) {
+            if (l.bias != nullptr) total[r][i] += load_floats(l.bias + panel * PANEL + 16 * i);
+            store_bf16s(y + r * y_stride + panel * PANEL + 16 * i, total[r][i]);
+        }
+}
+
+template <typename Weights>
+static void nf4_all_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
+                         int64_t x_stride, bf16* y, int64_t y_stride) {
+    int64_t t = 0;
+    for (; t + NF4_ROWS <= count; t += NF4_ROWS)
+        nf4_rows<NF4_ROWS>(l, panel, weights, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
+    x += t * x_stride, y += t * y_stride;
+    switch (count - t) {
+        case 5: return nf4_rows<5>(l, panel, weights, x, x_stride, y, y_stride);
+        case 4: return nf4_rows<4>(l, panel, weights, x, x_stride, y, y_stride);
+        case 3: return nf4_rows<3>(l, panel, weights, x, x_stride, y, y_stride);
+        case 2: return nf4_rows<2>(l, panel, weights, x, x_stride, y, y_stride);
+        case 1: return nf4_rows<1>(l, panel, weights, x, x_stride, y, y_stride);
+    }
+}
+
+static void nf4_panel(const LinearCall& call, const Codebook& codebook, int64_t which, int64_t panel) {
+    const Linear& l = *call.linears[which];
+    const uint8_t* w = l.w + panel * PANEL * l.in / 2;
+    bf16* y = call.y[which];
+    if (call.count <= NF4_ROWS)
+        return nf4_all_rows(l, panel, Decoding{codebook, w}, call.count, call.x, call.x_stride, y, call.y_stride);
+    static thread_local Buffer<u32x16> kept;
+    u32x16* pairs = kept.at_least(l.in);
+    for (int64_t p = 0; p < l.in / 2; p++) codebook.decode(w + p * PANEL, pairs[2 * p], pairs[2 * p + 1]);
+    nf4_all_rows(l, panel, Decoded{pairs}, call.count, call.x, call.x_stride, y, call.y_stride);
+}
+
+// All panels of linears that share x, in one parallel region.
+static void linears(const LinearCall* call) {
+    Codebook codebook = {};
+    for (int i = 0; i < 32; i++) codebook.values[i] = call->codebook[i % 16];
+    int64_t panels = 0;
+    for (int64_t i = 0; i < call->n_linears; i++) panels += call->linears[i]->out / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < panels; i++) {
+        int64_t which = 0, panel = i;
+        while (panel >= call->linears[which]->out / PANEL) panel -= call->linears[which++]->out / PANEL;
+        nf4_panel(*call, codebook, which, panel);
+    }
+}

@@ -1,0 +1,121 @@
+"""The 4-bit product: any number of rows, several linears at once, equal to bitsandbytes' to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import addressof, byref, c_void_p
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapters.native import isa, library
+from adapters.native.structs import Linear, LinearCall
+
+ISAS = ["avx512bf16", "avx2", "portable"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _best_isa_afterwards() -> Iterator[None]:
+    yield
+    loaded = library()
+    if loaded is not None:
+        next(name for name in ISAS if loaded.manylora_choose(name.encode()))
+
+
+class Nf4:
+    """A random linear in bitsandbytes' packed form, and what it stands for."""
+
+    def __init__(self, inputs: int, outputs: int, seed: int, bias: bool, blocksize: int = 64) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs, self.outputs, self.blocksize = inputs, outputs, blocksize
+        self.codes = torch.randint(0, 16, (outputs, inputs), generator=generator)
+        self.absmax = (torch.rand(inputs // blocksize, outputs, generator=generator) + 0.1).bfloat16()
+        self.bias = torch.randn(outputs, generator=generator).bfloat16() if bias else None
+        self.packed = self._pack()
+
+    def _pack(self) -> Tensor:
+        """As bitsandbytes' ``_convert_weight_packed_for_cpu``: panels of 32 outputs, pairs of inputs."""
+        panels = self.codes.view(self.outputs // 32, 32, self.inputs // 2, 2).transpose(1, 2).reshape(-1, 64)
+        return ((panels[:, 32:] << 4) | panels[:, :32]).to(torch.uint8).contiguous()
+
+    def struct(self) -> Linear:  # type: ignore[valid-type]
+        bias = self.bias.data_ptr() if self.bias is not None else None
+        return Linear(
+            self.packed.data_ptr(),
+            self.absmax.data_ptr(),
+            bias,
+            self.inputs,
+            self.outputs,
+            self.blocksize,
+            None,
+        )
+
+    def expected(self, x: Tensor) -> Tensor:
+        weight = codebook()[self.codes].float() * self.absmax.float().repeat_interleave(self.blocksize, 0).T
+        y = x.float() @ weight.T
+        return y if self.bias is None else y + self.bias.float()
+
+
+def codebook() -> Tensor:
+    values: Tensor = bnb.get_4bit_type("nf4", device="cpu").bfloat16()
+    return values
+
+
+def run(linears: list[Nf4], x: Tensor) -> list[Tensor]:
+    """All linears in one call, writing side by side into rows of one buffer."""
+    loaded, values = library(), codebook()
+    assert loaded is not None
+    y = torch.full((x.shape[0], sum(linear.outputs for linear in linears)), 99.0, dtype=torch.bfloat16)
+    outs = torch.split(y, [linear.outputs for linear in linears], dim=1)
+    structs = [linear.struct() for linear in linears]
+    pointers = (c_void_p * len(linears))(*map(addressof, structs))
+    targets = (c_void_p * len(linears))(*(out.data_ptr() for out in outs))
+    call = LinearCall(
+        addressof(pointers), addressof(targets), len(linears), y.shape[1],
+        x.data_ptr(), x.stride(0), x.shape[0], values.data_ptr(),
+    )  # fmt: skip
+    loaded.manylora_linears(byref(call))
+    return list(outs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 40),
+    st.sampled_from([64, 128, 192]),
+    st.lists(st.tuples(st.sampled_from([32, 64, 96]), st.booleans()), min_size=1, max_size=3),
+    st.integers(0, 7),
+    st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("name", ISAS)
+def test_it_equals_the_reference_and_each_row_alone(
+    name: str, rows: int, inputs: int, shapes: list[tuple[int, bool]], padding: int, seed: int
+) -> None:
+    loaded = library()
+    if loaded is None or not loaded.manylora_choose(name.encode()):
+        pytest.skip(f"no native kernel for {name} here")
+    linears = [Nf4(inputs, outputs, seed + i, bias) for i, (outputs, bias) in enumerate(shapes)]
+    wide = torch.randn(rows, inputs + padding, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    x = wide[:, :inputs]
+    together = run(linears, x)
+    for linear, got in zip(linears, together, strict=True):
+        torch.testing.assert_close(got.float(), linear.expected(x), rtol=0.01, atol=0.02)
+    for row in range(rows):
+        for got, alone in zip(together, run(linears, x[row : row + 1]), strict=True):
+            assert torch.equal(got[row], alone[0])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6, 7, 16, 65])
+def test_it_equals_bitsandbytes_to_the_bit(rows: int) -> None:
+    loaded = library()
+    if loaded is None or not loaded.manylora_choose(b"avx512bf16"):
+        pytest.skip(f"bitsandbytes packs weights for AVX512-BF16 only; here is {isa()}")
+    linear = Nf4(576, 192, seed=rows, bias=False)
+    x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    theirs = torch.ops.bitsandbytes.gemv_4bit(
+        x, linear.packed, [192, 576], linear.absmax, bnb.get_4bit_type("nf4", device="cpu"), 64
+    )
+    assert torch.equal(run([linear], x)[0], theirs)
