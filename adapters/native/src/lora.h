@@ -7,56 +7,68 @@
 // adapters, and a long prompt is cut into many. No padding: ranks, and absent linears, cost what they are.
 
 constexpr int64_t TASK_TOKENS = 16;  // tokens of a task
-constexpr int TOKENS = 4;            // tokens that share one reading of a row
+constexpr int TOKENS = 8;            // tokens that share one reading of a row
+
+// Adds 32 inputs, or the `left` last ones, to the sums of T tokens and R rows.
+template <int T, int R>
+static inline void shrink_chunk(const bf16* const* x, const bf16* const* a, int64_t i, int64_t left, f32x16 acc[T][R]) {
+    u32x16 as[R];
+    for (int j = 0; j < R; j++) as[j] = load_pairs(a[j] + i, left);
+    for (int t = 0; t < T; t++) {
+        const u32x16 xs = load_pairs(x[t] + i, left);
+        for (int j = 0; j < R; j++) acc[t][j] = dot2(acc[t][j], xs, as[j]);
+    }
+}
 
 // h[t][j] for T tokens and R rows, whose sums are kept in registers.
 template <int T, int R>
 static inline void shrink_tile(const bf16* const* x, const bf16* const* a, int64_t in, float h[T][R]) {
     f32x16 acc[T][R] = {};
-    for (int64_t i = 0; i < in; i += 32) {
-        u32x16 xs[T], as[R];
-        for (int t = 0; t < T; t++) xs[t] = load_pairs(x[t] + i, in - i);
-        for (int j = 0; j < R; j++) as[j] = load_pairs(a[j] + i, in - i);
-        for (int t = 0; t < T; t++)
-            for (int j = 0; j < R; j++) acc[t][j] = dot2(acc[t][j], xs[t], as[j]);
-    }
+    int64_t i = 0;
+    for (; i + 32 <= in; i += 32) shrink_chunk<T, R>(x, a, i, 32, acc);
+    if (i < in) shrink_chunk<T, R>(x, a, i, in - i, acc);
     for (int t = 0; t < T; t++)
         for (int j = 0; j < R; j++) h[t][j] = sum(acc[t][j]);
 }
 
-// y[t] for T tokens: 32 columns at a time in registers, over all pairs of rows.
+// 32 columns of y, or the `left` last ones, for T tokens: in registers, over all pairs of rows.
+template <int T>
+static inline void expand_chunk(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* h, int64_t h_stride,
+                                bf16* const* y, int64_t c, int64_t left) {
+    f32x16 acc[T][2];
+    for (int t = 0; t < T; t++) {
+        acc[t][0] = load_floats(y[t] + c, left);
+        acc[t][1] = left > 16 ? load_floats(y[t] + c + 16, left - 16) : f32x16{};
+    }
+    for (int64_t j = 0; j < rank; j += 2) {
+        const bf16* b0 = site.b + rows[j] * site.out + c;
+        const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
+        u32x16 low, high;
+        interleave(load_pairs(b0, left), load_pairs(b1, left), low, high);
+        for (int t = 0; t < T; t++) {
+            const u32x16 pair = splat_pair(h + t * h_stride + j);
+            acc[t][0] = dot2(acc[t][0], low, pair);
+            acc[t][1] = dot2(acc[t][1], high, pair);
+        }
+    }
+    for (int t = 0; t < T; t++) {
+        store_bf16s(y[t] + c, acc[t][0], left);
+        if (left > 16) store_bf16s(y[t] + c + 16, acc[t][1], left - 16);
+    }
+}
+
 template <int T>
 static inline void expand(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* h, int64_t h_stride,
                           bf16* const* y) {
-    for (int64_t c = 0; c < site.out; c += 32) {
-        const int64_t left = site.out - c;
-        f32x16 acc[T][2];
-        for (int t = 0; t < T; t++) {
-            acc[t][0] = load_floats(y[t] + c, left);
-            acc[t][1] = left > 16 ? load_floats(y[t] + c + 16, left - 16) : f32x16{};
-        }
-        for (int64_t j = 0; j < rank; j += 2) {
-            const bf16* b0 = site.b + rows[j] * site.out + c;
-            const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
-            u32x16 low, high;
-            interleave(load_pairs(b0, left), load_pairs(b1, left), low, high);
-            for (int t = 0; t < T; t++) {
-                u32x16 pair = splat_pair(h + t * h_stride + j);
-                acc[t][0] = dot2(acc[t][0], low, pair);
-                acc[t][1] = dot2(acc[t][1], high, pair);
-            }
-        }
-        for (int t = 0; t < T; t++) {
-            store_bf16s(y[t] + c, acc[t][0], left);
-            if (left > 16) store_bf16s(y[t] + c + 16, acc[t][1], left - 16);
-        }
-    }
+    int64_t c = 0;
+    for (; c + 32 <= site.out; c += 32) expand_chunk<T>(site, rows, rank, h, h_stride, y, c, 32);
+    if (c < site.out) expand_chunk<T>(site, rows, rank, h, h_stride, y, c, site.out - c);
 }
 
 template <int T>
 static inline void lora_tokens(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* x, int64_t x_stride,
                                bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
-    constexpr int R = T == 1 ? 8 : 4;
+    constexpr int R = T == 1 ? 8 : 2;
     const bf16* xs[T];
     bf16* ys[T];
     for (int t = 0; t < T; t++) xs[t] = x + t * x_stride, ys[t] = y + t * y_stride;
