@@ -21,6 +21,10 @@ _HEAD = 512
 """Most probable tokens looked at before a truncated row is sorted whole."""
 
 
+_RANKED = 20
+"""Most likely tokens ranked for whoever asks for any: the order of equal ones depends on how many one ranks."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankedLogprobs:
     """The drawn token's log-probability, and the most likely tokens with theirs."""
@@ -171,7 +175,7 @@ def _logprobs(logits: Tensor, sequences: SequenceOf[Sequence], drawn: list[int])
     if not asked:
         return {}
     table = torch.log_softmax(logits[asked], dim=-1)
-    most = max(sequences[i].params.logprobs or 0 for i in asked)
+    most = min(max(_RANKED, *(sequences[i].params.logprobs or 0 for i in asked)), logits.shape[1])
     top, ids = table.topk(most, dim=-1)
     own = table.gather(1, torch.tensor([drawn[i] for i in asked], device=logits.device)[:, None])[
         :, 0

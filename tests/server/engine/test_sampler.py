@@ -135,3 +135,14 @@ def test_random_numbers_come_from_seed_and_position_alone() -> None:
     assert all(0 <= number < 1 for number in numbers)
     assert abs(sum(numbers) / 1600 - 0.5) < 0.03
     assert answer_seed(5, 0) != answer_seed(5, 1)
+
+
+def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
+    """Ties too: how many log-probabilities a neighbour asks for must not order them anew."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(9, 5003, generator=generator) * 8).round() / 8
+    wishes = [{"logprobs": k, "temperature": t} for k in (1, 5, 20) for t in (0.0, 0.7, 1.0)]
+    sequences = [_sequence(seed=i, top_p=1.0 - 0.1 * (i % 2), **w) for i, w in enumerate(wishes)]
+    together = sample(logits, sequences)
+    assert together == [sample(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
+    assert any(len(set(draw.logprobs.top)) < len(draw.logprobs.top) for draw in together if draw.logprobs)
