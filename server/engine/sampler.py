@@ -22,7 +22,7 @@ _HEAD = 512
 
 
 _RANKED = 20
-"""Most likely tokens ranked for whoever asks for any: the order of equal ones depends on how many one ranks."""
+"""Most likely tokens ranked for whoever asks for any: how many one ranks changes the order of equal ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,9 @@ def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
     """Ties too: how many log-probabilities a neighbour asks for must not order them anew."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(9, 5003, generator=generator) * 8).round() / 8
-    wishes = [{"logprobs": k, "temperature": t} for k in (1, 5, 20) for t in (0.0, 0.7, 1.0)]
+    wishes: list[dict[str, Any]] = [
+        {"logprobs": k, "temperature": t} for k in (1, 5, 20) for t in (0.0, 0.7, 1.0)
+    ]
     sequences = [_sequence(seed=i, top_p=1.0 - 0.1 * (i % 2), **w) for i, w in enumerate(wishes)]
     together = sample(logits, sequences)
     assert together == [sample(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
