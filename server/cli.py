@@ -11,9 +11,15 @@ from adapters.errors import ManyloraError
 from server.config import ConfigError, resolve
 from server.options import USAGE, OneLineParser, add_options
 
+# How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
+# small model, so it outlasts the pauses in a step, and a slice that another process takes; an idle server
+# still sleeps.
+_SPINS = 3_000_000
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 it failed, 2 it was asked for wrongly."""
+    _keep_workers_awake()
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(bench=words[:1] == ["bench"]).parse_args(words)
     run: Callable[[argparse.Namespace], int | None] = arguments.run
@@ -25,6 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(arguments, error, 1)
     except KeyboardInterrupt:
         return 130
+
+
+def _keep_workers_awake() -> None:
+    """OpenMP reads its settings once, when torch brings it; what the operator has set stays."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
 
 def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:

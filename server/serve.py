@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -26,11 +25,6 @@ logger = logging.getLogger("manylora.serve")
 
 # After the drain only answers that outlived it are left; their connections get this long to be told.
 _CLOSE_SECONDS = 2
-
-# How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
-# small model, so it outlasts the pauses in a step, and a slice that another process takes; an idle server
-# still sleeps.
-_SPINS = 3_000_000
 
 
 class AddressUnavailable(ManyloraError):
@@ -114,16 +108,9 @@ class _Server(uvicorn.Server):
 
 
 def _build(config: ServerConfig) -> RunningService:
-    _keep_workers_awake()
     from server.engine.build import build_service  # brings torch, which takes seconds
 
     return build_service(config)
-
-
-def _keep_workers_awake() -> None:
-    """OpenMP reads its settings once, when torch brings it; what the operator has set stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -113,7 +113,11 @@ StackCall = _struct(
     segments=c_void_p,
     n_segments=c_int64,
     scratch=Scratch,
+    nanoseconds=c_void_p,
 )
+STACK_PARTS = ("linears", "lora", "attention", "rows")
+"""What ``StackCall.nanoseconds`` is by, in order."""
+
 HeadCall = _struct(
     "HeadCall",
     x=c_void_p,

@@ -65,6 +65,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.model = model
+        self.sample = sample
         self._gate = gate
         self._registry = registry
         self._eos = eos
@@ -155,7 +156,7 @@ class Engine:
 
     def _draw(self, batch: SequenceOf[Chunk]) -> list[Draw | Exception | None]:
         logits = self.model(batch)
-        draws = iter(sample(logits, [chunk.sequence for chunk in batch if chunk.samples]))
+        draws = iter(self.sample(logits, [chunk.sequence for chunk in batch if chunk.samples]))
         return [next(draws) if chunk.samples else None for chunk in batch]
 
     # -- booking ----------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self.running) + len(self.preempted) + len(self.waiting)
 
+    @property
+    def num_decoding(self) -> int:
+        return sum(sequence.num_pending == 1 for sequence in self.running)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)
 

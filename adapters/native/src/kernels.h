@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <ctime>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif

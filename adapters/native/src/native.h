@@ -92,6 +92,9 @@ struct Block {
     int64_t window;
 };
 
+// What a step's time goes to.
+enum Part { LINEARS, LORA, ATTENTION, ROWS, PARTS };
+
 struct Scratch {           // bf16, for the largest step
     bf16 *normed, *qkv, *attended, *gate_up, *delta;
 };
@@ -109,6 +112,7 @@ struct StackCall {
     const Segment* segments;
     int64_t n_segments;
     Scratch scratch;
+    int64_t* nanoseconds;        // [PARTS] added to
 };
 
 // out[i] = cap(norm(x[rows[i]]) @ W^T) in float32, where cap(z) = softcap * tanh(z / softcap).

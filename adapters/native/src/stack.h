@@ -3,6 +3,21 @@
 //   x += o( attention( rope(q(n(x))), rope(k(n(x))), v(n(x)) ) )        each linear with its adapters
 //   x += down( act(gate(n(x))) * up(n(x)) )                             n = RMSNorm
 
+// Books the time until the end of its scope.
+struct Timed {
+    const StackCall& call;
+    const Part part;
+    const int64_t began;
+
+    static int64_t now() {
+        timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return t.tv_sec * 1000000000ll + t.tv_nsec;
+    }
+    Timed(const StackCall& c, Part p) : call(c), part(p), began(now()) {}
+    ~Timed() { call.nanoseconds[part] += now() - began; }
+};
+
 // Linears that share x and write side by side into rows of `stride`, with their adapters' part.
 template <int N>
 static void project(const StackCall& call, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
@@ -14,14 +29,20 @@ static void project(const StackCall& call, const Linear* const (&which)[N], cons
         ys[i] = out + column, sites[i] = which[i]->lora, strides[i] = stride;
         column += which[i]->out;
     }
-    LinearCall base = {which, ys, N, stride, x, x_stride, call.tokens->count, call.codebook};
-    linears(&base);
+    {
+        Timed timed(call, LINEARS);
+        LinearCall base = {which, ys, N, stride, x, x_stride, call.tokens->count, call.codebook};
+        linears(&base);
+    }
+    if (call.n_segments == 0) return;
+    Timed timed(call, LORA);
     LoraCall adapters = {sites, ys, strides, N, x, x_stride, call.segments, call.n_segments};
-    if (call.n_segments > 0) lora(&adapters);
+    lora(&adapters);
 }
 
 template <typename F>
 static void each_token(const StackCall& call, F f) {
+    Timed timed(call, ROWS);
     const int64_t count = call.tokens->count;
 #pragma omp parallel for schedule(static) if (count >= 8)
     for (int64_t t = 0; t < count; t++) f(t);
@@ -47,7 +68,10 @@ static void attention_half(const StackCall& call, const Block& b) {
     });
     AttentionCall a = {&b.pages, call.tokens, s.qkv, s.qkv + q_size, s.qkv + q_size + kv_size, stride, stride, stride,
                        s.attended, call.heads, call.scale, call.softcap, b.window};
-    attention(&a);
+    {
+        Timed timed(call, ATTENTION);
+        attention(&a);
+    }
     project(call, {&b.o}, s.attended, q_size, s.delta, hidden);
     each_token(call, [&](int64_t t) {
         bf16* delta = s.delta + t * hidden;

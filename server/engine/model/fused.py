@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from adapters.native import isa, library
-from adapters.native.structs import HeadCall, Scratch, StackCall
+from adapters.native.structs import STACK_PARTS, HeadCall, Scratch, StackCall
 from adapters.rank_pool import RankPool
 from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
@@ -75,6 +75,10 @@ class FusedModel:
         stock: the same model as transformers runs it; weights, shapes and rotary angles are taken from it.
         pool: the adapters' rank rows.
         max_tokens: most tokens of a step.
+
+    Attributes:
+        nanoseconds: spent so far in each of ``STACK_PARTS``; only grows.
+        heads_per_kv_head: query heads that share a KV head.
     """
 
     name = "fused"
@@ -92,6 +96,7 @@ class FusedModel:
         self._angles: tuple[Tensor, Tensor] | None = None
         self._max_tokens = max_tokens
         self._scratch = self._make_scratch()
+        self.nanoseconds = np.zeros(len(STACK_PARTS), np.int64)
         first = self._weights.blocks[0]
         kind = stock.kinds[0]
         self._call = StackCall(
@@ -107,7 +112,15 @@ class FusedModel:
             gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
             codebook=self._weights.codebook.data_ptr(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
+            nanoseconds=self.nanoseconds.ctypes.data,
         )
+        self.heads_per_kv_head = self._call.heads // self.shapes[0].kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Weights of the output head."""
+        size: int = self._model.lm_head.weight.numel()
+        return size
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         positions = min(num_blocks * block_size, self._config.max_position_embeddings)
@@ -129,9 +142,9 @@ class FusedModel:
         call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
         call.segments, call.n_segments = segments.ctypes.data, len(segments)
         self._library.manylora_stack(byref(call))
-        return self._head(x, last)
+        return self.head(x, last)
 
-    def _head(self, x: Tensor, rows: Tensor) -> Tensor:
+    def head(self, x: Tensor, rows: Tensor) -> Tensor:
         """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
         vocabulary, n = self._model.lm_head.weight.shape[0], len(rows)
         out = torch.empty(n, -(-vocabulary // 16) * 16)

@@ -1,0 +1,195 @@
+"""``manylora bench step``: where a decoding step's time goes, part by part, beside what the machine allows.
+
+The floor of a part is the larger of its bytes over the measured memory bandwidth and its operations over the
+measured bf16 rate; a step's floor is their sum. Bytes are what must be read once: 4-bit weights with their
+scales, the head, the rows of every adapter in the step, all keys and values. The model runs in this process,
+without HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from server.engine.build import Parts
+
+Seconds = dict[str, float]
+
+PARTS = ("linears", "lora", "attention", "rows", "head", "sampling", "rest")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured: bytes a second (reading and writing counted), and bf16 operations a second."""
+
+    bandwidth: float
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a part of one step must do at least."""
+
+    nbytes: float = 0.0
+    operations: float = 0.0
+
+    def floor(self, machine: Machine) -> float:
+        """Seconds."""
+        return max(self.nbytes / machine.bandwidth, self.operations / machine.rate)
+
+
+def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the kind ``step`` to ``manylora bench``."""
+    step = kinds.add_parser("step", help="where a decoding step's time goes", description=__doc__)
+    step.add_argument("--base", default="smollm2-135m", metavar="MODEL", help="(default: %(default)s)")
+    step.add_argument(
+        "--home", type=Path, default=Path(".manylora"), metavar="DIR", help="(default: %(default)s)"
+    )
+    step.add_argument("--num-seqs", type=int, nargs="+", default=[1, 16], metavar="N", help="(default: 1 16)")
+    step.add_argument("--num-adapters", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    step.add_argument("--adapter-rank", type=int, default=16, metavar="R", help="(default: %(default)s)")
+    step.add_argument("--context", type=int, default=200, metavar="TOKENS", help="(default: %(default)s)")
+    step.add_argument("--steps", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    step.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print a table for each number of sequences, with adapters and without."""
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = _build(arguments, Path(scratch))
+        machine = measure_machine()
+        print(f"memory {machine.bandwidth / 1e9:.1f} GB/s, bf16 {machine.rate / 1e9:.0f} GFLOP/s")
+        names = [entry.name for entry in parts.registry.entries()]
+        for count in arguments.num_seqs:
+            for adapters in (names[:count], []):
+                seconds = _measure(parts, arguments, count, adapters)
+                works = _works(parts, arguments, count, len(adapters))
+                print(f"\n{count} sequences on {len(adapters)} adapters, {arguments.context} tokens each")
+                print("\n".join(_rows(seconds, works, machine)))
+    return 0
+
+
+def _build(arguments: argparse.Namespace, scratch: Path) -> Parts:
+    from adapters.base import prepare_base
+    from server.bench.errors import BenchError
+    from server.bench.synthetic import write_adapters
+    from server.config import from_args
+    from server.engine.build import build_parts
+
+    prepared = prepare_base(arguments.base, arguments.home)
+    adapters = write_adapters(prepared.path, scratch, arguments.num_adapters, arguments.adapter_rank, seed=0)
+    flags = ["--base", arguments.base, "--home", str(arguments.home), "--adapter-dir", str(scratch)]
+    sizes = ["--max-loras", str(arguments.num_adapters), "--max-lora-rank", str(arguments.adapter_rank)]
+    parts = build_parts(from_args([*flags, *sizes, "--no-enable-prefix-caching"], environ={}))
+    for name, folder in adapters.items():
+        parts.registry.register(name, folder, replace=True)
+    if parts.model.name != "fused":
+        raise BenchError("only the fused step can be taken apart, and this base or machine does not run it")
+    return parts
+
+
+def measure_machine() -> Machine:
+    """Copy half a gigabyte; multiply two matrices that fit no cache. The best of several tries."""
+    import torch
+
+    source, target = torch.ones(1 << 28, dtype=torch.uint8), torch.empty(1 << 28, dtype=torch.uint8)
+    a, b = (torch.ones(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    copy = min(_timed(lambda: target.copy_(source)) for _ in range(5))
+    product = min(_timed(lambda: torch.mm(a, b)) for _ in range(5))
+    return Machine(bandwidth=2 * source.nbytes / copy, rate=2 * 2048**3 / product)
+
+
+def _timed(call: Any) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _measure(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> Seconds:
+    """Seconds of a step, by part; the mean over the decoding steps of one run."""
+    from adapters.native.structs import STACK_PARTS
+
+    model: Any = parts.model
+    _start(parts, arguments, count, adapters)
+    model.nanoseconds[:] = 0
+    head, sampling = Stopwatch(), Stopwatch()
+    steps, began = 0, time.perf_counter()
+    with head.timing(model, "head"), sampling.timing(parts.engine, "sample"):
+        while parts.engine.busy:
+            parts.engine.step()
+            steps += 1
+    total = time.perf_counter() - began
+    seconds = dict(zip(STACK_PARTS, (model.nanoseconds / 1e9).tolist(), strict=True))
+    seconds |= {"head": head.seconds, "sampling": sampling.seconds}
+    seconds["rest"] = total - sum(seconds.values())
+    return {part: seconds[part] / steps for part in PARTS}
+
+
+def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> None:
+    """Add the requests, and step until all of them decode."""
+    from server.engine.request import GenerationRequest, SamplingParams
+
+    sampling = SamplingParams(max_tokens=arguments.steps, temperature=0.0, ignore_eos=True)
+    for i in range(count):
+        prompt = tuple((31 * i + 7 * j) % 1000 + 1000 for j in range(arguments.context))
+        version = parts.registry.checkout(adapters[i % len(adapters)]) if adapters else None
+        parts.engine.add(GenerationRequest(f"step{i}", prompt, None, sampling), version, seed=0)
+    while parts.engine.scheduler.num_decoding < count:
+        parts.engine.step()
+
+
+class Stopwatch:
+    """Adds up the time spent in one attribute of an object."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def timing(self, owner: object, name: str) -> Iterator[None]:
+        call = getattr(owner, name)
+
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args)
+            self.seconds += time.perf_counter() - began
+            return result
+
+        setattr(owner, name, timed)
+        yield
+        setattr(owner, name, call)
+
+
+def _works(parts: Parts, arguments: argparse.Namespace, count: int, adapters: int) -> dict[str, Work]:
+    """The least that each part of a step of ``count`` sequences must read and compute."""
+    model: Any = parts.model
+    sites = parts.residency.pool.sites.values()
+    inputs_outputs = [(pool.native.inputs, pool.native.outputs) for pool in sites]
+    weights = sum(i * o for i, o in inputs_outputs)
+    rows = arguments.adapter_rank * sum(i + o for i, o in inputs_outputs)
+    tokens = arguments.context + arguments.steps / 2
+    kv = sum(2 * shape.kv_heads * shape.key_dim for shape in model.shapes.values())
+    heads = model.heads_per_kv_head
+    head = model.head_size
+    return {
+        "linears": Work(weights * (0.5 + 2 / 64), 2 * count * weights),
+        "lora": Work(2 * rows * adapters, 2 * rows * (count if adapters else 0)),
+        "attention": Work(2 * count * tokens * kv, 2 * count * tokens * kv * heads),
+        "head": Work(2 * head, 2 * count * head),
+    }
+
+
+def _rows(seconds: Seconds, works: dict[str, Work], machine: Machine) -> Iterator[str]:
+    yield f"{'':10}{'ms':>9}{'floor':>9}{'ratio':>8}"
+    floors = {part: works.get(part, Work()).floor(machine) for part in PARTS}
+    for part in (*PARTS, "step"):
+        took = sum(seconds.values()) if part == "step" else seconds[part]
+        floor = sum(floors.values()) if part == "step" else floors[part]
+        ratio = f"{took / floor:8.2f}" if floor else ""
+        yield f"{part:10}{took * 1e3:9.3f}{floor * 1e3:9.3f}{ratio}"
