@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import AdapterError
 from server.engine.build import Parts
 from server.engine.sequence import Chunk
@@ -229,4 +231,30 @@ def test_more_adapters_than_room_are_all_served(home: Path, tmp_path: Path) -> N
     Driver(parts).run(*crowded, each_step=parts.residency.check_integrity)
     assert all(len(asked.tokens) == 3 or asked.tokens[-1] == 2 for asked in crowded)
     assert parts.residency.stats.evictions >= 10
+    _check_empty(parts)
+
+
+def test_a_thousand_registered_with_room_for_eight(home: Path, tmp_path: Path) -> None:
+    """Registered is not resident: one cold adapter after another, on a pool of eight, a host tier of ten."""
+    config = (home / "adapters" / "one" / CONFIG_FILE).read_bytes()
+    tensors = load_file(home / "adapters" / "one" / WEIGHTS_FILE)
+    name, tensor = next((key, value) for key, value in tensors.items() if "lora_B" in key)
+    for i in range(1000):
+        folder = tmp_path / "adapters" / f"tenant{i}"
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_bytes(config)
+        save_file(tensors | {name: tensor + i / 1000}, folder / WEIGHTS_FILE)
+    nbytes = 1 + sum(2 * tensor.numel() for tensor in tensors.values())
+    rows = ["--lora-pool-rows", "32", "--max-lora-rank", "4", "--lora-host-memory", str(10 * nbytes)]
+    parts = build(home / "model", tmp_path, *rows)
+    assert len(parts.registry.entries()) == 1000
+    asked = [Asked(PROMPT, f"tenant{37 * i % 1000}", {"max_tokens": 2}) for i in range(60)]
+    Driver(parts).run(*asked)
+    assert all(request.error is None and request.tokens for request in asked)
+    assert parts.residency.stats.loads == 60
+    assert parts.residency.host.nbytes <= 10 * nbytes
+    assert (
+        sum(parts.residency.tier(e.version.digest) == "device" for e in parts.registry.entries() if e.version)
+        == 8
+    )
     _check_empty(parts)
