@@ -1,171 +1,172 @@
-"""``manylora bench serving``: the command line. Flags are named as ``vllm bench serve`` names them."""
+"""``manylora bench``: its kinds, and what each of them does."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import json
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import ManyloraError
-from server.bench import report
-from server.bench.client import PATHS, Endpoint, discover
-from server.bench.compare import Measured, measure
+from server.bench import options, plot, report
+from server.bench.client import Endpoint, discover
+from server.bench.compare import Measured, measure, say, started, warm_up
 from server.bench.errors import BenchError
 from server.bench.machine import describe_machine
-from server.bench.peers import PEERS, Runner, Setup, peer
+from server.bench.peers import Runner, Setup, peer
+from server.bench.peers.environments import RECIPES, Environment
 from server.bench.peers.http import ExternalServer, ManyloraServer
-from server.bench.workload import POPULARITIES, Load
+from server.bench.shapes import SHAPES, make_model
+from server.bench.sweep import Sweep, sweep_adapters, sweep_rates, sweep_shares
+from server.bench.workload import Load
 
 if TYPE_CHECKING:
     # argparse's sub-parsers have no public type
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_DESCRIPTION = """\
-Send requests of an exact shape to an OpenAI-compatible server and measure throughput and latency.
+_SERVING = """\
+Send requests of an exact shape to an OpenAI-compatible server and measure throughput, latency and memory.
 
 With --base-url the server is yours: only that address is contacted. Without it, our own server is started
 on a free loopback port with synthetic adapters, measured and stopped; flags after -- are passed to it:
 
-  manylora bench serving --num-adapters 16 --peers peft -- --max-loras 16
+  manylora bench serving --num-adapters 16 --peers llama.cpp,vllm,peft -- --max-loras 16
+  manylora bench serving --sweep-adapters 1,2,4,8,16,32,64 --peers llama.cpp --plot adapters.png
   manylora bench serving --base-url http://127.0.0.1:8000 --max-concurrency 8
 
-How each figure is defined is written in server/bench/stats.py.
+How each figure is defined is written in server/bench/stats.py and server/bench/memory.py.
+"""
+
+_PEERS_SETUP = """\
+Make the environments that --peers needs, under DIR/peers; what is there already is left alone.
+
+  llama.cpp  built from its source release (about 10 minutes; needs a C++ compiler)
+  vllm       the CPU build and its requirements (about 3 GB; needs an index that has torch's CPU build)
+
+peft needs none. Everything comes from the package index that pip is set up for.
 """
 
 _BUSY = (
     "other work runs here (load average {load_average:.1f} on {cores} cores): threads that share a step "
     "suffer most, and no figure below is to be trusted"
 )
+# For a server that must be told how many requests it may hold at once: more would only cost memory.
+_MOST_SLOTS = 64
+_CONTEXT_STEP = 256
 
 
 def add_parser(subparsers: SubParsers) -> None:
     """Add ``bench`` and its kinds; the parsed arguments' ``run`` takes them and gives the exit code."""
     bench = subparsers.add_parser("bench", help="measure a server")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
-    serving = kinds.add_parser(
-        "serving",
-        help="throughput and latency of an OpenAI-compatible server",
-        description=_DESCRIPTION,
+    serving = _kind(kinds, "serving", "measure an OpenAI-compatible server", _SERVING, run_serving)
+    options.add_target_options(serving)
+    options.add_load_options(serving)
+    options.add_report_options(serving)
+    setup = _kind(kinds, "peers-setup", "install the servers to compare with", _PEERS_SETUP, run_peers_setup)
+    setup.add_argument("peers", nargs="*", metavar="PEER", help=f"{', '.join(RECIPES)} (default: all)")
+    options.add_home(setup)
+    make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
+    make.add_argument("--shape", choices=SHAPES, required=True)
+    make.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet"
+    )
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    options.add_home(make)
+
+
+def _kind(
+    kinds: SubParsers,
+    name: str,
+    summary: str,
+    description: str | None,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_target_options(serving)
-    _add_load_options(serving)
-    _add_report_options(serving)
-    serving.set_defaults(run=run_serving)
+    parser.set_defaults(run=_in_one_line(name, run))
+    return parser
 
 
-def _add_target_options(parser: argparse.ArgumentParser) -> None:
-    theirs = parser.add_argument_group("a server that runs already")
-    theirs.add_argument("--base-url", metavar="URL", help="scheme, host and port of the server")
-    theirs.add_argument(
-        "--model",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="models to ask, chosen among by --adapter-popularity (default: what its /v1/models lists)",
-    )
-    theirs.add_argument("--api-key", metavar="KEY", help="bearer key (safer: the variable OPENAI_API_KEY)")
-    ours = parser.add_argument_group("our own server, started for the measurement")
-    ours.add_argument(
-        "--base", default="smollm2-135m", metavar="MODEL", help="base model (default: %(default)s)"
-    )
-    ours.add_argument(
-        "--home",
-        type=Path,
-        default=Path(os.environ.get("MANYLORA_HOME", ".manylora")),
-        metavar="DIR",
-        help="state folder that keeps the prepared base (default: %(default)s)",
-    )
-    ours.add_argument(
-        "--num-adapters", type=_at_least(0), default=16, metavar="N", help="(default: %(default)s)"
-    )
-    ours.add_argument(
-        "--adapter-rank", type=_at_least(1), default=16, metavar="R", help="(default: %(default)s)"
-    )
-    ours.add_argument(
-        "--peers", type=_peers, default=(), metavar="NAME,…", help=f"compare with: {', '.join(PEERS)}"
-    )
-    ours.add_argument("server_args", nargs="*", metavar="-- FLAG", help="further flags of manylora serve")
+def _in_one_line(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """``run`` with what cannot be done said in a line, and exit code 2."""
 
+    def wrapped(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except ManyloraError as error:
+            print(f"manylora bench {name}: {error}", file=sys.stderr)
+            return 2
 
-def _add_load_options(parser: argparse.ArgumentParser) -> None:
-    load = parser.add_argument_group("load")
-    load.add_argument("--endpoint", choices=PATHS, default=PATHS[0], help="(default: %(default)s)")
-    load.add_argument(
-        "--num-prompts", type=_at_least(1), default=16, metavar="N", help="(default: %(default)s)"
-    )
-    load.add_argument("--max-concurrency", type=_at_least(1), metavar="N", help="most requests in flight")
-    load.add_argument(
-        "--request-rate",
-        type=_rate,
-        default=math.inf,
-        metavar="R",
-        help="mean requests per second of a Poisson process; inf: all at once (default)",
-    )
-    load.add_argument(
-        "--random-input-len", type=_at_least(1), default=200, metavar="N", help="(default: %(default)s)"
-    )
-    load.add_argument(
-        "--random-output-len", type=_at_least(1), default=64, metavar="N", help="(default: %(default)s)"
-    )
-    load.add_argument(
-        "--random-token-range",
-        type=_at_least(0),
-        nargs=2,
-        default=(1000, 30000),
-        metavar=("LOW", "HIGH"),
-        help="prompts draw token ids from LOW up to HIGH - 1 (default: 1000 30000)",
-    )
-    load.add_argument(
-        "--adapter-popularity",
-        choices=POPULARITIES,
-        default="distinct",
-        help="each adapter in turn, any, the k-th with chance 1/k, the first alone, none (default: distinct)",
-    )
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-
-
-def _add_report_options(parser: argparse.ArgumentParser) -> None:
-    reporting = parser.add_argument_group("measurement")
-    reporting.add_argument(
-        "--num-warmups",
-        "--warmup",
-        type=_at_least(0),
-        metavar="N",
-        help="requests before measuring (default: as many as --num-prompts)",
-    )
-    reporting.add_argument(
-        "--repeats",
-        type=_at_least(1),
-        default=1,
-        metavar="N",
-        help="runs; the median is shown (default: %(default)s)",
-    )
-    reporting.add_argument("--save-result", type=Path, metavar="FILE", help="write everything as JSON")
+    return wrapped
 
 
 def run_serving(arguments: argparse.Namespace) -> int:
-    """Measure, print and save. Exit code 0; 1 if any request failed; 2 if there was nothing to measure."""
-    try:
-        load = _load(arguments)
-        measured, machine = _measure(arguments, load)
-    except ManyloraError as error:
-        print(f"manylora bench serving: {error}", file=sys.stderr)
-        return 2
-    print(report.table(measured))
+    """Measure, print and save. Exit code 0; 1 if any request failed."""
+    _check(arguments)
+    machine = describe_machine()
+    if machine["load_average"] > machine["cores"]:
+        say(_BUSY.format(**machine))
+    result = _measure(arguments, _load(arguments))
+    config = _config(arguments)
+    if isinstance(result, Sweep):
+        print(report.sweep_table(result))
+        document = report.sweep_document(config, machine, result)
+        measured = [one for point in result.points for one in point.measured]
+    else:
+        print(report.table(result))
+        document = report.document(config, machine, result)
+        measured = result
     for line in report.errors(measured):
-        print(line, file=sys.stderr)
+        say(line)
     if arguments.save_result:
-        everything = report.document(_config(arguments), machine, measured)
-        arguments.save_result.write_text(json.dumps(everything, indent=2) + "\n")
+        arguments.save_result.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.plot and isinstance(result, Sweep):
+        plot.draw(result, arguments.plot)
     return 1 if any(one.errors for one in measured) else 0
+
+
+def run_peers_setup(arguments: argparse.Namespace) -> int:
+    """Set up the named peers, or all. Exit code 0."""
+    unknown = [name for name in arguments.peers if name not in RECIPES]
+    if unknown:
+        raise BenchError(f"{unknown[0]!r} has no environment of its own; known ones: {', '.join(RECIPES)}")
+    for name in arguments.peers or RECIPES:
+        Environment(name, arguments.home).set_up(say)
+    return 0
+
+
+def run_make_model(arguments: argparse.Namespace) -> int:
+    """Write the model, with the default base's tokenizer. Exit code 0."""
+    from adapters.base import DEFAULT_BASE, prepare_base
+
+    tokenizer = prepare_base(DEFAULT_BASE, arguments.home).path
+    make_model(SHAPES[arguments.shape], tokenizer, arguments.output, arguments.seed)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, before anything starts."""
+    if arguments.cold and (arguments.repeats > 1 or arguments.num_warmups):
+        raise BenchError("--cold is one run without warm-up; leave --repeats and --num-warmups out")
+    if arguments.cold and (arguments.sweep_adapters or arguments.sweep_load):
+        raise BenchError("--cold is one run, and a sweep is several; leave one of the two out")
+    if arguments.sweep_load and "peft" in arguments.peers:
+        raise BenchError("PEFT has no scheduler, so there is no rate to sweep; leave it out of --peers")
+    if arguments.plot:
+        if not (arguments.sweep_adapters or arguments.sweep_load):
+            raise BenchError("--plot draws a sweep; add --sweep-adapters or --sweep-load")
+        plot.check_available()
 
 
 def _load(arguments: argparse.Namespace) -> Load:
@@ -173,7 +174,7 @@ def _load(arguments: argparse.Namespace) -> Load:
     if low >= high:
         raise BenchError(f"--random-token-range {low} {high} is empty; LOW must be less than HIGH")
     return Load(
-        num_prompts=arguments.num_prompts,
+        num_prompts=arguments.num_prompts or _most_adapters(arguments),
         input_len=arguments.random_input_len,
         output_len=arguments.random_output_len,
         popularity=arguments.adapter_popularity,
@@ -184,18 +185,35 @@ def _load(arguments: argparse.Namespace) -> Load:
     )
 
 
-def _measure(arguments: argparse.Namespace, load: Load) -> tuple[list[Measured], dict[str, Any]]:
-    machine = describe_machine()
-    if machine["load_average"] > machine["cores"]:
-        print(_BUSY.format(**machine), file=sys.stderr)
+def _most_adapters(arguments: argparse.Namespace) -> int:
+    """The default of both the adapters and the requests."""
+    return max(arguments.sweep_adapters or (16,))
+
+
+def _measure(arguments: argparse.Namespace, load: Load) -> list[Measured] | Sweep:
     with tempfile.TemporaryDirectory(prefix="manylora-bench-") as scratch:
         prepare = _external if arguments.base_url else _own
-        runners, setup = prepare(arguments, Path(scratch))
-        num_warmups = load.num_prompts if arguments.num_warmups is None else arguments.num_warmups
-        return measure(runners, setup, load, arguments.repeats, num_warmups), machine
+        runners, setup = prepare(arguments, load, Path(scratch))
+        with started(runners, setup):
+            if not arguments.cold:
+                num_warmups = load.num_prompts if arguments.num_warmups is None else arguments.num_warmups
+                warm_up(runners, setup, load, num_warmups)
+            return _points(arguments, runners, setup, load)
 
 
-def _external(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Runner], Setup]:
+def _points(
+    arguments: argparse.Namespace, runners: Sequence[Runner], setup: Setup, load: Load
+) -> list[Measured] | Sweep:
+    """The sweep that is asked for, or one comparison."""
+    if arguments.sweep_adapters:
+        return sweep_adapters(runners, setup, load, arguments.sweep_adapters, arguments.repeats)
+    if arguments.sweep_load:
+        sweep = sweep_shares if arguments.sweep_load.relative else sweep_rates
+        return sweep(runners, setup, load, arguments.sweep_load.values, arguments.repeats)
+    return measure(runners, setup, [load] * len(runners), arguments.repeats)
+
+
+def _external(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list[Runner], Setup]:
     """The operator's server; its adapters are names only."""
     if arguments.peers or arguments.server_args:
         raise BenchError("--peers and flags after -- go with our own server; leave --base-url out")
@@ -207,59 +225,54 @@ def _external(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Runner
     else:
         base, adapters = "", tuple(arguments.model)
     endpoint = Endpoint(arguments.base_url, base, arguments.endpoint, api_key)
-    return [ExternalServer(endpoint)], Setup(scratch, dict.fromkeys(adapters, scratch), scratch)
+    return [ExternalServer(endpoint)], _setup(
+        arguments, load, scratch, scratch, dict.fromkeys(adapters, scratch)
+    )
 
 
-def _own(arguments: argparse.Namespace, scratch: Path) -> tuple[list[Runner], Setup]:
+def _own(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list[Runner], Setup]:
     """Our server and the peers, on one prepared base and synthetic adapters."""
     from adapters.base import prepare_base
     from server.bench.synthetic import write_adapters
 
     if arguments.model or arguments.api_key:
         raise BenchError("--model and --api-key go with --base-url; our own server needs neither")
+    peers = [peer(name) for name in arguments.peers]
+    for name in {name.partition(":")[0] for name in arguments.peers} & RECIPES.keys():
+        Environment(name, arguments.home).require()
     base = prepare_base(arguments.base, arguments.home).path
     folder = scratch / "adapters"
     folder.mkdir()
-    adapters = write_adapters(base, folder, arguments.num_adapters, arguments.adapter_rank, arguments.seed)
+    count = _most_adapters(arguments) if arguments.num_adapters is None else arguments.num_adapters
+    adapters = write_adapters(base, folder, count, arguments.adapter_rank, arguments.seed)
     ours = ManyloraServer(arguments.endpoint, arguments.server_args)
-    return [ours, *map(peer, arguments.peers)], Setup(base, adapters, scratch)
+    return [ours, *peers], _setup(arguments, load, scratch, base, adapters)
+
+
+def _setup(
+    arguments: argparse.Namespace, load: Load, scratch: Path, base: Path, adapters: dict[str, Path]
+) -> Setup:
+    in_flight = min(load.num_prompts, load.max_concurrency or load.num_prompts)
+    tokens = load.input_len + load.output_len
+    return Setup(
+        base=base,
+        adapters=adapters,
+        scratch=scratch,
+        source=arguments.base,
+        home=arguments.home,
+        slots=min(in_flight, _MOST_SLOTS),
+        context=-(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP,
+    )
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole command as parsed, but for the key."""
     left_out = {"run", "api_key"}
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-        if key not in left_out
-    }
+    return {key: _plain(value) for key, value in vars(arguments).items() if key not in left_out}
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    """A parser of whole numbers from ``low`` up."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {low}")
-        return int(text)
-
-    return parse
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not rate > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, or inf")
-    return rate
-
-
-def _peers(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; known peers: {', '.join(PEERS)}")
-    return names
+def _plain(value: Any) -> Any:
+    """As JSON can say it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value) if isinstance(value, Path) else value

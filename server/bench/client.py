@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -33,12 +34,15 @@ class Endpoint:
     Attributes:
         base_url: scheme, host and port; the operator named it, and nothing else is ever contacted.
         base_model: the model name of calls without an adapter.
+        fields: adapter, or None for the base → fields of its requests, for a server that does not know
+            adapters as models.
     """
 
     base_url: str
     base_model: str
     path: Path = "/v1/completions"
     api_key: str | None = None
+    fields: Mapping[str | None, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def client_for(base_url: str, api_key: str | None) -> httpx.AsyncClient:
@@ -103,7 +107,7 @@ def payload(endpoint: Endpoint, call: Call) -> dict[str, Any]:
         if endpoint.path == "/v1/completions"
         else {"messages": [{"role": "user", "content": call.text}]}
     )
-    return prompt | {
+    body = {
         "model": call.adapter or endpoint.base_model,
         "max_tokens": call.max_tokens,
         "min_tokens": call.max_tokens,
@@ -112,6 +116,7 @@ def payload(endpoint: Endpoint, call: Call) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    return prompt | body | dict(endpoint.fields.get(call.adapter, {}))
 
 
 @dataclass(slots=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
+from server.bench.memory import memory_of
 from server.bench.peers import Runner, Setup
 from server.bench.stats import Metrics, RunResult, summarise
 from server.bench.workload import Load, make_workload
+
+# Long enough to compute with an adapter, short enough for hundreds of them.
+_TOUCH_INPUT_LEN = 8
+_TOUCH_OUTPUT_LEN = 2
 
 
 @dataclass(slots=True)
@@ -20,42 +26,75 @@ class Measured:
     runs: list[Metrics] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, result: RunResult) -> None:
-        self.runs.append(summarise(result))
+    def add(self, result: RunResult, memory: Metrics) -> None:
+        self.runs.append(summarise(result) | memory)
         self.errors += [record.error for record in result.records if record.error]
 
 
-def measure(
-    runners: Sequence[Runner], setup: Setup, load: Load, repeats: int, num_warmups: int
-) -> list[Measured]:
-    """Measure every runner under the same workloads.
-
-    Runs alternate between the runners, so that a machine that grows slower is slower for all of them.
-    Run 0 is the warm-up of ``num_warmups`` requests, which no figure includes.
+@contextmanager
+def started(runners: Sequence[Runner], setup: Setup) -> Iterator[None]:
+    """All runners up meanwhile, and surely stopped afterwards.
 
     Raises:
-        BenchError: one did not start, or ended.
+        BenchError: one did not start.
     """
     with ExitStack() as stack:
         for runner in runners:
             stack.callback(runner.stop)
-            _say(f"{runner.name}: starting")
+            say(f"{runner.name}: starting")
             runner.start(setup)
-        if num_warmups:
-            _run_all(runners, setup, replace(load, num_prompts=num_warmups), run=0)
-        measured = [Measured(runner.name) for runner in runners]
-        for run in range(1, repeats + 1):
-            for one, result in zip(measured, _run_all(runners, setup, load, run), strict=True):
-                one.add(result)
+        yield
+
+
+def warm_up(runners: Sequence[Runner], setup: Setup, load: Load, num_warmups: int) -> None:
+    """Ask every adapter once, so that all are where each server keeps them, then play the load.
+
+    The load's part has ``num_warmups`` requests. No figure includes any of it.
+    """
+    if setup.adapters and load.popularity != "base":
+        _play(runners, setup, [touching(load, len(setup.adapters))] * len(runners), run=-1)
+    if num_warmups:
+        _play(runners, setup, [replace(load, num_prompts=num_warmups)] * len(runners), run=0)
+
+
+def touching(load: Load, count: int) -> Load:
+    """A short request for each of ``count`` adapters, no more of them at once than ``load`` sends."""
+    return replace(
+        load,
+        num_prompts=count,
+        input_len=min(load.input_len, _TOUCH_INPUT_LEN),
+        output_len=min(load.output_len, _TOUCH_OUTPUT_LEN),
+        popularity="distinct",
+        num_adapters=None,
+        request_rate=math.inf,
+        max_concurrency=load.max_concurrency or load.num_prompts,
+    )
+
+
+def measure(
+    runners: Sequence[Runner], setup: Setup, loads: Sequence[Load], repeats: int, first_run: int = 1
+) -> list[Measured]:
+    """Measure every runner under its load; with equal loads, all get the same workloads.
+
+    Runs alternate between the runners, so that a machine that grows slower is slower for all of them.
+    Runs are numbered from ``first_run``; a number stands for prompts that no other run has.
+
+    Raises:
+        BenchError: one has ended.
+    """
+    measured = [Measured(runner.name) for runner in runners]
+    for run in range(first_run, first_run + repeats):
+        results = _play(runners, setup, loads, run)
+        for runner, one, result in zip(runners, measured, results, strict=True):
+            one.add(result, memory_of(runner.pid) if runner.pid else {})
     return measured
 
 
-def _run_all(runners: Sequence[Runner], setup: Setup, load: Load, run: int) -> list[RunResult]:
-    workload = make_workload(load, tuple(setup.adapters), run)
+def _play(runners: Sequence[Runner], setup: Setup, loads: Sequence[Load], run: int) -> list[RunResult]:
     results = []
-    for runner in runners:
-        results.append(runner.run(workload))
-        _say(f"{runner.name}: {f'run {run}' if run else 'warm-up'}: {_in_short(results[-1])}")
+    for runner, load in zip(runners, loads, strict=True):
+        results.append(runner.run(make_workload(load, tuple(setup.adapters), run)))
+        say(f"{runner.name}: {f'run {run}' if run > 0 else 'warm-up'}: {_in_short(results[-1])}")
     return results
 
 
@@ -65,5 +104,6 @@ def _in_short(result: RunResult) -> str:
     return f"{speed}, {metrics['failed']:.0f} failed"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Progress, for people."""
     print(line, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from server.bench.compare import Measured
 from server.bench.stats import STATISTICS, median
+from server.bench.sweep import Sweep
 
 _LABELS = {
     "duration": "duration, s",
@@ -23,6 +24,8 @@ _LABELS = {
     "total_token_throughput": "total tokens/s",
     "prefill_throughput": "prefill tokens/s",
     "decode_throughput": "decode tokens/s",
+    "peak_memory_mib": "peak memory, MiB",
+    "memory_mib": "memory after the run, MiB",
     "generator_cpu_share": "load generator, cores",
 } | {
     f"{statistic}_{name}_ms": f"{label} {statistic}, ms"
@@ -102,10 +105,40 @@ def errors(measured: Sequence[Measured]) -> list[str]:
 
 def document(config: dict[str, Any], machine: dict[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
     """Everything, JSON-ready: what was asked, where it ran, each run's figures, medians and ratios."""
-    ours, *peers = measured
+    return _head(config, machine) | _comparison(measured)
+
+
+def sweep_document(config: dict[str, Any], machine: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
+    """The same for a sweep: its axis, and a comparison for each of its points."""
+    points = [{"at": point.at, **_comparison(point.measured)} for point in sweep.points]
+    return _head(config, machine) | {"axis": sweep.axis.label, "points": points}
+
+
+def sweep_table(sweep: Sweep) -> str:
+    """A row for each point and server: the axis' figures, and the first server's ratio to it in the first."""
+    first, *_ = sweep.axis.figures
+    ours = sweep.points[0].measured[0].name
+    titles = [_LABELS[name] for name in sweep.axis.figures]
+    rows = [[sweep.axis.label, "server", *titles, f"{ours}/it, {_LABELS[first]}"]]
+    for point in sweep.points:
+        for one in point.measured:
+            figures = spreads(one)
+            cells = [str(figures.get(name, "")) for name in sweep.axis.figures]
+            ratio = "" if one is point.measured[0] else str(ratios(point.measured[0], one).get(first, ""))
+            rows.append([_number(point.at), one.name, *cells, ratio])
+    return _align(rows)
+
+
+def _head(config: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": {key: str(value) if value == math.inf else value for key, value in config.items()},
         "machine": machine,
+    }
+
+
+def _comparison(measured: Sequence[Measured]) -> dict[str, Any]:
+    ours, *peers = measured
+    return {
         "servers": [
             {"name": one.name, "runs": one.runs, "errors": one.errors, "median": _medians(spreads(one))}
             for one in measured

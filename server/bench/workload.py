@@ -30,6 +30,7 @@ class Load:
         num_prompts: requests in one run.
         input_len, output_len: tokens of every prompt and of every answer.
         popularity: how adapters share the requests, see ``choose_adapters``.
+        num_adapters: only the first so many adapters are asked; None = all.
         request_rate: mean requests per second of a Poisson process; infinity sends all at once.
         max_concurrency: most requests in flight; None = no bound.
         token_range: prompts draw token ids from [low, high).
@@ -40,6 +41,7 @@ class Load:
     input_len: int = 200
     output_len: int = 64
     popularity: Popularity = "distinct"
+    num_adapters: int | None = None
     request_rate: float = math.inf
     max_concurrency: int | None = None
     token_range: tuple[int, int] = (1000, 30000)
@@ -77,7 +79,10 @@ def make_workload(load: Load, adapters: Sequence[str], run: int) -> Workload:
     rng = random.Random(f"prompts {load.seed} {run}")
     token_ids = range(*load.token_range)
     chosen = choose_adapters(
-        load.popularity, load.num_prompts, adapters, random.Random(f"adapters {load.seed} {run}")
+        load.popularity,
+        load.num_prompts,
+        adapters[: load.num_adapters],
+        random.Random(f"adapters {load.seed} {run}"),
     )
     due = arrivals(load.request_rate, load.num_prompts, random.Random(f"arrivals {load.seed} {run}"))
     calls = tuple(

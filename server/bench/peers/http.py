@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import httpx
 
@@ -32,6 +33,10 @@ class ExternalServer:
     def name(self) -> str:
         return self._endpoint.base_url.partition("://")[2]
 
+    @property
+    def pid(self) -> None:
+        """Its process is not ours to look into."""
+
     def start(self, setup: Setup) -> None:
         """Nothing to do: it runs."""
 
@@ -55,15 +60,34 @@ class HttpServer(ABC):
 
     @abstractmethod
     def command(self, setup: Setup, port: int) -> list[str]:
-        """The command line that serves ``setup`` on 127.0.0.1 at ``port``."""
+        """The command line that serves ``setup`` on 127.0.0.1 at ``port``; what it needs is made first."""
+
+    def environment(self, setup: Setup) -> Mapping[str, str]:  # noqa: ARG002 (for those that have some)
+        """Variables that the command is given besides ours."""
+        return {}
+
+    def known(self, url: str) -> set[str]:
+        """The adapters that it can be asked for now."""
+        return set(asyncio.run(discover(url, None))[1])
+
+    def fields(self, url: str) -> Mapping[str | None, Mapping[str, Any]]:  # noqa: ARG002
+        """What requests for an adapter, or for the base, say besides its name, see ``Endpoint``."""
+        return {}
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     def start(self, setup: Setup) -> None:
         port = free_port()
-        self._process = ChildProcess(self.command(setup, port), setup.scratch / f"{self.name}.log")
+        self._process = ChildProcess(
+            self.command(setup, port), setup.scratch / f"{self.name}.log", environment=self.environment(setup)
+        )
         url = f"http://127.0.0.1:{port}"
         self._wait(lambda: httpx.get(url + self.ready_path, trust_env=False).status_code == 200)
-        self._wait(lambda: set(setup.adapters) <= set(asyncio.run(discover(url, None))[1]))
-        self._endpoint = Endpoint(url, asyncio.run(discover(url, None))[0], self._path)
+        self._wait(lambda: set(setup.adapters) <= self.known(url))
+        base = asyncio.run(discover(url, None))[0]
+        self._endpoint = Endpoint(url, base, self._path, fields=self.fields(url))
 
     def _wait(self, done: Callable[[], bool]) -> None:
         assert self._process is not None
@@ -79,9 +103,14 @@ class HttpServer(ABC):
         tail = self._process.log_tail()
         raise BenchError(f"{self.name} was not ready after {_START_TIMEOUT_S:.0f} s; its log ends:\n{tail}")
 
-    def run(self, workload: Workload) -> RunResult:
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it answers, once started."""
         assert self._endpoint is not None, "start comes first"
-        return asyncio.run(play(self._endpoint, workload))
+        return self._endpoint
+
+    def run(self, workload: Workload) -> RunResult:
+        return asyncio.run(play(self.endpoint, workload))
 
     def stop(self) -> None:
         if self._process:

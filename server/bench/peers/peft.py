@@ -39,6 +39,10 @@ class PeftPeer:
     def __init__(self) -> None:
         self._process: ChildProcess | None = None
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
     def start(self, setup: Setup) -> None:
         command = [sys.executable, "-m", "server.bench.peers.peft"]
         self._process = ChildProcess(command, setup.scratch / "peft.log", talk=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,9 +16,18 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class ChildProcess:
-    """A running command. What it prints goes to ``log``; with ``talk``, input and output are pipes."""
+    """A running command, and whatever it starts itself.
 
-    def __init__(self, command: Sequence[str], log: Path, talk: bool = False) -> None:
+    What it prints goes to ``log``; with ``talk``, input and output are pipes. ``environment`` goes over ours.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        talk: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._log = log
         with log.open("wb") as sink:
             self._popen = subprocess.Popen(
@@ -24,8 +35,9 @@ class ChildProcess:
                 stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if talk else sink,
                 stderr=sink,
-                env=_environment(),
+                env=_environment() | dict(environment or {}),
                 text=True,
+                start_new_session=True,  # a group of its own, so that nothing of it is left behind
             )
 
     @property
@@ -61,9 +73,20 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
         for pipe in (self._popen.stdin, self._popen.stdout):
             if pipe:
                 pipe.close()
+
+
+def cores() -> list[int]:
+    """The cores that this process, and so its children, may run on."""
+    return (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
 
 
 def _environment() -> dict[str, str]:

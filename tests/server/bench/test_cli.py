@@ -17,15 +17,24 @@ SMALL = ["--num-prompts", "4", "--random-input-len", "6", "--random-output-len",
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving(FakeServer()) as base_url:
+def fake() -> FakeServer:
+    return FakeServer()
+
+
+@pytest.fixture(scope="module")
+def url(fake: FakeServer) -> Iterator[str]:
+    with serving(fake) as base_url:
         yield base_url
 
 
 def bench(*arguments: str) -> int:
+    return run("serving", *arguments)
+
+
+def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser(prog="manylora")
     add_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["bench", "serving", *arguments])
+    parsed = parser.parse_args(["bench", *arguments])
     code = parsed.run(parsed)
     assert isinstance(code, int)
     return code
@@ -58,9 +67,58 @@ def test_our_own_server_beside_a_peer(
     assert bench(*target, *SMALL, "--random-token-range", "10", "500", *saved, *flags) == 0
     assert "manylora/peft" in capsys.readouterr().out
     result = json.loads(out.read_text())
+    assert all(server["median"]["peak_memory_mib"] > 100 for server in result["servers"])
     assert [server["median"]["total_output_tokens"] for server in result["servers"]] == [12, 12]
     assert result["ratios"]["peft"]["output_throughput"]["median"] > 0
     assert result["config"]["server_args"] == flags[1:]
+
+
+def test_a_sweep_over_adapters(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, picture = tmp_path / "result.json", tmp_path / "result.png"
+    words = ["--sweep-adapters", "1,2", "--repeats", "2", "--save-result", str(out), "--plot", str(picture)]
+    assert bench("--base-url", url, *SMALL, *words) == 0
+    assert "distinct adapters" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["axis"] == "distinct adapters"
+    assert [point["at"] for point in result["points"]] == [1, 2]
+    assert [len(point["servers"][0]["runs"]) for point in result["points"]] == [2, 2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("rates", ["50,100", "50%,70%"])
+def test_a_sweep_over_the_load(url: str, tmp_path: Path, rates: str) -> None:
+    out, picture = tmp_path / "result.json", tmp_path / "result.png"
+    words = ["--sweep-load", rates, "--save-result", str(out), "--plot", str(picture)]
+    assert bench("--base-url", url, *SMALL, *words) == 0
+    assert [point["at"] for point in json.loads(out.read_text())["points"]] == [
+        50,
+        100 if "%" not in rates else 70,
+    ]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_needs_as_many_adapters(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--base-url", url, *SMALL, "--sweep-adapters", "3") == 2
+    assert "there are 2 adapters" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench("--sweep-adapters", "1", "--plot", "x.png") == 2
+    assert "pip install 'manylora[bench]'" in capsys.readouterr().err
+
+
+def test_cold_means_that_nothing_was_asked_before(fake: FakeServer, url: str) -> None:
+    fake.bodies.clear()
+    assert bench("--base-url", url, *SMALL, "--cold") == 0
+    assert len(fake.bodies) == 4
+
+
+def test_peers_that_need_no_setup_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("peers-setup", "peft") == 2
+    assert "known ones: llama.cpp, vllm" in capsys.readouterr().err
 
 
 def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +134,11 @@ def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixtur
         (["--base-url", "http://127.0.0.1:9"], "does not list models"),
         (["--model", "x"], "go with --base-url"),
         (["--random-token-range", "5", "5"], "is empty"),
+        (["--peers", "llama.cpp", "--home", "nowhere"], "run: manylora bench peers-setup llama.cpp --home"),
+        (["--cold", "--repeats", "2"], "without warm-up"),
+        (["--cold", "--sweep-adapters", "1,2"], "a sweep is several"),
+        (["--sweep-load", "50%", "--peers", "peft"], "PEFT has no scheduler"),
+        (["--plot", "x.png"], "add --sweep-adapters"),
     ],
 )
 def test_contradictions_are_one_line(
@@ -86,7 +149,17 @@ def test_contradictions_are_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--num-prompts", "0"], ["--request-rate", "nan"], ["--peers", "peft,ollama"]]
+    "arguments",
+    [
+        ["--num-prompts", "0"],
+        ["--request-rate", "nan"],
+        ["--peers", "peft,ollama"],
+        ["--peers", "llama.cpp:q9"],
+        ["--sweep-adapters", "1,0"],
+        ["--sweep-load", "50%,2"],
+        ["--sweep-load", "inf"],
+        ["--sweep-load", "1", "--sweep-adapters", "1"],
+    ],
 )
 def test_wrong_values_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -43,6 +43,14 @@ async def test_prompts_go_out_as_token_ids_and_no_adapter_means_the_base(fake: F
     assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("base", [7, 8])]
 
 
+async def test_a_server_may_be_told_adapters_in_its_own_way(fake: FakeServer, url: str) -> None:
+    fake.bodies.clear()
+    fields = {"lora-0000": {"lora": [1.0]}, None: {"lora": [0.0]}}
+    calls = (Call("lora-0000", (7,), 1), Call(None, (7,), 1))
+    await play(Endpoint(url, "base", fields=fields), Workload(calls, max_concurrency=1))
+    assert [body["lora"] for body in fake.bodies] == [[1.0], [0.0]]
+
+
 async def test_failures_are_records(url: str) -> None:
     calls = tuple(Call(model, (1,), 3) for model in ("missing", "short", "base"))
     errors = [record.error for record in (await play(Endpoint(url, "base"), Workload(calls))).records]

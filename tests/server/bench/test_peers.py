@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from server.bench.compare import measure
+from server.bench.compare import measure, started, touching, warm_up
 from server.bench.errors import BenchError
+from server.bench.memory import tree
 from server.bench.peers import PEERS, Setup, peer
 from server.bench.peers.http import HttpServer, ManyloraServer
 from server.bench.peers.peft import Generator, PeftPeer, batches
@@ -24,7 +26,8 @@ LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_r
 def setup(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     scratch = tmp_path_factory.mktemp("bench")
     base = tiny_base("llama").prepared.path
-    return Setup(base, write_adapters(base, scratch / "adapters", 2, rank=4, seed=0), scratch)
+    adapters = write_adapters(base, scratch / "adapters", 2, rank=4, seed=0)
+    return Setup(base, adapters, scratch, source=str(base), home=scratch, slots=2, context=256)
 
 
 def test_synthetic_adapters_are_pefts_own(setup: Setup, tiny_base: TinyBase) -> None:
@@ -106,16 +109,44 @@ def test_a_started_server_is_measured_in_turn_and_stopped(setup: Setup) -> None:
 
     order: list[str] = []
     one, other = Spy(), Other()
-    measured = measure([one, other], setup, LOAD, repeats=2, num_warmups=1)
-    assert order == ["fake", "other"] * 3
+    with started([one, other], setup):
+        warm_up([one, other], setup, LOAD, num_warmups=1)
+        measured = measure([one, other], setup, [LOAD, LOAD], repeats=2)
+    assert order == ["fake", "other"] * 4  # to every adapter, the warm-up, two runs
     assert [[run["completed"] for run in each.runs] for each in measured] == [[5, 5], [5, 5]]
     with pytest.raises(BenchError, match="ended with code"):
         one._process.check_alive()  # type: ignore[union-attr]
 
 
 def test_a_server_that_ends_at_once_is_reported(setup: Setup) -> None:
-    with pytest.raises(BenchError, match="no room"):
-        measure([Failing()], setup, LOAD, repeats=1, num_warmups=0)
+    with pytest.raises(BenchError, match="no room"), started([Failing()], setup):
+        pytest.fail("it cannot have started")
+
+
+def test_the_warm_up_reaches_every_adapter_once(setup: Setup) -> None:
+    load = touching(replace(LOAD, popularity="zipf", num_adapters=1, request_rate=3.0), count=2)
+    calls = make_workload(load, tuple(setup.adapters), run=-1).calls
+    assert [call.adapter for call in calls] == list(setup.adapters)
+    assert {call.due for call in calls} == {0}
+
+
+def test_a_child_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    script = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    child = ChildProcess([sys.executable, "-c", script], tmp_path / "log", talk=True)
+    grandchild = int(child.ask(""))
+    assert grandchild in tree(child.pid)
+    child.stop()
+    for _ in range(500):  # a signal takes a moment
+        if not alive(grandchild):
+            break
+        time.sleep(0.01)
+    assert not alive(grandchild)
+
+
+def alive(pid: int) -> bool:
+    """Whether it still runs; one that only waits to be reaped does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_our_servers_command(setup: Setup) -> None:
@@ -127,3 +158,7 @@ def test_our_servers_command(setup: Setup) -> None:
 
 def test_every_listed_peer_exists() -> None:
     assert [peer(name).name for name in PEERS] == list(PEERS)
+    assert peer("llama.cpp:q4_0").name == "llama.cpp:q4_0"
+    for wrong in ("ollama", "llama.cpp:q5_9", "vllm:fast", "peft:x"):
+        with pytest.raises(BenchError, match="known"):
+            peer(wrong)

@@ -53,6 +53,11 @@ def test_drawn_popularities_follow_their_law(popularity: Popularity, weights: tu
         assert chosen[name] == pytest.approx(count * weight / sum(weights), rel=0.1)
 
 
+def test_only_the_first_adapters_are_asked_when_so_many_are_wanted() -> None:
+    calls = make_workload(Load(num_adapters=2), NAMES, run=1).calls
+    assert Counter(call.adapter for call in calls) == dict.fromkeys(NAMES[:2], 8)
+
+
 def test_a_popularity_without_adapters_is_refused() -> None:
     with pytest.raises(BenchError, match="at least one adapter"):
         choose_adapters("zipf", 1, (), random.Random(0))

