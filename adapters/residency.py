@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from adapters.artifact import Adapter
 from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
 from adapters.host_tier import HostTier
@@ -96,7 +98,8 @@ class Residency:
         self._claims: OrderedDict[str, _Claim] = OrderedDict()
         self._closed: set[str] = set()
         self._errors: dict[str, AdapterError] = {}
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
+        # It copies alone: workers of its own would make OpenMP put everybody's to sleep between regions.
+        self._loader = ThreadPoolExecutor(1, "adapter-loader", torch.set_num_threads, (1,))
 
     def pin(self, version: Version) -> int | None:
         """The adapter's slot, pinned; or None = not yet: ask again on the next step.

@@ -67,7 +67,7 @@ class EngineConfig:
     Attributes:
         max_model_len: tokens of prompt and answer together; None = the model's own, as far as KV allows.
         max_num_seqs: most answers generated at once.
-        max_num_batched_tokens: most tokens in one step; None = what suits the device (512 on a CPU).
+        max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
         kv_cache_memory: bytes.
         block_size: tokens in one KV block.
         max_queued_requests: most requests that wait; one more is answered 429.

@@ -79,7 +79,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--max-num-seqs", "engine.max_num_seqs", integer(1, 65536), "64", "N",
            "most answers generated at once"),
     Option("--max-num-batched-tokens", "engine.max_num_batched_tokens", auto_or(integer(1, 1 << 24)), "auto",
-           "TOKENS", "most tokens in one step; auto: what suits the device (512 on a CPU)"),
+           "TOKENS", "most tokens in one step; auto: what suits the device (128 on a CPU)"),
     Option("--kv-cache-memory", "engine.kv_cache_memory", size(1), "1GiB", "SIZE",
            "memory for keys and values"),
     Option("--block-size", "engine.block_size", integer(1, 1024), "16", "TOKENS",

@@ -20,6 +20,8 @@ from server.engine.sequence import Sequence
 _HEAD = 512
 """Most probable tokens looked at before a truncated row is sorted whole."""
 
+_NO_TOP_K = 2**31
+
 
 _RANKED = 20
 """Most likely tokens ranked for whoever asks for any: how many one ranks changes the order of equal ones."""
@@ -149,7 +151,7 @@ def _truncate(ordered: Tensor, params: SequenceOf[SamplingParams], whole: bool) 
     Returns the kept probabilities, and whether each row's cut surely lies within the columns given.
     """
     width = ordered.shape[1]
-    top_k = torch.tensor([p.top_k or 2**31 for p in params], device=ordered.device)[:, None]
+    top_k = torch.tensor([p.top_k or _NO_TOP_K for p in params], device=ordered.device)[:, None]
     top_p = _column(ordered, [p.top_p for p in params])
     floor = ordered[:, :1] * _column(ordered, [p.min_p for p in params])
     kept = ordered.masked_fill(ordered < floor, 0.0)
@@ -158,7 +160,7 @@ def _truncate(ordered: Tensor, params: SequenceOf[SamplingParams], whole: bool) 
     mass = kept.double().cumsum(-1)
     total = torch.where(complete, mass[:, -1:], 1.0)
     below = mass - kept < top_p * total
-    enough = complete | (mass[:, -1:] >= top_p * total) & (floor == 0)
+    enough = complete | (mass[:, -1:] >= top_p) & (floor == 0) & (top_k == _NO_TOP_K)
     return kept * below, enough[:, 0]
 
 
