@@ -71,7 +71,13 @@ class StockModel:
             return q.new_zeros(*q.shape[:2], v.shape[2])
 
         self._host.handler = record
-        self._forward(*(torch.zeros(1, dtype=torch.long) for _ in range(3)))
+        try:
+            self._forward(*(torch.zeros(1, dtype=torch.long) for _ in range(3)))
+        except AssertionError as error:  # bitsandbytes packs 4-bit weights for the CPU on their first use
+            raise BaseModelError(
+                f"bitsandbytes cannot serve this base's 4-bit weights on this CPU ({error}); "
+                "use --quantization none."
+            ) from error
         if not self.shapes:
             raise BaseModelError(f"{type(self.model).__name__} has no attention layer that can be served.")
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import load_base, prepare_base
+from adapters.errors import BaseModelError
 from adapters.native import isa
 from adapters.rank_pool import RankPool
 from server.engine.build import Parts
@@ -124,3 +125,10 @@ def test_the_comparison_fits_small_steps_and_short_contexts(
     model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, max_tokens)
     assert model.name == "fused"
     assert compared == [min(max_tokens, positions, 40)]
+
+
+def test_a_base_that_cannot_be_packed_for_this_cpu_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    folder = make_tiny_model("llama", tmp_path / "llama", num_key_value_heads=1)
+    with pytest.raises(BaseModelError, match="--quantization none"):
+        build(folder, tmp_path)
+    build(folder, tmp_path, "--quantization", "none")  # bf16 serves it
