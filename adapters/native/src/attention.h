@@ -13,6 +13,11 @@ static inline bf16* tile_of(bf16* pages, const Pages& p, int64_t tile, int64_t h
     return pages + (tile * p.kv_heads + head) * TILE * p.head_dim;
 }
 
+// The next tile lies anywhere, so the processor cannot guess it.
+static inline void prefetch(const bf16* tile, int64_t head_dim) {
+    for (int64_t i = 0; i < TILE * head_dim; i += 32) __builtin_prefetch(tile + i);
+}
+
 static void store_kv(const AttentionCall& call, int64_t t) {
     const Pages& p = *call.pages;
     const int64_t tile = call.tokens->kv_slots[t] / TILE, place = call.tokens->kv_slots[t] % TILE;
@@ -26,74 +31,100 @@ static void store_kv(const AttentionCall& call, int64_t t) {
     }
 }
 
-// One query head's state along its walk.
+// G query heads' states along their walk. They share a KV head, so a tile is read once for all of them.
+template <int G>
 struct Walk {
-    f32x16 sums;     // of exp(score - most), by place in the tile
-    float most;      // largest score so far
-    f32x16* out;     // [head_dim / 16] sum of exp(score - most) * value
+    f32x16 sums[G] = {};  // of exp(score - most), by place in the tile
+    float most[G];        // largest score so far
+    f32x16* out;          // [head_dim / 16][G] sum of exp(score - most) * value
 };
 
-static inline f32x16 scores_of(const bf16* q, const bf16* keys, int64_t head_dim, float scale, float softcap) {
-    f32x16 part[4] = {};
+template <int G>
+static inline void scores_of(const bf16* q, const bf16* keys, int64_t head_dim, float scale, float softcap, f32x16* s) {
+    f32x16 part[4][G] = {};
     for (int64_t d = 0; d < head_dim; d += 8)
-        for (int i = 0; i < 4; i++)
-            part[i] = dot2(part[i], load<u32x16>(keys + (d + 2 * i) * TILE), splat_pair(q + d + 2 * i));
-    return softcapped(((part[0] + part[1]) + (part[2] + part[3])) * scale, softcap);
+        for (int i = 0; i < 4; i++) {
+            const u32x16 k = load<u32x16>(keys + (d + 2 * i) * TILE);
+            for (int g = 0; g < G; g++) part[i][g] = dot2(part[i][g], k, splat_pair(q + g * head_dim + d + 2 * i));
+        }
+    for (int g = 0; g < G; g++)
+        s[g] = softcapped(((part[0][g] + part[1][g]) + (part[2][g] + part[3][g])) * scale, softcap);
 }
 
 // Adds a tile of which places [first, last] are seen. What was never written beyond `last` may be anything.
-static inline void add_tile(Walk& walk, f32x16 s, const bf16* values, int64_t head_dim, int64_t first, int64_t last) {
-    if (first > 0 || last < TILE - 1) {
-        const i32x16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        s = (place >= int32_t(first)) & (place <= int32_t(last)) ? s : splat(NEVER);
+template <int G>
+static inline void add_tile(Walk<G>& walk, f32x16* s, const bf16* values, int64_t head_dim, int64_t first, int64_t last) {
+    const i32x16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const bool partly = first > 0 || last < TILE - 1;
+    float shrunk[G];
+    bf16 pairs[G][TILE];
+    for (int g = 0; g < G; g++) {
+        if (partly) s[g] = (place >= int32_t(first)) & (place <= int32_t(last)) ? s[g] : splat(NEVER);
+        const float most = larger_of(walk.most[g], largest(s[g]));
+        shrunk[g] = most == walk.most[g] ? 1.0f : exp16(splat(walk.most[g] - most))[0];
+        const f32x16 p = exp16(s[g] - most);
+        walk.sums[g] = walk.sums[g] * shrunk[g] + p;
+        walk.most[g] = most;
+        store(pairs[g], to_bf16s(p));
     }
-    const float most = larger_of(walk.most, largest(s));
-    const float shrunk = exp16(splat(walk.most - most))[0];
-    f32x16 p = exp16(s - most);
-    walk.sums = walk.sums * shrunk + p;
-    walk.most = most;
-    bf16 pairs[TILE];
-    store(pairs, to_bf16s(p));
     const int64_t chunks = head_dim / 16, whole = (last + 1) / 2;
     for (int64_t c = 0; c < chunks; c++) {
-        f32x16 acc = walk.out[c] * shrunk;
-        for (int64_t i = 0; i < whole; i++)
-            acc = dot2(acc, load<u32x16>(values + (i * chunks + c) * 32), splat_pair(pairs + 2 * i));
-        if (last % 2 == 0)  // the pair's second token is not there yet
-            acc = dot2(acc, load<u32x16>(values + (whole * chunks + c) * 32) & 0xffffu, splat_pair(pairs + 2 * whole));
-        walk.out[c] = acc;
+        f32x16 acc[G];
+        for (int g = 0; g < G; g++) acc[g] = walk.out[c * G + g] * shrunk[g];
+        for (int64_t i = 0; i < whole; i++) {
+            const u32x16 v = load<u32x16>(values + (i * chunks + c) * 32);
+            for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * i));
+        }
+        if (last % 2 == 0) {  // the pair's second token is not there yet
+            const u32x16 v = load<u32x16>(values + (whole * chunks + c) * 32) & 0xffffu;
+            for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * whole));
+        }
+        for (int g = 0; g < G; g++) walk.out[c * G + g] = acc[g];
     }
 }
 
-// All query heads that share one KV head, for one token.
-static void attend(const AttentionCall& call, int64_t t, int64_t kv_head) {
+// Query heads [head, head + G), which share `kv_head`, for one token.
+template <int G>
+static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int64_t kv_head) {
     const Pages& p = *call.pages;
     const Tokens& tokens = *call.tokens;
-    const int64_t group = call.heads / p.kv_heads, chunks = p.head_dim / 16;
-    static thread_local Buffer<Walk> kept_walks;
-    static thread_local Buffer<f32x16> kept_outs;
-    Walk* walks = kept_walks.at_least(group);
-    f32x16* outs = kept_outs.at_least(group * chunks);
-    for (int64_t g = 0; g < group; g++) walks[g] = {f32x16{}, NEVER, outs + g * chunks};
-    for (int64_t i = 0; i < group * chunks; i++) outs[i] = f32x16{};
+    const int64_t chunks = p.head_dim / 16;
+    static thread_local Buffer<f32x16> kept;
+    Walk<G> walk;
+    walk.out = kept.at_least(G * chunks);
+    for (int g = 0; g < G; g++) walk.most[g] = NEVER;
+    for (int64_t i = 0; i < G * chunks; i++) walk.out[i] = f32x16{};
 
-    const bf16* q = call.q + t * call.q_stride + kv_head * group * p.head_dim;
+    const bf16* q = call.q + t * call.q_stride + head * p.head_dim;
     const int64_t* tiles = tokens.tiles + tokens.tile_starts[tokens.sequences[t]];
     const int64_t last = tokens.positions[t];
     const int64_t first = call.window > 0 ? most_of(0, last - call.window + 1) : 0;
     for (int64_t i = first / TILE; i <= last / TILE; i++) {
-        const bf16* keys = tile_of(p.keys, p, tiles[i], kv_head);
-        const bf16* values = tile_of(p.values, p, tiles[i], kv_head);
-        const int64_t from = most_of(0, first - i * TILE), to = least(TILE - 1, last - i * TILE);
-        for (int64_t g = 0; g < group; g++) {
-            f32x16 s = scores_of(q + g * p.head_dim, keys, p.head_dim, call.scale, call.softcap);
-            add_tile(walks[g], s, values, p.head_dim, from, to);
+        if (i < last / TILE) {
+            prefetch(tile_of(p.keys, p, tiles[i + 1], kv_head), p.head_dim);
+            prefetch(tile_of(p.values, p, tiles[i + 1], kv_head), p.head_dim);
         }
+        f32x16 s[G];
+        scores_of<G>(q, tile_of(p.keys, p, tiles[i], kv_head), p.head_dim, call.scale, call.softcap, s);
+        add_tile<G>(walk, s, tile_of(p.values, p, tiles[i], kv_head), p.head_dim, most_of(0, first - i * TILE),
+                    least(TILE - 1, last - i * TILE));
     }
-    bf16* out = call.out + (t * call.heads + kv_head * group) * p.head_dim;
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t c = 0; c < chunks; c++)
-            store_bf16s(out + g * p.head_dim + c * 16, walks[g].out[c] / sum(walks[g].sums));
+    bf16* out = call.out + (t * call.heads + head) * p.head_dim;
+    for (int g = 0; g < G; g++) {
+        const float all = sum(walk.sums[g]);
+        for (int64_t c = 0; c < chunks; c++) store_bf16s(out + g * p.head_dim + c * 16, walk.out[c * G + g] / all);
+    }
+}
+
+// All query heads that share one KV head, for one token, up to four at a time.
+static void attend(const AttentionCall& call, int64_t t, int64_t kv_head) {
+    const int64_t group = call.heads / call.pages->kv_heads, end = (kv_head + 1) * group;
+    for (int64_t head = kv_head * group; head < end; head += 4) switch (least(4, end - head)) {
+            case 1: attend_heads<1>(call, t, head, kv_head); break;
+            case 2: attend_heads<2>(call, t, head, kv_head); break;
+            case 3: attend_heads<3>(call, t, head, kv_head); break;
+            case 4: attend_heads<4>(call, t, head, kv_head); break;
+        }
 }
 
 static void attention(const AttentionCall* call) {

@@ -1,17 +1,25 @@
 // The final norm and the output head:  logits = norm(x) W^T, softcapped, W in bf16, packed so that sixteen words' sums
 // stand in one register. float32 out: rounding logits to bf16 would only make ties.
 
+constexpr int HEAD_ROWS = 6;  // rows, of two groups of words, whose sums are kept in registers
+
 template <int ROWS>
-static inline void head_group(const HeadCall& call, int64_t row, int64_t group) {
-    f32x16 acc[ROWS] = {};
-    const bf16* w = call.w + group * call.hidden * 16;
+static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
+    f32x16 acc[ROWS][2] = {};
+    const int64_t groups = (call.vocabulary + 15) / 16, width = groups * 16;
+    const bf16* first = call.w + group * call.hidden * 16;
+    const bf16* second = group + 1 < groups ? first + call.hidden * 16 : first;  // an odd one out is done twice
     const bf16* x = call.normed + row * call.hidden;
     for (int64_t i = 0; i < call.hidden; i += 2) {
-        u32x16 pairs = load<u32x16>(w + i * 16);
-        for (int r = 0; r < ROWS; r++) acc[r] = dot2(acc[r], pairs, splat_pair(x + r * call.hidden + i));
+        const u32x16 w[2] = {load<u32x16>(first + i * 16), load<u32x16>(second + i * 16)};
+        for (int r = 0; r < ROWS; r++) {
+            const u32x16 xs = splat_pair(x + r * call.hidden + i);
+            for (int k = 0; k < 2; k++) acc[r][k] = dot2(acc[r][k], w[k], xs);
+        }
     }
-    const int64_t width = (call.vocabulary + 15) / 16 * 16;
-    for (int r = 0; r < ROWS; r++) store(call.out + (row + r) * width + group * 16, softcapped(acc[r], call.softcap));
+    for (int r = 0; r < ROWS; r++)
+        for (int k = 0; k < 2 && group + k < groups; k++)
+            store(call.out + (row + r) * width + (group + k) * 16, softcapped(acc[r][k], call.softcap));
 }
 
 static void head(const HeadCall* call) {
@@ -20,10 +28,10 @@ static void head(const HeadCall* call) {
         rms_norm(call->x + call->rows[i] * call->hidden, call->norm, call->hidden, call->eps,
                  call->normed + i * call->hidden);
 #pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g < groups; g += 2) {
         int64_t row = 0;
-        for (; row + 16 <= n; row += 16) head_group<16>(*call, row, g);
-        for (; row + 4 <= n; row += 4) head_group<4>(*call, row, g);
-        for (; row < n; row++) head_group<1>(*call, row, g);
+        for (; row + HEAD_ROWS <= n; row += HEAD_ROWS) head_rows<HEAD_ROWS>(*call, row, g);
+        for (; row + 2 <= n; row += 2) head_rows<2>(*call, row, g);
+        for (; row < n; row++) head_rows<1>(*call, row, g);
     }
 }
