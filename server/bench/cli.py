@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters.errors import ManyloraError
-from server.bench import options, plot, report
+from server.bench import options, plot, report, step
 from server.bench.client import Endpoint, discover
 from server.bench.compare import Measured, measure, say, started, warm_up
 from server.bench.errors import BenchError
@@ -72,6 +72,7 @@ def add_parser(subparsers: SubParsers) -> None:
     setup = _kind(kinds, "peers-setup", "install the servers to compare with", _PEERS_SETUP, run_peers_setup)
     setup.add_argument("peers", nargs="*", metavar="PEER", help=f"{', '.join(RECIPES)} (default: all)")
     options.add_home(setup)
+    step.add_parser(kinds)
     make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
     make.add_argument("--shape", choices=SHAPES, required=True)
     make.add_argument(

@@ -1,0 +1,34 @@
+"""``manylora bench step`` on a tiny model: every part is counted, and the parts are the step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from adapters.native import isa
+from server.bench.step import PARTS, Machine, Work
+from server.cli import main
+from tests.tiny_models import make_tiny_model
+
+
+@pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
+def test_the_parts_make_up_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny_model("llama", tmp_path / "llama", vocab_size=2048)
+    sizes = ["--num-adapters", "2", "--adapter-rank", "4", "--context", "20", "--steps", "4"]
+    assert (
+        main(["bench", "step", "--base", str(base), "--home", str(tmp_path), "--num-seqs", "2", *sizes]) == 0
+    )
+    with_adapters, without = capsys.readouterr().out.split("\n\n")[1:]
+    assert "2 sequences on 2 adapters" in with_adapters
+    took = dict(re.findall(r"^(\w+) +([\d.]+)", with_adapters, flags=re.MULTILINE))
+    assert sum(float(took[part]) for part in PARTS) == pytest.approx(float(took["step"]), abs=0.01)
+    assert float(took["lora"]) > 0
+    assert re.search(r"^lora +0\.000", without, flags=re.MULTILINE)
+
+
+def test_a_floor_is_what_takes_longer() -> None:
+    machine = Machine(bandwidth=100.0, rate=1000.0)
+    assert Work(nbytes=200, operations=1000).floor(machine) == 2
+    assert Work(nbytes=200, operations=5000).floor(machine) == 5
