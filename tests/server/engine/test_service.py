@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 from torch import Tensor
 
 from adapters.errors import AdapterExists, AdapterNotFound
@@ -85,6 +86,27 @@ async def test_an_answer_comes_with_its_fingerprint(service: EngineService) -> N
     assert generation.queue_seconds >= 0
     assert status.tier == "device"
     await _until_free(service)
+
+
+async def test_only_the_engines_thread_computes_in_parallel(home: Path) -> None:
+    flags = ["--kv-cache-memory", "4MiB", "--threads", "3"]
+    service = build_service(
+        from_args(["--base", str(home / "model"), "--home", str(home), *flags], environ={})
+    )
+    real, seen = service._engine.model, set()
+
+    def watching(chunks: Sequence[Chunk]) -> Tensor:
+        logits = real(chunks)
+        seen.add((torch.get_num_threads(), logits.exp().sum().isfinite().item()))
+        return logits
+
+    service._engine.model = watching
+    await service.start()
+    await _all(await _ask(service))
+    service.stop()
+    assert {threads for threads, _ in seen} == {3}
+    assert torch.get_num_threads() == 1
+    assert await asyncio.to_thread(torch.get_num_threads) == 1
 
 
 async def test_cancelling_frees_at_once(service: EngineService) -> None:
