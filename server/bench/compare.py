@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from server.bench.workload import Load, make_workload
 # Long enough to compute with an adapter, short enough for hundreds of them.
 _TOUCH_INPUT_LEN = 8
 _TOUCH_OUTPUT_LEN = 2
+# OpenMP's threads go on spinning for some 200 ms after their work: not into the next server's run.
+_SETTLE_S = 0.3
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ def _play(runners: Sequence[Runner], setup: Setup, loads: Sequence[Load], run: i
     results = []
     for runner, load in zip(runners, loads, strict=True):
         results.append(runner.run(make_workload(load, tuple(setup.adapters), run)))
+        if len(runners) > 1:
+            time.sleep(_SETTLE_S)
         say(f"{runner.name}: {f'run {run}' if run > 0 else 'warm-up'}: {_in_short(results[-1])}")
     return results
 

@@ -16,7 +16,7 @@ from adapters.native import library
 def claim(threads: int) -> None:
     """The calling thread computes with so many threads."""
     torch.set_num_threads(threads)
-    torch.get_num_threads()  # a thread's first operation takes the number set last, by whomever: let it be now
+    torch.get_num_threads()  # a thread takes the number that was set last at its first operation: now
 
 
 def step_aside() -> None:
