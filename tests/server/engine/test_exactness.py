@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+import adapters.native
+import server.engine.model.fused
 from adapters.base import LoadedBase, load_base, prepare_base
 from server.engine.build import Parts
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
@@ -92,6 +94,20 @@ def _check(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
+    _compare_with_peft(family, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_does_without_the_native_kernels_too(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (adapters.native, server.engine.model.fused):
+        monkeypatch.setattr(module, "library", lambda: None)
+    parts = _compare_with_peft(family, tmp_path)
+    assert parts.model.name == "transformers"
+
+
+def _compare_with_peft(family: Family, tmp_path: Path) -> Parts:
     folder = make_tiny_model(family, tmp_path / family)
     prepared = prepare_base(str(folder), tmp_path, progress=False)
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
@@ -103,6 +119,7 @@ def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
     for asked in requests:
         theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
         _check(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
+    return parts
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
