@@ -118,9 +118,6 @@ class RankPool:
         lacking = {name: rank - self.sites[name].allocator.num_free for name, rank in ranks.items()}
         return {name: rows for name, rows in lacking.items() if rows > 0}
 
-    def owned_rows(self, slot: int) -> Mapping[str, int]:
-        return {name: len(rows) for name, rows in self._owned[slot].items()}
-
     def reserve(self, ranks: Mapping[str, int]) -> int | None:
         """Take rows for an adapter of these ranks; its new slot, or None if some site lacks rows."""
         if self.missing_rows(ranks):
