@@ -111,7 +111,8 @@ def document(config: dict[str, Any], machine: dict[str, Any], measured: Sequence
 def sweep_document(config: dict[str, Any], machine: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
     """The same for a sweep: its axis, and a comparison for each of its points."""
     points = [{"at": point.at, **_comparison(point.measured)} for point in sweep.points]
-    return _head(config, machine) | {"axis": sweep.axis.label, "points": points}
+    head = _head(config, machine) | {"axis": sweep.axis.label, "saturation": sweep.saturation}
+    return head | {"points": points}
 
 
 def sweep_table(sweep: Sweep) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from server.bench.compare import Measured, measure, say
 from server.bench.errors import BenchError
 from server.bench.peers import Runner, Setup
+from server.bench.stats import median
 from server.bench.workload import Load
 
 Kind = Literal["adapters", "rate", "share"]
@@ -43,8 +44,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
+    """All points of an axis.
+
+    Attributes:
+        saturation: requests/s that each server sustains at most, where the axis is a share of it.
+    """
+
     axis: Axis
     points: list[Point]
+    saturation: dict[str, float] = field(default_factory=dict)
 
 
 def sweep_adapters(
@@ -79,22 +87,23 @@ def sweep_shares(
 ) -> Sweep:
     """The same requests, arriving at ``shares`` (in %) of the rate that each server sustains at most.
 
-    That rate is its requests/s when all are sent at once.
+    That rate is its requests/s when all are sent at once, the median of as many runs as a point has.
 
     Raises:
         BenchError: a server answered none of them.
     """
-    bursts = measure(runners, setup, [replace(load, request_rate=math.inf)] * len(runners), repeats=1)
+    bursts = measure(runners, setup, [replace(load, request_rate=math.inf)] * len(runners), repeats)
     most = [_requests_per_second(burst) for burst in bursts]
     loads = [[replace(load, request_rate=share / 100 * rate) for rate in most] for share in shares]
-    return Sweep(SHARE, _points(runners, setup, shares, loads, repeats, first_run=2))
+    points = _points(runners, setup, shares, loads, repeats, first_run=1 + repeats)
+    return Sweep(SHARE, points, {burst.name: rate for burst, rate in zip(bursts, most, strict=True)})
 
 
 def _requests_per_second(burst: Measured) -> float:
-    (run,) = burst.runs
-    if "request_throughput" not in run:
+    answered = [run["request_throughput"] for run in burst.runs if "request_throughput" in run]
+    if not answered:
         raise BenchError(f"{burst.name} answered no request, so its saturation is unknown: {burst.errors[0]}")
-    return run["request_throughput"]
+    return median(answered)
 
 
 def _points(

@@ -90,10 +90,10 @@ def test_a_sweep_over_the_load(url: str, tmp_path: Path, rates: str) -> None:
     out, picture = tmp_path / "result.json", tmp_path / "result.png"
     words = ["--sweep-load", rates, "--save-result", str(out), "--plot", str(picture)]
     assert bench("--base-url", url, *SMALL, *words) == 0
-    assert [point["at"] for point in json.loads(out.read_text())["points"]] == [
-        50,
-        100 if "%" not in rates else 70,
-    ]
+    result = json.loads(out.read_text())
+    assert [f"{point['at']:g}" for point in result["points"]] == rates.replace("%", "").split(",")
+    assert all(rate > 0 for rate in result["saturation"].values())
+    assert bool(result["saturation"]) == ("%" in rates)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
