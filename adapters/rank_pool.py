@@ -104,7 +104,8 @@ class RankPool:
 
     @property
     def rows_used(self) -> int:
-        return sum(len(rows) for owned in self._owned.values() for rows in owned.values())
+        """Counted in the allocators, which any thread may read while another loads an adapter."""
+        return self.rows_total - sum(pool.allocator.num_free for pool in self.sites.values())
 
     @property
     def bytes_total(self) -> int:
@@ -143,7 +144,7 @@ class RankPool:
             self.sites[name].free(slot, rows)
 
     def check_integrity(self) -> None:
-        """Assert that every row is free or owned once (tests, and the engine when idle)."""
+        """Assert that every row is free or owned once (for tests)."""
         for name, pool in self.sites.items():
             pool.allocator.check_integrity([owned[name] for owned in self._owned.values() if name in owned])
             assert set(pool.rows) <= set(self._owned), f"{name} has rows of a slot that is gone"

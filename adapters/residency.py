@@ -161,7 +161,7 @@ class Residency:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def check_integrity(self) -> None:
-        """Assert that books and pool agree (tests, and the engine when idle)."""
+        """Assert that books and pool agree (for tests)."""
         with self._lock:
             self.pool.check_integrity()
             assert self._closed <= set(self._device), "a closed adapter is not resident"

@@ -86,7 +86,7 @@ def build_service(config: ServerConfig) -> EngineService:
         parts.watcher,
         parts.tokenizer,
         AdapterListing(parts.registry, parts.residency),
-        stats=partial(_stats, parts.engine.scheduler, parts.residency),
+        stats=partial(_stats, parts.engine, parts.residency),
         max_queued=config.engine.max_queued_requests,
         num_threads=config.engine.threads,
         on_close=parts.residency.close,
@@ -175,10 +175,11 @@ def _tokenizer(base: LoadedBase) -> Tokenizer:
     return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}))
 
 
-def _stats(scheduler: Scheduler, residency: Residency) -> EngineStats:
+def _stats(engine: Engine, residency: Residency) -> EngineStats:
+    scheduler = engine.scheduler
     return EngineStats(
         running=len(scheduler.running),
-        waiting=len(scheduler.waiting) + len(scheduler.preempted),
+        waiting=engine.num_waiting,
         kv_blocks_total=scheduler.blocks.num_blocks,
         kv_blocks_used=scheduler.blocks.num_used,
         prefix_queries_tokens=scheduler.prompt_tokens,

@@ -118,6 +118,11 @@ class Engine:
     def running(self) -> bool:
         return len(self.scheduler.running) > 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait to start or to come back; may be read from any thread."""
+        return len(self.scheduler.waiting) + len(self.scheduler.preempted)
+
     def take_ended(self) -> list[str]:
         """Requests that have ended, in whichever way, since the last call."""
         ended, self._ended_ids = self._ended_ids, []
@@ -132,7 +137,7 @@ class Engine:
         return failed + list(self._book(batch, draws))
 
     def check_idle(self) -> None:
-        """Assert that nothing is held when nothing runs (tests, and the service when it falls idle)."""
+        """Assert that nothing is held when nothing runs (for tests)."""
         self.scheduler.check_integrity()
         assert not self._live, f"requests that never ended: {list(self._live)}"
         assert not self._held, "answers are held back for a request that is gone"

@@ -129,7 +129,7 @@ class BlockManager:
         table.names.clear()
 
     def check_integrity(self, tables: Sequence[BlockTable]) -> None:
-        """Assert that the books agree with the live ``tables`` (tests, and the engine when idle)."""
+        """Assert that the books agree with the live ``tables`` (for tests)."""
         refs = [0] * self.num_blocks
         for table in tables:
             for block in table.blocks:

@@ -111,7 +111,7 @@ class Scheduler:
         return self.waiting.remove(sequence)
 
     def check_integrity(self) -> None:
-        """Assert the books (tests, and the engine when idle)."""
+        """Assert the books (for tests)."""
         self.blocks.check_integrity([s.table for s in self.running if s.table is not None])
         assert all(s.table is None for s in self.preempted), "a preempted sequence holds blocks"
         arrivals = [s.arrival for s in self.running]

@@ -174,7 +174,7 @@ class EngineService:
             raise EngineDead(f"The engine has ended ({self._failure}); the server must be restarted.")
         if self._draining:
             raise ShuttingDown("The server is shutting down; send the request elsewhere.")
-        waiting = self._stats().waiting + len(self._commands)
+        waiting = self._engine.num_waiting + len(self._commands)
         if waiting >= self._max_queued:
             raise QueueFull(
                 f"{waiting} requests are waiting already, the most that --max-queued-requests allows.",
