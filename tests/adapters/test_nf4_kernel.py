@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from ctypes import addressof, byref, c_void_p
 
 import bitsandbytes.functional as bnb
@@ -12,18 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapters.native import isa, library
+from adapters.native import library
 from adapters.native.structs import Linear, LinearCall
-
-ISAS = ["avx512bf16", "avx2", "portable"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _best_isa_afterwards() -> Iterator[None]:
-    yield
-    loaded = library()
-    if loaded is not None:
-        next(name for name in ISAS if loaded.manylora_choose(name.encode()))
+from tests.adapters.native_calls import ISAS, using
 
 
 class Nf4:
@@ -94,28 +84,25 @@ def run(linears: list[Nf4], x: Tensor) -> list[Tensor]:
 def test_it_equals_the_reference_and_each_row_alone(
     name: str, rows: int, inputs: int, shapes: list[tuple[int, bool]], padding: int, seed: int
 ) -> None:
-    loaded = library()
-    if loaded is None or not loaded.manylora_choose(name.encode()):
-        pytest.skip(f"no native kernel for {name} here")
     linears = [Nf4(inputs, outputs, seed + i, bias) for i, (outputs, bias) in enumerate(shapes)]
     wide = torch.randn(rows, inputs + padding, generator=torch.Generator().manual_seed(seed)).bfloat16()
     x = wide[:, :inputs]
-    together = run(linears, x)
-    for linear, got in zip(linears, together, strict=True):
-        torch.testing.assert_close(got.float(), linear.expected(x), rtol=0.01, atol=0.02)
-    for row in range(rows):
-        for got, alone in zip(together, run(linears, x[row : row + 1]), strict=True):
-            assert torch.equal(got[row], alone[0])
+    with using(name):
+        together = run(linears, x)
+        alone = [run(linears, x[row : row + 1]) for row in range(rows)]
+    for i, linear in enumerate(linears):
+        torch.testing.assert_close(together[i].float(), linear.expected(x), rtol=0.01, atol=0.02)
+        for row in range(rows):
+            assert torch.equal(together[i][row], alone[row][i][0])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6, 7, 16, 65])
 def test_it_equals_bitsandbytes_to_the_bit(rows: int) -> None:
-    loaded = library()
-    if loaded is None or not loaded.manylora_choose(b"avx512bf16"):
-        pytest.skip(f"bitsandbytes packs weights for AVX512-BF16 only; here is {isa()}")
     linear = Nf4(576, 192, seed=rows, bias=False)
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    with using("avx512bf16"):  # bitsandbytes packs weights for no other
+        (ours,) = run([linear], x)
     theirs = torch.ops.bitsandbytes.gemv_4bit(
         x, linear.packed, [192, 576], linear.absmax, bnb.get_4bit_type("nf4", device="cpu"), 64
     )
-    assert torch.equal(run([linear], x)[0], theirs)
+    assert torch.equal(ours, theirs)

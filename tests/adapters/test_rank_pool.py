@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,29 +14,22 @@ from adapters.kernels import LoraKernel, Segment
 from adapters.kernels.native import NativeLora
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.segmented import segmented_lora
-from adapters.native import library
 from adapters.rank_pool import RankPool
 from adapters.rows import RowAllocator
 from adapters.sites import Site
+from tests.adapters.native_calls import ISAS, using
 
 SITES = {"q": Site("q", 12, 20), "down": Site("down", 20, 12)}
-NATIVE_ISAS = ["avx512bf16", "avx2", "portable"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _best_isa_afterwards() -> Iterator[None]:
-    yield
-    loaded = library()
-    if loaded is not None:
-        next(isa for isa in NATIVE_ISAS if loaded.manylora_choose(isa.encode()))
-
-
-def _native(isa: str) -> LoraKernel:
-    """The native kernel in the given instruction set, or a skip where it does not run."""
-    loaded = library()
-    if loaded is None or not loaded.manylora_choose(isa.encode()):
-        pytest.skip(f"no native kernel for {isa} here")
-    return NativeLora(loaded)
+@contextmanager
+def _kernel(backend: str) -> Iterator[LoraKernel]:
+    """torch's kernel, or the native one in an instruction set, or a skip where that does not run."""
+    if backend == "segmented":
+        yield segmented_lora
+    else:
+        with using(backend) as loaded:
+            yield NativeLora(loaded)
 
 
 def _adapter(ranks: dict[str, int], seed: int = 0) -> Adapter:
@@ -146,12 +140,11 @@ def _check_each_token_alone(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 1000),
 )
-@pytest.mark.parametrize("backend", ["segmented", *NATIVE_ISAS])
+@pytest.mark.parametrize("backend", ["segmented", *ISAS])
 def test_every_kernel_equals_the_reference(
     backend: str, runs: list[tuple[int, int]], ranks: list[int], dtype: torch.dtype, seed: int
 ) -> None:
     """Who shares an adapter, ranks (0 = the site is absent), rows with holes and base tokens all vary."""
-    kernel = segmented_lora if backend == "segmented" else _native(backend)
     dtype = dtype if backend == "segmented" else torch.bfloat16
     pool = RankPool(SITES, 40, dtype)
     torch.manual_seed(seed)
@@ -174,11 +167,12 @@ def test_every_kernel_equals_the_reference(
     x, y = torch.randn(token, 12, dtype=dtype), torch.randn(token, 20, dtype=dtype)
     expected, got = y.clone(), y.clone()
     reference_lora(expected, x, pool.sites["q"], segments)
-    kernel(got, x, pool.sites["q"], segments)
+    with _kernel(backend) as kernel:
+        kernel(got, x, pool.sites["q"], segments)
+        if backend != "segmented":
+            _check_each_token_alone(kernel, got, x, y, pool, segments)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance * 8)
-    if backend != "segmented":
-        _check_each_token_alone(kernel, got, x, y, pool, segments)
     untouched = torch.ones(token, dtype=torch.bool)
     for _, start, stop in segments:
         untouched[start:stop] = False
