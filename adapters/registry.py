@@ -88,11 +88,14 @@ class Registry:
     def __init__(
         self, root: Path, inspect: Callable[[Path], AdapterInfo], reserved: frozenset[str] = frozenset()
     ) -> None:
-        """``root`` holds all adapters' folders; ``reserved`` are the names that mean the base."""
+        """``root`` holds all adapters' folders; ``reserved`` are the names that mean the base.
+
+        ``inspect`` reads and checks a folder, wherever it is; also an attribute, for versions without a name.
+        """
         self.root = root.absolute()
         self.on_idle: list[Callable[[Version], None]] = []
         self.on_retired: list[Callable[[Version], None]] = []
-        self._inspect = inspect
+        self.inspect = inspect
         self._reserved = reserved
         self._lock = threading.Lock()
         self._current: dict[str, Version] = {}
@@ -109,7 +112,7 @@ class Registry:
         """
         folder = self._check(name, path)
         try:
-            info = self._inspect(folder)
+            info = self.inspect(folder)
         except AdapterError as error:
             if name in self._current:
                 self.fail(name, folder, str(error))

@@ -17,7 +17,7 @@ class Tokenizer:
     """The base's own tokenizer and chat template.
 
     Args:
-        fast: a transformers fast tokenizer.
+        fast: a transformers fast tokenizer; also an attribute, for whoever encodes as training does.
         vocab_size: of the model's logits (may exceed the tokenizer's).
         eos: the generation config's end-of-sequence tokens.
     """
@@ -25,12 +25,12 @@ class Tokenizer:
     def __init__(self, fast: Any, vocab_size: int, eos: frozenset[int]) -> None:
         self.vocab_size = vocab_size
         self.eos = eos
-        self._fast = fast
+        self.fast = fast
         self._backend = fast.backend_tokenizer
         self._byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._fast(text)["input_ids"]
+        ids: list[int] = self.fast(text)["input_ids"]
         return ids
 
     def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -39,13 +39,13 @@ class Tokenizer:
         Raises:
             InvalidRequest: there is no template, or it refuses these messages (it says why).
         """
-        if not self._fast.chat_template:
+        if not self.fast.chat_template:
             raise InvalidRequest("The base has no chat template; use /v1/completions.", param="messages")
         try:
-            text: str = self._fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self.fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like (jinja2's raise_exception)
             raise InvalidRequest(f"The base's chat template refuses it: {error}", param="messages") from error
-        ids: list[int] = self._fast(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def stream(self, skip_special_tokens: bool) -> TextStream:

@@ -273,7 +273,7 @@ def test_an_unexpected_error_stays_in_its_folder(
             raise RuntimeError("boom")
         return inspect_adapter(folder, LAYOUT, LIMITS)
 
-    monkeypatch.setattr(room.registry, "_inspect", explode)
+    monkeypatch.setattr(room.registry, "inspect", explode)
     room.write("bad")
     room.write("good")
     room.look(6)

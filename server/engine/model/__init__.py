@@ -36,8 +36,12 @@ class StepModel(Protocol):
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Take the memory for the KV pages; before the first step."""
 
-    def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute ``chunks`` and return float32 logits [chunks that sample, vocabulary], in their order."""
+    def __call__(self, chunks: Sequence[Chunk], rows: Tensor | None = None) -> Tensor:
+        """Compute ``chunks`` and return float32 logits [n, vocabulary].
+
+        Args:
+            rows: int64 [n], which of the step's tokens give logits; None = the last of each sampling chunk.
+        """
 
 
 def build_model(base: LoadedBase, pool: RankPool, block_size: int, max_tokens: int) -> StepModel:

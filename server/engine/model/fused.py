@@ -132,7 +132,7 @@ class FusedModel:
         self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
 
     @torch.inference_mode()
-    def __call__(self, chunks: SequenceOf[Chunk]) -> Tensor:
+    def __call__(self, chunks: SequenceOf[Chunk], rows: Tensor | None = None) -> Tensor:
         assert self._tokens is not None
         tokens, _, last = flatten(chunks)
         self._tokens.begin(chunks)
@@ -142,7 +142,7 @@ class FusedModel:
         call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
         call.segments, call.n_segments = segments.ctypes.data, len(segments)
         self._library.manylora_stack(byref(call))
-        return self.head(x, last)
+        return self.head(x, last if rows is None else rows)
 
     def head(self, x: Tensor, rows: Tensor) -> Tensor:
         """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""

@@ -50,12 +50,13 @@ class StockModel:
         self._attention.allocate(self.shapes, num_blocks)
 
     @torch.inference_mode()
-    def __call__(self, chunks: SequenceOf[Chunk]) -> Tensor:
+    def __call__(self, chunks: SequenceOf[Chunk], rows: Tensor | None = None) -> Tensor:
         assert self._attention is not None
         self._attention.begin(chunks)
         self._host.handler = self._attention
         self._lora.segments = lora_segments(chunks)
-        return self._forward(*flatten(chunks))
+        tokens, positions, last = flatten(chunks)
+        return self._forward(tokens, positions, last if rows is None else rows)
 
     @torch.inference_mode()
     def _probe(self) -> None:
