@@ -6,19 +6,28 @@
     ├── BaseModelError              the 4-bit base cannot be had or used
     │   ├── BaseNotFound            nothing at that path, or the hub has no such id
     │   └── BaseCorrupt             a digest differs, or a file is not what it claims
-    └── AdapterError                one adapter; the server and the others go on
-        ├── AdapterNotFound         no adapter has that name
-        ├── AdapterNameInvalid      the name or its path is not allowed
-        ├── AdapterExists           the name is taken, and replacing was not asked for
-        ├── AdapterInvalid          the folder is broken (shapes, NaN, missing tensors, …)
-        ├── AdapterUnsupported      a kind of adapter that cannot be served exactly yet
-        ├── AdapterTooLarge         rank or bytes over a cap
-        └── AdapterChanged          the content on disk is not the registered version's
+    ├── AdapterError                one adapter; the server and the others go on
+    │   ├── AdapterNotFound         no adapter has that name
+    │   ├── AdapterNameInvalid      the name or its path is not allowed
+    │   ├── AdapterExists           the name is taken, and replacing was not asked for
+    │   ├── AdapterInvalid          the folder is broken (shapes, NaN, missing tensors, …)
+    │   ├── AdapterUnsupported      a kind of adapter that cannot be served exactly yet
+    │   ├── AdapterTooLarge         rank or bytes over a cap
+    │   └── AdapterChanged          the content on disk is not the registered version's
+    └── TrainingError               one training; its checkpoints stay
+        ├── RecipeInvalid           an option, or two that do not go together
+        ├── DatasetInvalid          rows that cannot be learnt from, line by line
+        ├── RunFolderInvalid        a run folder that is taken, or not what is to be resumed
+        ├── TrainingDiverged        the loss is no number any more
+        └── TrainingOutOfResources  memory or disk ran out
 
 Messages are whole sentences for users: they name the field or tensor and the remedy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class ManyloraError(Exception):
@@ -67,3 +76,51 @@ class AdapterTooLarge(AdapterError):
 
 class AdapterChanged(AdapterError):
     """The content on disk is no longer that of the registered version."""
+
+
+class TrainingError(ManyloraError):
+    """One training cannot begin or go on; what it has saved so far stays."""
+
+
+class RecipeInvalid(TrainingError):
+    """An option's value, or two options that do not go together."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineProblem:
+    """Why one row cannot be used. ``line`` counts from 1; ``reason`` completes "line 7 …"."""
+
+    line: int
+    reason: str
+
+
+class DatasetInvalid(TrainingError):
+    """Rows that cannot be learnt from.
+
+    Attributes:
+        problems: in the order of the file, at most ``MAX_KEPT``.
+        count: how many there are in all.
+    """
+
+    MAX_KEPT = 500
+    _SHOWN = 10
+
+    def __init__(self, file: str, problems: Sequence[LineProblem], count: int | None = None) -> None:
+        self.problems = tuple(problems[: self.MAX_KEPT])
+        self.count = len(problems) if count is None else count
+        shown = [f"line {problem.line} {problem.reason}" for problem in self.problems[: self._SHOWN]]
+        more = [f"and {self.count - len(shown)} more"] if self.count > len(shown) else []
+        rows = "1 row" if self.count == 1 else f"{self.count} rows"
+        super().__init__(f"{file} has {rows} that cannot be used: {'; '.join([*shown, *more])}.")
+
+
+class RunFolderInvalid(TrainingError):
+    """A run folder that is taken already, or is not the run that is to be resumed."""
+
+
+class TrainingDiverged(TrainingError):
+    """The loss is no number any more."""
+
+
+class TrainingOutOfResources(TrainingError):
+    """Memory or disk ran out."""

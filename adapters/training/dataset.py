@@ -1,0 +1,165 @@
+"""A file of training rows → conversations, or every problem in it with its line. Imports no torch.
+
+One JSON object a line, or one JSON array of objects (as LLaMA-Factory's files are).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from adapters.errors import DatasetInvalid, LineProblem
+from adapters.training.formats import Format, Message, RowInvalid, detect, read_conversation
+
+__all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Message", "Row", "read_dataset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation.
+
+    Attributes:
+        line: where it begins in the file, from 1.
+        messages: ``role`` (system, user, assistant) and ``content``; the last is the assistant's.
+        unlearnt: indices of the assistant's messages that are context only (OpenAI's ``weight`` 0).
+    """
+
+    line: int
+    messages: list[Message]
+    unlearnt: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A file without a bad row.
+
+    Attributes:
+        format: the row format's name, as detected.
+        sha256: of the file's bytes (hex).
+        unused_fields: fields that say nothing about the conversation, and in how many rows they are.
+    """
+
+    path: Path
+    format: str
+    rows: list[Row]
+    sha256: str
+    unused_fields: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What has been found so far."""
+
+    format: Format | None = None
+    rows: list[Row] = field(default_factory=list)
+    problems: list[LineProblem] = field(default_factory=list)
+    count: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, line: int, row: Any) -> None:
+        """Raises RowInvalid."""
+        if isinstance(row, RowInvalid):
+            raise row
+        if not isinstance(row, dict):
+            raise RowInvalid("is not a JSON object")
+        found = detect(row)
+        self.format = self.format or found
+        if found is not self.format:
+            raise RowInvalid(f"is a {found.name} row, but the file began with {self.format.name}")
+        conversation = read_conversation(row, found)
+        self.rows.append(Row(line, conversation.messages, conversation.unlearnt))
+        self.unused.update(row.keys() - found.required - found.optional)
+
+    def report(self, line: int, reason: str) -> None:
+        self.count += 1
+        if len(self.problems) < DatasetInvalid.MAX_KEPT:
+            self.problems.append(LineProblem(line, reason))
+
+
+def read_dataset(path: Path) -> Dataset:
+    """Read and check every row.
+
+    Raises:
+        DatasetInvalid: there are rows that cannot be used, or none at all, or the file cannot be read.
+    """
+    reading, digest = _Reading(), hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for line, row in _rows(_lines(file, digest.update)):
+                try:
+                    reading.add(line, row)
+                except RowInvalid as problem:
+                    reading.report(line, str(problem))
+    except OSError as error:
+        raise DatasetInvalid(path.name, [LineProblem(1, f"cannot be read ({error.strerror})")]) from error
+    if reading.count == 0 and not reading.rows:
+        reading.report(1, "is missing: the file has no rows")
+    if reading.problems or reading.format is None:
+        raise DatasetInvalid(path.name, reading.problems, reading.count)
+    return Dataset(path, reading.format.name, reading.rows, digest.hexdigest(), dict(reading.unused))
+
+
+def _lines(file: BinaryIO, update: Callable[[bytes], None]) -> Iterator[tuple[int, bytes]]:
+    """Each line with its number; ``update`` gets every byte of the file."""
+    for number, line in enumerate(file, 1):
+        update(line)
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _rows(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Any]]:
+    """Each row as JSON has it, or as the RowInvalid that says why it is none; empty lines at the end go."""
+    empty: list[int] = []
+    for number, line in lines:
+        if not line.strip():
+            empty.append(number)
+            continue
+        if number == len(empty) + 1 and line.lstrip().startswith(b"["):
+            rest = b"".join(text for _, text in lines)
+            yield from _array(b"\n" * len(empty) + line + rest)
+            return
+        yield from ((gap, RowInvalid("is empty")) for gap in empty)
+        empty = []
+        yield number, _parsed(line)
+
+
+def _array(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The items of one JSON array, each with the line that it begins in."""
+    items = _parsed(data)
+    if isinstance(items, RowInvalid):
+        yield 1, items
+        return
+    text, decoder = data.decode("utf-8"), json.JSONDecoder()
+    line, end = 1, 0
+    begin = text.index("[") + 1
+    for item in items:
+        while text[begin] in ", \t\r\n":
+            begin += 1
+        line += text.count("\n", end, begin)
+        yield line, item
+        end = decoder.raw_decode(text, begin)[1]
+        line += text.count("\n", begin, end)
+        begin = end
+
+
+def _parsed(data: bytes) -> Any:
+    """The JSON value in ``data``, or a RowInvalid."""
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as error:
+        return RowInvalid(f"is not UTF-8 (byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return RowInvalid(f"is not JSON ({error})")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the field {twice!r:.60} occurs twice")
+    return row

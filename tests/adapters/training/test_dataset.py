@@ -1,0 +1,165 @@
+"""Every format is recognised, and every bad row is reported with its line and its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import DatasetInvalid
+from adapters.training.dataset import read_dataset
+
+USER = {"role": "user", "content": "Hello?"}
+ASSISTANT = {"role": "assistant", "content": "Hi."}
+GOOD = {"messages": [USER, ASSISTANT]}
+PLAIN = [USER, ASSISTANT]
+
+
+def written(folder: Path, *rows: Any) -> Path:
+    """A file with a line a row; bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path = folder / "train.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def problems(path: Path) -> list[tuple[int, str]]:
+    with pytest.raises(DatasetInvalid) as raised:
+        read_dataset(path)
+    return [(problem.line, problem.reason) for problem in raised.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "messages"),
+    [
+        ("OpenAI chat", GOOD, PLAIN),
+        (
+            "OpenAI chat",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}, ASSISTANT]},
+            PLAIN,
+        ),
+        ("prompt/completion", {"prompt": "Hello?", "completion": "Hi."}, PLAIN),
+        ("prompt/completion", {"prompt": [USER], "completion": [ASSISTANT]}, PLAIN),
+        ("Alpaca", {"instruction": "Hello?", "input": "", "output": "Hi."}, PLAIN),
+        (
+            "Alpaca",
+            {"instruction": "Say", "input": "hi", "output": "Hi.", "system": "S", "history": [["a", "b"]]},
+            [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "Say\nhi"},
+                {"role": "assistant", "content": "Hi."},
+            ],
+        ),
+        (
+            "ShareGPT",
+            {
+                "system": "S",
+                "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}],
+            },
+            [{"role": "system", "content": "S"}, *PLAIN],
+        ),
+    ],
+)
+def test_formats_are_detected_and_become_chat(
+    tmp_path: Path, name: str, row: dict[str, Any], messages: list[dict[str, str]]
+) -> None:
+    dataset = read_dataset(written(tmp_path, row))
+    assert dataset.format == name
+    assert [(one.line, one.messages) for one in dataset.rows] == [(1, messages)]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not UTF-8 (byte 0)"),
+        (b"", "is empty"),
+        (b"3", "is not a JSON object"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'{"messages": [], "messages": []}', "the field 'messages' occurs twice"),
+        ({"text": "x"}, "has the fields text, but needs those of one format"),
+        ({"prompt": "a", "completion": "b"}, "is a prompt/completion row, but the file began with OpenAI"),
+        ({"messages": "x"}, "messages must be a list, not a text"),
+        ({"messages": []}, "has no assistant message"),
+        ({"messages": [3]}, "messages[0] must be an object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role must be one of"),
+        ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role must be one of"),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content must be a text, not null"),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
+        ({"messages": [USER, {**ASSISTANT, "content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]}, "messages[1] has tool_calls"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "nothing to learn from"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "messages[1].weight must be 0 or 1"),
+        ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "messages[0].weight must be 0 or 1"),
+        ({"messages": [ASSISTANT]}, "before any user message"),
+        ({"messages": [USER, ASSISTANT, USER]}, "ends with a user message"),
+        ({"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]}, "not the first"),
+        ({**GOOD, "tools": [{}]}, "has 'tools', which cannot be trained on"),
+    ],
+)
+def test_a_bad_row_is_named_by_line_and_reason(tmp_path: Path, row: Any, reason: str) -> None:
+    ((line, found),) = problems(written(tmp_path, GOOD, row, GOOD))
+    assert line == 2
+    assert reason in found
+
+
+def test_every_bad_row_is_counted_and_the_first_are_shown(tmp_path: Path) -> None:
+    with pytest.raises(DatasetInvalid) as raised:
+        read_dataset(written(tmp_path, GOOD, *[{"messages": []}] * 600))
+    error = raised.value
+    assert (error.count, len(error.problems)) == (600, DatasetInvalid.MAX_KEPT)
+    assert str(error).startswith("train.jsonl has 600 rows that cannot be used: line 2 has no assistant")
+    assert str(error).endswith("and 590 more.")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
+    assert problems(written(tmp_path, content)) == [(1, "is missing: the file has no rows")]
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    assert problems(tmp_path / "none.jsonl") == [(1, "cannot be read (No such file or directory)")]
+
+
+def test_empty_lines_at_the_end_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
+    path = written(tmp_path, b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r", b"", b"")
+    assert len(read_dataset(path).rows) == 1
+
+
+def test_one_json_array_is_read_with_the_lines_of_its_items(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps([GOOD, {"messages": []}, GOOD, []], indent=1).encode())
+    lines = path.read_text().splitlines()
+    begins = [number for number, line in enumerate(lines, 1) if line in (" {", " []")]
+    found = problems(path)
+    assert [line for line, _ in found] == [begins[1], begins[3]]
+    assert [row.line for row in read_dataset(written(tmp_path, [GOOD, GOOD])).rows] == [1, 1]
+
+
+def test_a_broken_array_is_refused_whole(tmp_path: Path) -> None:
+    ((line, reason),) = problems(written(tmp_path, b"[", json.dumps(GOOD).encode()))
+    assert (line, reason[:11]) == (1, "is not JSON")
+
+
+def test_weight_zero_is_context_only(tmp_path: Path) -> None:
+    row = {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]}
+    (read,) = read_dataset(written(tmp_path, row)).rows
+    assert read.unlearnt == {1}
+
+
+def test_what_is_not_used_is_said_and_the_bytes_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path, {**GOOD, "id": 1}, {**GOOD, "id": 2, "source": "x"})
+    dataset = read_dataset(path)
+    assert dataset.unused_fields == {"id": 2, "source": 1}
+    assert dataset.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_reading_data_imports_no_torch() -> None:
+    script = "import sys, adapters.training.dataset; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
