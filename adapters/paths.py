@@ -9,16 +9,36 @@ from adapters.errors import AdapterNameInvalid
 
 MAX_NAME_LENGTH = 128
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_FINE_TUNED = re.compile(r"ft:[A-Za-z0-9._/:-]+")
 
 
 def check_name(name: str) -> str:
     """The name itself, if it may name an adapter. Raises AdapterNameInvalid."""
-    if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+    folder = folder_name(name)
+    if len(folder) > MAX_NAME_LENGTH or not _NAME.fullmatch(folder):
         raise AdapterNameInvalid(
             f"{name!r:.140} cannot name an adapter; use letters, digits, '.', '_' and '-', beginning with a "
             f"letter or digit, at most {MAX_NAME_LENGTH} characters."
         )
     return name
+
+
+def folder_name(name: str) -> str:
+    """The sub-folder of the adapter that is called so: the name, unless it is a fine-tuned model's.
+
+    ``ft:base:suffix:id`` has characters that folders better have not, so each is spelt ``_`` and its two hex
+    digits there (``ft_3abase_3asuffix_3aid``). Nobody need remember which is which: ``served_name`` is the
+    inverse.
+    """
+    if not _FINE_TUNED.fullmatch(name):
+        return name
+    return re.sub(r"[^A-Za-z0-9.-]", lambda odd: f"_{ord(odd[0]):02x}", name)
+
+
+def served_name(folder: str) -> str:
+    """The name of the adapter in the sub-folder ``folder``: see ``folder_name``."""
+    name = re.sub(r"_([0-9a-f]{2})", lambda code: chr(int(code[1], 16)), folder)
+    return name if folder_name(name) == folder else folder
 
 
 def resolve_under(root: Path, path_or_name: str | Path) -> Path:

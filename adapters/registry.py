@@ -15,8 +15,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from adapters.errors import AdapterError, AdapterExists, AdapterInvalid, AdapterNotFound
-from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
+from adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNameInvalid,
+    AdapterNotFound,
+)
+from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under, served_name
 
 if TYPE_CHECKING:
     from adapters.artifact import AdapterInfo
@@ -208,6 +214,8 @@ class Registry:
         check_name(name)
         if name in self._reserved:
             raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
+        if served_name(name) != name:
+            raise AdapterNameInvalid(f"{name!r} is the folder of {served_name(name)!r}; call it that.")
         return resolve_under(self.root, path)
 
     def _point(self, new: Version, replace: bool) -> Version:

@@ -1,4 +1,4 @@
-"""Keeps the registry equal to the adapter folder: one sub-folder an adapter, its name the adapter's.
+"""Keeps the registry equal to the adapter folder: one sub-folder an adapter, named after it.
 
 A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its two files, and reads it
 only when that signature stood still for two looks, so that half-written files are never read. Renaming a
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.errors import AdapterError, AdapterNotFound
-from adapters.paths import check_name
+from adapters.paths import check_name, folder_name, served_name
 from adapters.registry import Registry
 
 logger = logging.getLogger("manylora.adapters")
@@ -91,14 +91,15 @@ class Watcher:
             self._thread.join()
 
     def suppress(self, name: str) -> None:
-        """Leaves the folder ``name`` unregistered until its files change; call it before ``unregister``.
+        """Leaves the adapter's folder unregistered until its files change; call it before ``unregister``.
 
         Raises AdapterNameInvalid.
         """
-        signature = _signature(f"{self._root}/{check_name(name)}")
+        folder = folder_name(check_name(name))
+        signature = _signature(f"{self._root}/{folder}")
         if any(signature):
             with self._suppressing:
-                self._suppressed[name] = signature
+                self._suppressed[folder] = signature
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
         """One look: registers, replaces and unregisters what has changed, and returns when that is done.
@@ -170,7 +171,7 @@ class Watcher:
             if time.monotonic() >= deadline or self._stop.is_set():
                 return
             folder.done = True
-            own = folder.path.name
+            own = served_name(folder.path.name)
             if taken.get(own, folder.path) != folder.path:
                 logger.warning("Folder %s is not served: %s goes by its name.", own, taken[own])
             for name in served.get(folder.path, set()) | ({own} - taken.keys()):
@@ -203,7 +204,7 @@ class Watcher:
 
     def _is_suppressed(self, name: str) -> bool:
         with self._suppressing:
-            return name in self._suppressed
+            return folder_name(name) in self._suppressed
 
 
 def _is_candidate(entry: os.DirEntry[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from adapters.paths import served_name
 from server.engine.request import AdapterStatus, BaseInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
@@ -106,5 +107,6 @@ def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
 
 def _adapter_card(base: BaseInfo, status: AdapterStatus) -> dict[str, Any]:
     # vLLM gives the whole path as root; clients need not learn how the server's disk is laid out.
-    own = {"root": PurePath(status.path).name, "parent": base_names(base)[0], "digest": status.digest}
+    root = served_name(PurePath(status.path).name)
+    own = {"root": root, "parent": base_names(base)[0], "digest": status.digest}
     return _card(status.name, status.created, base) | own

@@ -6,11 +6,11 @@ import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapters.errors import AdapterNameInvalid
-from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
+from adapters.paths import MAX_NAME_LENGTH, check_name, folder_name, resolve_under, served_name
 
 ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -24,8 +24,22 @@ def test_good_names(first: str, rest: str) -> None:
 
 @given(st.text(max_size=8), st.characters(exclude_characters=ALPHANUMERIC + "._-"), st.text(max_size=8))
 def test_no_name_has_another_character(before: str, bad: str, after: str) -> None:
+    assume(not before.startswith("ft"))
     with pytest.raises(AdapterNameInvalid, match="cannot name an adapter"):
         check_name(before + bad + after)
+
+
+@given(st.text(ALPHANUMERIC + "._/:-", min_size=1, max_size=30))
+def test_a_fine_tuned_model_has_a_folder_of_its_own(rest: str) -> None:
+    name = f"ft:{rest}"
+    folder = folder_name(check_name(name))
+    assert set(folder) <= set(ALPHANUMERIC + "._-")
+    assert served_name(folder) == name
+
+
+@given(st.text(ALPHANUMERIC + "._-", max_size=20) | st.from_regex(r"ft_3a[a-z0-9_]*", fullmatch=True))
+def test_no_two_folders_mean_one_name(folder: str) -> None:
+    assert folder_name(served_name(folder)) == folder
 
 
 @pytest.mark.parametrize(

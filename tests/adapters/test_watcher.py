@@ -12,7 +12,7 @@ import pytest
 
 from adapters import watcher as module
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, inspect_adapter
-from adapters.errors import AdapterInvalid, AdapterNotFound
+from adapters.errors import AdapterInvalid, AdapterNameInvalid, AdapterNotFound
 from adapters.registry import Registry
 from adapters.watcher import Watcher
 from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
@@ -69,6 +69,18 @@ def test_new_replaced_removed(room: Room) -> None:
     room.write("a")
     room.look()
     assert room.digest("a") == first
+
+
+def test_a_fine_tuned_model_goes_by_its_name_and_not_by_its_folder(room: Room) -> None:
+    folder = room.write("ft_3abase_3aacme_3a1")
+    room.look()
+    assert room.states() == {"ft:base:acme:1": "ready"}
+    with pytest.raises(AdapterNameInvalid, match="'ft:base:acme:1'"):
+        room.registry.register(folder.name, folder, replace=True)
+    room.watcher.suppress("ft:base:acme:1")
+    room.registry.unregister("ft:base:acme:1")
+    room.look()
+    assert room.states() == {}
 
 
 def test_a_folder_is_read_only_after_it_stood_still(room: Room) -> None:
