@@ -1,6 +1,6 @@
 """The load generator: plays a workload against an OpenAI-compatible server and notes when tokens come.
 
-One process, one event loop, one HTTP client. What it costs itself is measured (``RunResult.generator_cpu``).
+One process, one event loop, a connection a call. Its own cost is measured (``RunResult.generator_cpu``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import httpx
 
 from server.bench.errors import BenchError
+from server.bench.post import post
 from server.bench.sse import SSEDecoder
 from server.bench.stats import CallRecord, RunResult
 from server.bench.workload import Call, Workload
@@ -23,7 +24,7 @@ from server.bench.workload import Call, Workload
 Path = Literal["/v1/completions", "/v1/chat/completions"]
 PATHS: tuple[Path, ...] = get_args(Path)
 
-# A request that gives nothing for so long has failed: a benchmark must end.
+# A request that takes so long has failed: a benchmark must end.
 _TIMEOUT_S = 600.0
 
 
@@ -45,59 +46,43 @@ class Endpoint:
     fields: Mapping[str | None, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def client_for(base_url: str, api_key: str | None) -> httpx.AsyncClient:
-    """A client without a bound on connections, proxies or redirects: straight to the named server."""
-    return httpx.AsyncClient(
-        base_url=base_url,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        timeout=_TIMEOUT_S,
-        trust_env=False,
-    )
-
-
 async def play(endpoint: Endpoint, workload: Workload) -> RunResult:
     """Send every call when it is due and a place is free. A call that fails is recorded, never raised."""
-    async with client_for(endpoint.base_url, endpoint.api_key) as client:
-        gate = asyncio.Semaphore(workload.max_concurrency or max(1, len(workload.calls)))
-        gc.collect()
-        gc.freeze()  # what is alive now stays so: no long collections while tokens are timed
-        start, cpu = time.perf_counter(), time.process_time()
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(_play_one(client, endpoint, call, gate, start)) for call in workload.calls
-            ]
-        cpu = time.process_time() - cpu
-        gc.unfreeze()
+    gate = asyncio.Semaphore(workload.max_concurrency or max(1, len(workload.calls)))
+    gc.collect()
+    gc.freeze()  # what is alive now stays so: no long collections while tokens are timed
+    start, cpu = time.perf_counter(), time.process_time()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_play_one(endpoint, call, gate, start)) for call in workload.calls]
+    cpu = time.process_time() - cpu
+    gc.unfreeze()
     return RunResult(tuple(task.result() for task in tasks), cpu)
 
 
-async def _play_one(
-    client: httpx.AsyncClient, endpoint: Endpoint, call: Call, gate: asyncio.Semaphore, start: float
-) -> CallRecord:
+async def _play_one(endpoint: Endpoint, call: Call, gate: asyncio.Semaphore, start: float) -> CallRecord:
     await asyncio.sleep(start + call.due - time.perf_counter())
     async with gate:
         answer = Answer(sent=time.perf_counter() - start)
         try:
-            await _stream(client, endpoint, call, answer, start)
-        except httpx.HTTPError as error:
+            async with asyncio.timeout(_TIMEOUT_S):
+                await _stream(endpoint, call, answer, start)
+        except (OSError, ValueError, TimeoutError) as error:
             answer.error = f"{type(error).__name__}: {error}"
         return answer.record(call.max_tokens)
 
 
-async def _stream(
-    client: httpx.AsyncClient, endpoint: Endpoint, call: Call, answer: Answer, start: float
-) -> None:
+async def _stream(endpoint: Endpoint, call: Call, answer: Answer, start: float) -> None:
     decoder = SSEDecoder()
-    async with client.stream("POST", endpoint.path, json=payload(endpoint, call)) as response:
-        if response.status_code != 200:
-            body = (await response.aread()).decode(errors="replace")
-            answer.error = f"HTTP {response.status_code}: {body[:300]}"
-            return
-        async for chunk in response.aiter_bytes():
-            now = time.perf_counter() - start
-            for event in decoder.feed(chunk):
-                answer.take(event, now)
+
+    def take(piece: bytes) -> None:
+        now = time.perf_counter() - start
+        for event in decoder.feed(piece):
+            answer.take(event, now)
+
+    url = endpoint.base_url.rstrip("/") + endpoint.path
+    done = await post(url, endpoint.api_key, payload(endpoint, call), take)
+    if done.status != 200:
+        answer.error = f"HTTP {done.status}: {done.refusal.decode(errors='replace')[:300]}"
 
 
 def payload(endpoint: Endpoint, call: Call) -> dict[str, Any]:
@@ -197,7 +182,8 @@ async def discover(base_url: str, api_key: str | None) -> tuple[str, tuple[str, 
         BenchError: no answer, not a good one, or one without a base.
     """
     try:
-        async with client_for(base_url, api_key) as client:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        async with httpx.AsyncClient(base_url=base_url, headers=headers, trust_env=False) as client:
             models = (await client.get("/v1/models")).raise_for_status().json()["data"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise BenchError(

@@ -63,7 +63,7 @@ async def test_a_dead_server_fails_every_call() -> None:
     result = await play(
         Endpoint(f"http://127.0.0.1:{free_port()}", "base"), Workload((Call(None, (1,), 1),) * 2)
     )
-    assert all(record.error and "ConnectError" in record.error for record in result.records)
+    assert all(record.error and "ConnectionRefusedError" in record.error for record in result.records)
 
 
 async def test_discovery(url: str) -> None:
