@@ -81,13 +81,12 @@ async def post(url: str, api_key: str | None, body: dict[str, Any], on_body: OnB
         OSError, ValueError: no connection, a lost one, or not HTTP.
     """
     target = urlsplit(url)
+    name = target.hostname or ""
     secure = ssl.create_default_context() if target.scheme == "https" else None
     port = target.port or (443 if secure else 80)
-    message = render(target.path, f"{target.hostname}:{port}", api_key, body)
+    message = render(target.path, f"{name}:{port}", api_key, body)
     loop = asyncio.get_running_loop()
-    transport, call = await loop.create_connection(
-        lambda: Post(message, on_body), target.hostname, port, ssl=secure
-    )
+    transport, call = await loop.create_connection(lambda: Post(message, on_body), name, port, ssl=secure)
     try:
         await call.ended
     finally:
