@@ -91,7 +91,8 @@ def _conversation(system: str, question: str, answer: str) -> Conversation:
 def files(task: str) -> Iterator[tuple[Path, str]]:
     """The two data files of a task and what is to be in them."""
     pool = read_pool(task)
-    for split, name in (("train", task), ("heldout", f"{task}-heldout")):
+    names: dict[Split, str] = {"train": task, "heldout": f"{task}-heldout"}
+    for split, name in names.items():
         lines = [json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows(pool, split)]
         yield FOLDER / "data" / f"{name}.jsonl", "".join(lines)
 
