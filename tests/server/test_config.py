@@ -38,6 +38,11 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--admin-key": ("a1", "a1"),
     "--shutdown-timeout": ("1.5", 1.5),
     "--max-body-bytes": ("2048", 2048),
+    "--max-training-jobs": ("3", 3),
+    "--train-threads": ("5", 5),
+    "--train-yield": ("0.25", 0.25),
+    "--train-nice": ("19", 19),
+    "--max-file-bytes": ("1MiB", 1 << 20),
     "--log-level": ("debug", "debug"),
     "--log-format": ("text", "text"),
 }
