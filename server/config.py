@@ -48,6 +48,7 @@ class AdapterConfig:
         max_loras: how many adapters of rank 16 the device pool was sized for.
         max_lora_rank: an adapter with a larger rank anywhere is refused at load.
         pool_rows: rank rows of the device pool, for each site.
+        extra_memory: bytes on the device for what adapters have besides rank rows.
         host_memory: bytes the host tier may hold.
         max_bytes: most bytes of one adapter's weights.
     """
@@ -56,6 +57,7 @@ class AdapterConfig:
     max_loras: int
     max_lora_rank: int
     pool_rows: int
+    extra_memory: int
     host_memory: int
     max_bytes: int
 

@@ -69,6 +69,8 @@ OPTIONS: tuple[Option, ...] = (
            "refuse an adapter of a larger rank when it is loaded"),
     Option("--lora-pool-rows", "adapters.pool_rows", auto_or(integer(1, 1 << 24)), "auto", "ROWS",
            "rank rows of the device pool; auto: 16 for each of --max-loras, at least --max-lora-rank"),
+    Option("--lora-extra-memory", "adapters.extra_memory", size(0), "512MiB", "SIZE",
+           "device memory for what adapters have besides rank rows: DoRA, biases, norms, embeddings, heads"),
     Option("--lora-host-memory", "adapters.host_memory", size(0), "1GiB", "SIZE",
            "memory for adapters that are not on the device"),
     Option("--max-lora-bytes", "adapters.max_bytes", size(1), "512MiB", "SIZE",

@@ -79,7 +79,7 @@ def test_absent_sites_take_no_rows_and_ranks_are_not_padded() -> None:
     pool = RankPool(SITES, 8, torch.float32)
     _insert(pool, _adapter({"q": 5}))
     assert pool.rows_used == 5
-    assert pool.missing_rows({"q": 4, "down": 8}) == {"q": 1}
+    assert pool.missing({"q": 4, "down": 8}) == {"q": 1}
     assert pool.reserve({"q": 4}) is None
     assert pool.rows_used == 5
     pool.check_integrity()

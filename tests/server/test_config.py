@@ -22,6 +22,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--max-loras": ("8", 8),
     "--max-lora-rank": ("32", 32),
     "--lora-pool-rows": ("512", 512),
+    "--lora-extra-memory": ("64MiB", 64 << 20),
     "--lora-host-memory": ("2GiB", 2 << 30),
     "--max-lora-bytes": ("1M", 1 << 20),
     "--max-model-len": ("2048", 2048),

@@ -48,12 +48,19 @@ static void each_token(const StackCall& call, F f) {
     for (int64_t t = 0; t < count; t++) f(t);
 }
 
+// The weights for token t.
+static inline const float* weight_of(const StackCall& call, const Norm& norm, int64_t t) {
+    const int64_t slot = call.norm_slots != nullptr ? call.norm_slots[t] : -1;
+    const float* own = slot >= 0 ? (*norm.own)[slot] : nullptr;
+    return own != nullptr ? own : norm.weight;
+}
+
 static void attention_half(const StackCall& call, const Block& b) {
     const int64_t hidden = call.hidden, dim = call.head_dim;
     const int64_t q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
     const Scratch& s = call.scratch;
     each_token(call, [&](int64_t t) {
-        rms_norm(call.x + t * hidden, b.norm_before_attention, hidden, call.eps, s.normed + t * hidden);
+        rms_norm(call.x + t * hidden, weight_of(call, b.norm_before_attention, t), hidden, call.eps, s.normed + t * hidden);
     });
     project(call, {&b.q, &b.k, &b.v}, s.normed, hidden, s.qkv, stride);
     each_token(call, [&](int64_t t) {
@@ -61,8 +68,8 @@ static void attention_half(const StackCall& call, const Block& b) {
         const float* sines = call.sines + call.tokens->positions[t] * dim;
         for (int64_t i = 0; i < q_size + kv_size; i += dim) {
             bf16* head = s.qkv + t * stride + i;
-            const float* norm = i < q_size ? b.q_norm : b.k_norm;
-            if (norm != nullptr) rms_norm(head, norm, dim, call.eps, head);
+            const Norm& norm = i < q_size ? b.q_norm : b.k_norm;
+            if (norm.weight != nullptr) rms_norm(head, weight_of(call, norm, t), dim, call.eps, head);
             rotate_head(head, cosines, sines, dim);
         }
     });
@@ -75,7 +82,8 @@ static void attention_half(const StackCall& call, const Block& b) {
     project(call, {&b.o}, s.attended, q_size, s.delta, hidden);
     each_token(call, [&](int64_t t) {
         bf16* delta = s.delta + t * hidden;
-        if (b.norm_after_attention != nullptr) rms_norm(delta, b.norm_after_attention, hidden, call.eps, delta);
+        if (b.norm_after_attention.weight != nullptr)
+            rms_norm(delta, weight_of(call, b.norm_after_attention, t), hidden, call.eps, delta);
         add_row(call.x + t * hidden, delta, hidden);
     });
 }
@@ -84,7 +92,7 @@ static void mlp_half(const StackCall& call, const Block& b) {
     const int64_t hidden = call.hidden, inner = call.intermediate;
     const Scratch& s = call.scratch;
     each_token(call, [&](int64_t t) {
-        rms_norm(call.x + t * hidden, b.norm_before_mlp, hidden, call.eps, s.normed + t * hidden);
+        rms_norm(call.x + t * hidden, weight_of(call, b.norm_before_mlp, t), hidden, call.eps, s.normed + t * hidden);
     });
     project(call, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
     each_token(call, [&](int64_t t) {
@@ -94,7 +102,8 @@ static void mlp_half(const StackCall& call, const Block& b) {
     project(call, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
     each_token(call, [&](int64_t t) {
         bf16* delta = s.delta + t * hidden;
-        if (b.norm_after_mlp != nullptr) rms_norm(delta, b.norm_after_mlp, hidden, call.eps, delta);
+        if (b.norm_after_mlp.weight != nullptr)
+            rms_norm(delta, weight_of(call, b.norm_after_mlp, t), hidden, call.eps, delta);
         add_row(call.x + t * hidden, delta, hidden);
     });
 }
