@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from adapters.errors import ManyloraError
 from server.config import ConfigError, resolve
+from server.evaluation.cli import add_parser as add_evaluation
 from server.options import USAGE, OneLineParser, add_options
 
 # How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
@@ -57,6 +58,7 @@ def _parser(bench: bool) -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
+    add_evaluation(commands)
     if bench:
         from server.bench.cli import add_parser  # brings an HTTP client
 
