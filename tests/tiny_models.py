@@ -89,6 +89,7 @@ def make_peft_adapter(
     target_modules: list[str] | str = "all-linear",
     seed: int = 0,
     own_embedding: bool = False,
+    save_embedding_layers: bool = False,
     **lora_config: Any,
 ) -> Path:
     """Save a random adapter, by PEFT itself, whose effect on the logits is plain to see.
@@ -97,6 +98,7 @@ def make_peft_adapter(
         base: the base's folder, or the model (4-bit or not), which is left as it was.
         path: the adapter's folder.
         own_embedding: change the base's embedding too, and save it beside the adapter.
+        save_embedding_layers: as PEFT's ``save_pretrained`` means it.
         lora_config: more fields of ``peft.LoraConfig``; ``lora_alpha`` is ``2 * r`` unless given.
     """
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path | str) else base
@@ -118,7 +120,7 @@ def make_peft_adapter(
             std = 0.05 if "_B" in name else parameter.shape[-1] ** -0.5
             parameter.data = (noise * std).to(parameter)
     # PEFT would otherwise ask the hub for the base's config.
-    adapted.save_pretrained(path, save_embedding_layers=own_embedding)
+    adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers or own_embedding)
     for (_, parameter), data in zip(trained, before, strict=True):
         parameter.data = data
     adapted.unload()
