@@ -171,7 +171,8 @@ async def _job(request: Request, change: Any) -> JSONResponse:
 async def _check_name(request: Request, training: Training, name: str) -> None:
     """A client may replace what jobs have made, and nothing else."""
     service = context_of(request).service
-    taken = service.has_adapter(name) or await asyncio.to_thread(training.has_folder, name)
+    known = any(adapter.name == name for adapter in service.adapters())
+    taken = known or await asyncio.to_thread(training.has_folder, name)
     if name in base_names(service.base) or (taken and not await asyncio.to_thread(training.jobs.makes, name)):
         raise InvalidRequest(f"{name!r} is taken by a model that no fine-tuning job has made.", "name")
 

@@ -35,7 +35,8 @@ class Line:
 
     @property
     def time(self) -> float:
-        return float(self.values.get("time") or time.time())
+        told = self.values.get("time")
+        return float(told) if isinstance(told, int | float) else time.time()
 
     def as_event(self, job_id: str) -> JobEvent:
         """What clients are told of it."""
@@ -104,9 +105,8 @@ def read_result(folder: Path) -> Result | None:
     """The result, once there is one."""
     try:
         values = json.loads((folder / RESULT).read_text("utf-8"))
-        return Result(
-            str(values["status"]), values.get("reason"), values.get("error_type"), values.get("metrics") or {}
-        )
+        metrics = dict(values.get("metrics") or {})
+        return Result(str(values["status"]), values.get("reason"), values.get("error_type"), metrics)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):

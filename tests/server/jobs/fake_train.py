@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -74,6 +75,7 @@ def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "adapter_config.json").write_text(json.dumps(vars(options), default=str))
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return end(options.run_dir, "published", metrics={"trained_tokens": 123, "train_loss": 0.5})
 

@@ -109,9 +109,9 @@ def test_a_job_that_dies_goes_on_from_its_checkpoint(room: Room) -> None:
 
 
 def test_a_killed_child_goes_on(room: Room) -> None:
-    job = room.create("steps=60 sleep=0.02")
+    job = room.create("steps=120 sleep=0.02")
     room.begin_runner()
-    for kills in range(1, 5):
+    for kills in range(1, 11):
         running = room.wait_for(job, is_running)
         begun = len(room.steps(job))
         room.wait_for(job, lambda now, begun=begun: now.child != "" and len(room.steps(now)) > begun)  # type: ignore[misc]
@@ -119,8 +119,8 @@ def test_a_killed_child_goes_on(room: Room) -> None:
         room.wait_for(job, lambda now, pid=running.child: now.child != pid)  # type: ignore[misc]
         assert room.jobs.get(job.id).status != "failed", kills
     room.wait(job, "succeeded")
-    assert set(room.steps(job)) == set(range(1, 61))
-    assert len(room.steps(job)) <= 60 + 4
+    assert set(room.steps(job)) == set(range(1, 121))
+    assert len(room.steps(job)) <= 120 + 10
 
 
 def test_pause_and_resume(room: Room) -> None:
@@ -201,11 +201,11 @@ def test_only_one_server_runs_jobs_and_the_other_takes_over(room: Room) -> None:
     second = room.begin_runner()
     job = room.create("steps=1")
     room.wait(job, "succeeded")
-    locks = [each._lock is not None for each in (first, second)]
-    assert locks == [True, False]
-    room.runners.remove(first)
-    first.begin_stop()
-    first.join()
+    holders = [each for each in (first, second) if each._lock is not None]
+    assert len(holders) == 1
+    room.runners.remove(holders[0])
+    holders[0].begin_stop()
+    holders[0].join()
     room.wait(room.create("steps=1"), "succeeded")
 
 
