@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from adapters.samples.task import FOLDER
 
-_TENANT = ("--r", "8", "--alpha", "16", "--epochs", "4", "--lr", "1e-3")
+_TENANT = ("--r", "8", "--alpha", "16")
 
 RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
