@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -62,11 +63,13 @@ class Plan:
     Attributes:
         folder: of the run folders, one a job.
         most: jobs that run at once.
+        bases: names of the base that is served; jobs for others wait.
         begin: starts the process that trains a job in its run folder. Raises OSError.
     """
 
     folder: Path
     most: int
+    bases: tuple[str, ...]
     begin: Callable[[Job, Path], Child]
 
 
@@ -130,33 +133,36 @@ class Runner:
             self.totals = count_jobs(session)
 
     def _look_after_jobs(self) -> None:
+        self._set_right()
         for job_id, child in list(self._children.items()):
             self._follow(job_id, child)
         while len(self._children) < self._plan.most and not self._stopping.is_set() and self._start_next():
             pass
 
     def _may_run(self) -> bool:
-        """Whether this server is the one; if it has just become it, set right what the last one left."""
+        """Whether this server is the one."""
         if self._lock is None and self._plan.most > 0 and not self._stopping.is_set():
             self._lock = _try_lock(self._plan.folder / ".lock")
             if self._lock is not None:
-                self._recover()
+                self._files.sweep()
         return self._lock is not None
 
-    def _recover(self) -> None:
-        self._files.sweep()
+    def _set_right(self) -> None:
+        """End what others have left: a server that died, or a turn of ours that failed halfway."""
         with self._database.read() as session:
-            left = session.scalars(select(Job).where(Job.child.is_not(None))).all()
-        for job in left:
-            assert job.child is not None
-            kill_leftover(job.child)
-            self._read_progress(job.id)
-            self._write_down(job.id, ending_of(self._folder(job.id), code=None), seconds=0.0)
+            unended = session.scalars(select(Job).where(Job.child.is_not(None))).all()
+        for job in unended:
+            if job.child is not None and job.id not in self._children:
+                kill_leftover(job.child)
+                self._read_progress(job.id)
+                self._write_down(job.id, ending_of(self._folder(job.id), code=None), seconds=0.0)
 
     def _start_next(self) -> bool:
         """Begin the job that has waited longest; False if none waits."""
         with self._database.write() as session:
-            waiting = select(Job).where(Job.status == "queued", Job.child.is_(None))
+            waiting = select(Job).where(
+                Job.status == "queued", Job.child.is_(None), Job.model.in_(self._plan.bases)
+            )
             job = session.scalars(waiting.order_by(Job.seq).limit(1)).first()
             if job is None:
                 return False
@@ -167,9 +173,9 @@ class Runner:
 
     def _begin(self, job: Job) -> None:
         folder = self._folder(job.id)
-        folder.mkdir(exist_ok=True)
-        (folder / progress.RESULT).unlink(missing_ok=True)  # of an attempt that was interrupted
         try:
+            folder.mkdir(exist_ok=True)
+            (folder / progress.RESULT).unlink(missing_ok=True)  # of an attempt that was interrupted
             child = self._plan.begin(job, folder)
         except OSError as error:
             self._write_down(job.id, Ending("failed", "not_started", f"It could not start: {error}."), 0.0)
@@ -209,19 +215,23 @@ class Runner:
         """The child is gone: bring the model, the job and its files to what that means."""
         with self._database.read() as session:
             job = find_job(session, job_id)
-        if job.status == "cancelled":
-            self._retract(job)
-        elif ending.outcome == "published":
+        if job.status != "cancelled" and ending.outcome == "published":
             ending = self._publish(job, ending)
         results = self._keep_results(job) if ending.outcome == "published" else []
         with self._database.write() as session:
             job = find_job(session, job_id)
-            job.child = None
-            job.seconds += seconds
-            job.estimated_finish = None
             if job.status != "cancelled":
                 _conclude(job, ending, results)
                 tell(session, job, ending.told(job.status), "error" if job.status == "failed" else "info")
+                _child_is_gone(job, seconds)
+        if (
+            job.status == "cancelled"
+        ):  # perhaps only now: what was published is taken back, and then it is over
+            self._retract(job)
+            with self._database.write() as session:
+                _child_is_gone(find_job(session, job_id), seconds)
+        if job.status in ("succeeded", "cancelled"):
+            self._tidy(job_id)
         fields = {"job": job_id, "status": job.status, "reason": ending.message}
         logger.info("job left off", extra={"fields": fields})
 
@@ -244,6 +254,11 @@ class Runner:
             wanted = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "metrics")
             events = session.scalars(wanted.order_by(JobEvent.seq)).all()
         return [self._files.add_results("step_metrics.csv", progress.as_csv(events)).id]
+
+    def _tidy(self, job_id: str) -> None:
+        """Nobody goes on from here: what is large can go."""
+        for name in ("checkpoints", "adapter"):
+            shutil.rmtree(self._folder(job_id) / name, ignore_errors=True)
 
     def _folder(self, job_id: str) -> Path:
         return self._plan.folder / job_id
@@ -268,6 +283,12 @@ def _conclude(job: Job, ending: Ending, results: list[str]) -> None:
         job.status = "queued" if job.status == "running" else job.status
         return
     job.finished_at = time.time()
+
+
+def _child_is_gone(job: Job, seconds: float) -> None:
+    job.child = None
+    job.seconds += seconds
+    job.estimated_finish = None
 
 
 def _try_lock(path: Path) -> BinaryIO | None:

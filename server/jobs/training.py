@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from adapters.errors import AdapterNotFound
 from adapters.paths import folder_name
@@ -40,7 +42,8 @@ class Training:
         self._database = Database(_made(config.home) / DATABASE)
         self.files = Files(self._database, config.home / "files")
         self._served = _Served(service, config.adapters.folder)
-        plan = Plan(config.home / "jobs", config.training.max_jobs, self._begin)
+        models = service.base.served_names or (service.base.name,)
+        plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)
         self._runner = Runner(self._database, self.files, self._served, plan)
         self.jobs = Jobs(self._database, self._runner.wake)
 
@@ -108,9 +111,8 @@ class _Served:
             folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _on_loop(self, work: object) -> None:
+    def _on_loop(self, work: Coroutine[Any, Any, object]) -> None:
         assert self.loop is not None
-        assert asyncio.iscoroutine(work)
         asyncio.run_coroutine_threadsafe(work, self.loop).result(_LOAD_SECONDS)
 
 

@@ -70,7 +70,7 @@ class Room:
         return self.jobs.create(Wanted("base", self.upload(orders).id, **fields))  # type: ignore[arg-type]
 
     def begin_runner(self) -> Runner:
-        plan = Plan(self.home / "jobs", self.config.training.max_jobs, self._begin)
+        plan = Plan(self.home / "jobs", self.config.training.max_jobs, ("base",), self._begin)
         runner = Runner(self.database, self.files, self.models, plan)
         self.runners.append(runner)
         runner.start()

@@ -13,6 +13,8 @@ from adapters.paths import folder_name
 from server.jobs import runner
 from server.jobs.database import Job
 from server.jobs.runner import MOST_DEATHS
+from server.jobs.store import Wanted
+from tests.e2e.running_server import eventually
 from tests.server.jobs.conftest import Room
 
 
@@ -231,3 +233,53 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
     assert room.wait(cancelled, "cancelled").finished_at is None
     assert room.models.served == {finished.fine_tuned_model, running.fine_tuned_model}
     assert len(list(room.models.folder.iterdir())) == 2
+
+
+def test_a_job_for_another_base_waits(room: Room) -> None:
+    other = room.jobs.create(Wanted("another", room.upload().id))
+    room.begin_runner()
+    room.wait(room.create(), "succeeded")
+    assert room.jobs.get(other.id).status == "queued"
+
+
+def test_cancelled_at_the_last_moment_it_is_served_no_more(room: Room) -> None:
+    job = room.create("steps=1")
+    publish = room.models.publish
+
+    def cancel_first(name: str) -> None:
+        publish(name)
+        room.jobs.cancel(job.id)
+
+    room.models.publish = cancel_first  # type: ignore[method-assign]
+    room.begin_runner()
+    room.wait(job, "cancelled")
+    assert not room.models.served
+    assert list(room.models.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["publish", "retract"])
+def test_a_turn_that_fails_halfway_is_made_good(
+    room: Room, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As a full disk may fail it."""
+    monkeypatch.setattr(runner, "FAILED_INTERVAL", 0.05)
+    whole, failures = getattr(room.models, method), iter([OSError("full"), OSError("full")])
+
+    def fail_twice(name: str) -> None:
+        for error in failures:
+            raise error
+        whole(name)
+
+    monkeypatch.setattr(room.models, method, fail_twice)
+    job = room.create("steps=1", suffix="refused" if method == "retract" else "")
+    room.begin_runner()
+    room.wait(job, "failed" if method == "retract" else "succeeded")
+
+
+def test_what_is_large_goes_with_the_job(room: Room) -> None:
+    job = room.create("steps=2")
+    room.begin_runner()
+    room.wait(job, "succeeded")
+    run = room.home / "jobs" / job.id
+    eventually(lambda: not (run / "checkpoints").exists(), 5)
+    assert (run / "metrics.jsonl").exists()
