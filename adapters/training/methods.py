@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -36,9 +35,7 @@ def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
     common = {"target_modules": targets, "lora_dropout": config.dropout, "task_type": "CAUSAL_LM"}
     made = _adalora(config, steps, common) if config.method == "adalora" else _lora(config, common)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under an older name
-            adapted = get_peft_model(model, made)
+        adapted = get_peft_model(model, made)
     except ValueError as error:  # PEFT lists no module, or a module that is no linear
         raise RecipeInvalid(f"--target-modules {','.join(names)} cannot be used: {error}") from error
     for module in adapted.modules():

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: b
 
     Args:
         stop: asked after each step; when it is requested, the run ends with a checkpoint.
-        show: bars on a terminal.
+        show: what is decided on stderr, and bars if that is a terminal.
 
     Raises:
         DatasetInvalid, RecipeInvalid, RunFolderInvalid: before anything is trained.
@@ -79,7 +80,9 @@ def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: b
         BaseModelError: the base cannot be had.
     """
     stop = stop or Stop()
-    with explained(run), quiet_libraries(show):
+    bars = show and sys.stderr.isatty()
+    with explained(run), quiet_libraries(bars), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under older names
         if config.threads:
             torch.set_num_threads(config.threads)
         material = _read(config, run, show)
@@ -89,6 +92,8 @@ def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: b
             last = run.last_checkpoint()
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             trainer.finish()
+        if not run.writes:
+            return Trained(None, {})
         metrics = _metrics(run, trainer, material, time.monotonic() - begin)
         draw_losses(run.path / "loss.png", run.curve("step"), run.curve("eval"))
         if stop.requested:
@@ -101,7 +106,8 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
-    prepared = prepare_base(config.base, config.home, config.quantization, show)
+    bars = show and sys.stderr.isatty()
+    prepared = prepare_base(config.base, config.home, config.quantization, bars)
     run.check_same_run(
         {
             **config.as_json(),
@@ -111,7 +117,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
         },
         _PLACES,
     )
-    base = load_base(prepared, device, attention_for(device), show)
+    base = load_base(prepared, device, attention_for(device), bars)
     encoded = [_encode(one, config, base, run, show) for one in (data, held_out) if one is not None]
     return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
 

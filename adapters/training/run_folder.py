@@ -43,8 +43,8 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool = False, writes: bool = True) -> None:
         self.path = path
-        self._writes = writes
-        if (path / "config.json").exists() and not resume:
+        self.writes = writes
+        if writes and (path / "config.json").exists() and not resume:
             raise RunFolderInvalid(f"{path} holds a run already; go on with --resume, or name another one.")
         self._events: TextIO | None = None
         if writes:
@@ -129,7 +129,7 @@ class RunFolder:
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file, whole or not at all."""
-        if not self._writes:
+        if not self.writes:
             return
         partial = self.path / f".{name}.partial"
         with partial.open("w", encoding="utf-8") as file:
@@ -158,7 +158,7 @@ class RunFolder:
         self._unfinished.mkdir(parents=True, exist_ok=True)
         try:
             yield self._unfinished
-            if self._writes:
+            if self.writes:
                 target = self.checkpoints / name
                 shutil.rmtree(target, ignore_errors=True)
                 sync_folder(self._unfinished / name)
@@ -166,7 +166,7 @@ class RunFolder:
                 for old in self.finished_checkpoints()[:-keep]:
                     shutil.rmtree(old, ignore_errors=True)
         finally:
-            if self._writes:
+            if self.writes:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
 
 
