@@ -21,8 +21,8 @@ _SPINS = 3_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 it failed, 2 it was asked for wrongly."""
-    _keep_workers_awake()
     words = sys.argv[1:] if argv is None else list(argv)
+    _choose_waiting(training=words[:1] == ["train"])
     arguments = _parser(bench=words[:1] == ["bench"]).parse_args(words)
     run: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
@@ -35,9 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _keep_workers_awake() -> None:
-    """OpenMP reads its settings once, when torch brings it; what the operator has set stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
+def _choose_waiting(training: bool) -> None:
+    """OpenMP reads its settings once, when torch brings it; what the operator has set stays.
+
+    Training gains nothing from spinning, and takes from whoever shares the machine with it.
+    """
+    if training:
+        if os.environ.get("GOMP_SPINCOUNT") == str(_SPINS):  # from the server whose job this is
+            del os.environ["GOMP_SPINCOUNT"]
+    elif "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -86,3 +87,17 @@ def test_nothing_heavy_is_imported_for_help() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_workers_of_a_server_spin_and_those_of_its_trainings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert cli.main(["version"]) == 0
+    assert int(os.environ["GOMP_SPINCOUNT"]) > 0
+    for set_by_operator in (None, "7"):
+        if set_by_operator:
+            monkeypatch.setenv("GOMP_SPINCOUNT", set_by_operator)
+        with pytest.raises(SystemExit):
+            cli.main(["train"])
+        assert os.environ.get("GOMP_SPINCOUNT") == set_by_operator
