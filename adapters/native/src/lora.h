@@ -112,12 +112,12 @@ static void lora_task(const LoraCall& call, const LoraTask& task) {
                        call.y[task.site] + t * y_stride, y_stride, h, h_stride);
 }
 
-static int64_t tasks_of(const LoraCall* call, LoraTask* tasks) {
+static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
     int64_t count = 0;
-    for (int64_t i = 0; i < call->n_segments; i++) {
-        const Segment& s = call->segments[i];
-        for (int64_t site = 0; site < call->n_sites; site++) {
-            if (call->sites[site]->ranks[s.slot] == 0) continue;
+    for (int64_t i = 0; i < call.n_segments; i++) {
+        const Segment& s = call.segments[i];
+        for (int64_t site = 0; site < call.n_sites; site++) {
+            if (call.sites[site]->ranks[s.slot] == 0) continue;
             for (int64_t t = s.start; t < s.stop; t += TASK_TOKENS)
                 tasks[count++] = {site, s.slot, t, least(t + TASK_TOKENS, s.stop)};
         }
@@ -125,13 +125,12 @@ static int64_t tasks_of(const LoraCall* call, LoraTask* tasks) {
     return count;
 }
 
-static void lora(const LoraCall* call) {
+static void lora(const LoraCall& call, const Team& team) {
     static thread_local Buffer<LoraTask> kept;
     int64_t bound = 0;
-    for (int64_t i = 0; i < call->n_segments; i++)
-        bound += call->n_sites * ((call->segments[i].stop - call->segments[i].start) / TASK_TOKENS + 1);
+    for (int64_t i = 0; i < call.n_segments; i++)
+        bound += call.n_sites * ((call.segments[i].stop - call.segments[i].start) / TASK_TOKENS + 1);
     LoraTask* tasks = kept.at_least(bound);
     const int64_t count = tasks_of(call, tasks);
-#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
-    for (int64_t i = 0; i < count; i++) lora_task(*call, tasks[i]);
+    team.share_unequal(count, [&](int64_t i) { lora_task(call, tasks[i]); });
 }
