@@ -6,27 +6,21 @@ every layer, so it lives in one ``LoraState`` that the layers share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from adapters.kernels import LoraKernel, Segment
-from adapters.rank_pool import RankPool, SitePool
-
-
-@dataclass(slots=True)
-class LoraState:
-    """What the step under way needs to know.
-
-    Attributes:
-        segments: runs of tokens that use the same adapter, in order, without base tokens.
-    """
-
-    segments: list[Segment]
+from adapters.kernels import LoraKernel
+from adapters.lora_state import LoraState
+from adapters.own_modules import OwnEmbedding, OwnHead, OwnNorm
+from adapters.rank_pool import RankPool
+from adapters.site_pool import SitePool
+from adapters.sites import BaseLayout
 
 
 class LoraLinear(nn.Module):
-    """y_t = W x_t + sum over j in rows(adapter of t) of (A_j . x_t) B_j; x is [1, tokens, in_features]."""
+    """y_t = W x_t + sum over j in rows(adapter of t) of (A_j . x_t) B_j; x is [1, tokens, in_features].
+
+    (And W x_t scaled and shifted first, for the few adapters that do so.)
+    """
 
     def __init__(self, base: nn.Module, pool: SitePool, state: LoraState, kernel: LoraKernel) -> None:
         super().__init__()
@@ -42,11 +36,21 @@ class LoraLinear(nn.Module):
         return y
 
 
-def attach(model: nn.Module, pool: RankPool, kernel: LoraKernel) -> LoraState:
-    """Wrap every site of ``pool`` in ``model``; the returned state steers them all."""
-    state = LoraState(segments=[])
+def attach(model: nn.Module, layout: BaseLayout, pool: RankPool, kernel: LoraKernel) -> LoraState:
+    """Wrap every site of ``pool`` in ``model``, and what adapters may have of their own; the returned state
+    steers them all.
+    """
+    state = LoraState(pool.extras)
     for name, site_pool in pool.sites.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, LoraLinear(owner.get_submodule(child), site_pool, state, kernel))
+        _swap(model, name, LoraLinear(model.get_submodule(name), site_pool, state, kernel))
+    for name in pool.extras.norms:
+        _swap(model, name, OwnNorm(model.get_submodule(name), name, state))
+    for end, wrapper in ((layout.embedding, OwnEmbedding), (layout.head, OwnHead)):
+        if end is not None:
+            _swap(model, end.name, wrapper(model.get_submodule(end.name), state, kernel))
     return state
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -28,7 +28,7 @@ import torch
 from adapters.artifact import Adapter
 from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
 from adapters.host_tier import HostTier
-from adapters.rank_pool import RankPool
+from adapters.rank_pool import EXTRAS, RankPool, needs_of
 from adapters.registry import Version
 
 log = logging.getLogger("manylora.adapters")
@@ -45,7 +45,7 @@ PATIENCE = 2.0
 @dataclass(slots=True)
 class _Resident:
     slot: int
-    ranks: Mapping[str, int]
+    needs: Mapping[str, int]
     keep_until: float
     pins: int = 0
     retired: bool = False
@@ -53,7 +53,7 @@ class _Resident:
 
 @dataclass(slots=True)
 class _Claim:
-    ranks: Mapping[str, int]
+    needs: Mapping[str, int]
     asked: float
 
 
@@ -165,8 +165,10 @@ class Residency:
         with self._lock:
             self.pool.check_integrity()
             assert self._closed <= set(self._device), "a closed adapter is not resident"
-            used = sum(sum(resident.ranks.values()) for resident in self._device.values())
-            assert self._loading or used == self.pool.rows_used, "rows without a resident"
+            if self._loading:
+                return
+            used = sum(sum(resident.needs.values()) for resident in self._device.values())
+            assert used == self.pool.rows_used + self.pool.extras.used, "room taken without a resident"
 
     # -- the line for room (the lock is held) -----------------------------------------------------
 
@@ -178,10 +180,10 @@ class Residency:
         claim = self._claims.get(digest)
         if claim is not None:
             claim.asked = self._clock()
-            if digest != self._first_claim() or not self._fits(claim.ranks):
+            if digest != self._first_claim() or not self._fits(claim.needs):
                 return
         elif digest in self._device:  # closed for the first claim: get in line behind it
-            self._claims[digest] = _Claim(version.info.ranks, self._clock())
+            self._claims[digest] = _Claim(needs_of(version.info), self._clock())
             return
         elif len(self._loading) + len(self._claims) >= MAX_LOADS:
             return
@@ -195,27 +197,27 @@ class Residency:
             if claim.asked < oldest:
                 del self._claims[digest]
         first = self._first_claim()
-        self._closed = self._who_must_drain(self._claims[first].ranks) if first else set()
+        self._closed = self._who_must_drain(self._claims[first].needs) if first else set()
         for digest in [d for d in self._claims if d in self._device and d not in self._closed]:
             del self._claims[digest]
 
     def _first_claim(self) -> str | None:
         return next((digest for digest in self._claims if digest not in self._device), None)
 
-    def _who_must_drain(self, ranks: Mapping[str, int]) -> set[str]:
-        """The residents with the fewest pins, as many as it takes until ``ranks`` would fit.
+    def _who_must_drain(self, needs: Mapping[str, int]) -> set[str]:
+        """The residents with the fewest pins, as many as it takes until ``needs`` would fit.
 
         Those that wait for their first pin are spared: closing them would undo a load for nothing. Nobody
         drains if that leaves too few; it is a matter of moments.
         """
-        missing = self.pool.missing_rows(ranks)
+        missing = self.pool.missing(needs)
         chosen: set[str] = set()
         used = [(d, r) for d, r in self._device.items() if not self._is_fresh(r)]
         for digest, resident in sorted(used, key=lambda item: item[1].pins):
             if not missing:
                 break
             chosen.add(digest)
-            missing = _less(missing, resident.ranks)
+            missing = _less(missing, resident.needs)
         return chosen if not missing else set()
 
     def _evictable(self) -> list[str]:
@@ -225,22 +227,22 @@ class Residency:
     def _is_fresh(self, resident: _Resident) -> bool:
         return resident.keep_until > self._clock()
 
-    def _fits(self, ranks: Mapping[str, int]) -> bool:
-        missing = self.pool.missing_rows(ranks)
+    def _fits(self, needs: Mapping[str, int]) -> bool:
+        missing = self.pool.missing(needs)
         for digest in self._evictable():
-            missing = _less(missing, self._device[digest].ranks)
+            missing = _less(missing, self._device[digest].needs)
         return not missing
 
-    def _reserve(self, ranks: Mapping[str, int]) -> int | None:
-        """Rows for ``ranks``, evicting as many as needed; None (and nobody evicted) if that is not enough."""
-        if not self._fits(ranks):
+    def _reserve(self, needs: Mapping[str, int]) -> int | None:
+        """Room for ``needs``, evicting as many as needed; None (and nobody evicted) if that is not enough."""
+        if not self._fits(needs):
             return None
         for digest in self._evictable():
-            if not self.pool.missing_rows(ranks):
+            if not self.pool.missing(needs):
                 break
             self._evict(digest)
             self.stats.evictions += 1
-        return self.pool.reserve(ranks)
+        return self.pool.reserve(needs)
 
     def _evict(self, digest: str) -> None:
         self.pool.free(self._device.pop(digest).slot)
@@ -279,7 +281,13 @@ class Residency:
         if kept is not None:
             return kept
         adapter = self._load(version)
-        if not self.pool.could_ever_fit(adapter.info.ranks):
+        needs = needs_of(adapter.info)
+        if needs.get(EXTRAS, 0) > self.pool.extras.capacity:
+            raise AdapterTooLarge(
+                f"Adapter {version.name!r} has {needs[EXTRAS]} bytes besides its rank rows, but the device "
+                f"holds {self.pool.extras.capacity} of such; raise --lora-extra-memory."
+            )
+        if not self.pool.could_ever_fit(needs):
             raise AdapterTooLarge(
                 f"Adapter {version.name!r} has rank {adapter.info.rank}, but the device pool has "
                 f"{self.pool.num_rows} rows; raise --lora-pool-rows."
@@ -289,19 +297,19 @@ class Residency:
         return adapter
 
     def _to_device(self, version: Version, adapter: Adapter) -> bool:
-        ranks, digest = adapter.info.ranks, version.digest
+        needs, digest = needs_of(adapter.info), version.digest
         with self._lock:
-            slot = self._reserve(ranks)
+            slot = self._reserve(needs)
             if slot is None:
-                self._claims.setdefault(digest, _Claim(ranks, self._clock()))
+                self._claims.setdefault(digest, _Claim(needs, self._clock()))
                 return False
         self.pool.write(slot, adapter)
         with self._lock:
             self._claims.pop(digest, None)
-            self._device[digest] = _Resident(slot, ranks, keep_until=self._clock() + PATIENCE)
+            self._device[digest] = _Resident(slot, needs, keep_until=self._clock() + PATIENCE)
         return True
 
 
 def _less(missing: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
-    """The rows still missing by site when ``freed`` come free."""
-    return {site: rows - freed.get(site, 0) for site, rows in missing.items() if rows > freed.get(site, 0)}
+    """What is still missing when ``freed`` comes free."""
+    return {name: n - freed.get(name, 0) for name, n in missing.items() if n > freed.get(name, 0)}

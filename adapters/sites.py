@@ -1,4 +1,4 @@
-"""Sites: the linears of the base that an adapter may add to.
+"""Sites: the modules of the base that an adapter may add to or bring its own of.
 
 A site is named as the base's own module is (``model.layers.0.self_attn.q_proj``). This file is the
 vocabulary that artifact checking, the rank pool and the model share; it holds names and shapes only.
@@ -7,12 +7,12 @@ vocabulary that artifact checking, the rank pool and the model share; it holds n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear of the base.
+    """One linear of the base, or its embedding: the linear that a token id, as a one-hot row, goes into.
 
     Attributes:
         name: dotted module path within the causal LM.
@@ -33,8 +33,22 @@ class BaseLayout:
         sites: every linear inside the decoder blocks, by name.
         modules: the names of all modules of the base (to explain a target that is not a site).
         name_or_path: what the base calls itself (compared with ``base_model_name_or_path``).
+        embedding, head: the token embedding (vocabulary → hidden) and the output head (hidden → vocabulary).
+        tied: whether these two share one matrix.
+        norms: by name, the parameters of every norm and their lengths.
+        biases: the linears (the head too) and the norms that have a bias.
     """
 
     sites: Mapping[str, Site]
     modules: frozenset[str]
     name_or_path: str
+    embedding: Site | None = None
+    head: Site | None = None
+    tied: bool = False
+    norms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    biases: frozenset[str] = frozenset()
+
+    @property
+    def ends(self) -> dict[str, Site]:
+        """The embedding and the output head by name: where the decoder blocks begin and end."""
+        return {site.name: site for site in (self.embedding, self.head) if site is not None}

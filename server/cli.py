@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 from adapters.errors import ManyloraError
 from server.config import ConfigError, resolve
+from server.evaluation.cli import add_parser as add_evaluation
 from server.options import USAGE, OneLineParser, add_options
+from server.train.cli import add_parser as add_training
 
 # How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
 # small model, so it outlasts the pauses in a step, and a slice that another process takes; an idle server
@@ -57,6 +59,8 @@ def _parser(bench: bool) -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
+    add_evaluation(commands)
+    add_training(commands)
     if bench:
         from server.bench.cli import add_parser  # brings an HTTP client
 

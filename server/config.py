@@ -48,6 +48,7 @@ class AdapterConfig:
         max_loras: how many adapters of rank 16 the device pool was sized for.
         max_lora_rank: an adapter with a larger rank anywhere is refused at load.
         pool_rows: rank rows of the device pool, for each site.
+        extra_memory: bytes on the device for what adapters have besides rank rows.
         host_memory: bytes the host tier may hold.
         max_bytes: most bytes of one adapter's weights.
     """
@@ -56,6 +57,7 @@ class AdapterConfig:
     max_loras: int
     max_lora_rank: int
     pool_rows: int
+    extra_memory: int
     host_memory: int
     max_bytes: int
 
@@ -105,6 +107,25 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How fine-tuning jobs may run.
+
+    Attributes:
+        max_jobs: most that run at once.
+        threads: threads of one job.
+        idle_share: share of its time that a job sleeps.
+        nice: added to the niceness of its process.
+        max_file_bytes: a larger upload is answered 413.
+    """
+
+    max_jobs: int
+    threads: int
+    idle_share: float
+    nice: int
+    max_file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """What is logged, and how: one JSON object a line, or text for people."""
 
@@ -121,6 +142,7 @@ class ServerConfig:
     adapters: AdapterConfig
     engine: EngineConfig
     http: HttpConfig
+    training: TrainingConfig
     log: LogConfig
 
 
@@ -136,6 +158,7 @@ def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Server
         adapters=AdapterConfig(**groups["adapters"]),
         engine=EngineConfig(**groups["engine"]),
         http=HttpConfig(**groups["http"]),
+        training=TrainingConfig(**groups["training"]),
         log=LogConfig(**groups["log"]),
     )
     _cross_check(config)
@@ -176,12 +199,15 @@ def _parse(option: Option, texts: Sequence[str], where: Callable[[str], str]) ->
 
 def _resolve_auto(groups: dict[str, dict[str, Any]]) -> None:
     home, adapters, engine = Path(groups["state"]["home"]), groups["adapters"], groups["engine"]
+    training = groups["training"]
     groups["state"]["home"] = home
     adapters["folder"] = Path(adapters["folder"]) if adapters["folder"] else home / "adapters"
     if adapters["pool_rows"] is None:
         adapters["pool_rows"] = max(adapters["max_loras"] * 16, adapters["max_lora_rank"])
     if engine["threads"] is None:
         engine["threads"] = _usable_cpus()
+    if training["threads"] is None:
+        training["threads"] = max(1, _usable_cpus() // 2)
 
 
 def _usable_cpus() -> int:

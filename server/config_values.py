@@ -84,6 +84,17 @@ def seconds(value: str) -> float:
     return number
 
 
+def share(value: str) -> float:
+    """A part of a whole, of which at least a twentieth is left."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 0.95:
+        raise ValueError("must be a number from 0 to 0.95")
+    return number
+
+
 def size(low: int) -> Callable[[str], int]:
     """Bytes: a plain number, a decimal unit (512MB) or a binary one (512MiB, 512M, 1.5G)."""
 

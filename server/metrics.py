@@ -64,6 +64,10 @@ class Metrics:
         self._adapter_generation_tokens = _by_adapter("generation_tokens", "Tokens generated", registry)
         registry.register(EngineCollector(service, self._labels))
 
+    def add(self, collector: Collector) -> None:
+        """Tell of something else besides."""
+        self._registry.register(collector)
+
     def first_token(self, seconds: float) -> None:
         """A request's first token came so long after its arrival."""
         self._ttft.observe(seconds)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from server.config_values import auto_or, choice, flag, integer, key, name, seconds, size, text
+from server.config_values import auto_or, choice, flag, integer, key, name, seconds, share, size, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,8 @@ OPTIONS: tuple[Option, ...] = (
            "refuse an adapter of a larger rank when it is loaded"),
     Option("--lora-pool-rows", "adapters.pool_rows", auto_or(integer(1, 1 << 24)), "auto", "ROWS",
            "rank rows of the device pool; auto: 16 for each of --max-loras, at least --max-lora-rank"),
+    Option("--lora-extra-memory", "adapters.extra_memory", size(0), "512MiB", "SIZE",
+           "device memory for what adapters have besides rank rows: DoRA, biases, norms, embeddings, heads"),
     Option("--lora-host-memory", "adapters.host_memory", size(0), "1GiB", "SIZE",
            "memory for adapters that are not on the device"),
     Option("--max-lora-bytes", "adapters.max_bytes", size(1), "512MiB", "SIZE",
@@ -102,6 +104,17 @@ OPTIONS: tuple[Option, ...] = (
     Option("--max-body-bytes", "http.max_body_bytes", size(1024), "8MiB", "SIZE",
            "answer 413 to a larger body"),
 
+    Option("--max-training-jobs", "training.max_jobs", integer(0, 64), "1", "N",
+           "fine-tuning jobs that run at once; 0: none, they wait"),
+    Option("--train-threads", "training.threads", auto_or(integer(1, 1024)), "auto", "N",
+           "threads of a job; auto: half of the CPUs, at least one"),
+    Option("--train-yield", "training.idle_share", share, "0", "SHARE",
+           "share of its time that a job sleeps, for serving's sake: 0 to 0.95"),
+    Option("--train-nice", "training.nice", integer(0, 19), "10", "N",
+           "how far a job stands back when processors are short: 19 the most"),
+    Option("--max-file-bytes", "training.max_file_bytes", size(1), "512MiB", "SIZE",
+           "answer 413 to a larger upload"),
+
     Option("--log-level", "log.level", choice("debug", "info", "warning", "error"), "info", "LEVEL",
            "debug, info, warning or error"),
     Option("--log-format", "log.format", choice("json", "text"), "json", "{json,text}",
@@ -117,6 +130,7 @@ HEADINGS = {
     "adapters": "adapters",
     "engine": "engine",
     "http": "http",
+    "training": "fine-tuning",
     "log": "logging",
 }
 

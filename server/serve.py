@@ -18,6 +18,7 @@ from server.config import ServerConfig
 from server.engine.request import Service
 from server.http.app import create_app
 from server.http.disconnect import Closing
+from server.jobs.training import Training
 from server.logs import configure
 from server.version import VERSION
 
@@ -56,12 +57,15 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
 
 async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
     """Answer on ``listener`` until SIGTERM or SIGINT, drain, and stop; a second signal ends at once."""
+    training = await asyncio.to_thread(Training, config, service)
     await service.start()
-    server = _Server(service, config)
     try:
+        training.start()
+        server = _Server(service, training, config)
         _announce(service, config, listener)
         await server.serve(sockets=[listener])
     finally:
+        await training.stop()
         service.stop()
     logger.info("stopped")
 
@@ -69,8 +73,8 @@ async def serve(service: RunningService, config: ServerConfig, listener: socket.
 class _Server(uvicorn.Server):
     """uvicorn, but a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
 
-    def __init__(self, service: RunningService, config: ServerConfig) -> None:
-        app = create_app(service, config.http)
+    def __init__(self, service: RunningService, training: Training, config: ServerConfig) -> None:
+        app = create_app(service, config.http, training)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -83,6 +87,7 @@ class _Server(uvicorn.Server):
             )
         )
         self.service = service
+        self.training = training
         self.closing: Closing = app.state.context.closing
         self.drain_seconds = config.http.shutdown_timeout
         self.draining: asyncio.Task[None] | None = None
@@ -99,6 +104,7 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def _drain(self) -> None:
+        self.training.begin_stop()
         try:
             complete = await self.service.drain(self.drain_seconds)
             logger.info("drained", extra={"fields": {"complete": complete}})

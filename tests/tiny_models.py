@@ -88,6 +88,8 @@ def make_peft_adapter(
     r: int = 8,
     target_modules: list[str] | str = "all-linear",
     seed: int = 0,
+    own_embedding: bool = False,
+    save_embedding_layers: bool = False,
     **lora_config: Any,
 ) -> Path:
     """Save a random adapter, by PEFT itself, whose effect on the logits is plain to see.
@@ -95,18 +97,32 @@ def make_peft_adapter(
     Args:
         base: the base's folder, or the model (4-bit or not), which is left as it was.
         path: the adapter's folder.
+        own_embedding: change the base's embedding too, and save it beside the adapter.
+        save_embedding_layers: as PEFT's ``save_pretrained`` means it.
         lora_config: more fields of ``peft.LoraConfig``; ``lora_alpha`` is ``2 * r`` unless given.
     """
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path | str) else base
     fields = {"lora_alpha": 2 * r, "task_type": "CAUSAL_LM", **lora_config}
     adapted = get_peft_model(model, LoraConfig(r=r, target_modules=target_modules, **fields))
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if ".lora_" in name:
+    trained = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
+    if own_embedding:
+        trained.append(("embed_tokens", adapted.get_input_embeddings().weight))
+    before = [parameter.data for _, parameter in trained]
+    for name, parameter in trained:
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("lora_B.default.bias"):
+            parameter.data = noise.to(parameter) * 0.1
+        elif "magnitude" in name or ".lora_" not in name:  # what they begin as is the base's
+            size = 0.3 if "magnitude" in name or parameter.dim() == 1 else 0.03
+            parameter.data = parameter.data + (noise * size).to(parameter)
+        else:
             std = 0.05 if "_B" in name else parameter.shape[-1] ** -0.5
-            parameter.data = (torch.randn(parameter.shape, generator=generator) * std).to(parameter)
+            parameter.data = (noise * std).to(parameter)
     # PEFT would otherwise ask the hub for the base's config.
-    adapted.save_pretrained(path, save_embedding_layers=False)
+    adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers or own_embedding)
+    for (_, parameter), data in zip(trained, before, strict=True):
+        parameter.data = data
     adapted.unload()
     return path
 

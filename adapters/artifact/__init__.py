@@ -2,10 +2,19 @@
 
 Nothing here knows of registries, pools or models: the base is seen through ``BaseLayout`` alone.
 Reading order: ``adapter.py`` (the nouns), ``load.py`` (the way through), then its steps ``files.py``,
-``config.py``, ``header.py``, ``plan.py`` and ``targets.py``.
+``config.py``, ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``own.py``) and ``assemble.py``.
 """
 
-from adapters.artifact.adapter import Adapter, AdapterInfo, Limits, LoraWeights
+from adapters.artifact.adapter import (
+    Adapter,
+    AdapterInfo,
+    Adjustment,
+    End,
+    Extras,
+    Limits,
+    LoraWeights,
+)
+from adapters.artifact.assemble import BaseWeights
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
 from adapters.artifact.load import inspect_adapter, load_adapter
 
@@ -14,6 +23,10 @@ __all__ = [
     "WEIGHTS_FILE",
     "Adapter",
     "AdapterInfo",
+    "Adjustment",
+    "BaseWeights",
+    "End",
+    "Extras",
     "Limits",
     "LoraWeights",
     "inspect_adapter",

@@ -27,11 +27,56 @@ class LoraWeights:
 
     Attributes:
         a: [rank, in_features].
-        b: [rank, out_features], that is PEFT's ``lora_B`` transposed and times the scale.
+        b: [rank, out_features], that is PEFT's ``lora_B`` transposed and times the scale (DoRA's too).
     """
 
     a: torch.Tensor
     b: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adjustment:
+    """What becomes of the base's own output of one site:  y = scale * base(x) + shift + lora(x).
+
+    DoRA scales; biases shift. None = by 1, by 0.
+
+    Attributes:
+        scale, shift: float32 [out_features].
+    """
+
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
+    """What an adapter has at the embedding or at the output head.
+
+    Attributes:
+        matrix: [vocabulary, hidden] instead of the base's, or None.
+        lora: as at any site; the embedding's input is a one-hot row of the vocabulary.
+        adjustment: as at any site.
+    """
+
+    matrix: torch.Tensor | None
+    lora: LoraWeights | None
+    adjustment: Adjustment | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extras:
+    """All that is not a plain pair at a linear inside a block.
+
+    Attributes:
+        adjustments: by site.
+        norms: by norm, its parameters instead of the base's.
+        embedding, head: None = the base's.
+    """
+
+    adjustments: Mapping[str, Adjustment] = field(default_factory=dict)
+    norms: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    embedding: End | None = None
+    head: End | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +89,7 @@ class AdapterInfo:
         nbytes: size as served, in bytes of the serving dtype.
         base_model: ``base_model_name_or_path`` as the trainer wrote it.
         warnings: whole sentences; the adapter is served all the same.
+        extra_bytes: how many of ``nbytes`` are ``Extras``.
     """
 
     digest: str
@@ -51,11 +97,12 @@ class AdapterInfo:
     nbytes: int
     base_model: str | None
     warnings: tuple[str, ...]
+    extra_bytes: int = 0
 
     @property
     def rank(self) -> int:
-        """The largest rank of any site."""
-        return max(self.ranks.values())
+        """The largest rank of any linear inside a block; 0 if there is none."""
+        return max(self.ranks.values(), default=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,3 +111,4 @@ class Adapter:
 
     info: AdapterInfo
     weights: Mapping[str, LoraWeights]
+    extras: Extras = field(default_factory=Extras)

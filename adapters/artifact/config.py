@@ -36,6 +36,11 @@ class LoraSettings:
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     base_model: str | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
 
     def scale(self, rank: int, alpha: float) -> float:
         """What ``lora_B(lora_A(x))`` is multiplied by."""
@@ -46,7 +51,7 @@ def parse_config(data: bytes) -> LoraSettings:
     """Raises AdapterInvalid (a field is malformed) or AdapterUnsupported (it cannot be served exactly)."""
     config = parse_object(data, CONFIG_FILE)
     check_supported(config)
-    _check_layer_fields(config)
+    _check_together(config)
     return LoraSettings(
         r=_required(config, "r", _rank),
         lora_alpha=_optional(config, "lora_alpha", _number, 8.0),
@@ -58,10 +63,15 @@ def parse_config(data: bytes) -> LoraSettings:
         layers_to_transform=_optional(config, "layers_to_transform", _layers, ()),
         layers_pattern=_optional(config, "layers_pattern", _names, ()),
         base_model=_optional(config, "base_model_name_or_path", _text, None),
+        use_dora=_optional(config, "use_dora", _flag, False),
+        lora_bias=_optional(config, "lora_bias", _flag, False),
+        bias=_optional(config, "bias", _bias, "none"),
+        modules_to_save=_optional(config, "modules_to_save", _names, ()),
+        ensure_weight_tying=_optional(config, "ensure_weight_tying", _flag, False),
     )
 
 
-def _check_layer_fields(config: Mapping[str, Any]) -> None:
+def _check_together(config: Mapping[str, Any]) -> None:
     """``LoraConfig.__post_init__`` refuses the same combinations."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     if isinstance(config.get("target_modules"), str) and (layers is not None or pattern is not None):
@@ -70,6 +80,8 @@ def _check_layer_fields(config: Mapping[str, Any]) -> None:
         )
     if pattern and layers is None:
         raise AdapterInvalid("layers_pattern needs layers_to_transform.")
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterInvalid("use_dora and lora_bias exclude each other.")
 
 
 class _Malformed(Exception):
@@ -126,6 +138,12 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _text_or_names(value: Any) -> str | tuple[str, ...]:
     return value if type(value) is str else _names(value)
+
+
+def _bias(value: Any) -> str:
+    if value not in ("none", "all", "lora_only"):
+        raise _Malformed("'none', 'all' or 'lora_only'")
+    return str(value)
 
 
 def _layers(value: Any) -> tuple[int, ...]:

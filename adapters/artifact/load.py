@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
 
-from adapters.artifact.adapter import Adapter, AdapterInfo, Limits, LoraWeights
+from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
+from adapters.artifact.assemble import BaseWeights, assemble, without_copies
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import MAX_HEADER_BYTES, Header, TensorEntry, read_header
-from adapters.artifact.plan import SitePlan, check_limits, plan_sites
+from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.errors import AdapterChanged, AdapterInvalid
 from adapters.sites import BaseLayout
 
@@ -31,8 +33,11 @@ def load_adapter(
     limits: Limits,
     dtype: torch.dtype = torch.bfloat16,
     expect_digest: str | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Reads, validates and converts the PEFT folder to the serving ``dtype``.
+
+    ``base``: the base's weights, which DoRA and biases are resolved against.
 
     Raises:
         AdapterInvalid: the folder is broken, or does not fit the base.
@@ -40,40 +45,64 @@ def load_adapter(
         AdapterTooLarge: rank or bytes over ``limits``; no tensor was read.
         AdapterChanged: the digest is not ``expect_digest``, or the file was written to meanwhile.
     """
+    read = _read(folder, layout, limits, dtype, base)
+    if expect_digest not in (None, read.info.digest):
+        raise AdapterChanged("The adapter's content is no longer what was registered; register it again.")
+    weights, extras = assemble(read.plan, read.tensors, layout, base, dtype)
+    return Adapter(read.info, MappingProxyType(weights), extras)
+
+
+def inspect_adapter(
+    folder: Path,
+    layout: BaseLayout,
+    limits: Limits,
+    dtype: torch.dtype = torch.bfloat16,
+    base: BaseWeights | None = None,
+) -> AdapterInfo:
+    """All of ``load_adapter``'s checks of the folder, values included. Raises the same."""
+    return _read(folder, layout, limits, dtype, base).info
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    plan: AdapterPlan
+    tensors: dict[str, torch.Tensor]
+    info: AdapterInfo
+
+
+def _read(
+    folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype, base: BaseWeights | None
+) -> _Read:
     max_file = limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + MAX_HEADER_BYTES
     with open_folder(folder) as descriptor:
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
             header = read_header(stream, size)
-            plans = plan_sites(header.entries, settings, layout)
-            nbytes = check_limits(plans, limits, dtype.itemsize)
-            tensors, digest = _read_tensors(stream, header, plans, dtype)
-    if expect_digest not in (None, digest):
-        raise AdapterChanged("The adapter's content is no longer what was registered; register it again.")
-    weights = {p.site.name: LoraWeights(tensors[p.a.name], tensors[p.b.name]) for p in plans}
-    _check_not_base(weights.values())
+            plan = plan_adapter(header.entries, settings, layout)
+            check_limits(plan, limits, layout, dtype.itemsize)
+            tensors, digest = _read_tensors(stream, header, plan, dtype)
+    if base is not None:
+        plan = without_copies(plan, tensors, layout, base)
+    _check_not_base(plan, tensors)
+    nbytes, extra = check_limits(plan, limits, layout, dtype.itemsize)
     info = AdapterInfo(
         digest=digest,
-        ranks=MappingProxyType({p.site.name: p.rank for p in plans}),
+        ranks=MappingProxyType({p.site.name: p.rank for p in plan.sites}),
         nbytes=nbytes,
         base_model=settings.base_model,
         warnings=_warnings(settings, layout),
+        extra_bytes=extra,
     )
-    return Adapter(info, MappingProxyType(weights))
-
-
-def inspect_adapter(
-    folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype = torch.bfloat16
-) -> AdapterInfo:
-    """All of ``load_adapter``'s checks, values included, with the weights dropped. Raises the same."""
-    return load_adapter(folder, layout, limits, dtype).info
+    return _Read(plan, tensors, info)
 
 
 def _read_tensors(
-    stream: BinaryIO, header: Header, plans: Iterable[SitePlan], dtype: torch.dtype
+    stream: BinaryIO, header: Header, plan: AdapterPlan, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors by name, as served, and the digest; one tensor's raw bytes are held at a time."""
-    scales = {plan.b.name: plan.scale for plan in plans}
+    """Tensors by name, as ``assemble`` takes them, and the digest; one's raw bytes are held at a time."""
+    scales = {pair.b.name: pair.scale for pair in plan.pairs}
+    kept_wide = {entry.name for pair in plan.pairs for entry in (pair.magnitude, pair.bias) if entry}
+    kept_wide |= {pair.b.name for pair in plan.pairs if pair.magnitude}
     digest = hashlib.sha256(
         _DIGEST_VERSION + json.dumps(scales, sort_keys=True).encode() + b"\n" + header.raw
     )
@@ -81,12 +110,13 @@ def _read_tensors(
     for entry in header.entries:
         data = read_exactly(stream, entry.end - entry.begin, WEIGHTS_FILE)
         digest.update(data)
-        tensors[entry.name] = _as_served(entry, data, scales.get(entry.name), dtype)
+        wanted = torch.float32 if entry.name in kept_wide else dtype
+        tensors[entry.name] = _as_served(entry, data, scales.get(entry.name), wanted)
     return tensors, digest.hexdigest()
 
 
 def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: torch.dtype) -> torch.Tensor:
-    """A as it is; B (the one with a ``scale``) scaled in float32 and transposed to rank rows."""
+    """As it is, but B (the one with a ``scale``) scaled in float32 and transposed to rank rows."""
     raw = torch.frombuffer(data, dtype=_TORCH_DTYPE[entry.dtype]).view(entry.shape)
     scaled = raw if scale is None else (raw.float() * scale).t()
     served = scaled.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -103,9 +133,12 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
-def _check_not_base(weights: Iterable[LoraWeights]) -> None:
+def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """An untrained adapter is the base under another name: surely a mistake."""
-    if not any(bool(pair.a.any()) and bool(pair.b.any()) for pair in weights):
+    own = plan.own.matrices or plan.own.norms or plan.own.biases
+    if own or any(pair.magnitude or pair.bias for pair in plan.pairs):
+        return
+    if not any(bool(tensors[p.a.name].any()) and bool(tensors[p.b.name].any()) for p in plan.pairs):
         raise AdapterInvalid(
             "Every site has lora_B (times the scale) or lora_A all zeros: it would be the base, untrained."
         )

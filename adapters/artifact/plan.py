@@ -5,45 +5,39 @@ Everything that can be refused without the values is refused here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Literal
 
 from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
-from adapters.artifact.targets import resolve_targets, targeted_modules
+from adapters.artifact.names import Role, not_adaptable, parse_name
+from adapters.artifact.own import OwnPlan, plan_own, saved_modules
+from adapters.artifact.targets import Target, resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from adapters.sites import BaseLayout, Site
 
-Side = Literal["A", "B"]
+Tensors = dict[Role, TensorEntry]
 
-_PREFIX = "base_model.model."
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LORA_TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-
-_FOREIGN = {
-    re.compile(r"lora_embedding_[AB]"): "LoRA on embeddings is not served yet; target linear modules only",
-    re.compile(r"lora_magnitude_vector"): "it belongs to DoRA, which is not served yet",
-    re.compile(r"lora_B\.(?:[^.]+\.)?bias$"): "a bias on lora_B is not served; train with lora_bias=false",
-    re.compile(r"modules_to_save"): "whole modules are not served; train without modules_to_save",
-    re.compile(r"(?:^|\.)(?:embed_tokens|wte|lm_head)\.(?:[^.]+\.)?weight$"): (
-        "a whole embedding or output head would replace the base's; save with save_embedding_layers=False"
-    ),
-    re.compile(r"\.bias$"): "trained biases are not served; train with bias='none'",
-}
+_FLOAT32 = 4
+"""Bytes of a value of a scale, shift or norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """One site of the adapter: its two tensors and what their product is multiplied by."""
+    """One pair of the adapter, and what their product is multiplied by.
+
+    Attributes:
+        magnitude: DoRA's, or None.
+        bias: of ``lora_B``, or None.
+    """
 
     site: Site
     a: TensorEntry
     b: TensorEntry
     scale: float
+    magnitude: TensorEntry | None
+    bias: TensorEntry | None
 
     @property
     def rank(self) -> int:
@@ -51,128 +45,171 @@ class SitePlan:
         return self.a.shape[0]
 
 
-def plan_sites(
-    entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout
-) -> tuple[SitePlan, ...]:
-    """Every site that the adapter has, in the layout's order.
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """Every tensor of the adapter in its place.
 
-    Raises AdapterInvalid (tensors, config and base disagree) or AdapterUnsupported.
+    Attributes:
+        sites: the pairs at linears inside the blocks, in the layout's order.
+        ends: the pairs at the embedding and the output head, by name.
+        own: what replaces parts of the base.
     """
-    pairs = _pair_up(entries, layout)
-    targeted = _targeted_sites(settings, layout)
-    _check_same_sites(pairs, targeted)
-    plans = []
-    for name in (name for name in layout.sites if name in pairs):
-        rank, scale = targeted[name]
-        _check_shapes(layout.sites[name], pairs[name], rank)
-        plans.append(SitePlan(layout.sites[name], pairs[name]["A"], pairs[name]["B"], scale))
-    return tuple(plans)
+
+    sites: tuple[SitePlan, ...]
+    ends: Mapping[str, SitePlan]
+    own: OwnPlan
+
+    @property
+    def pairs(self) -> tuple[SitePlan, ...]:
+        return (*self.sites, *self.ends.values())
 
 
-def check_limits(plans: Iterable[SitePlan], limits: Limits, item_bytes: int) -> int:
-    """Size as served, in bytes, at ``item_bytes`` a value. Raises AdapterTooLarge."""
-    total = 0
-    for plan in plans:
-        if plan.rank > limits.max_rank:
+def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout) -> AdapterPlan:
+    """Raises AdapterInvalid (tensors, config and base disagree) or AdapterUnsupported."""
+    found = _by_module(entries, layout)
+    targeted = _targets(settings, layout)
+    pairs = {module: tensors for module, tensors in found.items() if tensors.keys() - {"weight", "bias"}}
+    _check_same_modules(pairs, targeted)
+    places = {**layout.sites, **layout.ends}
+    plans = {
+        name: _plan_pair(places[name], pairs[name], targeted[name], settings)
+        for name in places
+        if name in pairs
+    }
+    return AdapterPlan(
+        tuple(plan for name, plan in plans.items() if name in layout.sites),
+        {name: plan for name, plan in plans.items() if name in layout.ends},
+        plan_own(found, frozenset(pairs), settings, layout),
+    )
+
+
+def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_bytes: int) -> tuple[int, int]:
+    """Size as served, in bytes at ``item_bytes`` a value: of all, and of what is not rank rows.
+
+    Raises AdapterTooLarge.
+    """
+    for pair in plan.pairs:
+        if pair.rank > limits.max_rank:
             raise AdapterTooLarge(
-                f"{plan.site.name} has rank {plan.rank}; --max-lora-rank allows {limits.max_rank}."
+                f"{pair.site.name} has rank {pair.rank}; --max-lora-rank allows {limits.max_rank}."
             )
-        total += plan.rank * (plan.site.in_features + plan.site.out_features) * item_bytes
-    if total > limits.max_bytes:
+    rows = sum(_pair_size(pair) for pair in plan.sites) * item_bytes
+    extras = extra_bytes(plan, layout, item_bytes)
+    if rows + extras > limits.max_bytes:
         raise AdapterTooLarge(
-            f"The adapter takes {total} bytes as served; this server allows {limits.max_bytes}."
+            f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes} "
+            "(--max-lora-bytes). Whole embeddings in it are left out by save_embedding_layers=False."
+            if plan.own.matrices
+            else f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes}."
         )
-    return total
+    return rows + extras, extras
 
 
-def _pair_up(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, dict[Side, TensorEntry]]:
-    pairs: dict[str, dict[Side, TensorEntry]] = {}
+def extra_bytes(plan: AdapterPlan, layout: BaseLayout, item_bytes: int) -> int:
+    """Bytes of the ``Extras`` that come of this plan."""
+    ends = sum(_pair_size(pair) for pair in plan.ends.values())
+    matrices = sum(entry.shape[0] * entry.shape[1] for entry in plan.own.matrices.values())
+    vectors = sum(size for norm in plan.own.norms for size in layout.norms[norm].values())
+    vectors += sum(pair.site.out_features for pair in plan.pairs if pair.magnitude is not None)
+    places = {**layout.sites, **layout.ends}
+    vectors += sum(places[name].out_features for name in shifted(plan, layout))
+    return (ends + matrices) * item_bytes + vectors * _FLOAT32
+
+
+def shifted(plan: AdapterPlan, layout: BaseLayout) -> set[str]:
+    """The sites and ends whose output moves by a constant."""
+    moved = {p.site.name for p in plan.pairs if p.bias is not None}
+    # The base's own bias is not to be scaled, but it is in the output that is.
+    moved |= {p.site.name for p in plan.pairs if p.magnitude is not None} & layout.biases
+    return moved | plan.own.biases.keys()
+
+
+def _pair_size(pair: SitePlan) -> int:
+    return pair.rank * (pair.site.in_features + pair.site.out_features)
+
+
+def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, Tensors]:
+    found: dict[str, Tensors] = {}
     adapter_names: set[str] = set()
     for entry in entries:
-        module, side, adapter = _parse_name(entry.name, layout)
-        adapter_names.add(adapter)
-        if side in pairs.setdefault(module, {}):
+        name = parse_name(entry.name, layout)
+        if name.role not in ("weight", "bias", "magnitude"):
+            adapter_names.add(name.adapter or "default")
+        if name.role in found.setdefault(name.module, {}):
             raise AdapterInvalid(
-                f"{entry.name!r} and {pairs[module][side].name!r} are the same tensor's names."
+                f"{entry.name!r} and {found[name.module][name.role].name!r} are the same tensor's names."
             )
-        pairs[module][side] = entry
+        found[name.module][name.role] = entry
     if len(adapter_names) > 1:
         raise AdapterInvalid(
             f"The file mixes the tensors of several adapters: {', '.join(sorted(adapter_names))}."
         )
-    for module, pair in pairs.items():
-        if len(pair) == 1:
-            (side,) = pair
-            raise AdapterInvalid(
-                f"{module} has only lora_{side}; its lora_{'AB'.replace(side, '')} is missing."
-            )
-    return pairs
+    return found
 
 
-def _parse_name(name: str, layout: BaseLayout) -> tuple[str, Side, str]:
-    match = _LORA_TENSOR.fullmatch(_WRAPPERS.sub("", name))
-    if match is None:
-        raise _foreign_tensor(name)
-    module = match["module"].removeprefix(_PREFIX)
-    if module in layout.sites:
-        return module, "A" if match["side"] == "A" else "B", match["adapter"] or "default"
-    if module in layout.modules:
-        raise AdapterUnsupported(_not_a_site(module))
-    near = get_close_matches(module, layout.sites, n=3)
-    raise AdapterInvalid(
-        f"Tensor {name!r} matches no linear of the base ({layout.name_or_path}); "
-        + (f"the nearest are {', '.join(near)}." if near else "the adapter seems to be for another base.")
-    )
-
-
-def _foreign_tensor(name: str) -> AdapterInvalid | AdapterUnsupported:
-    for pattern, reason in _FOREIGN.items():
-        if pattern.search(name):
-            return AdapterUnsupported(f"Tensor {name!r} cannot be served: {reason}.")
-    return AdapterInvalid(
-        f"Tensor {name!r} is no LoRA tensor; only '….lora_A.weight' and '….lora_B.weight' are."
-    )
-
-
-def _targeted_sites(settings: LoraSettings, layout: BaseLayout) -> dict[str, tuple[int, float]]:
-    targeted = targeted_modules(settings, layout.modules | layout.sites.keys(), layout.sites)
+def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
+    places = layout.sites.keys() | layout.ends.keys()
+    targeted = targeted_modules(settings, layout.modules | places, layout.sites)
     if not targeted:
         raise AdapterInvalid(
             f"target_modules {settings.target_modules!r:.200} matches no module of the base."
         )
-    for module in sorted(targeted - layout.sites.keys()):
-        raise AdapterUnsupported(f"target_modules: {_not_a_site(module)}")
-    return {name: (target.rank, target.scale) for name, target in resolve_targets(settings, targeted).items()}
+    tie = settings.ensure_weight_tying and layout.tied
+    if tie and layout.embedding and layout.head and layout.embedding.name in targeted:
+        targeted |= {layout.head.name}  # PEFT gives the head the same pair, turned round
+    targeted -= saved_modules(settings, layout.ends)
+    for module in sorted(targeted - places):
+        raise AdapterUnsupported(f"target_modules: {not_adaptable(module)}")
+    return resolve_targets(settings, targeted)
 
 
-def _not_a_site(module: str) -> str:
-    return (
-        f"{module or 'the whole model'!r} of the base is not a linear inside a decoder block; "
-        "LoRA on anything else (embeddings, output head) is not served yet."
-    )
-
-
-def _check_same_sites(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> None:
+def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> None:
     if missing := [name for name in targeted if name not in pairs]:
         raise AdapterInvalid(
-            f"{len(missing)} of the modules that target_modules names have no tensors: {_some(missing)}."
+            f"{len(missing)} of the modules that target_modules names have no tensors: {some(missing)}."
         )
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
-            f"{len(extra)} modules have tensors, but target_modules does not name them: {_some(extra)}."
+            f"{len(extra)} modules have tensors, but target_modules does not name them: {some(extra)}."
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _check_shapes(site: Site, pair: Mapping[Side, TensorEntry], rank: int) -> None:
-    expected = {"A": (rank, site.in_features), "B": (site.out_features, rank)}
-    for side, entry in pair.items():
-        if entry.shape != expected[side]:
+def _plan_pair(site: Site, tensors: Tensors, target: Target, settings: LoraSettings) -> SitePlan:
+    wanted = {"lora_A", "lora_B"}
+    wanted |= {"magnitude"} if settings.use_dora else set()
+    wanted |= {"lora_B.bias"} if settings.lora_bias else set()
+    given = tensors.keys() - {"weight", "bias"}
+    if missing := wanted - given:
+        raise AdapterInvalid(
+            f"{site.name} has only {', '.join(sorted(given))}; its {sorted(missing)[0]} is missing."
+        )
+    if extra := given - wanted:
+        role = sorted(extra)[0]
+        option = "use_dora" if role == "magnitude" else "lora_bias"
+        raise AdapterInvalid(f"{tensors[role].name!r} is there, but {option} is false in the config.")
+    _check_shapes(site, tensors, target.rank)
+    return SitePlan(
+        site, tensors["lora_A"], tensors["lora_B"], target.scale,
+        tensors.get("magnitude"), tensors.get("lora_B.bias"),
+    )  # fmt: skip
+
+
+def _check_shapes(site: Site, tensors: Tensors, rank: int) -> None:
+    expected: dict[Role, tuple[int, ...]] = {
+        "lora_A": (rank, site.in_features),
+        "lora_B": (site.out_features, rank),
+        "magnitude": (site.out_features,),
+        "lora_B.bias": (site.out_features,),
+    }
+    for role, shape in expected.items():
+        if role in tensors and tensors[role].shape != shape:
             raise AdapterInvalid(
-                f"Tensor {entry.name!r} has shape {list(entry.shape)}; rank {rank} of the config and "
-                f"the base's {site.name} ({site.in_features} → {site.out_features}) make it "
-                f"{list(expected[side])}."
+                f"Tensor {tensors[role].name!r} has shape {list(tensors[role].shape)}; rank {rank} of the "
+                f"config and the base's {site.name} ({site.in_features} → {site.out_features}) make it "
+                f"{list(shape)}."
             )

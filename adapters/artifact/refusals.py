@@ -15,19 +15,17 @@ UNDERSTOOD = {
     *("peft_type", "task_type", "base_model_name_or_path", "fan_in_fan_out", "bias", "init_lora_weights"),
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("use_dora", "lora_bias", "modules_to_save", "ensure_weight_tying"),
 }
 
 # Only training reads these, or only together with a key that is refused below.
 HARMLESS = {
-    *("auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "ensure_weight_tying"),
+    *("auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "qalora_group_size"),
 }
 
 REFUSED = {
-    "use_dora": "DoRA scales the base's own output by a learnt magnitude; train with use_dora=false",
-    "modules_to_save": "whole modules would replace the shared base's; train without them",
-    "lora_bias": "a bias on lora_B is not served yet; train with lora_bias=false",
     "trainable_token_indices": "trained embedding rows would replace the shared base's; train without them",
     "layer_replication": "it changes the shared base's layers; train on the base as it is",
     "target_parameters": "LoRA on bare parameters (fused experts) is not served yet; target linear modules",
@@ -58,10 +56,6 @@ def check_supported(config: Mapping[str, Any]) -> None:
     for key, reason in REFUSED.items():
         if _says_something(config.get(key)):
             raise AdapterUnsupported(f"{key} is set: {reason}.")
-    if config.get("bias") not in (None, "none"):
-        raise AdapterUnsupported(
-            f"bias is {config['bias']!r:.100}: trained biases are not served; train with bias='none'."
-        )
     _check_init(config.get("init_lora_weights"))
     _check_unknown(config)
 

@@ -1,4 +1,4 @@
-"""A prepared base, loaded frozen onto a device, and the linears in it that adapters may add to."""
+"""A prepared base, loaded frozen onto a device, and the modules in it that adapters may add to."""
 
 from __future__ import annotations
 
@@ -54,8 +54,35 @@ def load_base(
     # PEFT writes this name into the adapters it saves: the base's own, not that of our cache folder.
     model.name_or_path = model.config._name_or_path = prepared.source
     model.eval().requires_grad_(False)
-    modules = frozenset(name for name, _ in model.named_modules() if name)
-    return LoadedBase(model, tokenizer, prepared, BaseLayout(find_sites(model), modules, prepared.source))
+    return LoadedBase(model, tokenizer, prepared, layout_of(model, prepared.source))
+
+
+def layout_of(model: Any, name_or_path: str) -> BaseLayout:
+    """What adapters are checked against."""
+    names = {module: name for name, module in model.named_modules()}
+    norms = {name: sizes for module, name in names.items() if (sizes := _norm_sizes(module)) is not None}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary, hidden = embedding.weight.shape
+    sites = find_sites(model)
+    places = {*sites, *norms, names[head]}
+    return BaseLayout(
+        sites=sites,
+        modules=frozenset(name for name in names.values() if name),
+        name_or_path=name_or_path,
+        embedding=Site(names[embedding], vocabulary, hidden),
+        head=_site(names[head], head),
+        tied=head.weight is embedding.weight,
+        norms=norms,
+        biases=frozenset(n for m, n in names.items() if n in places and getattr(m, "bias", None) is not None),
+    )
+
+
+def _norm_sizes(module: torch.nn.Module) -> dict[str, int] | None:
+    """Of a module that has nothing but vectors, its weight's among them; None for any other."""
+    own = dict(module.named_parameters())
+    if "weight" not in own or any(parameter.dim() != 1 for parameter in own.values()):
+        return None
+    return {name: parameter.shape[0] for name, parameter in own.items()}
 
 
 def find_sites(model: torch.nn.Module) -> dict[str, Site]:

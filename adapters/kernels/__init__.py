@@ -1,10 +1,11 @@
 """One operation, several backends.
 
     for each segment (slot, start, stop), with R = rows of that slot in the site's pool:
-        y[start:stop] += (x[start:stop] @ A[R].T) @ B[R]
+        y[start:stop] = scale * y[start:stop] + shift + (x[start:stop] @ A[R].T) @ B[R]
 
 Shapes: y [tokens, out_features] (updated in place), x [tokens, in_features], A [rows, in_features],
-B [rows, out_features]. Slots without rows at this site, and tokens in no segment, are left alone.
+B [rows, out_features], scale and shift [out_features] (the slot's ``Adjustment``, which few adapters have).
+Slots with nothing at this site, and tokens in no segment, are left alone.
 ``reference.py`` is the specification; every backend equals it within its dtype's rounding.
 """
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from adapters.rank_pool import SitePool
+    from adapters.site_pool import SitePool
 
 
 class Segment(NamedTuple):

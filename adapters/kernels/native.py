@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters.kernels import Segment
 from adapters.native.structs import LoraCall
-from adapters.rank_pool import SitePool
+from adapters.site_pool import SitePool
 
 
 class NativeLora:

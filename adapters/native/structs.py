@@ -12,7 +12,14 @@ def _struct(name: str, **fields: Any) -> type[Structure]:
 
 
 LoraSite = _struct(
-    "LoraSite", a=c_void_p, b=c_void_p, inputs=c_int64, outputs=c_int64, rows=c_void_p, ranks=c_void_p
+    "LoraSite",
+    a=c_void_p,
+    b=c_void_p,
+    inputs=c_int64,
+    outputs=c_int64,
+    rows=c_void_p,
+    ranks=c_void_p,
+    adjusts=c_void_p,
 )
 LoraCall = _struct(
     "LoraCall",
@@ -72,6 +79,7 @@ LinearCall = _struct(
     count=c_int64,
     codebook=c_void_p,
 )
+Norm = _struct("Norm", weight=c_void_p, own=c_void_p)
 Block = _struct(
     "Block",
     q=Linear,
@@ -81,12 +89,12 @@ Block = _struct(
     gate=Linear,
     up=Linear,
     down=Linear,
-    norm_before_attention=c_void_p,
-    norm_after_attention=c_void_p,
-    norm_before_mlp=c_void_p,
-    norm_after_mlp=c_void_p,
-    q_norm=c_void_p,
-    k_norm=c_void_p,
+    norm_before_attention=Norm,
+    norm_after_attention=Norm,
+    norm_before_mlp=Norm,
+    norm_after_mlp=Norm,
+    q_norm=Norm,
+    k_norm=Norm,
     pages=Pages,
     window=c_int64,
 )
@@ -112,6 +120,7 @@ StackCall = _struct(
     tokens=c_void_p,
     segments=c_void_p,
     n_segments=c_int64,
+    norm_slots=c_void_p,
     scratch=Scratch,
     nanoseconds=c_void_p,
 )

@@ -3,3 +3,23 @@
 Nothing here knows of the server, of publishing or of jobs. Importing this package imports no torch, so that
 uploads can be checked (``dataset``) and options declared (``recipe``) without it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapters.training.recipe import TrainConfig
+from adapters.training.run_folder import RunFolder
+from adapters.training.stop import Stop
+
+if TYPE_CHECKING:
+    from adapters.training.run import Trained
+
+__all__ = ["RunFolder", "Stop", "TrainConfig", "train"]
+
+
+def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: bool = False) -> Trained:
+    """See ``run.train``; torch is imported only now."""
+    from adapters.training.run import train as run_training
+
+    return run_training(config, run, stop, show)

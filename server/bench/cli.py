@@ -25,6 +25,7 @@ from server.bench.peers.http import ExternalServer, ManyloraServer
 from server.bench.shapes import SHAPES, make_model
 from server.bench.sweep import Sweep, sweep_adapters, sweep_rates, sweep_shares
 from server.bench.workload import Load
+from server.evaluation import prove
 
 if TYPE_CHECKING:
     # argparse's sub-parsers have no public type
@@ -73,6 +74,7 @@ def add_parser(subparsers: SubParsers) -> None:
     setup.add_argument("peers", nargs="*", metavar="PEER", help=f"{', '.join(RECIPES)} (default: all)")
     options.add_home(setup)
     step.add_parser(kinds)
+    prove.add_parser(kinds)
     make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
     make.add_argument("--shape", choices=SHAPES, required=True)
     make.add_argument(

@@ -13,6 +13,7 @@ import torch
 
 from adapters.artifact import Limits, inspect_adapter, load_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.weights import BaseWeights
 from adapters.native import isa
 from adapters.rank_pool import RankPool
 from adapters.registry import Registry, Version
@@ -58,12 +59,20 @@ def build_parts(config: ServerConfig) -> Parts:
     """
     threads.claim(config.engine.threads)
     base = _load(config)
-    pool = RankPool(base.layout.sites, config.adapters.pool_rows, base.model.dtype, base.model.device)
+    weights = BaseWeights(base.model, base.layout)
+    pool = RankPool(
+        base.layout.sites,
+        config.adapters.pool_rows,
+        base.model.dtype,
+        base.model.device,
+        norms=base.layout.norms,
+        extra_bytes=config.adapters.extra_memory,
+    )
     step_tokens = _step_tokens(config.engine, base.model.device.type)
     model = build_model(base, pool, config.engine.block_size, step_tokens)
     blocks, max_model_len = _allocate_kv(config.engine, base, model)
     info = _info(config, base, max_model_len)
-    registry, residency = _adapters(config.adapters, base, pool, frozenset(info.served_names))
+    registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names))
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(
         SchedulerLimits(config.engine.max_num_seqs, step_tokens, max_model_len), blocks, gate
@@ -152,16 +161,20 @@ def _step_tokens(config: EngineConfig, device: str) -> int:
 
 
 def _adapters(
-    config: AdapterConfig, base: LoadedBase, pool: RankPool, reserved: frozenset[str]
+    config: AdapterConfig,
+    base: LoadedBase,
+    weights: BaseWeights,
+    pool: RankPool,
+    reserved: frozenset[str],
 ) -> tuple[Registry, Residency]:
     config.folder.mkdir(parents=True, exist_ok=True)
     limits = Limits(config.max_lora_rank, config.max_bytes)
     dtype = base.model.dtype
-    inspect = partial(inspect_adapter, layout=base.layout, limits=limits, dtype=dtype)
+    inspect = partial(inspect_adapter, layout=base.layout, limits=limits, dtype=dtype, base=weights)
     registry = Registry(config.folder, inspect, reserved)
 
     def load(version: Version) -> Any:
-        return load_adapter(version.path, base.layout, limits, dtype, expect_digest=version.digest)
+        return load_adapter(version.path, base.layout, limits, dtype, version.digest, weights)
 
     residency = Residency(pool, load, config.host_memory)
     registry.on_retired.append(lambda version: residency.forget(version.digest))

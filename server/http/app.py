@@ -14,13 +14,14 @@ from starlette.routing import Route
 from adapters.errors import ManyloraError
 from server.config import HttpConfig
 from server.engine.request import Service
-from server.http import adapters, health, models
+from server.http import adapters, files, fine_tuning, health, models
 from server.http.access_log import AccessLog
 from server.http.auth import Keyring, RequireKey, RequireLoopback
 from server.http.chat import chat_completions
 from server.http.completions import completions
 from server.http.context import Context
 from server.http.errors import UnexpectedErrors, on_error, on_http_exception
+from server.jobs.training import Training
 from server.metrics import Metrics
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -38,6 +39,22 @@ CLIENTS: Rows = (
     ("GET", "/version", health.version),
     ("GET", "/metrics", health.metrics),
 )
+TRAINERS: Rows = (
+    ("POST", "/v1/files", files.upload_file),
+    ("GET", "/v1/files", files.list_files),
+    ("GET", "/v1/files/{file}", files.get_file),
+    ("GET", "/v1/files/{file}/content", files.get_content),
+    ("DELETE", "/v1/files/{file}", files.delete_file),
+    ("POST", "/v1/fine_tuning/jobs", fine_tuning.create_job),
+    ("GET", "/v1/fine_tuning/jobs", fine_tuning.list_jobs),
+    ("GET", "/v1/fine_tuning/jobs/{job}", fine_tuning.get_job),
+    ("POST", "/v1/fine_tuning/jobs/{job}/cancel", fine_tuning.cancel_job),
+    ("POST", "/v1/fine_tuning/jobs/{job}/pause", fine_tuning.pause_job),
+    ("POST", "/v1/fine_tuning/jobs/{job}/resume", fine_tuning.resume_job),
+    ("GET", "/v1/fine_tuning/jobs/{job}/events", fine_tuning.list_events),
+    ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints", fine_tuning.list_checkpoints),
+    ("DELETE", "/v1/models/{model:path}", fine_tuning.delete_model),
+)
 ADMINS: Rows = (
     ("GET", "/v1/adapters", adapters.list_adapters),
     ("POST", "/v1/load_lora_adapter", adapters.load_adapter),
@@ -45,20 +62,26 @@ ADMINS: Rows = (
 )
 
 
-def create_app(service: Service, config: HttpConfig) -> Starlette:
-    """The application that serves ``service``. It neither starts nor stops it."""
+def create_app(service: Service, config: HttpConfig, training: Training | None = None) -> Starlette:
+    """The application that serves ``service``. It neither starts nor stops it.
+
+    Without ``training`` it has no routes for files and fine-tuning.
+    """
     metrics = Metrics(service)
+    if training is not None:
+        metrics.add(training.collector())
     app = Starlette(
         routes=[
             *_routes(OPEN, ()),
             *_routes(CLIENTS, _client_guard(config)),
+            *(_routes(TRAINERS, _trainer_guard(config)) if training is not None else ()),
             *_routes(ADMINS, _admin_guard(config)),
         ],
         middleware=[Middleware(AccessLog, metrics), Middleware(UnexpectedErrors)],
         exception_handlers={ManyloraError: on_error, HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False
-    app.state.context = Context(service, config, metrics)
+    app.state.context = Context(service, config, metrics, training)
     return app
 
 
@@ -69,6 +92,11 @@ def _routes(rows: Rows, guard: Sequence[Middleware]) -> list[Route]:
 def _client_guard(config: HttpConfig) -> list[Middleware]:
     admin = (config.admin_key,) if config.admin_key and config.api_keys else ()
     return [Middleware(RequireKey, Keyring((*config.api_keys, *admin)))]
+
+
+def _trainer_guard(config: HttpConfig) -> list[Middleware]:
+    """As clients where those need a key; else as admins: strangers must not read data or fill the disk."""
+    return _client_guard(config) if config.api_keys else _admin_guard(config)
 
 
 def _admin_guard(config: HttpConfig) -> list[Middleware]:

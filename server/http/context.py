@@ -9,6 +9,7 @@ from starlette.requests import Request
 from server.config import HttpConfig
 from server.engine.request import Service
 from server.http.disconnect import Closing
+from server.jobs.training import Training
 from server.metrics import Metrics
 
 
@@ -17,12 +18,14 @@ class Context:
     """The engine, the limits of HTTP, and where numbers go.
 
     Attributes:
+        training: what files and fine-tuning jobs are asked of; None = this server has neither.
         closing: closed when the time to drain is over; answers that still run end with an error.
     """
 
     service: Service
     config: HttpConfig
     metrics: Metrics
+    training: Training | None
     closing: Closing = field(default_factory=Closing)
 
 
@@ -31,3 +34,10 @@ def context_of(request: Request) -> Context:
     context = request.app.state.context
     assert isinstance(context, Context)
     return context
+
+
+def training_of(request: Request) -> Training:
+    """Fine-tuning, for the routes that only an app with it has."""
+    training = context_of(request).training
+    assert training is not None
+    return training

@@ -10,6 +10,7 @@ HTTP's own errors are here too::
         ├── NotAllowed              an admin route, from somewhere that may not use it
         ├── BodyTooLarge            more bytes than ``--max-body-bytes``
         ├── BodyNotJson             the body is declared as something else than JSON
+        ├── BodyNotMultipart        an upload is declared as something else than a form
         └── ClientDisconnected      nobody is left to answer; only the log sees it
 """
 
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters import errors as adapter
 from server import errors as request
 from server.http.record import record_of
+from server.jobs import errors as jobs
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,10 @@ class BodyNotJson(HttpError):
     """The body's media type is not ``application/json``."""
 
 
+class BodyNotMultipart(HttpError):
+    """The body's media type is not ``multipart/form-data``."""
+
+
 class ClientDisconnected(HttpError):
     """The client went away before its answer was complete."""
 
@@ -96,6 +102,12 @@ SHAPES: dict[type[BaseException], Shape] = {
     NotAllowed: Shape(403, "permission_error", "admin_only"),
     BodyTooLarge: Shape(413, _INVALID, "body_too_large"),
     BodyNotJson: Shape(415, _INVALID, "unsupported_media_type"),
+    BodyNotMultipart: Shape(415, _INVALID, "unsupported_media_type"),
+    jobs.FileNotKnown: Shape(404, _INVALID, "file_not_found"),
+    jobs.FileInUse: Shape(400, _INVALID, "file_in_use"),
+    jobs.JobNotKnown: Shape(404, _INVALID, "fine_tuning_job_not_found"),
+    jobs.JobConflict: Shape(400, _INVALID, "invalid_job_state"),
+    jobs.StorageFull: Shape(507, "server_error", "disk_full"),
     ClientDisconnected: Shape(499, _INVALID, "client_disconnected"),
     adapter.AdapterNotFound: Shape(404, _INVALID, "adapter_not_found"),
     adapter.AdapterNameInvalid: Shape(400, _INVALID, "adapter_name_invalid"),

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits
+from adapters.base.load import layout_of as base_layout
 from adapters.sites import BaseLayout, Site
 
 LIMITS = Limits(max_rank=64, max_bytes=10_000_000)
@@ -24,9 +25,18 @@ MODULES = {
     "model.layers",
     "model.layers.0",
     "model.layers.0.self_attn",
+    "model.layers.0.norm",
     "lm_head",
 }
-LAYOUT = BaseLayout(SITES, frozenset(MODULES | SITES.keys()), "some-lab/Tiny-1B")
+LAYOUT = BaseLayout(
+    SITES,
+    frozenset(MODULES | SITES.keys()),
+    "some-lab/Tiny-1B",
+    embedding=Site("model.embed_tokens", 16, 8),
+    head=Site("lm_head", 8, 16),
+    norms={"model.layers.0.norm": {"weight": 8}},
+    biases=frozenset({Q}),
+)
 
 
 def key(site: str, side: str) -> str:
@@ -68,7 +78,4 @@ def tiny_llama() -> Any:
 
 def layout_of(model: Any) -> BaseLayout:
     """What the base would say of itself."""
-    modules = dict(model.named_modules())
-    linears = {name: m for name, m in modules.items() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
-    sites = {name: Site(name, m.in_features, m.out_features) for name, m in linears.items()}
-    return BaseLayout(sites, frozenset(modules), "some-lab/Tiny-Llama")
+    return base_layout(model, "some-lab/Tiny-Llama")

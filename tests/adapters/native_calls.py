@@ -16,7 +16,7 @@ from torch import Tensor
 from adapters.kernels import Segment
 from adapters.native import library
 from adapters.native.structs import AttentionCall, HeadCall, LoraCall, Pages, Tokens
-from adapters.rank_pool import SitePool
+from adapters.site_pool import SitePool
 
 ISAS = ["avx512bf16", "avx2", "portable"]
 TILE = 16

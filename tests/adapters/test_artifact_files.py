@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits, load_adapter
-from adapters.artifact.plan import plan_sites
+from adapters.artifact.plan import plan_adapter
 from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
 
@@ -126,9 +126,9 @@ def test_files_that_are_no_safetensors(folder: Path, data: bytes) -> None:
 def test_a_file_written_to_while_it_is_read_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def touch_and_plan(*args: Any) -> Any:
         os.utime(folder / WEIGHTS_FILE, ns=(1, 1))
-        return plan_sites(*args)
+        return plan_adapter(*args)
 
-    monkeypatch.setattr("adapters.artifact.load.plan_sites", touch_and_plan)
+    monkeypatch.setattr("adapters.artifact.load.plan_adapter", touch_and_plan)
     with pytest.raises(AdapterChanged, match=f"{WEIGHTS_FILE} was written to while it was read"):
         _load(folder)
 

@@ -16,10 +16,11 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, r"peft_type is 'ADALORA'; only 'LORA'"),
     ({"peft_type": None}, r"peft_type is None; only 'LORA'"),
     ({"task_type": "SEQ_CLS"}, r"task_type is 'SEQ_CLS'"),
-    ({"use_dora": True}, r"use_dora is set: DoRA scales"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save is set: whole modules"),
-    ({"bias": "lora_only"}, r"bias is 'lora_only': trained biases"),
-    ({"lora_bias": True}, r"lora_bias is set"),
+    (
+        {"modules_to_save": ["k_proj", "self_attn"]},
+        r"modules_to_save: 'model.layers.0.self_attn' of",
+    ),
+    ({"modules_to_save": "q_proj"}, rf"modules_to_save: '{Q}' of the base is neither a norm nor"),
     ({"trainable_token_indices": [1]}, r"trainable_token_indices is set"),
     ({"layer_replication": [[0, 1]]}, r"layer_replication is set"),
     ({"target_parameters": ["experts.up_proj"]}, r"target_parameters is set"),
@@ -41,7 +42,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "loftq"}, r"init_lora_weights is 'loftq'.*replace_lora_weights_loftq"),
     ({"init_lora_weights": "brand_new"}, r"init_lora_weights is 'brand_new', which is not known"),
     ({"hyper_lora": {"depth": 2}}, r"hyper_lora is set .* does not know what it means"),
-    ({"target_modules": ["q_proj", "embed_tokens"]}, r"'model.embed_tokens' of the base is not a linear"),
     ({"target_modules": r".*\.self_attn"}, r"'model.layers.0.self_attn' of the base is not a linear"),
 ]
 
@@ -59,6 +59,16 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": ["0"]}, r"layers_to_transform in adapter_config.json must be an integer or"),
     ({"layers_pattern": "layers"}, r"layers_pattern needs layers_to_transform"),
     ({"target_modules": "x", "layers_to_transform": [0]}, r"need target_modules to be a list of names"),
+    ({"use_dora": True}, rf"{Q} has only lora_A, lora_B; its magnitude is missing"),
+    ({"lora_bias": True}, rf"{Q} has only lora_A, lora_B; its lora_B.bias is missing"),
+    ({"use_dora": True, "lora_bias": True}, r"use_dora and lora_bias exclude each other"),
+    ({"use_dora": "yes"}, r"use_dora in adapter_config.json must be true or false"),
+    ({"bias": "some"}, r"bias in adapter_config.json must be 'none', 'all' or 'lora_only', not 'some'"),
+    ({"bias": "lora_only"}, rf"bias is 'lora_only', but the file has no bias of {Q}"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save names lm_head, but the file has no weight of it"),
+    ({"modules_to_save": ["score"]}, r"modules_to_save \['score'\] matches no module of the base"),
+    ({"modules_to_save": [1]}, r"modules_to_save in adapter_config.json must be a string or a list"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, r"names have no tensors: model.embed_tokens"),
     ({"base_model_name_or_path": 7}, r"base_model_name_or_path in adapter_config.json must be a string"),
     ({"r": 8}, r"has shape \[4, 8\]; rank 8 of the config"),
     ({"target_modules": ["q_proj"]}, rf"1 modules have tensors, but target_modules does not name them: {V}"),
@@ -98,6 +108,7 @@ def _swap(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in result.items() if tensor is not None}
 
 
+EMBED = "base_model.model.model.embed_tokens"
 FOUR = torch.ones(4, 8)
 TENSORS: list[tuple[dict[str, torch.Tensor | None], type[Exception], str]] = [
     (
@@ -126,18 +137,36 @@ TENSORS: list[tuple[dict[str, torch.Tensor | None], type[Exception], str]] = [
     ),
     ({key(Q.replace("q_proj", "q_prj"), "A"): FOUR}, AdapterInvalid, rf"the nearest are {Q}"),
     ({key("transformer.h.0.attn.c_attn", "A"): FOUR}, AdapterInvalid, r"seems to be for another base"),
-    ({key("lm_head", "A"): FOUR}, AdapterUnsupported, r"'lm_head' of the base is not a linear"),
+    ({key("lm_head", "A"): FOUR}, AdapterInvalid, r"but target_modules does not name them: lm_head"),
+    (
+        {key("model.layers.0.norm", "A"): FOUR},
+        AdapterUnsupported,
+        r"'model.layers.0.norm' of the base is",
+    ),
     (
         {"base_model.model.model.embed_tokens.lora_embedding_A": FOUR},
-        AdapterUnsupported,
-        r"LoRA on embeddings",
+        AdapterInvalid,
+        r"but target_modules does not name them: model.embed_tokens",
     ),
-    ({f"base_model.model.{Q}.lora_magnitude_vector": FOUR}, AdapterUnsupported, r"belongs to DoRA"),
-    ({f"base_model.model.{Q}.lora_B.bias": FOUR}, AdapterUnsupported, r"a bias on lora_B"),
-    ({f"base_model.model.{Q}.bias": FOUR}, AdapterUnsupported, r"trained biases"),
-    ({"base_model.model.lm_head.weight": FOUR}, AdapterUnsupported, r"save_embedding_layers=False"),
-    ({"base_model.model.score.modules_to_save.weight": FOUR}, AdapterUnsupported, r"without modules_to_save"),
-    ({"optimizer.state": FOUR}, AdapterInvalid, r"'optimizer.state' is no LoRA tensor"),
+    ({f"base_model.model.{Q}.lora_magnitude_vector": FOUR}, AdapterInvalid, r"but use_dora is false"),
+    ({f"base_model.model.{Q}.lora_B.bias": FOUR}, AdapterInvalid, r"but lora_bias is false"),
+    ({f"base_model.model.{Q}.bias": FOUR}, AdapterInvalid, r"bias='none' of the config and the base do not"),
+    ({f"base_model.model.{V}.bias": FOUR}, AdapterInvalid, r"bias='none' of the config and the base do not"),
+    ({f"base_model.model.{Q}.weight": FOUR}, AdapterUnsupported, r"would replace the base's .*q_proj"),
+    ({"base_model.model.model.layers.0.norm.weight": FOUR}, AdapterUnsupported, r"modules_to_save does not"),
+    (
+        {"base_model.model.lm_head.weight": FOUR},
+        AdapterInvalid,
+        r"shape \[4, 8\].* has \[16, 8\]; a base",
+    ),
+    (
+        {"base_model.model.score.modules_to_save.weight": FOUR},
+        AdapterInvalid,
+        r"matches no module of the base",
+    ),
+    ({f"{EMBED}.token_adapter.trainable_tokens_delta": FOUR}, AdapterUnsupported, r"trainable_token_indices"),
+    ({f"{Q}.lora_E.default": FOUR}, AdapterUnsupported, r"a kind of LoRA that this server does not know"),
+    ({"optimizer.state": FOUR}, AdapterInvalid, r"'optimizer.state' is none that PEFT's LoRA writes"),
     ({f"{Q}.lora_A.weight": FOUR}, AdapterInvalid, r"are the same tensor's names"),
 ]
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.artifact import Adapter, AdapterInfo, LoraWeights
+from adapters.artifact import Adapter, AdapterInfo, Adjustment, End, Extras, LoraWeights
 from adapters.kernels import LoraKernel, Segment
 from adapters.kernels.native import NativeLora
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.segmented import segmented_lora
-from adapters.rank_pool import RankPool
+from adapters.rank_pool import EXTRAS, RankPool
 from adapters.rows import RowAllocator
 from adapters.sites import Site
 from tests.adapters.native_calls import ISAS, using
@@ -32,7 +32,8 @@ def _kernel(backend: str) -> Iterator[LoraKernel]:
             yield NativeLora(loaded)
 
 
-def _adapter(ranks: dict[str, int], seed: int = 0) -> Adapter:
+def _adapter(ranks: dict[str, int], seed: int = 0, adjusts: str = "") -> Adapter:
+    """``adjusts``: which vectors it has at the site "q"."""
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: LoraWeights(
@@ -41,7 +42,12 @@ def _adapter(ranks: dict[str, int], seed: int = 0) -> Adapter:
         )
         for name, rank in ranks.items()
     }
-    return Adapter(AdapterInfo(f"digest{seed}", ranks, 0, None, ()), weights)
+    scale, shift = (
+        torch.randn(SITES["q"].out_features, generator=generator) if which in adjusts else None
+        for which in ("scale", "shift")
+    )
+    adjustments = {"q": Adjustment(scale, shift)} if adjusts else {}
+    return Adapter(AdapterInfo(f"digest{seed}", ranks, 0, None, ()), weights, Extras(adjustments))
 
 
 def _insert(pool: RankPool, adapter: Adapter) -> int:
@@ -79,7 +85,7 @@ def test_absent_sites_take_no_rows_and_ranks_are_not_padded() -> None:
     pool = RankPool(SITES, 8, torch.float32)
     _insert(pool, _adapter({"q": 5}))
     assert pool.rows_used == 5
-    assert pool.missing_rows({"q": 4, "down": 8}) == {"q": 1}
+    assert pool.missing({"q": 4, "down": 8}) == {"q": 1}
     assert pool.reserve({"q": 4}) is None
     assert pool.rows_used == 5
     pool.check_integrity()
@@ -105,6 +111,62 @@ def test_every_site_knows_every_slot() -> None:
         known = len(site._tables[-1][1])
         assert known > max(slots)
         assert [ranks[slot] for slot in range(known)] == [len(site._lists.get(i, ())) for i in range(known)]
+
+
+def _extras(seed: int) -> Extras:
+    """A little of everything; what ``seed`` says."""
+    vector = torch.randn(12)
+    matrix, pair = torch.randn(6, 12), LoraWeights(torch.randn(3, 12), torch.randn(3, 6))
+    return Extras(
+        {"q": Adjustment(torch.randn(20), None)} if seed % 2 else {},
+        {"norm": {"weight": vector}} if seed % 3 else {},
+        End(matrix if seed % 5 else None, LoraWeights(torch.randn(2, 6), torch.randn(2, 12)), None),
+        End(None, pair if seed % 7 else None, Adjustment(None, torch.randn(6))) if seed % 4 else None,
+    )
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 400)), max_size=30))
+def test_rows_and_bytes_of_extras_are_taken_and_given_back_together(
+    history: list[tuple[bool, int, int]],
+) -> None:
+    pool = RankPool(SITES, 8, torch.float32, norms=["norm"], extra_bytes=1000)
+    live: dict[int, tuple[int, int]] = {}
+    for give, rank, nbytes in history:
+        if give and live:
+            slot = sorted(live)[rank % len(live)]
+            pool.free(slot)
+            del live[slot]
+        else:
+            needs = ({"q": rank} if rank else {}) | {EXTRAS: nbytes}
+            fits = sum(r for r, _ in live.values()) + rank <= 8 and pool.extras.used + nbytes <= 1000
+            new = pool.reserve(needs)
+            assert (new is not None) == fits == (not pool.missing(needs) or new is not None)
+            if new is not None:
+                live[new] = (rank, nbytes)
+                adapter = _adapter({"q": rank} if rank else {})
+                pool.write(new, Adapter(adapter.info, adapter.weights, _extras(nbytes)))
+        pool.check_integrity()
+        assert pool.rows_used == sum(r for r, _ in live.values())
+        assert pool.extras.used == sum(n for _, n in live.values())
+    for slot in live:
+        pool.free(slot)
+    pool.check_integrity()
+    assert pool.extras.used == pool.rows_used == 0
+    assert not any(pool.extras.get(slot) for slot in range(40))
+
+
+def test_native_kernels_find_an_adapters_own_norm_and_nobody_elses() -> None:
+    pool = RankPool(SITES, 40, torch.float32, norms=["norm"], extra_bytes=1000)
+    slots = [_insert(pool, _adapter({"q": 1}, seed)) for seed in range(20)]
+    weight = torch.randn(12)
+    pool.extras.write(slots[17], Extras(norms={"norm": {"weight": weight}}))
+    cell = ctypes.c_void_p.from_address(pool.extras.norms["norm"].cell).value
+    table = ctypes.cast(cell or 0, ctypes.POINTER(ctypes.c_void_p))
+    assert [slot for slot in range(20) if table[slot]] == [slots[17]]
+    found = ctypes.cast(table[slots[17]] or 0, ctypes.POINTER(ctypes.c_float))
+    assert found[:12] == weight.tolist()
+    pool.free(slots[17])
+    assert not table[slots[17]]
 
 
 def test_rows_that_were_never_written_can_be_given_back() -> None:
@@ -136,28 +198,34 @@ def _check_each_token_alone(
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(-1, 5), st.integers(1, 4)), min_size=1, max_size=8),
-    st.lists(st.integers(0, 5), min_size=6, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from(["", "", "scale", "shift", "scale shift"])),
+        min_size=6,
+        max_size=6,
+    ),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.integers(0, 1000),
 )
 @pytest.mark.parametrize("backend", ["segmented", *ISAS])
 def test_every_kernel_equals_the_reference(
-    backend: str, runs: list[tuple[int, int]], ranks: list[int], dtype: torch.dtype, seed: int
+    backend: str, runs: list[tuple[int, int]], ranks: list[tuple[int, str]], dtype: torch.dtype, seed: int
 ) -> None:
-    """Who shares an adapter, ranks (0 = the site is absent), rows with holes and base tokens all vary."""
+    """Who shares an adapter, ranks (0 = the site is absent), scales and shifts, rows with holes and base
+    tokens all vary.
+    """
     dtype = dtype if backend == "segmented" else torch.bfloat16
     pool = RankPool(SITES, 40, dtype)
     torch.manual_seed(seed)
     fillers = [_insert(pool, _adapter({"q": 1 + i % 3})) for i in range(3)]
     slots = [
-        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, seed=i))
-        for i, rank in enumerate(ranks[:3])
+        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, i, adjusts))
+        for i, (rank, adjusts) in enumerate(ranks[:3])
     ]
     for filler in fillers:
         pool.free(filler)  # leaves holes, so that the next adapters' rows are scattered
     slots += [
-        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, seed=i))
-        for i, rank in enumerate(ranks[3:])
+        _insert(pool, _adapter({"q": rank, "down": 1} if rank else {"down": 2}, i, adjusts))
+        for i, (rank, adjusts) in enumerate(ranks[3:])
     ]
     segments, token = [], 0
     for slot, length in runs:

@@ -24,8 +24,8 @@ SITES = {"q": Site("q", 4, 4), "v": Site("v", 4, 4)}
 NBYTES = 1000
 
 
-def _version(name: str, rank: int = 4) -> Version:
-    info = AdapterInfo(f"digest-{name}", {"q": rank}, NBYTES, None, ())
+def _version(name: str, rank: int = 4, extra_bytes: int = 0) -> Version:
+    info = AdapterInfo(f"digest-{name}", {"q": rank}, NBYTES, None, (), extra_bytes)
     return Version(name, info.digest, Path(name), info, 0.0)
 
 
@@ -39,7 +39,7 @@ class World:
         self.weights: list[weakref.ref[torch.Tensor]] = []
         self.gate = threading.Event()
         self.gate.set()
-        pool = RankPool(SITES, rows, torch.float32)
+        pool = RankPool(SITES, rows, torch.float32, extra_bytes=100)
         self.residency = Residency(pool, self._load, host_adapters * NBYTES, clock=lambda: self.now)
 
     def _load(self, version: Version) -> Adapter:
@@ -106,6 +106,29 @@ def test_the_host_tier_is_bounded() -> None:
     assert world.residency.host.nbytes == 2 * NBYTES
     world.touch(_version("a"))
     assert world.reads == ["a", "b", "c", "d", "a"]
+
+
+def test_bytes_of_extras_are_room_like_rows() -> None:
+    world = World(rows=40)
+    small, large, plain = _version("small", 1, 40), _version("large", 1, 70), _version("plain", 1)
+    world.pin(small)
+    assert world.residency.pin(large) is None
+    world.settled()
+    assert world.residency.pin(small) is None, "closed, so that it drains"
+    assert world.pin(plain) is not None, "which has no extras, and is in nobody's way"
+    world.residency.unpin(small.digest)
+    world.pin(large)
+    world.residency.check_integrity()
+    assert [world.residency.tier(v.digest) for v in (small, large, plain)] == ["host", "device", "device"]
+
+
+def test_extras_that_can_never_fit_are_refused_with_the_remedy() -> None:
+    world = World()
+    version = _version("a", 1, 101)
+    world.residency.pin(version)
+    world.settled()
+    with pytest.raises(AdapterTooLarge, match=r"101 bytes besides its rank rows.*--lora-extra-memory"):
+        world.residency.pin(version)
 
 
 def test_a_pinned_adapter_stays_whatever_comes() -> None:
@@ -210,7 +233,7 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
     world = World(rows=8)
     pinned: list[str] = []
     for number, rank, keep in history:
-        version = _version(f"{number}-{rank}", rank)
+        version = _version(f"{number}-{rank}", rank, extra_bytes=20 * (number % 3))
         if world.residency.pin(version) is not None:
             pinned.append(version.digest)
         world.settled()

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,11 +56,11 @@ def timeout() -> float:
 
 @pytest.fixture
 async def process(
-    engine: FakeEngine, timeout: float
+    engine: FakeEngine, timeout: float, tmp_path: Path
 ) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
     """The server of this process, as a task, with a client; one chat hangs in it already."""
     listener = serve._bind("127.0.0.1", 0)
-    config = from_args(["--shutdown-timeout", str(timeout)], {})
+    config = from_args(["--home", str(tmp_path), "--shutdown-timeout", str(timeout)], {})
     task = asyncio.create_task(serve.serve(engine, config, listener))
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
         while True:

@@ -1,4 +1,5 @@
 // LoRA over rank rows:  y_t += sum over j in rows(adapter of t) of (A_j . x_t) B_j
+// Before that, for the few adapters that ask for it:  y_t = scale * y_t + shift
 //
 // shrink: h_tj = A_j . x_t, sixteen partial sums along the input, then one number, rounded to bf16
 // expand: y_t += h_t B, two rows of B at a time, in the order of the adapter's row list, on float32
@@ -31,15 +32,31 @@ static inline void shrink_tile(const bf16* const* x, const bf16* const* a, int64
         for (int j = 0; j < R; j++) h[t][j] = sum(acc[t][j]);
 }
 
+// Up to 32 columns of T tokens, c from where on.
+template <int T>
+static inline void adjust_chunk(const Adjust& adjust, f32x16 acc[T][2], int64_t c, int64_t left) {
+    for (int i = 0; i < (left > 16 ? 2 : 1); i++) {
+        const int64_t at = c + 16 * i, bytes = 4 * least(16, left - 16 * i);
+        f32x16 scale = {}, shift = {};
+        if (adjust.scale != nullptr) __builtin_memcpy(&scale, adjust.scale + at, bytes);
+        if (adjust.shift != nullptr) __builtin_memcpy(&shift, adjust.shift + at, bytes);
+        for (int t = 0; t < T; t++) {
+            if (adjust.scale != nullptr) acc[t][i] = acc[t][i] * scale;
+            acc[t][i] = acc[t][i] + shift;
+        }
+    }
+}
+
 // 32 columns of y, or the `left` last ones, for T tokens: in registers, over all pairs of rows.
 template <int T>
-static inline void expand_chunk(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* h, int64_t h_stride,
-                                bf16* const* y, int64_t c, int64_t left) {
+static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
+                                const bf16* h, int64_t h_stride, bf16* const* y, int64_t c, int64_t left) {
     f32x16 acc[T][2];
     for (int t = 0; t < T; t++) {
         acc[t][0] = load_floats(y[t] + c, left);
         acc[t][1] = left > 16 ? load_floats(y[t] + c + 16, left - 16) : f32x16{};
     }
+    if (adjust.scale != nullptr || adjust.shift != nullptr) adjust_chunk<T>(adjust, acc, c, left);
     for (int64_t j = 0; j < rank; j += 2) {
         const bf16* b0 = site.b + rows[j] * site.out + c;
         const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
@@ -58,16 +75,16 @@ static inline void expand_chunk(const LoraSite& site, const int32_t* rows, int64
 }
 
 template <int T>
-static inline void expand(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* h, int64_t h_stride,
-                          bf16* const* y) {
+static inline void expand(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank, const bf16* h,
+                          int64_t h_stride, bf16* const* y) {
     int64_t c = 0;
-    for (; c + 32 <= site.out; c += 32) expand_chunk<T>(site, rows, rank, h, h_stride, y, c, 32);
-    if (c < site.out) expand_chunk<T>(site, rows, rank, h, h_stride, y, c, site.out - c);
+    for (; c + 32 <= site.out; c += 32) expand_chunk<T>(site, adjust, rows, rank, h, h_stride, y, c, 32);
+    if (c < site.out) expand_chunk<T>(site, adjust, rows, rank, h, h_stride, y, c, site.out - c);
 }
 
 template <int T>
-static inline void lora_tokens(const LoraSite& site, const int32_t* rows, int64_t rank, const bf16* x, int64_t x_stride,
-                               bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
+static inline void lora_tokens(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
+                               const bf16* x, int64_t x_stride, bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
     constexpr int R = T == 1 ? 8 : 2;
     const bf16* xs[T];
     bf16* ys[T];
@@ -89,7 +106,7 @@ static inline void lora_tokens(const LoraSite& site, const int32_t* rows, int64_
     }
     if (rank % 2)
         for (int t = 0; t < T; t++) h[t * h_stride + rank] = 0;
-    expand<T>(site, rows, rank, h, h_stride, ys);
+    expand<T>(site, adjust, rows, rank, h, h_stride, ys);
 }
 
 struct LoraTask {
@@ -100,16 +117,22 @@ static void lora_task(const LoraCall& call, const LoraTask& task) {
     const LoraSite& site = *call.sites[task.site];
     const int64_t rank = site.ranks[task.slot], h_stride = rank + rank % 2;
     const int32_t* rows = site.rows[task.slot];
+    const Adjust& adjust = site.adjusts[task.slot];
     static thread_local Buffer<bf16> kept;
-    bf16* h = kept.at_least(TOKENS * h_stride);
+    bf16* h = kept.at_least(TOKENS * most_of(h_stride, 2));
     const int64_t y_stride = call.y_strides[task.site];
     int64_t t = task.start;
     for (; t + TOKENS <= task.stop; t += TOKENS)
-        lora_tokens<TOKENS>(site, rows, rank, call.x + t * call.x_stride, call.x_stride,
+        lora_tokens<TOKENS>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
                             call.y[task.site] + t * y_stride, y_stride, h, h_stride);
     for (; t < task.stop; t++)
-        lora_tokens<1>(site, rows, rank, call.x + t * call.x_stride, call.x_stride,
+        lora_tokens<1>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
                        call.y[task.site] + t * y_stride, y_stride, h, h_stride);
+}
+
+static bool touches(const LoraSite& site, int64_t slot) {
+    const Adjust& adjust = site.adjusts[slot];
+    return site.ranks[slot] != 0 || adjust.scale != nullptr || adjust.shift != nullptr;
 }
 
 static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
@@ -117,7 +140,7 @@ static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
     for (int64_t i = 0; i < call.n_segments; i++) {
         const Segment& s = call.segments[i];
         for (int64_t site = 0; site < call.n_sites; site++) {
-            if (call.sites[site]->ranks[s.slot] == 0) continue;
+            if (!touches(*call.sites[site], s.slot)) continue;
             for (int64_t t = s.start; t < s.stop; t += TASK_TOKENS)
                 tasks[count++] = {site, s.slot, t, least(t + TASK_TOKENS, s.stop)};
         }

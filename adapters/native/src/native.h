@@ -8,13 +8,19 @@
 
 typedef uint16_t bf16;
 
-// One linear's adapters, all of them: rank rows, and by slot which rows are whose (see adapters/rank_pool.py).
+// What becomes of a linear's own output for one adapter, in float32: y = scale * y + shift. Null = by 1, by 0.
+struct Adjust {
+    const float *scale, *shift;  // [out]
+};
+
+// One linear's adapters, all of them: rank rows, and by slot which rows are whose (see adapters/site_pool.py).
 struct LoraSite {
     const bf16* a;               // [rows, in]
     const bf16* b;               // [rows, out], the adapters' scale folded in
     int64_t in, out;
     const int32_t* const* rows;  // [slots] the slot's rows
-    const int32_t* ranks;        // [slots] how many; 0 = the adapter does not touch this linear
+    const int32_t* ranks;        // [slots] how many; may be 0
+    const Adjust* adjusts;       // [slots]
 };
 
 // Tokens [start, stop) use the adapter in `slot`.
@@ -83,11 +89,15 @@ struct LinearCall {
     const bf16* codebook;          // [16] NF4's values
 };
 
-// One decoder block. Norm weights are float32 [hidden] (head norms [head_dim]); null = there is no such norm.
+// One norm's weights, float32: the base's (null = there is no such norm), and those of adapters with their own.
+struct Norm {
+    const float* weight;             // [hidden], or [head_dim] of the head norms
+    const float* const* const* own;  // a cell -> [slots]; null = the base's
+};
+
 struct Block {
     Linear q, k, v, o, gate, up, down;
-    const float *norm_before_attention, *norm_after_attention, *norm_before_mlp, *norm_after_mlp;
-    const float *q_norm, *k_norm;
+    Norm norm_before_attention, norm_after_attention, norm_before_mlp, norm_after_mlp, q_norm, k_norm;
     Pages pages;
     int64_t window;
 };
@@ -111,6 +121,7 @@ struct StackCall {
     const Tokens* tokens;
     const Segment* segments;
     int64_t n_segments;
+    const int64_t* norm_slots;   // [tokens] whose norms, -1 = the base's; null = the base's for all
     Scratch scratch;
     int64_t* nanoseconds;        // [PARTS] added to
 };

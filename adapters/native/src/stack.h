@@ -63,15 +63,27 @@ static void each_token(const Walker& w, F f) {
     w.team.share(w.count, [&](int64_t i) { f(w.begin + i); });
 }
 
-// x += what a half of a block gave; then the norm before the next half, if there is one.
-static void add_and_norm(const Walker& w, const float* norm_after, const float* norm_before) {
-    const int64_t hidden = w.call.hidden;
-    const float eps = w.call.eps;
+// The weights for token t.
+static inline const float* weight_of(const StackCall& call, const Norm& norm, int64_t t) {
+    const int64_t slot = call.norm_slots != nullptr ? call.norm_slots[t] : -1;
+    const float* own = slot >= 0 ? (*norm.own)[slot] : nullptr;
+    return own != nullptr ? own : norm.weight;
+}
+
+// out = norm(x) for token t, if there is such a norm.
+static inline void normalise(const StackCall& call, const Norm& norm, int64_t t, const bf16* x, int64_t n, bf16* out) {
+    if (norm.weight != nullptr) rms_norm(x, weight_of(call, norm, t), n, call.eps, out);
+}
+
+// x += what a half of a block gave; then the norm before the next half.
+static void add_and_norm(const Walker& w, const Norm& after, const Norm& before) {
+    const StackCall& call = w.call;
+    const int64_t hidden = call.hidden;
     each_token(w, [&](int64_t t) {
-        bf16 *x = w.call.x + t * hidden, *delta = w.call.scratch.delta + t * hidden;
-        if (norm_after != nullptr) rms_norm(delta, norm_after, hidden, eps, delta);
+        bf16 *x = call.x + t * hidden, *delta = call.scratch.delta + t * hidden;
+        normalise(call, after, t, delta, hidden, delta);
         add_row(x, delta, hidden);
-        if (norm_before != nullptr) rms_norm(x, norm_before, hidden, eps, w.call.scratch.normed + t * hidden);
+        normalise(call, before, t, x, hidden, call.scratch.normed + t * hidden);
     });
 }
 
@@ -87,8 +99,7 @@ static void attention_half(const Walker& w, const Block& b) {
         const float* sines = call.sines + call.tokens->positions[t] * dim;
         for (int64_t i = 0; i < q_size + kv_size; i += dim) {
             bf16* head = s.qkv + t * stride + i;
-            const float* norm = i < q_size ? b.q_norm : b.k_norm;
-            if (norm != nullptr) rms_norm(head, norm, dim, call.eps, head);
+            normalise(call, i < q_size ? b.q_norm : b.k_norm, t, head, dim, head);
             rotate_head(head, cosines, sines, dim);
         }
         store_kv(a, t);
@@ -114,14 +125,14 @@ static void mlp_half(const Walker& w, const Block& b) {
 static void walk(const Walker& w) {
     const StackCall& call = w.call;
     each_token(w, [&](int64_t t) {
-        rms_norm(call.x + t * call.hidden, call.blocks[0].norm_before_attention, call.hidden, call.eps,
-                 call.scratch.normed + t * call.hidden);
+        normalise(call, call.blocks[0].norm_before_attention, t, call.x + t * call.hidden, call.hidden,
+                  call.scratch.normed + t * call.hidden);
     });
     for (const Block *b = call.blocks, *end = b + call.n_blocks; b < end; b++) {
         attention_half(w, *b);
         add_and_norm(w, b->norm_after_attention, b->norm_before_mlp);
         mlp_half(w, *b);
-        add_and_norm(w, b->norm_after_mlp, b + 1 < end ? b[1].norm_before_attention : nullptr);
+        add_and_norm(w, b->norm_after_mlp, b + 1 < end ? b[1].norm_before_attention : Norm{});
     }
 }
 

@@ -57,6 +57,7 @@ def build_model(base: LoadedBase, pool: RankPool, block_size: int, max_tokens: i
         fused = FusedModel(stock, pool, max_tokens)
         reason = fused.differs_from(stock, block_size)
         if reason is None:
+            fused.adopt(pool)
             return fused
     log.info("transformers' own blocks are used: %s", reason)
     return stock

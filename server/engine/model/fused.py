@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from adapters.native import isa, library
-from adapters.native.structs import STACK_PARTS, HeadCall, Scratch, StackCall
+from adapters.native.structs import STACK_PARTS, Scratch, StackCall
 from adapters.rank_pool import RankPool
+from adapters.site_pool import IntArray
 from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
 from server.engine.kv_cache import BlockTable, chain_root
-from server.engine.model.fused_weights import LINEARS, FusedWeights
+from server.engine.model.fused_head import FusedHead
+from server.engine.model.fused_weights import LINEARS, FusedWeights, pack_head
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.request import SamplingParams
@@ -90,7 +92,9 @@ class FusedModel:
         self._model: Any = stock.model
         self._config: Any = stock.model.config
         self.shapes = stock.shapes
+        self._lora = stock.lora
         self._weights = FusedWeights(stock.model, pool, stock.kinds)
+        self._head = FusedHead(stock, self._weights, loaded)
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -136,34 +140,31 @@ class FusedModel:
         assert self._tokens is not None
         tokens, _, last = flatten(chunks)
         self._tokens.begin(chunks)
-        segments = np.array(lora_segments(chunks), np.int64).reshape(-1, 3)
+        rows = last if rows is None else rows
+        self._lora.begin(lora_segments(chunks), rows)
+        segments = np.array(self._lora.segments, np.int64).reshape(-1, 3)
+        norm_slots = self._norm_slots(len(tokens))
         x = self._model.model.embed_tokens(tokens)
         call = self._call
         call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
         call.segments, call.n_segments = segments.ctypes.data, len(segments)
+        call.norm_slots = None if norm_slots is None else norm_slots.ctypes.data
         self._library.manylora_stack(byref(call))
-        return self.head(x, last if rows is None else rows)
+        return self._head(x, rows)
 
-    def head(self, x: Tensor, rows: Tensor) -> Tensor:
-        """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
-        vocabulary, n = self._model.lm_head.weight.shape[0], len(rows)
-        out = torch.empty(n, -(-vocabulary // 16) * 16)
-        normed = torch.empty(n, x.shape[1], dtype=x.dtype)
-        call = HeadCall(
-            x=x.data_ptr(),
-            rows=rows.data_ptr(),
-            n=n,
-            hidden=x.shape[1],
-            vocabulary=vocabulary,
-            norm=self._weights.final_norm.data_ptr(),
-            eps=self._config.rms_norm_eps,
-            softcap=getattr(self._config, "final_logit_softcapping", None) or 0.0,
-            w=self._weights.head.data_ptr(),
-            normed=normed.data_ptr(),
-            out=out.data_ptr(),
-        )
-        self._library.manylora_head(byref(call))
-        return out[:, :vocabulary]
+    def adopt(self, pool: RankPool) -> None:
+        """From now on adapters' own heads and norms come as the native kernels want them."""
+        pool.extras.pack_head, pool.extras.norm_weight = pack_head, self._weights.norm_weight
+
+    def _norm_slots(self, count: int) -> IntArray | None:
+        """By token, whose norms; None if nobody in the step has any of their own."""
+        own = [part for part in self._lora.own if part.extras.norms]
+        if not own:
+            return None
+        slots = np.full(count, -1, np.int64)
+        for slot, start, stop, _ in own:
+            slots[start:stop] = slot
+        return slots
 
     def differs_from(self, stock: StockModel, block_size: int) -> str | None:
         """Run both on a made-up prompt; says so if this is not the model that transformers would run.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.lora import LoraLinear
-from adapters.native.structs import Block, Linear
+from adapters.native.structs import Block, Linear, Norm
 from adapters.rank_pool import RankPool
 from server.engine.attention import LayerAttention
 
@@ -55,18 +55,18 @@ class FusedWeights:
             self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
             self.blocks[i].window = kinds[i].window or 0
         self.codebook = self._keep(_codebook(layers[0]))
-        self.final_norm = self._norm(model.model.norm)
+        self.final_norm = self._keep(self.norm_weight(model.model.norm.weight.detach()))
         self.head = self._keep(pack_head(model.lm_head.weight.detach()))
 
     def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
         for field, path in LINEARS.items():
             setattr(block, field, self._linear(layer.get_submodule(path), pool, f"{name}.{path}"))
         for field, path in (GEMMA2_NORMS if self._model_type == "gemma2" else BLOCK_NORMS).items():
-            setattr(block, field, self._norm(layer.get_submodule(path)).data_ptr())
+            setattr(block, field, self._norm(layer.get_submodule(path), pool, f"{name}.{path}"))
         for field in ("q_norm", "k_norm"):
             norm = getattr(layer.self_attn, field, None)
             if norm is not None:
-                setattr(block, field, self._norm(norm).data_ptr())
+                setattr(block, field, self._norm(norm, pool, f"{name}.self_attn.{field}"))
 
     def _linear(self, module: LoraLinear, pool: RankPool, site: str) -> ctypes.Structure:
         base: Any = module.base
@@ -82,9 +82,14 @@ class FusedWeights:
             lora=addressof(pool.sites[site].native),
         )
 
-    def _norm(self, module: Any) -> Tensor:
-        weight = module.weight.detach().float()
-        return self._keep(weight + 1.0 if self._model_type in PLUS_ONE else weight)
+    def norm_weight(self, weight: Tensor) -> Tensor:
+        """What the native norm multiplies by: float32."""
+        return (weight.float() + 1.0 if self._model_type in PLUS_ONE else weight.float()).contiguous()
+
+    def _norm(self, module: Any, pool: RankPool, name: str) -> ctypes.Structure:
+        weight = self._keep(self.norm_weight(module.weight.detach()))
+        own = pool.extras.norms.get(name)
+        return Norm(weight=weight.data_ptr(), own=None if own is None else own.cell)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())

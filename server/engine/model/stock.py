@@ -30,6 +30,8 @@ class StockModel:
 
     Attributes:
         shapes, kinds: by layer, what its keys and values look like and how it attends.
+        layout: the base's modules that adapters may have something for.
+        lora, lora_kernel: which rows are whose, and what computes their part.
     """
 
     name = "transformers"
@@ -39,7 +41,9 @@ class StockModel:
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
         self._host = install(base.model)
-        self._lora = attach(base.model, pool, choose_lora(self.device, self.dtype))
+        self.layout = base.layout
+        self.lora_kernel = choose_lora(self.device, self.dtype)
+        self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
         self._attention: AttentionBackend | None = None
         self.shapes: dict[int, KvShape] = {}
         self.kinds: dict[int, LayerAttention] = {}
@@ -54,9 +58,10 @@ class StockModel:
         assert self._attention is not None
         self._attention.begin(chunks)
         self._host.handler = self._attention
-        self._lora.segments = lora_segments(chunks)
         tokens, positions, last = flatten(chunks)
-        return self._forward(tokens, positions, last if rows is None else rows)
+        rows = last if rows is None else rows
+        self.lora.begin(lora_segments(chunks), rows)
+        return self._forward(tokens, positions, rows)
 
     @torch.inference_mode()
     def _probe(self) -> None:

@@ -80,7 +80,7 @@ def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
     return generated
 
 
-def _check(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) -> float:
+def check_close(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) -> float:
     """The largest difference, as a share of the logits' standard deviation."""
     scale = theirs.std().item()
     worst = ((ours - theirs).abs().max() / scale).item()
@@ -118,7 +118,7 @@ def _compare_with_peft(family: Family, tmp_path: Path) -> Parts:
     assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
     for asked in requests:
         theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
-        _check(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
+        check_close(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
     return parts
 
 
@@ -134,9 +134,9 @@ def test_a_mixed_batch_equals_each_request_alone(family: Family, tmp_path: Path)
         alone = Asked(asked.prompt, asked.adapter, asked.params)
         single = _run_mixed(parts, [alone])
         assert max(len(batch) for batch in single.batches) == 1
-        _check(mixed.of(asked)[:1], single.of(alone)[:1], asked.tokens[:1], TOLERANCE)
+        check_close(mixed.of(asked)[:1], single.of(alone)[:1], asked.tokens[:1], TOLERANCE)
         if alone.tokens == asked.tokens:
-            _check(mixed.of(asked), single.of(alone), asked.tokens, TOLERANCE)
+            check_close(mixed.of(asked), single.of(alone), asked.tokens, TOLERANCE)
 
 
 def test_adapters_do_change_the_answer(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""Tensor names as PEFT and its users' tools write them → which module's what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from adapters.errors import AdapterInvalid, AdapterUnsupported
+from adapters.sites import BaseLayout
+
+Role = Literal["lora_A", "lora_B", "lora_B.bias", "magnitude", "weight", "bias"]
+"""``lora_A`` and ``lora_B`` are the embedding's pair too, ``weight`` and ``bias`` the module's own."""
+
+_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_NAME = r"(?:\.(?P<adapter>[^.]+))?"
+_FORMS: dict[re.Pattern[str], Role] = {
+    re.compile(rf"(?P<module>.+)\.lora_A{_NAME}\.weight"): "lora_A",
+    re.compile(rf"(?P<module>.+)\.lora_B{_NAME}\.weight"): "lora_B",
+    re.compile(rf"(?P<module>.+)\.lora_B{_NAME}\.bias"): "lora_B.bias",
+    re.compile(rf"(?P<module>.+)\.lora_embedding_A{_NAME}"): "lora_A",
+    re.compile(rf"(?P<module>.+)\.lora_embedding_B{_NAME}"): "lora_B",
+    re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"): (
+        "magnitude"
+    ),
+}
+_OWN: dict[re.Pattern[str], Role] = {
+    re.compile(rf"(?P<module>.+?)(?:\.base_layer|\.modules_to_save{_NAME})?\.weight"): "weight",
+    re.compile(rf"(?P<module>.+?)(?:\.base_layer|\.modules_to_save{_NAME})?\.bias"): "bias",
+}
+_FOREIGN = {
+    re.compile(r"token_adapter|trainable_tokens"): "trained rows of an embedding (trainable_token_indices)",
+    re.compile(r"lora_[A-Za-z_]+"): "a kind of LoRA that this server does not know",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorName:
+    """``module`` is a name of the base's; ``adapter`` is what the file calls the adapter, if it does."""
+
+    module: str
+    role: Role
+    adapter: str | None
+
+
+def parse_name(name: str, layout: BaseLayout) -> TensorName:
+    """Raises AdapterInvalid (no module of the base) or AdapterUnsupported (a kind that is not served)."""
+    bare = _WRAPPERS.sub("", name)
+    parsed = _match(bare, _FORMS)
+    if parsed is None:
+        for pattern, kind in _FOREIGN.items():
+            if pattern.search(bare):
+                raise AdapterUnsupported(f"Tensor {name!r} cannot be served: it belongs to {kind}.")
+        parsed = _match(bare, _OWN)
+    if parsed is None:
+        raise AdapterInvalid(f"Tensor {name!r} is none that PEFT's LoRA writes.")
+    _check_module(name, parsed, layout)
+    return parsed
+
+
+def _match(name: str, forms: Mapping[re.Pattern[str], Role]) -> TensorName | None:
+    for form, role in forms.items():
+        if match := form.fullmatch(name):
+            return TensorName(match["module"].removeprefix(_PREFIX), role, match["adapter"])
+    return None
+
+
+def not_adaptable(module: str) -> str:
+    """Why LoRA on that module of the base is refused."""
+    return (
+        f"{module or 'the whole model'!r} of the base is not a linear, its embedding or its output head; "
+        "LoRA on anything else is not served."
+    )
+
+
+def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
+    places = layout.sites.keys() | layout.ends.keys()
+    own = parsed.role in ("weight", "bias")
+    if parsed.module in (places | layout.norms.keys() if own else places):
+        return
+    if parsed.module in layout.modules:
+        raise AdapterUnsupported(
+            f"Tensor {name!r} would replace a part of the base that is neither a norm, a bias, the embedding "
+            "nor the output head."
+            if own
+            else not_adaptable(parsed.module)
+        )
+    near = get_close_matches(parsed.module, places, n=3)
+    raise AdapterInvalid(
+        f"Tensor {name!r} matches no module of the base ({layout.name_or_path}); "
+        + (f"the nearest are {', '.join(near)}." if near else "the adapter seems to be for another base.")
+    )

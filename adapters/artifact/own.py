@@ -1,0 +1,151 @@
+"""What an adapter has instead of the base's own: norms, biases, the embedding, the output head.
+
+Two ways lead here. ``modules_to_save`` gives the adapter a whole module of its own. ``bias``, and saving with
+embedding layers, write the base's own parameters, which PEFT puts back into the base when it loads them; so
+where embedding and head share one matrix, that one changes for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapters.artifact.config import LoraSettings
+from adapters.artifact.header import TensorEntry
+from adapters.errors import AdapterInvalid, AdapterUnsupported
+from adapters.sites import BaseLayout
+
+if TYPE_CHECKING:
+    from adapters.artifact.names import Role
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPlan:
+    """Attributes:
+    matrices: [vocabulary, hidden], by the name of the embedding or the head.
+    norms: by norm and parameter.
+    biases: of linears, by name.
+    """
+
+    matrices: Mapping[str, TensorEntry]
+    norms: Mapping[str, Mapping[str, TensorEntry]]
+    biases: Mapping[str, TensorEntry]
+
+
+def saved_modules(settings: LoraSettings, modules: Iterable[str]) -> frozenset[str]:
+    """The modules that ``modules_to_save`` means: by how their names end, as in PEFT's ``_set_trainable``."""
+    return frozenset(name for name in modules if name.endswith(settings.modules_to_save))
+
+
+def plan_own(
+    found: Mapping[str, Mapping[Role, TensorEntry]],
+    adapted: frozenset[str],
+    settings: LoraSettings,
+    layout: BaseLayout,
+) -> OwnPlan:
+    """``found``: the file's tensors by module; ``adapted``: the modules with pairs.
+
+    Raises AdapterInvalid or AdapterUnsupported.
+    """
+    saved = saved_modules(settings, layout.modules)
+    _check_saved(saved, found, settings, layout)
+    weights = {name: tensors["weight"] for name, tensors in found.items() if "weight" in tensors}
+    biases = {name: tensors["bias"] for name, tensors in found.items() if "bias" in tensors}
+    _check_weights(weights, saved, layout)
+    _check_biases(biases, saved, adapted, settings, layout)
+    norms = {
+        norm: {role: found[norm][role] for role in ("weight", "bias") if role in found[norm]}
+        for norm in layout.norms
+        if norm in weights or norm in biases
+    }
+    _check_sizes(weights, norms, biases, layout)
+    matrices = {name: entry for name, entry in weights.items() if name in layout.ends}
+    return OwnPlan(
+        _both_if_shared(matrices, saved, layout),
+        norms,
+        {name: entry for name, entry in biases.items() if name not in layout.norms},
+    )
+
+
+def _check_saved(
+    saved: frozenset[str],
+    found: Mapping[str, Mapping[Role, TensorEntry]],
+    settings: LoraSettings,
+    layout: BaseLayout,
+) -> None:
+    if settings.modules_to_save and not saved:
+        raise AdapterInvalid(
+            f"modules_to_save {list(settings.modules_to_save)} matches no module of the base."
+        )
+    for module in sorted(saved - layout.norms.keys() - layout.ends.keys()):
+        raise AdapterUnsupported(
+            f"modules_to_save: {module!r} of the base is neither a norm nor the embedding nor the output "
+            "head; train the others as LoRA."
+        )
+    missing = sorted(module for module in saved if "weight" not in found.get(module, {}))
+    if missing:
+        raise AdapterInvalid(f"modules_to_save names {missing[0]}, but the file has no weight of it.")
+
+
+def _check_weights(weights: Mapping[str, TensorEntry], saved: frozenset[str], layout: BaseLayout) -> None:
+    for name in sorted(weights.keys() - saved - layout.ends.keys()):
+        raise AdapterUnsupported(
+            f"Tensor {weights[name].name!r} would replace the base's {name}, "
+            "which modules_to_save does not name."
+        )
+
+
+def _check_biases(
+    biases: Mapping[str, TensorEntry],
+    saved: frozenset[str],
+    adapted: frozenset[str],
+    settings: LoraSettings,
+    layout: BaseLayout,
+) -> None:
+    trained = {"none": frozenset(), "lora_only": adapted, "all": layout.biases}[settings.bias]
+    expected = layout.biases & (trained | saved)
+    if extra := sorted(biases.keys() - expected):
+        raise AdapterInvalid(
+            f"Tensor {biases[extra[0]].name!r} is there, but bias={settings.bias!r} of the config and the "
+            "base do not make it one of the trained biases."
+        )
+    if missing := sorted(expected - biases.keys()):
+        raise AdapterInvalid(f"bias is {settings.bias!r}, but the file has no bias of {missing[0]}.")
+
+
+def _check_sizes(
+    weights: Mapping[str, TensorEntry],
+    norms: Mapping[str, Mapping[str, TensorEntry]],
+    biases: Mapping[str, TensorEntry],
+    layout: BaseLayout,
+) -> None:
+    expected: dict[str, tuple[TensorEntry, tuple[int, ...]]] = {}
+    for name, end in layout.ends.items():
+        if name in weights:
+            embeds = end is layout.embedding
+            size = (end.in_features, end.out_features) if embeds else (end.out_features, end.in_features)
+            expected[f"{name}.weight"] = weights[name], size
+    for norm, parameters in norms.items():
+        for role, entry in parameters.items():
+            expected[f"{norm}.{role}"] = entry, (layout.norms[norm][role],)
+    for name in biases.keys() - layout.norms.keys():
+        place = layout.sites.get(name) or layout.ends[name]
+        expected[f"{name}.bias"] = biases[name], (place.out_features,)
+    for parameter, (entry, shape) in expected.items():
+        if entry.shape != shape:
+            raise AdapterInvalid(
+                f"Tensor {entry.name!r} has shape {list(entry.shape)}, but the base's {parameter} has "
+                f"{list(shape)}; a base with another vocabulary is another base."
+            )
+
+
+def _both_if_shared(
+    matrices: dict[str, TensorEntry], saved: frozenset[str], layout: BaseLayout
+) -> dict[str, TensorEntry]:
+    in_place = [entry for name, entry in matrices.items() if name not in saved]
+    if layout.tied and in_place:
+        return {name: matrices.get(name, in_place[0]) for name in layout.ends if name not in saved} | {
+            name: matrices[name] for name in layout.ends if name in saved
+        }
+    return matrices

@@ -1,0 +1,149 @@
+"""A trained model → a plain PEFT LoRA folder, whatever the method was.
+
+The folder's tensors are bf16, as they are served. A pair's own scale goes into B where the config's rule
+(``alpha / rank``) would say another: so AdaLoRA and pruned adapters are plain LoRA with a ``rank_pattern``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+
+from adapters.artifact import WEIGHTS_FILE
+from adapters.errors import TrainingDiverged
+from adapters.training.methods import ADAPTER
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """What one linear gets: ``scale * b @ a``, and with DoRA the magnitude of each output.
+
+    Attributes:
+        a: [rank, in_features], float32.
+        b: [out_features, rank], float32.
+        magnitude: [out_features], or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Nominal:
+    """What an adapter's config says of all its linears.
+
+    Attributes:
+        base_model: what the base is called (``base_model_name_or_path``).
+    """
+
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    base_model: str
+
+    def scale(self, rank: int) -> float:
+        return self.alpha / math.sqrt(rank) if self.use_rslora else self.alpha / rank
+
+
+@torch.no_grad()
+def pairs_of(model: PeftModel) -> dict[str, Pair]:
+    """Each adapted linear's pair, by its name in the base; rows that AdaLoRA has closed are left out."""
+    pairs: dict[str, Pair] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, AdaLoraLayer):
+            pair = _adalora_pair(module)
+            if pair.rank:
+                pairs[name] = pair
+        elif isinstance(module, LoraLayer):
+            pairs[name] = _lora_pair(module)
+    return pairs
+
+
+def _lora_pair(module: LoraLayer) -> Pair:
+    magnitude = None
+    if ADAPTER in module.lora_magnitude_vector:
+        magnitude = _float(module.lora_magnitude_vector[ADAPTER].weight)
+    a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    return Pair(_float(a), _float(b), float(module.scaling[ADAPTER]), magnitude)
+
+
+def _adalora_pair(module: AdaLoraLayer) -> Pair:
+    values = _float(module.lora_E[ADAPTER])
+    kept = values[:, 0] != 0
+    a = (_float(module.lora_A[ADAPTER]) * values)[kept]
+    # The small number is PEFT's, in SVDLinear.forward.
+    scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER].item() + 1e-5)
+    return Pair(a, _float(module.lora_B[ADAPTER])[:, kept], scale)
+
+
+def write_adapter(folder: Path, pairs: Mapping[str, Pair], nominal: Nominal, sites: Iterable[str]) -> int:
+    """Write ``adapter_config.json`` and the tensors into ``folder``; the size of the latter in bytes.
+
+    Args:
+        sites: all linears of the base that an adapter may have, so that names can be short.
+
+    Raises:
+        TrainingDiverged: a weight is not finite, or nothing at all was learnt.
+    """
+    if not pairs:
+        raise TrainingDiverged("The adapter has no rank row left; train with a larger --r or more steps.")
+    ranks = {name: pair.rank for name, pair in pairs.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=nominal.alpha,
+        use_rslora=nominal.use_rslora,
+        use_dora=nominal.use_dora,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
+        target_modules=_names_for(set(pairs), set(sites)),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=nominal.base_model,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(_tensors(pairs, nominal), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def _tensors(pairs: Mapping[str, Pair], nominal: Nominal) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, pair in pairs.items():
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.lora_A.weight"] = _saved(pair.a, name)
+        tensors[f"{key}.lora_B.weight"] = _saved(pair.b * (pair.scale / nominal.scale(pair.rank)), name)
+        if pair.magnitude is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = _saved(pair.magnitude, name)
+    return tensors
+
+
+def _saved(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise TrainingDiverged(f"The adapter's weights of {name} are no numbers any more; nothing was saved.")
+    return tensor.to(torch.bfloat16).contiguous()
+
+
+def _names_for(chosen: set[str], sites: set[str]) -> list[str]:
+    """The endings of the chosen names if they name exactly these, else the names in full."""
+    endings = {name.rpartition(".")[2] for name in chosen}
+    named = {site for site in sites if site.rpartition(".")[2] in endings}
+    return sorted(endings) if named == chosen else sorted(chosen)
+
+
+def _float(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float().cpu()

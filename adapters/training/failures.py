@@ -1,0 +1,57 @@
+"""What may go wrong while training, said as one sentence with the last good checkpoint in it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from adapters.errors import TrainingDiverged, TrainingOutOfResources
+from adapters.training.run_folder import RunFolder
+
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_DISK_FULL = os.strerror(errno.ENOSPC)
+
+
+@contextmanager
+def explained(run: RunFolder) -> Iterator[None]:
+    """Raises TrainingOutOfResources or TrainingDiverged for what torch and the system say otherwise."""
+    try:
+        yield
+    except TrainingDiverged as error:
+        raise TrainingDiverged(f"{error} {_last_good(run)}") from error
+    except Exception as error:
+        if is_disk_full(error, run):
+            raise TrainingOutOfResources(f"The disk of {run.path} is full. {_last_good(run)}") from error
+        if is_out_of_memory(error):
+            raise TrainingOutOfResources(
+                "Memory ran out; lower --batch-size or --max-seq-len, or set --gradient-checkpointing on "
+                f"and --cache-dequantized off. {_last_good(run)}"
+            ) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def is_disk_full(error: BaseException, run: RunFolder) -> bool:
+    """Whether it is ENOSPC in any of its disguises: torch's writer, for one, only says that it failed."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if _DISK_FULL in str(error):
+        return True
+    writing = "PytorchStreamWriter" in str(error) or "iostream" in str(error)
+    return writing and os.statvfs(run.path).f_bavail == 0
+
+
+def _last_good(run: RunFolder) -> str:
+    last = run.last_checkpoint()
+    if last is None:
+        return "No checkpoint was saved yet."
+    return f"The last good checkpoint is {last}; --resume goes on from it."

@@ -1,0 +1,117 @@
+"""The methods: which adapter PEFT puts on the base, and what AdaLoRA needs besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adapters.errors import RecipeInvalid
+from adapters.training.recipe import TrainConfig
+
+ADAPTER = "default"
+"""The name that PEFT gives to a model's first adapter."""
+
+# AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) begins with half as many rows again as remain, leaves
+# them alone at first, and learns on with the final ranks at the end.
+_SURPLUS, _UNTOUCHED, _FINAL = 1.5, 0.1, 0.3
+_LEAST_STEPS = 10
+
+
+def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
+    """``model`` with a fresh adapter; only that is trained.
+
+    Args:
+        steps: optimiser steps of the whole run.
+
+    Raises:
+        RecipeInvalid: the target modules are not there, or AdaLoRA has too few steps.
+    """
+    names = config.target_modules
+    targets = "all-linear" if names == ("all-linear",) else list(names)
+    common = {"target_modules": targets, "lora_dropout": config.dropout, "task_type": "CAUSAL_LM"}
+    made = _adalora(config, steps, common) if config.method == "adalora" else _lora(config, common)
+    try:
+        adapted = get_peft_model(model, made)
+    except ValueError as error:  # PEFT lists no module, or a module that is no linear
+        raise RecipeInvalid(f"--target-modules {','.join(names)} cannot be used: {error}") from error
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):  # autocast casts: twice would be a pass over memory more
+            module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def _lora(config: TrainConfig, common: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        use_rslora=config.method == "rslora",
+        use_dora=config.method == "dora",
+        **common,
+    )
+
+
+def _adalora(config: TrainConfig, steps: int, common: dict[str, Any]) -> AdaLoraConfig:
+    if steps < _LEAST_STEPS:
+        raise RecipeInvalid(
+            f"--method adalora needs at least {_LEAST_STEPS} optimiser steps to move ranks, and this run has "
+            f"{steps}; raise --epochs or lower --batch-size."
+        )
+    begin = round(config.r * _SURPLUS) or 1
+    return AdaLoraConfig(
+        init_r=begin,
+        target_r=config.r,
+        lora_alpha=config.alpha * begin / config.r,  # PEFT divides by the rank it began with
+        tinit=int(steps * _UNTOUCHED),
+        tfinal=int(steps * _FINAL),
+        deltaT=max(1, steps // 100),
+        total_step=steps,
+        **common,
+    )
+
+
+class RankAllocation(TrainerCallback):  # type: ignore[misc]
+    """Lets AdaLoRA move its ranks after each optimiser step, while the gradients are still there."""
+
+    def on_optimizer_step(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, model: Any, **_: Any
+    ) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """All that training has changed, to the bit: the trained parameters, and AdaLoRA's books."""
+    state = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    allocator = getattr(model.base_model, "rankallocator", None)
+    if allocator is not None:
+        for book in _BOOKS:
+            state |= {f"{book}:{name}": value for name, value in getattr(allocator, book).items()}
+        pattern = model.peft_config[ADAPTER].rank_pattern or {}
+        state |= {f"rank_pattern:{name}": torch.tensor(kept) for name, kept in pattern.items()}
+    return {name: value.contiguous().cpu() for name, value in state.items()}
+
+
+def restore_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Put back what ``trained_state`` gave."""
+    parameters = dict(model.named_parameters())
+    books: dict[str, dict[str, Any]] = {book: {} for book in (*_BOOKS, "rank_pattern")}
+    with torch.no_grad():
+        for name, value in state.items():
+            book, _, inner = name.partition(":")
+            if book in books:
+                books[book][inner] = value
+            else:
+                parameters[name].copy_(value)
+    allocator = getattr(model.base_model, "rankallocator", None)
+    if allocator is not None:
+        for book in _BOOKS:
+            device = next(iter(parameters.values())).device
+            setattr(allocator, book, {name: value.to(device) for name, value in books[book].items()})
+        pattern = {name: kept.tolist() for name, kept in books["rank_pattern"].items()}
+        model.peft_config[ADAPTER].rank_pattern = pattern or None
+
+
+_BOOKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")

@@ -1,0 +1,61 @@
+"""Examples → batches without padding: all of a batch's tokens in one row, each example attending to itself.
+
+transformers masks attention between examples wherever ``position_ids`` begin anew (``masking_utils``,
+``find_packed_sequence_indices``); FlashAttention takes the same from them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from adapters.training.encode import Example
+
+Pack = list[Example]
+"""Examples that fill one place of a batch."""
+
+
+def pack(examples: Sequence[Example], capacity: int) -> list[Pack]:
+    """Best-fit decreasing: each example goes where it leaves the least room; the result is deterministic."""
+    packs: list[Pack] = []
+    room: list[tuple[int, int]] = []  # free tokens and the pack's index, sorted
+    for example in sorted(examples, key=lambda one: -len(one.ids)):
+        length = len(example.ids)
+        place = bisect_left(room, (length, 0))
+        free, index = room.pop(place) if place < len(room) else (capacity, len(packs))
+        if index == len(packs):
+            packs.append([])
+        packs[index].append(example)
+        insort(room, (free - length, index))
+    return packs
+
+
+def collate(packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
+    """One row for the model, whose head is asked only where the loss is.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` [1, tokens]; ``cu_seq_lens_q`` [examples + 1], where examples
+        begin; ``logits_to_keep`` [trained], the places whose next token is learnt; ``labels`` and
+        ``shift_labels`` [1, trained], those tokens.
+    """
+    examples = [example for one in packs for example in one]
+    ids = [token for example in examples for token in example.ids]
+    positions = [place for example in examples for place in range(len(example.ids))]
+    learnt = [place for place, wanted in enumerate(_flags(examples)) if wanted]
+    targets = torch.tensor([[ids[place] for place in learnt]])
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
+        "cu_seq_lens_q": torch.tensor([0, *accumulate(len(example.ids) for example in examples)]),
+        "logits_to_keep": torch.tensor(learnt) - 1,
+        "labels": targets,
+        "shift_labels": targets,
+    }
+
+
+def _flags(examples: Sequence[Example]) -> list[bool]:
+    """Whether each token of the row is learnt; an example's first token has nothing to be told from."""
+    return [flag and place > 0 for example in examples for place, flag in enumerate(example.learnt)]

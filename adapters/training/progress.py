@@ -1,0 +1,49 @@
+"""How far a run has come and how fast: the bar on stderr, and the pauses that keep to a share of the time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from tqdm import tqdm
+
+_WINDOW = 20
+
+
+class Throttle:
+    """Sleeps so that the work between its calls takes at most the share ``duty`` of the time."""
+
+    def __init__(self, duty: float) -> None:
+        self._rest = 1 / duty - 1
+        self._woke = time.monotonic()
+
+    def pause(self) -> None:
+        if self._rest > 0:
+            time.sleep((time.monotonic() - self._woke) * self._rest)
+            self._woke = time.monotonic()
+
+
+class Progress:
+    """Counts tokens by step; the bar shows only on a terminal."""
+
+    def __init__(self, total_steps: int, done: int, show: bool) -> None:
+        self._total, self._done = total_steps, done
+        self._recent: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], _WINDOW + 1)
+        self._bar = tqdm(
+            total=total_steps, initial=done, desc="Training", unit="step", disable=None if show else True
+        )
+        self.tokens = 0
+
+    def step(self, step: int, loss: float) -> tuple[float, float]:
+        """A step is done: tokens a second of late, and the seconds that the rest will take."""
+        self._recent.append((time.monotonic(), self.tokens))
+        (begin, before), (now, tokens) = self._recent[0], self._recent[-1]
+        seconds = max(now - begin, 1e-9)
+        speed = (tokens - before) / seconds
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._done)
+        self._done = step
+        return speed, (self._total - step) * seconds / (len(self._recent) - 1)
+
+    def close(self) -> None:
+        self._bar.close()

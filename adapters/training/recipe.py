@@ -1,0 +1,153 @@
+"""Every choice of a training run, as one frozen, checked config. Pure Python."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from adapters.errors import RecipeInvalid
+
+Method = Literal["lora", "rslora", "dora", "adalora"]
+Quantization = Literal["nf4", "none"]
+Choice = Literal["auto", "on", "off"]
+Device = Literal["auto", "cpu", "cuda"]
+
+# How a run is executed, not what it computes: a resumed run may choose these anew.
+EXECUTION = ("home", "threads", "duty", "keep_checkpoints")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how.
+
+    Attributes:
+        data: the training rows (see ``dataset``).
+        eval_data: held-out rows for the loss after each epoch; None = no evaluation.
+        base: as ``manylora serve --base``.
+        home: where the 4-bit base is kept; the same as the server's, so that it is the same file.
+        device: auto = CUDA if there is one.
+        target_modules: ``("all-linear",)``, or module names or their endings.
+        method: LoRA, rank-stabilised LoRA, DoRA, or AdaLoRA.
+        r: rank; of AdaLoRA the mean rank that remains.
+        alpha: the adapter's output is scaled by alpha / r (rsLoRA: alpha / sqrt(r)).
+        prune_rank: after training, drop rank rows while the held-out loss rises by no more than this.
+        epochs: passes over the rows; may be a fraction.
+        max_steps: optimiser steps; 0 = as many as ``epochs`` takes.
+        learning_rate: at its peak; None = by the base's size (``learning_rate_for``).
+        warmup: share of the steps in which the rate rises; then it falls along a cosine.
+        batch_size: rows (with ``packing``: packs) in one pass.
+        accumulation: passes in one optimiser step.
+        max_seq_len: tokens of the longest example; longer ones are cut there, and counted.
+        packing: fill each place of a batch with examples up to ``max_seq_len``, none seeing another.
+        max_grad_norm: gradients are scaled down to this norm.
+        checkpoint_steps: save every so many steps; 0 = after each epoch.
+        keep_checkpoints: older ones are removed.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        cache_dequantized: keep the 4-bit weights unpacked in bf16 while training (same numbers, faster).
+        threads: CPU threads; 0 = torch's choice.
+        duty: most share of the time to compute in, to leave the rest to others on the machine.
+        deepspeed: path of a DeepSpeed config, passed on to transformers.
+        fsdp: passed on to transformers (``full_shard auto_wrap``, …), with ``fsdp_config``, a path.
+    """
+
+    data: Path
+    eval_data: Path | None = None
+    base: str = "smollm2-135m"
+    home: Path = Path(".manylora")
+    quantization: Quantization = "nf4"
+    device: Device = "auto"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    method: Method = "lora"
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    prune_rank: float | None = None
+    epochs: float = 3.0
+    max_steps: int = 0
+    learning_rate: float | None = None
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    accumulation: int = 1
+    max_seq_len: int = 2048
+    packing: bool = False
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+    gradient_checkpointing: Choice = "auto"
+    cache_dequantized: Choice = "auto"
+    threads: int = 0
+    duty: float = 1.0
+    deepspeed: Path | None = None
+    fsdp: str | None = None
+    fsdp_config: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise RecipeInvalid(f"{_flag(name)} must be from {low:g} to {high:g}, not {value:g}.")
+        for name, choices in _CHOICES.items():
+            if (chosen := getattr(self, name)) not in choices:
+                raise RecipeInvalid(f"{_flag(name)} must be one of {', '.join(choices)}, not {chosen!r:.60}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
+            raise RecipeInvalid(f"--lr must be over 0 and at most 1, not {self.learning_rate:g}.")
+        if not self.target_modules:
+            raise RecipeInvalid("--target-modules must name a module, or be all-linear.")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.prune_rank is not None and self.prune_rank < 0:
+            raise RecipeInvalid(f"--prune-rank must be 0 or more, not {self.prune_rank:g}.")
+        if self.prune_rank is not None and self.eval_data is None:
+            raise RecipeInvalid("--prune-rank needs --eval: it measures how far the held-out loss rises.")
+        if self.deepspeed is not None and self.fsdp is not None:
+            raise RecipeInvalid("--deepspeed and --fsdp exclude each other; give one of them.")
+        if self.fsdp_config is not None and self.fsdp is None:
+            raise RecipeInvalid("--fsdp-config needs --fsdp.")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+
+
+def learning_rate_for(parameters: int) -> float:
+    """The QLoRA paper's rates (table 9): 2e-4 up to 13B parameters, 1e-4 above; small bases bear more."""
+    if parameters < 1_000_000_000:
+        return 1e-3
+    return 2e-4 if parameters < 20_000_000_000 else 1e-4
+
+
+_CHOICES = {
+    "method": get_args(Method),
+    "quantization": get_args(Quantization),
+    "device": get_args(Device),
+    "gradient_checkpointing": get_args(Choice),
+    "cache_dequantized": get_args(Choice),
+}
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("r", 1, 4096),
+    ("alpha", 1e-3, 1e6),
+    ("dropout", 0, 0.9),
+    ("epochs", 1e-3, 10_000),
+    ("max_steps", 0, 10**9),
+    ("warmup", 0, 1),
+    ("weight_decay", 0, 1),
+    ("batch_size", 1, 4096),
+    ("accumulation", 1, 4096),
+    ("max_seq_len", 8, 1 << 20),
+    ("max_grad_norm", 1e-6, 1e6),
+    ("seed", 0, 2**31 - 1),
+    ("checkpoint_steps", 0, 10**9),
+    ("keep_checkpoints", 1, 1000),
+    ("threads", 0, 4096),
+    ("duty", 0.01, 1),
+)
+_FLAGS = {"eval_data": "--eval", "learning_rate": "--lr"}
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))

@@ -1,0 +1,108 @@
+"""What the machine allows: the device, and choices that trade memory for speed, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from adapters.errors import RecipeInvalid
+from adapters.training.recipe import Choice, TrainConfig
+
+# Of the memory that is free, so much for each of the two choices; the rest is for everybody else.
+_SHARE = 0.25
+# What a decoder block keeps of one token for its backward pass, in multiples of its sizes (counted on Llama,
+# in bf16, with float32 copies inside norms and activations).
+_KEPT_OF_HIDDEN, _KEPT_OF_INTERMEDIATE = 48, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A choice that was made, and why, as a sentence."""
+
+    on: bool
+    reason: str
+
+
+def choose_device(wanted: str, local_rank: int) -> str:
+    """``cpu`` or ``cuda:N``. Raises RecipeInvalid when CUDA is asked for and not there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise RecipeInvalid("--device cuda: torch finds no CUDA device here; use --device cpu.")
+    return f"cuda:{local_rank}" if available and wanted != "cpu" else "cpu"
+
+
+def attention_for(device: str) -> str | None:
+    """FlashAttention-2 on CUDA if it is installed; else transformers' own choice."""
+    if device == "cpu":
+        return None
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else None
+
+
+def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
+    """Whether to keep the 4-bit weights unpacked in bf16 for the length of the run."""
+    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not linears:
+        return Decision(False, "The base is not quantised: nothing is unpacked.")
+    need = 2 * sum(module.in_features * module.out_features for module in linears)
+    if config.cache_dequantized != "auto":
+        return _as_asked("--cache-dequantized", config.cache_dequantized)
+    if device != "cpu":
+        return Decision(False, "Weights stay in 4 bits: a GPU unpacks them as fast as it reads them.")
+    free = free_memory()
+    fits = need <= _SHARE * free
+    how = "are kept unpacked in bf16 (same numbers, faster)" if fits else "are unpacked anew in each pass"
+    return Decision(fits, f"4-bit weights {how}: {_mib(need)} of {_mib(free)} free.")
+
+
+def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int) -> Decision:
+    """Whether to recompute activations in the backward pass (gradient checkpointing).
+
+    Args:
+        tokens: in the largest batch.
+    """
+    if config.gradient_checkpointing != "auto":
+        return _as_asked("--gradient-checkpointing", config.gradient_checkpointing)
+    if device != "cpu":
+        return Decision(True, "Activations are recomputed in the backward pass, as in the QLoRA paper.")
+    text = model.config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    per_layer = _KEPT_OF_HIDDEN * text.hidden_size + _KEPT_OF_INTERMEDIATE * inner
+    need, free = tokens * text.num_hidden_layers * per_layer, free_memory()
+    if need <= _SHARE * free:
+        return Decision(
+            False,
+            "Activations are kept, for recomputing them would take a third more time: "
+            f"about {_mib(need)} of {_mib(free)} free.",
+        )
+    return Decision(
+        True, f"Activations are recomputed: keeping them would take about {_mib(need)} of {_mib(free)} free."
+    )
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine, or of its control group if that is less."""
+    machine = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return machine if limit == "max" else min(machine, int(limit) - int(used))
+    except (OSError, ValueError):
+        return machine
+
+
+def _as_asked(flag: str, choice: Choice) -> Decision:
+    return Decision(choice == "on", f"{flag} is {choice}.")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"

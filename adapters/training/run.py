@@ -1,0 +1,290 @@
+"""One run, from the config to the finished adapter folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainingArguments, set_seed
+
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
+from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.quiet import quiet_libraries
+from adapters.errors import RecipeInvalid
+from adapters.training.attention import use_packed_attention
+from adapters.training.card import write_card
+from adapters.training.dataset import Dataset, read_dataset
+from adapters.training.encode import Encoded, encode_dataset
+from adapters.training.export import Nominal
+from adapters.training.failures import explained
+from adapters.training.methods import RankAllocation, put_adapter
+from adapters.training.packing import Pack, collate, pack
+from adapters.training.plot import draw_losses
+from adapters.training.progress import Throttle
+from adapters.training.prune import prune
+from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
+from adapters.training.resources import attention_for, choose_device, decide_recomputing, decide_unpacking
+from adapters.training.run_folder import RunFolder
+from adapters.training.stop import Stop
+from adapters.training.trainer import Moments, QloraTrainer
+from adapters.training.unpack import unpack_linears
+
+# Where a run is, not what it computes: the digests of base and data say that.
+_PLACES = (*EXECUTION, "data", "eval_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        folder: the finished PEFT folder in the run folder; None if it was interrupted.
+        metrics: ``train_loss`` (mean of the last epoch), ``eval_loss``, ``trained_tokens``, ``steps``, …
+    """
+
+    folder: Path | None
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """Everything that is read before training begins."""
+
+    base: LoadedBase
+    data: Dataset
+    train: Encoded
+    held_out: Encoded | None
+    device: str
+
+
+def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: bool = False) -> Trained:
+    """Train an adapter, or go on with what ``run`` holds.
+
+    Args:
+        stop: asked after each step; when it is requested, the run ends with a checkpoint.
+        show: what is decided on stderr, and bars if that is a terminal.
+
+    Raises:
+        DatasetInvalid, RecipeInvalid, RunFolderInvalid: before anything is trained.
+        TrainingDiverged, TrainingOutOfResources: with the last good checkpoint.
+        BaseModelError: the base cannot be had.
+    """
+    stop = stop or Stop()
+    bars = show and sys.stderr.isatty()
+    with explained(run), quiet_libraries(bars), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under older names
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        material = _read(config, run, show)
+        trainer = _trainer(config, run, material, stop, show)
+        begin = time.monotonic()
+        with stop.graceful():
+            last = run.last_checkpoint()
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            trainer.finish()
+        if not run.writes:
+            return Trained(None, {})
+        metrics = _metrics(run, trainer, material, time.monotonic() - begin)
+        draw_losses(run.path / "loss.png", run.curve("step"), run.curve("eval"))
+        if stop.requested:
+            return Trained(None, metrics)
+        return _finish(config, run, material, trainer, metrics)
+
+
+def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
+    """Base and data, checked against each other and against the run that is resumed."""
+    data = read_dataset(config.data)
+    held_out = read_dataset(config.eval_data) if config.eval_data else None
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    bars = show and sys.stderr.isatty()
+    prepared = prepare_base(config.base, config.home, config.quantization, bars)
+    run.check_same_run(
+        {
+            **config.as_json(),
+            "base_digest": prepared.digest,
+            "data_sha256": data.sha256,
+            "eval_sha256": held_out.sha256 if held_out else None,
+        },
+        _PLACES,
+    )
+    base = load_base(prepared, device, attention_for(device), bars)
+    encoded = [_encode(one, config, base, run, show) for one in (data, held_out) if one is not None]
+    return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
+
+
+def _encode(data: Dataset, config: TrainConfig, base: LoadedBase, run: RunFolder, show: bool) -> Encoded:
+    longest = min(config.max_seq_len, base.model.config.get_text_config().max_position_embeddings)
+    eos = base.model.generation_config.eos_token_id
+    ends = frozenset(eos if isinstance(eos, list) else [base.tokenizer.eos_token_id if eos is None else eos])
+    with tqdm(total=len(data.rows), desc="Rows", delay=1, disable=None if show else True) as bar:
+        encoded = encode_dataset(data, base.tokenizer, ends, longest, bar.update)
+    _note(run, f"{data.path.name}: {encoded.summary(data.format)}.", show)
+    for name, count in data.unused_fields.items():
+        _note(run, f"{data.path.name}: the field {name!r} of {count} rows is not used.", show)
+    return encoded
+
+
+def _trainer(
+    config: TrainConfig, run: RunFolder, material: _Material, stop: Stop, show: bool
+) -> QloraTrainer:
+    model = material.base.model
+    packs = _packs(material.train, config)
+    steps = config.max_steps or _steps(len(packs), config)
+    _choose(config, run, material, _largest(packs, config.batch_size), show)
+    set_seed(config.seed)
+    adapted = put_adapter(model, config, steps)
+    trained, all_ = adapted.get_nb_trainable_parameters()
+    rate = config.learning_rate or learning_rate_for(all_)
+    text = (
+        f"{config.method}, rank {config.r}: {trained} of {all_} parameters are trained ({trained / all_:.2%})"
+    )
+    _note(run, f"{text}, learning rate {rate:g}, {steps} steps.", show)
+    held_out = _packs(material.held_out, config) if material.held_out else []
+    throttle = Throttle(config.duty)
+    trainer = QloraTrainer(
+        adapted,
+        _arguments(config, run, material.device, steps, rate),
+        train_dataset=packs,
+        data_collator=collate,
+        callbacks=[RankAllocation()] if config.method == "adalora" else [],
+        run=run,
+        nominal=nominal_of(config, material.base.prepared.source),
+        sites=sorted(material.base.layout.sites),
+        held_out=held_out,
+        throttle=throttle,
+        keep=config.keep_checkpoints,
+        show=show,
+        stop=stop,
+    )
+    trainer.add_callback(Moments(stop, config.checkpoint_steps, bool(held_out)))
+    run.event("start", total_steps=steps, rows=material.train.rows, trained_parameters=trained)
+    return trainer
+
+
+def _choose(config: TrainConfig, run: RunFolder, material: _Material, tokens: int, show: bool) -> None:
+    """Trade memory for speed as far as there is any, and say so."""
+    model = material.base.model
+    unpacking = decide_unpacking(model, config, material.device)
+    recomputing = decide_recomputing(model, config, material.device, tokens)
+    _note(run, f"{unpacking.reason} {recomputing.reason}", show)
+    if material.device == "cpu":
+        use_packed_attention(model)
+    if unpacking.on:
+        unpack_linears(model)
+    if recomputing.on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+
+
+def _arguments(
+    config: TrainConfig, run: RunFolder, device: str, steps: int, rate: float
+) -> TrainingArguments:
+    on_cpu = device == "cpu"
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        optim="adamw_torch" if on_cpu else "paged_adamw_8bit",
+        bf16=True,
+        use_cpu=on_cpu,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # callbacks decide
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to="none",
+        deepspeed=str(config.deepspeed) if config.deepspeed else None,
+        fsdp=config.fsdp or None,
+        fsdp_config=str(config.fsdp_config) if config.fsdp_config else None,
+    )
+
+
+def nominal_of(config: TrainConfig, base_model: str) -> Nominal:
+    """What the adapter's config will say of all its linears."""
+    return Nominal(config.alpha, config.method == "rslora", config.method == "dora", base_model)
+
+
+def _packs(encoded: Encoded, config: TrainConfig) -> list[Pack]:
+    if config.packing:
+        return pack(encoded.examples, config.max_seq_len)
+    return [[example] for example in encoded.examples]
+
+
+def _steps(packs: int, config: TrainConfig) -> int:
+    """Optimiser steps, counted as the Trainer counts them."""
+    batches = math.ceil(packs / (config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil(config.epochs * max(1, math.ceil(batches / config.accumulation)))
+
+
+def _largest(packs: Sequence[Pack], batch_size: int) -> int:
+    """Tokens in the largest batch that can come."""
+    sizes = sorted((sum(len(example.ids) for example in one) for one in packs), reverse=True)
+    return sum(sizes[:batch_size])
+
+
+def _metrics(run: RunFolder, trainer: QloraTrainer, material: _Material, seconds: float) -> dict[str, Any]:
+    losses, held_out = run.curve("step"), run.curve("eval")
+    steps = sorted(losses)
+    last = steps[-max(1, len(steps) // 10) :]
+    passed = trainer.state.epoch or 0.0
+    return {
+        "train_loss": sum(losses[step] for step in last) / len(last) if last else None,
+        "eval_loss": held_out[max(held_out)] if held_out else None,
+        "steps": trainer.state.global_step,
+        "epochs": round(passed, 3),
+        "rows": material.train.rows,
+        "tokens": material.train.tokens,
+        "trained_tokens": material.train.trained_tokens,
+        "truncated": material.train.truncated,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _finish(
+    config: TrainConfig, run: RunFolder, material: _Material, trainer: QloraTrainer, metrics: dict[str, Any]
+) -> Trained:
+    """The last checkpoint's adapter, pruned if asked for, with its card."""
+    checkpoint = run.last_checkpoint()
+    if checkpoint is None:
+        raise RecipeInvalid("No step was trained; give --epochs or --max-steps more.")
+    making = run.path / ".adapter.partial"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(checkpoint / name, making / name)
+    if config.prune_rank is not None and material.held_out:
+        packs = _packs(material.held_out, config)
+        base = trainer.model.unload()
+        sites = sorted(material.base.layout.sites)
+        pruned = prune(making, base, packs, config, nominal_of(config, material.base.prepared.source), sites)
+        run.event("pruned", **pruned.as_json(), message=pruned.summary())
+        metrics = {**metrics, "pruned": pruned.as_json(), "eval_loss": pruned.loss_after}
+    write_card(making, config, material.base.prepared, material.data.sha256, metrics)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    os.replace(making, run.adapter)
+    run.event("end", message=f"The adapter is in {run.adapter}.", path=run.adapter)
+    return Trained(run.adapter, metrics)
+
+
+def _note(run: RunFolder, message: str, show: bool) -> None:
+    run.event("note", message=message)
+    if show:
+        tqdm.write(message, file=sys.stderr)

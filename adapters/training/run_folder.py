@@ -1,0 +1,180 @@
+"""The folder of one training run: its config, its events, its checkpoints, its adapter. Imports no torch.
+
+::
+
+    config.json     what was asked for, with the digests of base and data
+    metrics.jsonl   one event a line, flushed at once
+    loss.png        drawn from it
+    checkpoints/    checkpoint-N, each whole or not there, each a PEFT folder of its own
+    adapter/        the finished adapter, not yet published
+    result.json     how it ended; written last
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from adapters.errors import RunFolderInvalid
+
+EventKind = Literal["start", "step", "eval", "checkpoint", "pruned", "end", "note"]
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class RunFolder:
+    """Held by one process at a time.
+
+    Args:
+        path: made if it is not there.
+        resume: whether a run may be in it already.
+        writes: False for all but one of several processes that train together.
+
+    Raises:
+        RunFolderInvalid: another process is at work in it, or a run is there and ``resume`` is False.
+    """
+
+    def __init__(self, path: Path, resume: bool = False, writes: bool = True) -> None:
+        self.path = path
+        self.writes = writes
+        if writes and (path / "config.json").exists() and not resume:
+            raise RunFolderInvalid(f"{path} holds a run already; go on with --resume, or name another one.")
+        self._events: TextIO | None = None
+        if writes:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
+            self._events = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            shutil.rmtree(self._unfinished, ignore_errors=True)  # of a process that was killed
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.checkpoints / ".partial"
+
+    def _take(self) -> TextIO:
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderInvalid(f"Another process is at work in {self.path}; wait for its end.") from None
+        return lock
+
+    def close(self) -> None:
+        """Let another process have it."""
+        if self._events is not None:
+            self._events.close()
+            self._lock.close()
+
+    def event(self, kind: EventKind, **fields: Any) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        if self._events is not None:
+            line = json.dumps({"event": kind, "time": round(time.time(), 3), **fields}, default=str)
+            self._events.write(line + "\n")
+            self._events.flush()
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a line that a killed process left half-written is passed over."""
+        found = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def curve(self, kind: EventKind) -> dict[int, float]:
+        """Loss by step, of ``step`` or ``eval`` events; what a resumed run computed again counts once."""
+        return {event["step"]: event["loss"] for event in self.events() if event["event"] == kind}
+
+    def check_same_run(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
+        """Keep the config of a new run; of a resumed one, see that it asks for the same.
+
+        Raises RunFolderInvalid, naming what differs.
+        """
+        known = self.read("config.json")
+        if known is None:
+            self.write("config.json", config)
+            return
+        keys = (config.keys() | known.keys()) - set(may_differ)
+        differ = sorted(key for key in keys if config.get(key) != known.get(key))
+        if differ:
+            raise RunFolderInvalid(
+                f"{self.path} holds a run with another {', '.join(differ)}; "
+                "resume it with what it was begun with, or name another --run-dir."
+            )
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder; None if there is none."""
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunFolderInvalid(f"{self.path / name} cannot be read ({error}).") from error
+        return value
+
+    def write(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file, whole or not at all."""
+        if not self.writes:
+            return
+        partial = self.path / f".{name}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / name)
+
+    def finished_checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def last_checkpoint(self) -> Path | None:
+        return (self.finished_checkpoints() or [None])[-1]  # type: ignore[list-item]
+
+    @contextmanager
+    def new_checkpoint(self, name: str, keep: int) -> Iterator[Path]:
+        """A folder in which ``name`` is written; it appears among the checkpoints at the end, or not at all.
+
+        Args:
+            keep: how many checkpoints may stay, this one included.
+        """
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        try:
+            yield self._unfinished
+            if self.writes:
+                target = self.checkpoints / name
+                shutil.rmtree(target, ignore_errors=True)
+                sync_folder(self._unfinished / name)
+                os.replace(self._unfinished / name, target)
+                for old in self.finished_checkpoints()[:-keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if self.writes:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the folder's files are on disk: a rename must never be seen before them."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,197 @@
+"""transformers' Trainer, told how this project saves, resumes, evaluates and reports.
+
+The training loop, the optimiser, the schedule, accumulation, clipping, accelerate, DeepSpeed and FSDP are
+the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adapters.errors import TrainingDiverged
+from adapters.training.export import Nominal, pairs_of, write_adapter
+from adapters.training.failures import explained
+from adapters.training.methods import restore_state, trained_state
+from adapters.training.packing import Pack, collate
+from adapters.training.progress import Progress, Throttle
+from adapters.training.run_folder import RunFolder
+from adapters.training.stop import Stop
+
+STATE_FILE = "trained_state.safetensors"
+"""Of a checkpoint: what training has changed, to the bit; the PEFT tensors beside it are rounded to bf16."""
+
+_SAVE_AFTER = 120.0
+"""Seconds after which a checkpoint is saved, however long an epoch takes."""
+
+
+class QloraTrainer(Trainer):  # type: ignore[misc]
+    """Args:
+
+    run: where checkpoints and events go.
+    nominal, sites: how adapters are written (``write_adapter``).
+    held_out: packs for the evaluation, or none.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        run: RunFolder,
+        nominal: Nominal,
+        sites: Sequence[str],
+        held_out: Sequence[Pack],
+        throttle: Throttle,
+        keep: int,
+        show: bool,
+        stop: Stop,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._run, self._nominal, self._sites, self._keep = run, nominal, sites, keep
+        self._held_out, self._throttle, self._show, self._stop = held_out, throttle, show, stop
+        self._saving_to: Path | None = None
+        self._progress: Progress | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """One forward and backward pass. Raises TrainingDiverged before a bad gradient is applied."""
+        if self._progress is None:
+            self._progress = Progress(self.state.max_steps, self.state.global_step, self._show)
+        tokens = inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"The loss became {loss.item()} in step {self.state.global_step + 1}; lower --lr."
+            )
+        self._progress.tokens += tokens
+        self._throttle.pause()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Events go to the run folder alone: the Trainer's history would be in every checkpoint again."""
+        del start_time
+        if "loss" not in logs or self._progress is None:
+            return
+        speed, eta = self._progress.step(self.state.global_step, logs["loss"])
+        self._run.event(
+            "step",
+            **self._place(),
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            tokens_per_second=round(speed, 1),
+            eta_seconds=round(eta, 1),
+        )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The held-out loss, a mean over tokens."""
+        loss = held_out_loss(
+            self.model.get_base_model(), self._held_out, self.args.train_batch_size, self._throttle
+        )
+        self._run.event("eval", **self._place(), loss=loss)
+        return {"eval_loss": loss}
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+    def _place(self) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "total_steps": self.state.max_steps,
+            "epoch": round(self.state.epoch or 0.0, 4),
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        with explained(self._run), self._run.new_checkpoint(name, self._keep) as folder:
+            self._saving_to = folder
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        self._run.event("checkpoint", **self._place(), path=self._run.checkpoints / name)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A PEFT folder that can be served, and the exact state to go on from."""
+        if state_dict is not None:  # sharded: FSDP or DeepSpeed have gathered it, and load it their own way
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_adapter(folder, pairs_of(self.model), self._nominal, self._sites)
+            save_file(trained_state(self.model), folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        file = Path(resume_from_checkpoint) / STATE_FILE
+        if file.exists():
+            restore_state(self.model, load_file(file))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class Moments(TrainerCallback):  # type: ignore[misc]
+    """When to save, to evaluate and to stop."""
+
+    def __init__(self, stop: Stop, every: int, evaluates: bool) -> None:
+        self._stop, self._every, self._evaluates = stop, every, evaluates
+        self._saved_at, self._saved_time = -1, time.monotonic()
+
+    def on_step_end(
+        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        due = state.global_step % self._every == 0 if self._every else self._is_late()
+        control.should_save = due or self._stop.requested or state.global_step >= state.max_steps
+        control.should_training_stop |= self._stop.requested
+
+    def on_epoch_end(
+        self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        control.should_save = not self._every and state.global_step != self._saved_at
+        control.should_evaluate = self._evaluates and not self._stop.requested
+
+    def on_save(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        self._saved_at, self._saved_time = state.global_step, time.monotonic()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._saved_time >= _SAVE_AFTER
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, packs: Sequence[Pack], batch_size: int, throttle: Throttle) -> float:
+    """The mean loss over all trained tokens of ``packs``, in nats; not a number if there are none."""
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    batches = (collate(packs[begin : begin + batch_size]) for begin in range(0, len(packs), batch_size))
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16):
+        for batch in batches:
+            trained = batch["labels"].numel()
+            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            total, count = total + loss.item() * trained, count + trained
+            throttle.pause()
+    return total / count if count else math.nan
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for all but the 4-bit linears: on a CPU those would repack their weights for good, and
+    packed weights pass no gradient back."""
+    was_training = model.training
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)

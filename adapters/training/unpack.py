@@ -1,0 +1,33 @@
+"""The 4-bit linears of a base as bf16 linears of exactly the numbers that they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+
+@torch.no_grad()
+def unpack_linears(model: Any) -> None:
+    """Replace every ``Linear4bit`` of ``model`` by a frozen ``Linear`` with its dequantised weight.
+
+    bitsandbytes computes with that very weight, only that it unpacks it in each pass (on a CPU, at 1.1
+    billion weights a second); the head stays what it is, bf16.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _unpacked(module))
+
+
+def _unpacked(module: Linear4bit) -> torch.nn.Linear:
+    dense = torch.nn.Linear(
+        module.in_features, module.out_features, module.bias is not None, device="meta", dtype=torch.bfloat16
+    )
+    weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    dense.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    if module.bias is not None:
+        dense.bias = torch.nn.Parameter(module.bias.to(torch.bfloat16), requires_grad=False)
+    return dense

@@ -1,0 +1,65 @@
+"""What an evaluation says: figures for base, adapter and the version it would replace, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Model = Literal["base", "adapter", "replaced"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One model on the held-out rows.
+
+    Attributes:
+        loss: mean negative log-likelihood of a learnt token of the references, in nats.
+        exact_match: share (0 to 1) of short references that the greedy answer equals; None = none is short.
+        token_f1: mean word overlap with the short references (0 to 1); None = none is short.
+    """
+
+    loss: float
+    exact_match: float | None
+    token_f1: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The greedy answers to one row whose reference is short.
+
+    Attributes:
+        line: of the row in its file.
+        given: the answer of each model.
+    """
+
+    line: int
+    reference: str
+    given: dict[Model, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Figures of all models on the same rows, from the same batches.
+
+    Attributes:
+        rows, tokens: held-out rows, and the learnt tokens in them that ``loss`` is the mean over.
+        short_rows: rows whose last reference is short, which ``exact_match`` and ``token_f1`` are over.
+        seconds: wall clock, loading the base not counted.
+        replaced: the version that the adapter would replace; None = there is none.
+        answers: one for each short row.
+    """
+
+    rows: int
+    tokens: int
+    short_rows: int
+    seconds: float
+    base: Scores
+    adapter: Scores
+    replaced: Scores | None
+    answers: tuple[Answers, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, without the answers."""
+        fields = asdict(self)
+        del fields["answers"]
+        return fields

@@ -1,0 +1,91 @@
+"""Log-probabilities of a prompt's own tokens, from the very steps in which the engine computes it.
+
+A model of the engine gives logits only where a token is drawn. ``PromptScorer`` stands in for it, asks for
+those of more tokens of each step, and hands on what the engine expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import Chunk
+
+Targets = Mapping[int, int]
+"""Position in a prompt -> the token whose log-probability there is wanted."""
+
+
+class Model(Protocol):
+    """The part of ``server.engine.model.StepModel`` that scoring needs."""
+
+    def __call__(self, chunks: Sequence[Chunk], rows: Tensor | None = None) -> Tensor: ...
+
+
+class PromptScorer:
+    """The engine's model while prompts are scored.
+
+    Args:
+        model: the engine's own.
+        targets: by request id; a request that is not in it is only served.
+
+    Attributes:
+        logprobs: by request id and position, what has been found so far.
+    """
+
+    def __init__(self, model: Model, targets: Mapping[str, Targets]) -> None:
+        self._model = model
+        self._targets = targets
+        self.logprobs: dict[str, dict[int, float]] = {request_id: {} for request_id in targets}
+
+    def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
+        """float32 logits [chunks that sample, vocabulary], as the engine wants them."""
+        plan = _Plan()
+        for chunk in chunks:
+            plan.add(chunk, self._targets.get(chunk.sequence.request_id, {}))
+        logits = self._model(chunks, torch.tensor(plan.rows, dtype=torch.long))
+        if plan.scored:
+            self._note(logits, plan.scored)
+        return logits[plan.sampled]
+
+    def _note(self, logits: Tensor, scored: Sequence[_Scored]) -> None:
+        rows = [one.row for one in scored]
+        tokens = torch.tensor([one.token for one in scored], device=logits.device)
+        values = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist()
+        for one, value in zip(scored, values, strict=True):
+            self.logprobs[one.request_id][one.position] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """``row`` of the logits says how likely ``token`` is after ``position``."""
+
+    row: int
+    request_id: str
+    position: int
+    token: int
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Which of a step's tokens give logits, and what each row of those logits is for."""
+
+    rows: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    scored: list[_Scored] = field(default_factory=list)
+    _begin: int = 0
+
+    def add(self, chunk: Chunk, targets: Targets) -> None:
+        for offset in range(chunk.length):
+            position, row = chunk.start + offset, len(self.rows)
+            draws = chunk.samples and offset == chunk.length - 1
+            if position in targets:
+                self.scored.append(_Scored(row, chunk.sequence.request_id, position, targets[position]))
+            if draws:
+                self.sampled.append(row)
+            if draws or position in targets:
+                self.rows.append(self._begin + offset)
+        self._begin += chunk.length

@@ -1,0 +1,124 @@
+"""``/v1/files``: OpenAI's file endpoints, for training data and the results of jobs.
+
+Whoever may chat may use them and sees all files, since there are no tenants yet. Without any key, only this
+machine may (``app.py``): data to train on is more private than a chat, and fills the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse
+
+from adapters.errors import DatasetInvalid
+from server.config_values import choice, integer, text
+from server.errors import InvalidRequest
+from server.http.context import training_of
+from server.http.errors import BodyTooLarge
+from server.http.multipart import Form, file_blocks, form_of
+from server.http.query import read_query
+from server.jobs.database import StoredFile
+from server.jobs.files import TRAINING, Upload
+from server.jobs.training import Training
+
+PURPOSE = "purpose"
+_FORM_BYTES = 64 << 10
+"""More than a form takes around its file."""
+_LIST = {
+    "after": (text, None),
+    "limit": (integer(1, 10_000), 10_000),
+    "order": (choice("asc", "desc"), "desc"),
+    "purpose": (text, None),
+}
+
+
+async def upload_file(request: Request) -> JSONResponse:
+    """Stream a training file to the disk and check every row of it."""
+    training = training_of(request)
+    form = form_of(request, frozenset({PURPOSE}))
+    most = training.config.max_file_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:18]) > most + _FORM_BYTES:
+        raise _too_large(most)
+    upload = await asyncio.to_thread(training.files.begin)
+    try:
+        async for block in file_blocks(request, form):
+            if upload.size + len(block) > most:
+                raise _too_large(most)
+            await asyncio.to_thread(upload.write, block)
+        file = await asyncio.to_thread(_keep, training, upload, form)
+    finally:
+        await asyncio.to_thread(upload.discard)
+    return JSONResponse(file_object(file))
+
+
+async def list_files(request: Request) -> JSONResponse:
+    """A page of files, the newest first."""
+    query = read_query(request, _LIST)
+    files = training_of(request).files
+    page = await asyncio.to_thread(
+        files.list, query["after"], query["limit"], query["order"] == "asc", query["purpose"]
+    )
+    return JSONResponse(list_object([file_object(file) for file in page.rows], page.has_more))
+
+
+async def get_file(request: Request) -> JSONResponse:
+    """What is known of a file."""
+    file = await asyncio.to_thread(training_of(request).files.get, request.path_params["file"])
+    return JSONResponse(file_object(file))
+
+
+async def get_content(request: Request) -> FileResponse:
+    """The file's bytes, as they were sent."""
+    files = training_of(request).files
+    file = await asyncio.to_thread(files.get, request.path_params["file"])
+    return FileResponse(files.path(file.id), media_type="application/octet-stream", filename=file.filename)
+
+
+async def delete_file(request: Request) -> JSONResponse:
+    """Forget a file that no unfinished job needs."""
+    file_id = request.path_params["file"]
+    await asyncio.to_thread(training_of(request).files.delete, file_id)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+def file_object(file: StoredFile) -> dict[str, Any]:
+    """OpenAI's ``file``, with what was found in it."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created_at),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+        "expires_at": None,
+        "sha256": file.sha256,
+        "format": file.format,
+        "rows": file.rows,
+    }
+
+
+def list_object(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """OpenAI's ``list``, with the cursors of its page."""
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+
+
+def _keep(training: Training, upload: Upload, form: Form) -> StoredFile:
+    purpose = form.fields.get(PURPOSE)
+    if purpose != TRAINING:
+        raise InvalidRequest(f"'purpose' must be '{TRAINING}', not {purpose!r}.", PURPOSE, "invalid_value")
+    if form.filename is None:
+        raise InvalidRequest("The form has no 'file'.", "file", "missing_required_parameter")
+    try:
+        return training.files.keep(upload, form.filename, purpose)
+    except DatasetInvalid as error:
+        raise InvalidRequest(str(error), "file", "invalid_training_file") from None
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The file has more than {most} bytes; send less, or raise --max-file-bytes.", "file")

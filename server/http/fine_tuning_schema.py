@@ -1,0 +1,122 @@
+"""The body of ``POST /v1/fine_tuning/jobs``: OpenAI's fields, and ours beside them (``extra_body``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from server.errors import InvalidRequest
+from server.http.schema import Body, Name
+from server.jobs.store import Wanted
+
+
+def _auto_as_none(value: object) -> object:
+    return None if value == "auto" else value
+
+
+AutoOrCount = Annotated[Annotated[int, Field(ge=1, le=10_000)] | None, BeforeValidator(_auto_as_none)]
+AutoOrFactor = Annotated[Annotated[float, Field(gt=0, le=100)] | None, BeforeValidator(_auto_as_none)]
+Modules = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Key = Annotated[str, Field(max_length=64)]
+Value = Annotated[str, Field(max_length=512)]
+
+
+class Hyperparameters(Body):
+    """OpenAI's three; "auto" (None here) leaves the choice to the training command."""
+
+    n_epochs: AutoOrCount = None
+    batch_size: AutoOrCount = None
+    learning_rate_multiplier: AutoOrFactor = None
+
+    def told(self) -> dict[str, Any]:
+        """As clients are told of them."""
+        return {name: "auto" if value is None else value for name, value in self.model_dump().items()}
+
+
+class Supervised(Body):
+    """OpenAI's settings of supervised fine-tuning."""
+
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Body):
+    """OpenAI's ``method``; supervised is the one there is."""
+
+    type: Literal["supervised"]
+    supervised: Supervised = Supervised()
+
+
+class Recipe(Body):
+    """What is ours; ``manylora train --help`` tells of each."""
+
+    adapter_method: Literal["lora", "rslora", "dora", "adalora"] | None = None
+    r: Annotated[int, Field(ge=1, le=4096)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    dropout: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    target_modules: Annotated[Modules, Field(min_length=1, max_length=64)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_seq_len: Annotated[int, Field(ge=8, le=1 << 20)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    packing: bool = False
+    prune_rank: Annotated[float, Field(ge=0, le=100)] | None = None
+    require_improvement: bool = False
+
+
+class CreateJob(Recipe):
+    """``POST /v1/fine_tuning/jobs``.
+
+    ``name`` is ours too: what the result is called instead of ``ft:…``; a later job of that name replaces it.
+    """
+
+    model: Name
+    training_file: Name
+    validation_file: Name | None = None
+    suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] = ""
+    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> CreateJob:
+        if self.method is not None and self.hyperparameters is not None:
+            raise InvalidRequest(
+                "Give 'method', or the older 'hyperparameters', not both.", "hyperparameters"
+            )
+        if self.name is not None and self.suffix:
+            raise InvalidRequest("'name' is the whole name; leave out 'suffix'.", "suffix")
+        for field in ("prune_rank", "require_improvement"):
+            if getattr(self, field) and self.validation_file is None:
+                raise InvalidRequest(f"'{field}' needs a 'validation_file' to measure on.", field)
+        if self.learning_rate is not None and self._hyperparameters().learning_rate_multiplier is not None:
+            raise InvalidRequest(
+                "'learning_rate' and 'learning_rate_multiplier' exclude each other.", "learning_rate"
+            )
+        return self
+
+    def wanted(self) -> Wanted:
+        """The job that is asked for."""
+        recipe = self.model_dump(include=set(Recipe.model_fields))
+        return Wanted(
+            model=self.model,
+            training_file=self.training_file,
+            validation_file=self.validation_file,
+            name=self.name,
+            suffix=self.suffix,
+            seed=self.seed,
+            hyperparameters=self._hyperparameters().told(),
+            recipe={name: value for name, value in recipe.items() if value},
+            tags=dict(self.metadata),
+        )
+
+    def _hyperparameters(self) -> Hyperparameters:
+        if self.method is not None:
+            return self.method.supervised.hyperparameters
+        return self.hyperparameters or Hyperparameters()
+
+
+def recipe_of(job_recipe: dict[str, Any]) -> dict[str, Any]:
+    """Our fields as a job's object shows them."""
+    return Recipe().model_dump() | job_recipe

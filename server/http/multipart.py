@@ -1,0 +1,141 @@
+"""``multipart/form-data`` with one file in it, streamed: never more than a block of it is in memory.
+
+starlette's own form parser writes files of any size to a temporary folder before anybody can object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Final
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import InvalidRequest
+from server.http.errors import BodyNotMultipart, ClientDisconnected
+
+FILE: Final = "file"
+MAX_FIELD_BYTES = 1024
+MAX_NAME_LENGTH = 255
+BLOCK = 1 << 20
+
+
+class Form:
+    """What has been read of a form.
+
+    Attributes:
+        fields: the text fields, by name.
+        filename: of the file; None while none has begun.
+        complete: whether the last boundary has come.
+    """
+
+    def __init__(self, boundary: bytes, allowed: frozenset[str]) -> None:
+        """``allowed`` are the names of text fields; any other is refused by name."""
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self.complete = False
+        self._allowed = allowed
+        self._name = ""
+        self._header = bytearray()
+        self._value = bytearray()
+        self._disposition = b""
+        self._file = bytearray()
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin_part,
+                "on_header_field": self._header_name,
+                "on_header_value": self._header_value,
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._end_headers,
+                "on_part_data": self._data,
+                "on_part_end": self._end_part,
+                "on_end": self._end,
+            },
+        )
+
+    def feed(self, data: bytes) -> bytearray:
+        """Take the next bytes of the body; the bytes of the file that were in them. Raises InvalidRequest."""
+        self._file = bytearray()
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
+        return self._file
+
+    def _begin_part(self) -> None:
+        self._name, self._disposition = "", b""
+        self._header, self._value = bytearray(), bytearray()
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = bytes(self._value)
+        self._header, self._value = bytearray(), bytearray()
+
+    def _end_headers(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name == FILE:
+            self._begin_file(options.get(b"filename", b""))
+        elif self._name not in self._allowed:
+            message = f"{self._name[:100]!r} is not supported; leave it out."
+            raise InvalidRequest(message, self._name[:100], "unsupported_parameter")
+
+    def _begin_file(self, filename: bytes) -> None:
+        if self.filename is not None:
+            raise InvalidRequest("The form has more than one 'file'; send one.", FILE)
+        name = filename.decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
+        self.filename = "".join(each for each in name if each.isprintable())[-MAX_NAME_LENGTH:] or "upload"
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == FILE:
+            self._file += data[start:end]
+            return
+        self._value += data[start:end]
+        if len(self._value) > MAX_FIELD_BYTES:
+            raise InvalidRequest(f"'{self._name}' has more than {MAX_FIELD_BYTES} bytes.", self._name)
+
+    def _end_part(self) -> None:
+        if self._name != FILE:
+            self.fields[self._name] = self._value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self.complete = True
+
+
+def form_of(request: Request, allowed: frozenset[str]) -> Form:
+    """An empty form for the request's body. Raises BodyNotMultipart."""
+    media_type, options = parse_options_header(request.headers.get("content-type"))
+    if media_type != b"multipart/form-data" or not options.get(b"boundary"):
+        raise BodyNotMultipart("A file is sent as 'multipart/form-data', as OpenAI's clients do.")
+    try:
+        return Form(options[b"boundary"], allowed)
+    except FormParserError as error:
+        raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
+
+
+async def file_blocks(request: Request, form: Form) -> AsyncIterator[bytes]:
+    """The file's bytes in blocks of about ``BLOCK``, while ``form`` takes in the rest of the body.
+
+    Raises InvalidRequest when the form is not valid, or not complete.
+    """
+    block = bytearray()
+    try:
+        async for chunk in request.stream():
+            block += form.feed(chunk)
+            if len(block) >= BLOCK:
+                yield bytes(block)
+                block.clear()
+    except ClientDisconnect:
+        raise ClientDisconnected("The client went away while sending its file.") from None
+    if not form.complete:
+        raise InvalidRequest("The multipart form ends before its last boundary.")
+    if block:
+        yield bytes(block)

@@ -1,0 +1,50 @@
+"""Checks an upload's rows in a process of its own, which keeps its memory and its computing from serving.
+
+``python -m server.jobs.check FILE`` prints what it found as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from adapters.training.dataset import DatasetInvalid, LineProblem, read_dataset
+from server.jobs.child import wrapped
+
+_NICE = 5  # a client waits for the answer: behind serving, but before training
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A file whose rows can all be trained on. ``format`` is the name of the kind of rows."""
+
+    format: str
+    rows: int
+
+
+def check(path: Path, filename: str) -> Checked:
+    """Read the file whole. Raises DatasetInvalid, which calls it ``filename``."""
+    command = wrapped([sys.executable, "-m", __name__, str(path)], _NICE)
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["memory ran out, so give fewer rows"])[-1]
+        raise DatasetInvalid(filename, [LineProblem(1, f"could not be checked: {reason}")])
+    found = json.loads(done.stdout)
+    if "problems" in found:
+        raise DatasetInvalid(filename, [LineProblem(*each) for each in found["problems"]], found["count"])
+    return Checked(found["format"], found["rows"])
+
+
+def _report(path: Path) -> dict[str, object]:
+    try:
+        dataset = read_dataset(path)
+    except DatasetInvalid as error:
+        return {"problems": [astuple(problem) for problem in error.problems], "count": error.count}
+    return {"format": dataset.format, "rows": len(dataset.rows)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_report(Path(sys.argv[1]))))

@@ -1,0 +1,70 @@
+"""From a job to the command line that trains it, and the environment it runs in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from adapters.paths import folder_name
+from server.config import ServerConfig
+from server.jobs.database import Job
+from server.jobs.files import Files
+
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "server.cli", "train")
+
+_HYPERPARAMETERS = {"n_epochs": "--epochs", "batch_size": "--batch-size"}
+_RECIPE = {
+    "adapter_method": "--method",
+    "r": "--r",
+    "alpha": "--alpha",
+    "dropout": "--dropout",
+    "learning_rate": "--lr",
+    "max_seq_len": "--max-seq-len",
+    "max_steps": "--max-steps",
+    "packing": "--packing",
+    "prune_rank": "--prune-rank",
+    "require_improvement": "--require-improvement",
+    "target_modules": "--target-modules",
+}
+
+
+def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig) -> list[str]:
+    """The command that trains ``job`` in ``run_folder``, or goes on with it there."""
+    arguments: dict[str, object] = {
+        "--data": files.path(job.training_file),
+        "--eval": files.path(job.validation_file) if job.validation_file else None,
+        "--name": folder_name(job.fine_tuned_model),
+        "--output-dir": config.adapters.folder,
+        "--run-dir": run_folder,
+        "--base": config.base.base,
+        "--quantization": config.base.quantization,
+        "--device": config.base.device,
+        "--home": config.home,
+        "--seed": job.seed,
+        "--threads": config.training.threads,
+        "--duty": 1 - config.training.idle_share,
+        "--resume": True,
+    }
+    arguments |= {flag: job.hyperparameters.get(name) for name, flag in _HYPERPARAMETERS.items()}
+    arguments |= {flag: job.recipe.get(name) for name, flag in _RECIPE.items()}
+    return [*PROGRAM, *(word for flag, value in arguments.items() for word in _words(flag, value))]
+
+
+def train_environ() -> dict[str, str]:
+    """This process's, without our own variables: keys are none of the child's business.
+
+    The workers of a job sleep when they wait: spinning would take time from serving.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MANYLORA_")}
+    return own | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _words(flag: str, value: object) -> list[str]:
+    if value is None or value is False or value == "auto":
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        return [flag, ",".join(value)]
+    return [flag, f"{value:.12g}" if isinstance(value, float) else str(value)]

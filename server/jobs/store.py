@@ -1,0 +1,182 @@
+"""The jobs of one state folder: what clients may ask of them, as changes in the database.
+
+Nothing is done here but writing down what a job shall be; ``runner.py`` makes it so.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from adapters.errors import AdapterNameInvalid
+from adapters.paths import check_name
+from server.errors import InvalidRequest
+from server.jobs.database import UNFINISHED, Database, Job, JobEvent, Level, Status
+from server.jobs.errors import JobConflict, JobNotKnown
+from server.jobs.files import training_file
+from server.jobs.metrics import Totals
+from server.jobs.paging import Page, page_of
+
+_ID_CHARACTERS = string.ascii_lowercase + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job as a client asks for it.
+
+    Attributes:
+        model: the name of the base.
+        name: what the result shall be called; None = ``ft:model:suffix:id``.
+        suffix: "" = none.
+        seed: None = any.
+        hyperparameters, recipe, tags: as in ``Job``.
+    """
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    name: str | None = None
+    suffix: str = ""
+    seed: int | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+
+
+class Jobs:
+    """All jobs of one state folder. Every method blocks."""
+
+    def __init__(self, database: Database, on_change: Callable[[], None]) -> None:
+        """``on_change`` is called after a job was made or changed; it returns at once."""
+        self._database = database
+        self._on_change = on_change
+
+    def create(self, wanted: Wanted) -> Job:
+        """Queue a job. Raises InvalidRequest naming the field."""
+        job = Job(
+            id=f"ftjob-{secrets.token_hex(12)}",
+            created_at=time.time(),
+            model=wanted.model,
+            training_file=wanted.training_file,
+            validation_file=wanted.validation_file,
+            fine_tuned_model=_model_name(wanted),
+            seed=secrets.randbits(31) if wanted.seed is None else wanted.seed,
+            hyperparameters=wanted.hyperparameters,
+            recipe=wanted.recipe,
+            tags=wanted.tags,
+        )
+        with self._database.write() as session:
+            training_file(session, wanted.training_file, "training_file")
+            if wanted.validation_file is not None:
+                training_file(session, wanted.validation_file, "validation_file")
+            session.add(job)
+            session.flush()
+            tell(session, job, f"Created fine-tuning job: {job.id}")
+        self._on_change()
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """Raises JobNotKnown."""
+        with self._database.read() as session:
+            return find_job(session, job_id)
+
+    def list(self, after: str | None, limit: int, tags: dict[str, str] | None = None) -> Page[Job]:
+        """The newest first; of those with the given ``tags`` only. Raises InvalidRequest for ``after``."""
+        wanted = select(Job)
+        for key, value in (tags or {}).items():
+            wanted = wanted.where(Job.tags[key].as_string() == value)
+        with self._database.read() as session:
+            return page_of(session, wanted, Job, after, limit, ascending=False)
+
+    def events(self, job_id: str, after: str | None, limit: int, ascending: bool = False) -> Page[JobEvent]:
+        """The newest first unless ``ascending``. Raises JobNotKnown, or InvalidRequest for ``after``."""
+        wanted = select(JobEvent).where(JobEvent.job_id == job_id)
+        return self._events(wanted, job_id, after, limit, ascending)
+
+    def checkpoints(self, job_id: str, after: str | None, limit: int) -> Page[JobEvent]:
+        """The events that tell of checkpoints, the newest first. Raises as ``events``."""
+        wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "checkpoint")
+        return self._events(wanted, job_id, after, limit, ascending=False)
+
+    def cancel(self, job_id: str) -> Job:
+        """Ends it for good, and its model is not served. Raises JobNotKnown, or JobConflict after its end."""
+        return self._move(job_id, "cancelled", UNFINISHED, "Fine-tuning job cancelled")
+
+    def pause(self, job_id: str) -> Job:
+        """Stops it at a checkpoint. Raises JobNotKnown, or JobConflict after its end."""
+        return self._move(job_id, "paused", ("queued", "running"), "Fine-tuning job paused")
+
+    def resume(self, job_id: str) -> Job:
+        """Queues a paused job again. Raises JobNotKnown, or JobConflict if it is not paused."""
+        return self._move(job_id, "queued", ("paused",), "Fine-tuning job queued again")
+
+    def makes(self, model: str) -> bool:
+        """Whether a job has made, or is to make, the model of that name."""
+        with self._database.read() as session:
+            wanted = select(Job.seq).where(
+                Job.fine_tuned_model == model, Job.status.in_((*UNFINISHED, "succeeded"))
+            )
+            return session.scalars(wanted.limit(1)).first() is not None
+
+    def _events(
+        self, wanted: Select[JobEvent], job_id: str, after: str | None, limit: int, ascending: bool
+    ) -> Page[JobEvent]:
+        with self._database.read() as session:
+            find_job(session, job_id)
+            return page_of(session, wanted, JobEvent, after, limit, ascending)
+
+    def _move(self, job_id: str, to: Status, allowed: tuple[Status, ...], message: str) -> Job:
+        with self._database.write() as session:
+            job = find_job(session, job_id)
+            if job.status == to:
+                return job
+            if job.status not in allowed:
+                only = " or ".join(allowed)
+                raise JobConflict(f"Job {job_id} is {job.status}; only one that is {only} can be {to}.")
+            job.status = to
+            job.estimated_finish = None
+            if to == "cancelled":
+                job.finished_at = time.time()
+            tell(session, job, message)
+        self._on_change()
+        return job
+
+
+def find_job(session: Session, job_id: str) -> Job:
+    """Raises JobNotKnown."""
+    job = session.scalars(select(Job).where(Job.id == job_id)).one_or_none()
+    if job is None:
+        raise JobNotKnown(f"There is no job {job_id!r:.100}; GET /v1/fine_tuning/jobs lists them.")
+    return job
+
+
+def count_jobs(session: Session) -> Totals:
+    """All jobs, by status, and their seconds."""
+    rows = session.execute(select(Job.status, func.count(), func.sum(Job.seconds)).group_by(Job.status)).all()
+    jobs = {status: count for status, count, _ in rows}
+    return Totals(jobs, sum(seconds for _, _, seconds in rows))
+
+
+def tell(session: Session, job: Job, message: str, level: Level = "info") -> None:
+    """Something happened to the job."""
+    session.add(JobEvent(job_id=job.id, created_at=time.time(), level=level, kind="message", message=message))
+
+
+def _model_name(wanted: Wanted) -> str:
+    """The result's name. Raises InvalidRequest if no folder can be called so."""
+    if wanted.name is not None:
+        name, field_name = wanted.name, "name"
+    else:
+        unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
+        name, field_name = f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix"
+    try:
+        return check_name(name)
+    except AdapterNameInvalid as error:
+        raise InvalidRequest(str(error), field_name, "invalid_value") from None

@@ -1,0 +1,1 @@
+"""``manylora train``: data in, a published adapter out. Training itself is ``adapters.training``."""

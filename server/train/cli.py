@@ -1,0 +1,91 @@
+"""``manylora train`` on the command line; nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.config import ConfigError, ServerConfig, from_args
+from server.options import OPTIONS, Option
+from server.train.options import add_train_options
+
+if TYPE_CHECKING:
+    # argparse's sub-parsers have no public type
+    SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_DESCRIPTION = """\
+Train an adapter on exactly the 4-bit weights that are served, and put it where a running server finds it.
+
+  manylora train --data train.jsonl --eval eval.jsonl --name acme-support
+
+Rows: OpenAI chat, prompt/completion, Alpaca or ShareGPT, one JSON object a line. The loss is on the
+assistant's tokens alone. The run folder keeps the metrics, the loss curve and the checkpoints; a run that was
+stopped or killed goes on with --resume. Exit codes: 0 done (result.json says whether it was published), 1 it
+failed, 2 wrong options or data, 130 stopped, with a checkpoint.
+"""
+_SHARED = ("--home", "--base", "--quantization", "--device", "--adapter-dir")
+
+
+def add_parser(commands: SubParsers) -> None:
+    """Add the command ``train``."""
+    parser = commands.add_parser(
+        "train",
+        help="train an adapter and publish it",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="rows to learn from")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out rows, measured at the end")
+    parser.add_argument("--name", required=True, help="what the adapter will be called")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where its folder appears (default: --adapter-dir)"
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder (default: training/NAME-TIME under --home)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if there is one"
+    )
+    parser.add_argument(
+        "--require-improvement",
+        action="store_true",
+        help="publish only what is better on --eval than the base and the version it replaces",
+    )
+    _add_shared(parser)
+    add_train_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, evaluate, publish; the exit code. Raises ConfigError."""
+    if arguments.require_improvement and arguments.eval is None:
+        raise ConfigError("--require-improvement needs --eval: it is measured on held-out rows.")
+    config = _config(arguments)
+    from server.train.command import Command  # only now: training brings torch
+
+    return Command(arguments, config).run()
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("base and folders, as for manylora serve")
+    for option in _shared():
+        shown = "" if option.default is None else f" (default: {option.default})"
+        group.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
+
+
+def _shared() -> list[Option]:
+    return [option for option in OPTIONS if option.flag in _SHARED]
+
+
+def _config(arguments: argparse.Namespace) -> ServerConfig:
+    """The server's own config, from the same flags and variables."""
+    typed = [(option.flag, getattr(arguments, option.dest)) for option in _shared()]
+    return from_args(
+        [word for flag, value in typed if value is not None for word in (flag, value)], os.environ
+    )

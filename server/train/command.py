@@ -1,0 +1,163 @@
+"""What ``manylora train`` does, step by step, and how each end of it is told to whoever looks at the run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import (
+    AdapterNameInvalid,
+    DatasetInvalid,
+    ManyloraError,
+    RecipeInvalid,
+    RunFolderInvalid,
+)
+from adapters.paths import check_name
+from adapters.training import RunFolder, Stop, TrainConfig, train
+from adapters.training.dataset import read_dataset
+from adapters.training.run import Trained
+from adapters.training.stop import on_signals
+from server.config import ServerConfig
+from server.evaluation.evaluate import evaluate_adapter
+from server.evaluation.gate import decide
+from server.evaluation.table import table
+from server.train.options import chosen
+from server.train.publish import publish
+
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 130
+_WRONG = (AdapterNameInvalid, DatasetInvalid, RecipeInvalid, RunFolderInvalid)
+_ENDED = ("published", "kept")
+
+
+class Command:
+    """One call of the command."""
+
+    def __init__(self, arguments: argparse.Namespace, server: ServerConfig) -> None:
+        self._arguments, self._server = arguments, server
+        self._output_dir: Path = arguments.output_dir or server.adapters.folder
+        self._is_main = int(os.environ.get("RANK", "0")) == 0
+
+    def run(self) -> int:
+        """The exit code."""
+        stop = Stop()
+        try:
+            with on_signals(stop):
+                return self._run(stop)
+        except _WRONG as error:
+            return _tell(error, WRONG)
+        except KeyboardInterrupt:
+            return STOPPED
+
+    def _run(self, stop: Stop) -> int:
+        check_name(self._arguments.name)
+        config = self._config()
+        run = RunFolder(self._run_dir(), self._arguments.resume, self._is_main)
+        try:
+            known = run.read("result.json")
+            if known is not None and known["status"] in _ENDED:
+                _say(f"This run has ended already: {known['status']}, {known['path']}.")
+                return DONE
+            (run.path / "result.json").unlink(missing_ok=True)
+            return self._train(config, run, stop)
+        except KeyboardInterrupt:
+            self._end(run, "interrupted", reason="It was interrupted.")
+            raise
+        except Exception as error:
+            self._end(run, "failed", reason=str(error), error_type=type(error).__name__)
+            raise
+        finally:
+            run.close()
+
+    def _train(self, config: TrainConfig, run: RunFolder, stop: Stop) -> int:
+        trained = train(config, run, stop, show=self._is_main)
+        if not self._is_main:
+            return DONE
+        if trained.folder is None:
+            last = run.last_checkpoint()
+            self._end(run, "interrupted", trained, reason=f"Its last checkpoint is {last}.")
+            _say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
+            return STOPPED
+        gc.collect()  # the model that was trained: the engine brings its own
+        evaluation, better, reason = self._evaluate(config, trained.folder)
+        if self._arguments.require_improvement and not better:
+            self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
+            _say(f"Not published, but kept in {trained.folder}. {reason}")
+            return DONE
+        path = publish(trained.folder, self._output_dir, self._arguments.name)
+        self._end(run, "published", trained, path=path, evaluation=evaluation)
+        _say(f"Published {path}.")
+        return DONE
+
+    def _evaluate(self, config: TrainConfig, folder: Path) -> tuple[dict[str, Any] | None, bool, str | None]:
+        """Through the serving engine: the figures, whether they are better, and why."""
+        if config.eval_data is None:
+            return None, True, None
+        replaced = self._output_dir / self._arguments.name
+        evaluation = evaluate_adapter(
+            config.base,
+            config.home,
+            config.quantization,
+            config.device,
+            read_dataset(config.eval_data),
+            folder,
+            replaced if replaced.is_dir() else None,
+            config.threads or None,
+            progress=sys.stderr.isatty(),
+        )
+        decision = decide(evaluation)
+        _say(f"{table(evaluation)}\n{decision.reason}")
+        return evaluation.as_json(), decision.publish, decision.reason
+
+    def _config(self) -> TrainConfig:
+        return TrainConfig(
+            data=self._arguments.data,
+            eval_data=self._arguments.eval,
+            base=self._server.base.base,
+            home=self._server.home,
+            quantization=self._server.base.quantization,
+            device=self._server.base.device,
+            **chosen(self._arguments),
+        )
+
+    def _run_dir(self) -> Path:
+        """Where the run is: as told, or the latest of that name to be resumed, or a new one."""
+        if self._arguments.run_dir is not None:
+            return Path(self._arguments.run_dir)
+        if "WORLD_SIZE" in os.environ:
+            raise RecipeInvalid("Several processes that train together need --run-dir, to share one folder.")
+        root = self._server.home / "training"
+        if self._arguments.resume and (earlier := sorted(root.glob(f"{self._arguments.name}-*Z"))):
+            return earlier[-1]
+        return root / f"{self._arguments.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+
+    def _end(self, run: RunFolder, status: str, trained: Trained | None = None, **fields: Any) -> None:
+        result = {
+            "status": status,
+            "adapter": self._arguments.name if status == "published" else None,
+            "path": None,
+            "reason": None,
+            "error_type": None,
+            "metrics": trained.metrics if trained else {},
+            "evaluation": None,
+        }
+        try:
+            run.write("result.json", result | fields)
+        except OSError as error:  # a full disk: the exit code and the message must do
+            _say(f"result.json cannot be written ({error.strerror}).")
+
+
+def _tell(error: ManyloraError, code: int) -> int:
+    """Every bad row on a line of its own, then the error."""
+    for problem in getattr(error, "problems", ()):
+        _say(f"line {problem.line} {problem.reason}")
+    _say(f"manylora train: {error}")
+    return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,167 @@
+"""DoRA, biases, norms, embeddings and heads: what is served computes what PEFT computes, in float32."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from adapters.artifact import (
+    WEIGHTS_FILE,
+    Adapter,
+    Adjustment,
+    Limits,
+    LoraWeights,
+    inspect_adapter,
+    load_adapter,
+)
+from adapters.base.weights import BaseWeights
+from adapters.errors import AdapterInvalid, AdapterTooLarge
+from tests.adapters.artifact_folders import LIMITS, layout_of
+from tests.tiny_models import make_peft_adapter
+
+EMBED, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "dora with biases": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "all"},
+    "biases": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "biases of lora_B": {"target_modules": ["k_proj", "up_proj"], "lora_bias": True},
+    "both ends": {"target_modules": [EMBED, HEAD], "use_dora": True},
+    "own modules": {"target_modules": ["q_proj"], "modules_to_save": ["norm", HEAD, EMBED]},
+}
+
+
+def _model(tied: bool = False) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 40}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    return model
+
+
+def _load(model: Any, folder: Path, limits: Limits = LIMITS) -> Adapter:
+    layout = layout_of(model)
+    return load_adapter(folder, layout, limits, torch.float32, base=BaseWeights(model, layout))
+
+
+def _served(y: Tensor, x: Tensor, lora: LoraWeights | None, adjustment: Adjustment | None) -> Tensor:
+    """scale * y + shift + lora(x)"""
+    if adjustment is not None and adjustment.scale is not None:
+        y = y * adjustment.scale
+    if adjustment is not None and adjustment.shift is not None:
+        y = y + adjustment.shift
+    return y if lora is None else y + (x @ lora.a.t()) @ lora.b
+
+
+def _check_module(name: str, base: Any, theirs: Any, adapter: Adapter) -> None:
+    layout, extras = layout_of(base), adapter.extras
+    module = base.get_submodule(name)
+    if name in layout.norms:
+        x = torch.randn(3, 32)
+        weight = extras.norms[name]["weight"] if name in extras.norms else module.weight
+        torch.testing.assert_close(x / x.square().mean(-1, True).add(1e-6).sqrt() * weight, theirs(x))
+        return
+    if name == EMBED:
+        ids, end = torch.arange(40), extras.embedding
+        matrix = module.weight if end is None or end.matrix is None else end.matrix
+        x, y, expected = torch.eye(40), matrix[ids], theirs(ids)
+    else:
+        width = (layout.sites.get(name) or layout.ends[name]).in_features
+        x, end = torch.randn(3, width), extras.head if name == HEAD else None
+        y = module(x) if end is None or end.matrix is None else x @ end.matrix.t()
+        expected = theirs(x)
+    at_end = name in (EMBED, HEAD)
+    lora = (end.lora if end else None) if at_end else adapter.weights.get(name)
+    adjustment = (end.adjustment if end else None) if at_end else extras.adjustments.get(name)
+    torch.testing.assert_close(_served(y, x, lora, adjustment), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_module_computes_what_pefts_does(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = _model()
+    folder = make_peft_adapter(base, tmp_path / "a", r=3, **KINDS[kind])
+    adapter = _load(base, folder)
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval().base_model.model
+    layout = layout_of(base)
+    with torch.inference_mode():
+        for name in (*layout.sites, *layout.ends, *layout.norms):
+            _check_module(name, base, peft.get_submodule(name), adapter)
+
+
+def _sizes(adapter: Adapter) -> int:
+    """Bytes of all that is served besides the rank rows."""
+    found: list[Tensor | None] = []
+    extras = adapter.extras
+    ends = [end for end in (extras.embedding, extras.head) if end is not None]
+    for adjustment in [*extras.adjustments.values(), *(end.adjustment for end in ends if end.adjustment)]:
+        found += [adjustment.scale, adjustment.shift]
+    for end in ends:
+        found += [end.matrix, *((end.lora.a, end.lora.b) if end.lora else ())]
+    found += [tensor for own in extras.norms.values() for tensor in own.values()]
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_are_known_from_the_header_and_capped(kind: str, tmp_path: Path) -> None:
+    base = _model()
+    folder = make_peft_adapter(base, tmp_path / "a", r=3, **KINDS[kind])
+    adapter = _load(base, folder)
+    rows = sum(pair.a.nbytes + pair.b.nbytes for pair in adapter.weights.values())
+    assert adapter.info.extra_bytes == _sizes(adapter) > 0
+    assert adapter.info.nbytes == rows + adapter.info.extra_bytes
+    with pytest.raises(AdapterTooLarge, match=f"takes {adapter.info.nbytes} bytes as served"):
+        _load(base, folder, Limits(64, adapter.info.nbytes - 1))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_bases_own_embedding_saved_beside_its_lora_costs_nothing(tmp_path: Path) -> None:
+    base = _model()
+    fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", EMBED, HEAD]}
+    lean = _load(base, make_peft_adapter(base, tmp_path / "lean", **fields))
+    folder = make_peft_adapter(base, tmp_path / "fat", save_embedding_layers=True, **fields)
+    fat = _load(base, folder)
+    assert fat.info.nbytes == lean.info.nbytes
+    assert fat.extras.embedding is not None
+    assert fat.extras.embedding.matrix is None
+    layout = layout_of(base)
+    inspected = inspect_adapter(folder, layout, LIMITS, torch.float32, BaseWeights(base, layout))
+    assert inspected.nbytes == fat.info.nbytes
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of_its_own_one(
+    tmp_path: Path,
+) -> None:
+    base = _model(tied=True)
+    folder = make_peft_adapter(base, tmp_path / "a", 3, ["q_proj", "embed_tokens"], own_embedding=True)
+    assert not any(HEAD in name for name in load_file(folder / WEIGHTS_FILE))
+    put_back = _load(base, folder).extras
+    assert put_back.embedding is not None
+    assert put_back.head is not None
+    assert put_back.embedding.matrix is put_back.head.matrix is not None
+    own = _load(base, make_peft_adapter(base, tmp_path / "b", 3, ["q_proj"], modules_to_save=[EMBED]))
+    assert own.extras.embedding is not None
+    assert own.extras.head is None
+
+
+def test_a_row_of_zeros_has_no_direction_to_scale(tmp_path: Path) -> None:
+    base = _model()
+    folder = make_peft_adapter(base, tmp_path / "a", 3, ["o_proj"], use_dora=True)
+    base.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file({k: v * ("lora_B" not in k) for k, v in weights.items()}, folder / WEIGHTS_FILE)
+    with pytest.raises(AdapterInvalid, match=r"DoRA at .*o_proj divides by the length of a row that is zero"):
+        _load(base, folder)

@@ -1,0 +1,164 @@
+"""Every kind of PEFT's LoRA in one mixed batch with plain adapters and the base, against PEFT.
+
+PEFT runs on the base's dequantised weights: its DoRA reads a 4-bit weight that bitsandbytes has packed for
+the CPU as if it were not, and then takes the norms of noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import adapters.native
+import server.engine.model.fused
+from adapters.base import LoadedBase, load_base, prepare_base
+from server.engine.build import Parts
+from tests.adapters.native_calls import threads
+from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
+from tests.server.engine.test_exactness import TOLERANCE, check_close
+from tests.tiny_models import make_peft_adapter, make_tiny_model
+
+ATTENTION = ["q_proj", "v_proj", "o_proj"]
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8},
+    "dora": {"r": 5, "use_dora": True, "use_rslora": True},
+    "dora-attention": {"r": 4, "use_dora": True, "target_modules": ATTENTION},
+    "bias-all": {"r": 4, "target_modules": ["o_proj"], "bias": "all"},
+    "bias-lora-only": {"r": 4, "target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
+    "dora-bias": {"r": 4, "target_modules": ["q_proj", "k_proj"], "bias": "all", "use_dora": True},
+    "lora-bias": {"r": 4, "target_modules": ATTENTION, "lora_bias": True},
+    "embedding": {"r": 7, "target_modules": ["q_proj", "embed_tokens"]},
+    "embedding-dora": {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True},
+    "head": {"r": 6, "target_modules": ["v_proj", "lm_head"]},
+    "head-dora": {"r": 4, "target_modules": ["lm_head"], "use_dora": True},
+    "norms": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "saved-embedding": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved-head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "all-of-it": {
+        "r": 4,
+        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "use_dora": True,
+        "bias": "all",
+        "modules_to_save": ["layernorm", "lm_head"],
+    },
+    "tied": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "tied-lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "saved-by-the-way": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "own_embedding": True},
+}
+BASES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 3.0},
+}
+UNTIED = ("qwen2",)
+
+
+def _kinds(family: str) -> list[str]:
+    return [kind for kind in KINDS if not (kind.startswith("tied") and family in UNTIED)]
+
+
+def _make(base: Path, home: Path, family: str) -> None:
+    for seed, kind in enumerate(_kinds(family)):
+        make_peft_adapter(base, home / "adapters" / kind, seed=seed, **KINDS[kind])
+
+
+def _requests(parts: Parts, family: str) -> list[Asked]:
+    generator = torch.Generator().manual_seed(0)
+    names: list[str | None] = [*_kinds(family), None]
+    return [
+        Asked(
+            torch.randint(3, parts.tokenizer.vocab_size, (3 + 5 * (i % 5),), generator=generator).tolist(),
+            name,
+            {"ignore_eos": True, "max_tokens": 4},
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _run(parts: Parts, *requests: Asked) -> LogitsRecorder:
+    recorder = LogitsRecorder(parts.model)
+    parts.engine.model = recorder
+    driver = Driver(parts)
+    driver.resident(*{asked.adapter for asked in requests if asked.adapter})
+    driver.run(*requests)
+    parts.engine.check_idle()
+    parts.residency.check_integrity()
+    return recorder
+
+
+def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
+    """[generated, vocabulary] of one plain pass over prompt and answer; loading changes the model given."""
+    model = copy.deepcopy(base.model)
+    if asked.adapter is not None:
+        model = PeftModel.from_pretrained(model, folder / asked.adapter).eval()
+    tokens = torch.tensor([asked.prompt + asked.tokens[:-1]])
+    with torch.inference_mode():
+        logits: Tensor = model(tokens, use_cache=False).logits
+    return logits[0, len(asked.prompt) - 1 :].float()
+
+
+Runner = Callable[..., Parts]
+
+
+def _compare_with_peft(family: str, tmp_path: Path) -> Parts:
+    folder = make_tiny_model(family, tmp_path / family, **BASES[family])
+    _make(folder, tmp_path, family)
+    parts = build(folder, tmp_path, "--max-loras", "32", "--max-num-batched-tokens", "64")
+    refused = [entry for entry in parts.registry.entries() if entry.state == "failed"]
+    assert not refused
+    requests = _requests(parts, family)
+    recorder = _run(parts, *requests)
+    assert max(len(batch) for batch in recorder.batches) == len(requests), "all kinds in one step"
+    base = load_base(prepare_base(str(folder), tmp_path, progress=False))
+    base.model.dequantize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for asked in requests:
+            theirs = _peft_logits(base, tmp_path / "adapters", asked)
+            check_close(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
+    return parts
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_kind_in_one_batch_equals_peft(family: str, tmp_path: Path) -> None:
+    _compare_with_peft(family, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_it_does_without_the_native_kernels_too(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (adapters.native, server.engine.model.fused):
+        monkeypatch.setattr(module, "library", lambda: None)
+    assert _compare_with_peft(family, tmp_path).model.name == "transformers"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(family: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(family, tmp_path / family, **BASES[family])
+    _make(folder, tmp_path, family)
+    parts = build(folder, tmp_path, "--max-loras", "32", "--no-enable-prefix-caching")
+    if parts.model.name != "fused":
+        pytest.skip("only the fused step promises this")
+    with threads(2):
+        together = _requests(parts, family)
+        mixed = _run(parts, *together)
+    for asked in together:
+        alone = Asked(asked.prompt, asked.adapter, asked.params)
+        single = _run(parts, alone)
+        assert alone.tokens == asked.tokens
+        assert torch.equal(single.of(alone), mixed.of(asked)), asked.adapter

@@ -1,0 +1,305 @@
+"""Fine-tuning through the real ``openai`` client, with fake training in real processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from server.jobs import command, runner
+from tests.server.http.conftest import wait_until
+from tests.server.http.fake_service import FakeService
+from tests.server.http.training_server import TrainingServer, rows, training_server
+from tests.server.jobs.conftest import FAKE
+
+
+@pytest.fixture
+def flags() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, service: FakeService, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TrainingServer]:
+    monkeypatch.setattr(command, "PROGRAM", FAKE)
+    monkeypatch.setattr(runner, "BUSY_INTERVAL", 0.02)
+    with training_server(tmp_path, service, *flags) as server:
+        yield server
+
+
+@pytest.fixture
+def openai_client(server: TrainingServer) -> Iterator[openai.OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+def upload(client: openai.OpenAI, orders: str = "", name: str = "train.jsonl") -> str:
+    return client.files.create(file=(name, rows(orders)), purpose="fine-tune").id
+
+
+def create(client: openai.OpenAI, orders: str = "", **fields: Any) -> FineTuningJob:
+    return client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, orders), **fields)
+
+
+def ended(client: openai.OpenAI, job: FineTuningJob, seconds: float = 20) -> FineTuningJob:
+    deadline = time.monotonic() + seconds
+    while (now := client.fine_tuning.jobs.retrieve(job.id)).finished_at is None:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.02)
+    return now
+
+
+def test_from_a_file_to_a_model_and_away(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+    client = openai_client
+    job = create(
+        client,
+        "steps=2",
+        suffix="acme",
+        seed=7,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        metadata={"team": "blue"},
+        extra_body={"adapter_method": "dora", "r": 4, "target_modules": "all-linear"},
+    )
+    assert (job.status, job.fine_tuned_model, job.seed) == ("queued", None, 7)
+    assert job.hyperparameters.n_epochs == 2
+    assert job.hyperparameters.batch_size == "auto"
+    assert job.metadata == {"team": "blue"}
+    messages = [event["message"] for event in stream(server, job.id)]
+    assert messages[0] == f"Created fine-tuning job: {job.id}"
+    assert messages[-1] == "The job has successfully completed"
+
+    done = client.fine_tuning.jobs.retrieve(job.id)
+    assert (done.status, done.trained_tokens, done.error) == ("succeeded", 123, None)
+    model = done.fine_tuned_model
+    assert model is not None
+    assert model.startswith("ft:tiny:acme:")
+    assert model in {each.id for each in client.models.list()}
+    assert client.models.retrieve(model).id == model
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "x"}], max_tokens=2
+    )
+    assert answer.choices[0].message.content == " a b"
+    assert server.service.requests[-1].adapter == model
+
+    listed = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+    assert [event.message for event in reversed(listed)] == messages
+    assert {event.type for event in listed} == {"message", "metrics"}
+    steps = [each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
+    assert steps == [2, 1]
+    assert "step,epoch,train_loss" in client.files.content(done.result_files[0]).text
+
+    assert client.models.delete(model).deleted
+    assert model not in {each.id for each in client.models.list()}
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(model)
+
+
+def stream(server: TrainingServer, job_id: str) -> list[dict[str, Any]]:
+    url = f"{server.url}/v1/fine_tuning/jobs/{job_id}/events?stream=true"
+    with httpx.stream("GET", url, timeout=20) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_files(openai_client: openai.OpenAI) -> None:
+    client = openai_client
+    ids = [upload(client, name=name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    file = client.files.retrieve(ids[0])
+    assert (file.filename, file.bytes, file.purpose, file.status) == (
+        "a.jsonl",
+        len(rows()),
+        "fine-tune",
+        "processed",
+    )
+    assert client.files.content(ids[0]).content == rows()
+    assert [each.id for each in client.files.list(limit=2)] == ids[::-1]
+    assert [each.id for each in client.files.list(limit=1, order="asc", purpose="fine-tune")] == ids
+    assert list(client.files.list(purpose="batch")) == []
+    assert client.files.delete(ids[1]).deleted
+    assert [each.id for each in client.files.list()] == [ids[2], ids[0]]
+    for missing in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            missing(ids[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "no rows"),
+        (rows() + b"{not json\n" + rows() + b'{"messages": []}\n', "line 3 .*; line 6 "),
+        (b"\xff\xfe\n", "line 1 "),
+        (b'{"a": 1}\n' * 20, "20 rows .* and 10 more"),
+        (b"\0" * 1000, "line 1 "),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_lines(
+    openai_client: openai.OpenAI, server: TrainingServer, content: bytes, complaint: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=complaint) as refused:
+        openai_client.files.create(file=("bad.jsonl", content), purpose="fine-tune")
+    assert (refused.value.param, refused.value.code) == ("file", "invalid_training_file")
+    assert "bad.jsonl" in refused.value.message
+    assert list((server.home / "files").iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--max-file-bytes", "200000"]])
+def test_a_large_file_is_refused(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+    whole = rows(count=200_000 // len(rows(count=1)))
+    assert openai_client.files.create(file=("fits.jsonl", whole), purpose="fine-tune").bytes == len(whole)
+    with pytest.raises(openai.APIStatusError, match="--max-file-bytes") as refused:
+        openai_client.files.create(file=("large.jsonl", b"x" * 200_001), purpose="fine-tune")
+    assert refused.value.status_code == 413
+
+    def chunks() -> Iterator[bytes]:  # of a size that is not told beforehand
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        yield from (b"x" * 65536 for _ in range(40))
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert httpx.post(f"{server.url}/v1/files", content=chunks(), headers=headers).status_code == 413
+    assert len(list((server.home / "files").iterdir())) == 1
+
+
+def test_forms_that_are_no_upload(server: TrainingServer) -> None:
+    def post(**arguments: Any) -> tuple[int, str | None]:
+        response = httpx.post(f"{server.url}/v1/files", **arguments)
+        return response.status_code, response.json()["error"]["param"]
+
+    file = {"file": ("a.jsonl", rows())}
+    purpose = {"purpose": "fine-tune"}
+    assert post(json=purpose)[0] == 415
+    assert post(files=file) == (400, "purpose")
+    assert post(files=file, data={"purpose": "batch"}) == (400, "purpose")
+    assert post(files={"purpose": (None, "fine-tune")}) == (400, "file")
+    assert post(files=file, data=purpose | {"colour": "red"}) == (400, "colour")
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    truncated = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nabc'
+    assert post(content=truncated, headers=headers)[0] == 400
+    assert post(content=b"", headers=headers)[0] == 400
+    assert (
+        post(content=b"x", headers={"Content-Type": f"multipart/form-data; boundary={'b' * 300}"})[0] == 400
+    )
+    assert list((server.home / "files").iterdir()) == []
+
+
+def test_pause_resume_cancel(openai_client: openai.OpenAI) -> None:
+    jobs = openai_client.fine_tuning.jobs
+    job = create(openai_client, "steps=400 sleep=0.05")
+    waiting = create(openai_client)
+    assert jobs.pause(job.id).status == "paused"  # type: ignore[comparison-overlap]
+    assert ended(openai_client, waiting).status == "succeeded"
+    with pytest.raises(openai.BadRequestError, match="succeeded") as refused:
+        jobs.cancel(waiting.id)
+    assert refused.value.code == "invalid_job_state"
+    assert jobs.resume(job.id).status == "queued"
+    with pytest.raises(openai.BadRequestError, match="cancel it first"):
+        openai_client.files.delete(job.training_file)
+    assert jobs.cancel(job.id).status == "cancelled"
+    assert openai_client.files.delete(job.training_file).deleted
+    with pytest.raises(openai.BadRequestError):
+        jobs.resume(job.id)
+    assert [each.id for each in jobs.list(limit=1)] == [waiting.id, job.id]
+    with pytest.raises(openai.NotFoundError):
+        jobs.retrieve("ftjob-none")
+
+
+def test_jobs_are_found_by_metadata(openai_client: openai.OpenAI) -> None:
+    jobs = openai_client.fine_tuning.jobs
+    blue, _ = (create(openai_client, metadata={"team": team}) for team in ("blue", "red"))
+    assert [each.id for each in jobs.list(metadata={"team": "blue"})] == [blue.id]
+
+
+def test_a_job_may_name_its_model_and_replace_it(openai_client: openai.OpenAI) -> None:
+    extra = {"name": "support"}
+    for _ in range(2):
+        job = ended(openai_client, create(openai_client, extra_body=extra))
+        assert job.fine_tuned_model == "support"
+    for taken in ("poet", "tiny", "broken"):
+        with pytest.raises(openai.BadRequestError, match="taken") as refused:
+            create(openai_client, extra_body={"name": taken})
+        assert refused.value.param == "name"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "poet"}, "model"),
+        ({"training_file": "file-none"}, "training_file"),
+        ({"validation_file": "file-none"}, "validation_file"),
+        ({"suffix": "a:b"}, "suffix"),
+        ({"suffix": "a" * 65}, "suffix"),
+        ({"colour": "red"}, "colour"),
+        ({"adapter_method": "ia3"}, "adapter_method"),
+        ({"r": 0}, "r"),
+        ({"prune_rank": 0.1}, "prune_rank"),
+        ({"require_improvement": True}, "require_improvement"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations"),
+        ({"method": {"type": "dpo"}}, "method.type"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta"),
+        ({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),
+        ({"learning_rate": 0.1, "hyperparameters": {"learning_rate_multiplier": 2}}, "learning_rate"),
+        ({"name": "ft:tiny:a:b"}, "name"),
+        ({"name": "a", "suffix": "b"}, "suffix"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_a_job_cannot_be_is_named(
+    openai_client: openai.OpenAI, server: TrainingServer, fields: dict[str, Any], param: str
+) -> None:
+    body = {"model": "tiny", "training_file": upload(openai_client)} | fields
+    response = httpx.post(f"{server.url}/v1/fine_tuning/jobs", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert list(openai_client.fine_tuning.jobs.list()) == []
+
+
+@pytest.mark.parametrize("path", ["files", "fine_tuning/jobs", "fine_tuning/jobs/{job}/events"])
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "after=nobody", "colour=red"])
+def test_what_cannot_be_listed_is_named(server: TrainingServer, path: str, query: str) -> None:
+    with server.client() as client:
+        job = create(client)
+    response = httpx.get(f"{server.url}/v1/{path.format(job=job.id)}?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, query.partition("=")[0])
+
+
+def test_only_models_of_jobs_are_deleted(openai_client: openai.OpenAI) -> None:
+    for model in ("poet", "tiny"):
+        with pytest.raises(openai.BadRequestError, match="not made by"):
+            openai_client.models.delete(model)
+    with pytest.raises(openai.NotFoundError):
+        openai_client.models.delete("ft:tiny:a:b")
+
+
+@pytest.mark.parametrize("flags", [["--api-key", "k", "--admin-key", "a"]])
+def test_keys_are_the_clients(server: TrainingServer) -> None:
+    for key, status in (("k", 200), ("a", 200), ("wrong", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{server.url}/v1/files", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("flags", [["--admin-key", "a"]])
+def test_without_client_keys_it_is_the_admins(server: TrainingServer) -> None:
+    assert httpx.get(f"{server.url}/v1/fine_tuning/jobs").status_code == 401
+    assert httpx.get(f"{server.url}/v1/models").status_code == 200
+
+
+def test_metrics(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+    ended(openai_client, create(openai_client))
+
+    def value(sample: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return next(
+            float(line.split()[-1]) for line in lines if line.startswith(f"manylora_fine_tuning_{sample} ")
+        )
+
+    wait_until(lambda: value('jobs{status="succeeded"}') == 1)
+    assert value('jobs{status="running"}') == 0
+    assert value("seconds_total") > 0

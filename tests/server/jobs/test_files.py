@@ -1,0 +1,84 @@
+"""Uploads: complete or not there, checked in a process of their own, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import DatasetInvalid
+from server.jobs.check import check
+from server.jobs.errors import FileNotKnown
+from server.jobs.files import ABANDONED_AFTER
+from tests.server.jobs.conftest import Room
+
+ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+
+
+def test_what_a_crash_left_is_removed_later(room: Room) -> None:
+    kept = room.upload()
+    folder = room.home / "files"
+    old = time.time() - ABANDONED_AFTER - 1
+    for name in (".upload-1", "file-without-a-row"):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (old, old))
+    (folder / ".upload-2").write_bytes(b"of another server, which is writing it now")
+    os.utime(room.files.path(kept.id), (old, old))
+    room.files.sweep()
+    assert {path.name for path in folder.iterdir()} == {kept.id, ".upload-2"}
+
+
+def test_a_discarded_upload_leaves_nothing(room: Room) -> None:
+    upload = room.files.begin()
+    upload.write(b"x" * 10_000)
+    upload.discard()
+    assert list((room.home / "files").iterdir()) == []
+    with pytest.raises(FileNotKnown):
+        room.files.get("file-1")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from server.jobs.errors import StorageFull
+from server.jobs.files import Upload
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+upload = Upload(Path(sys.argv[1]))
+try:
+    for _ in range(64):
+        upload.write(b"x" * 65536)
+    upload.finish()
+except StorageFull as error:
+    print(error)
+upload.discard()
+"""
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """In a process that may write files of 1 MiB at most: to it the disk is full then."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "upload")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "disk is full" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "stored"
+    path.write_text(f"{json.dumps(ROW)}\n" * 3)
+    assert check(path, "train.jsonl").rows == 3
+    path.write_text(f"{json.dumps(ROW)}\nno\n{json.dumps(ROW)}\n[]\n")
+    with pytest.raises(DatasetInvalid, match=r"train\.jsonl has 2 rows .*line 2 .*line 4 ") as refused:
+        check(path, "train.jsonl")
+    assert [problem.line for problem in refused.value.problems] == [2, 4]
+    assert "stored" not in str(refused.value)
+
+
+def test_a_check_that_breaks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.jobs.check.__name__", "no.such.module")
+    with pytest.raises(DatasetInvalid, match=r"could not be checked: .*No module named"):
+        check(tmp_path / "stored", "train.jsonl")
