@@ -7,6 +7,7 @@
 // position, so the sums have the same order in a prompt, in a chunk of one, and in decoding.
 
 constexpr int64_t TILE = 16;
+constexpr int64_t AHEAD = 2;      // tiles between the one that is fetched and the one that is read
 constexpr float NEVER = -1e30f;  // the score of what is not seen; finite, so that differences stay numbers
 
 static inline bf16* tile_of(bf16* pages, const Pages& p, int64_t tile, int64_t head) {
@@ -100,9 +101,9 @@ static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int
     const int64_t last = tokens.positions[t];
     const int64_t first = call.window > 0 ? most_of(0, last - call.window + 1) : 0;
     for (int64_t i = first / TILE; i <= last / TILE; i++) {
-        if (i < last / TILE) {
-            prefetch(tile_of(p.keys, p, tiles[i + 1], kv_head), p.head_dim);
-            prefetch(tile_of(p.values, p, tiles[i + 1], kv_head), p.head_dim);
+        if (i + AHEAD <= last / TILE) {
+            prefetch(tile_of(p.keys, p, tiles[i + AHEAD], kv_head), p.head_dim);
+            prefetch(tile_of(p.values, p, tiles[i + AHEAD], kv_head), p.head_dim);
         }
         f32x16 s[G];
         scores_of<G>(q, tile_of(p.keys, p, tiles[i], kv_head), p.head_dim, call.scale, call.softcap, s);
@@ -127,13 +128,12 @@ static void attend(const AttentionCall& call, int64_t t, int64_t kv_head) {
         }
 }
 
-static void attention(const AttentionCall* call) {
-    const int64_t count = call->tokens->count, kv_heads = call->pages->kv_heads;
-#pragma omp parallel if (count * kv_heads > 1)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < count; t++) store_kv(*call, t);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * kv_heads; i++) attend(*call, i / kv_heads, i % kv_heads);
+// All tokens' keys and values must be stored before. Ends when all threads have done their part.
+static void attend_all(const AttentionCall& call, const Team& team) {
+    const int64_t kv_heads = call.pages->kv_heads, count = call.tokens->count * kv_heads;
+    if (team.by_rows) {
+#pragma omp barrier
     }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; i++) attend(call, i / kv_heads, i % kv_heads);
 }

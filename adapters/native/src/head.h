@@ -1,7 +1,7 @@
 // The final norm and the output head:  logits = norm(x) W^T, softcapped, W in bf16, packed so that sixteen words' sums
 // stand in one register. float32 out: rounding logits to bf16 would only make ties.
 
-constexpr int HEAD_ROWS = 6;  // rows, of two groups of words, whose sums are kept in registers
+constexpr int HEAD_ROWS = 8;  // rows, of two groups of words, whose sums are kept in registers
 
 template <int ROWS>
 static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
@@ -12,6 +12,7 @@ static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
     const bf16* x = call.normed + row * call.hidden;
     for (int64_t i = 0; i < call.hidden; i += 2) {
         const u32x16 w[2] = {load<u32x16>(first + i * 16), load<u32x16>(second + i * 16)};
+        for (int k = 0; k < 2; k++) __builtin_prefetch(first + (call.hidden * (2 + k) + i) * 16, 0, 2);  // the next two
         for (int r = 0; r < ROWS; r++) {
             const u32x16 xs = splat_pair(x + r * call.hidden + i);
             for (int k = 0; k < 2; k++) acc[r][k] = dot2(acc[r][k], w[k], xs);
@@ -22,16 +23,23 @@ static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
             store(call.out + (row + r) * width + (group + k) * 16, softcapped(acc[r][k], call.softcap));
 }
 
+// `count` rows from `row` on, at most MOST.
+template <int MOST>
+static inline void head_last_rows(const HeadCall& call, int64_t row, int64_t count, int64_t group) {
+    if (count == MOST) return head_rows<MOST>(call, row, group);
+    if constexpr (MOST > 1) head_last_rows<MOST - 1>(call, row, count, group);
+}
+
 static void head(const HeadCall* call) {
     const int64_t groups = (call->vocabulary + 15) / 16, n = call->n;
     for (int64_t i = 0; i < n; i++)
         rms_norm(call->x + call->rows[i] * call->hidden, call->norm, call->hidden, call->eps,
                  call->normed + i * call->hidden);
-#pragma omp parallel for schedule(static)
-    for (int64_t g = 0; g < groups; g += 2) {
-        int64_t row = 0;
-        for (; row + HEAD_ROWS <= n; row += HEAD_ROWS) head_rows<HEAD_ROWS>(*call, row, g);
-        for (; row + 2 <= n; row += 2) head_rows<2>(*call, row, g);
-        for (; row < n; row++) head_rows<1>(*call, row, g);
-    }
+    together([&](Team team) {
+        team.share((groups + 1) / 2, [&](int64_t pair) {
+            int64_t row = 0;
+            for (; row + HEAD_ROWS <= n; row += HEAD_ROWS) head_rows<HEAD_ROWS>(*call, row, 2 * pair);
+            if (row < n) head_last_rows<HEAD_ROWS - 1>(*call, row, n - row, 2 * pair);
+        });
+    });
 }

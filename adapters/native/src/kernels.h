@@ -6,6 +6,8 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#include <omp.h>
+
 #include "native.h"
 
 // Everything here has internal linkage, and the standard library's templates are not used: an instance of
@@ -13,12 +15,27 @@
 namespace {
 #include "simd.h"
 #include "buffer.h"
+#include "team.h"
 #include "nf4.h"
 #include "lora.h"
 #include "attention.h"
 #include "rows.h"
 #include "stack.h"
 #include "head.h"
+
+// Each kernel alone, in a parallel region of its own.
+void linears(const LinearCall* call) {
+    together([&](Team team) { linears(*call, team); });
+}
+void lora(const LoraCall* call) {
+    together([&](Team team) { lora(*call, team); });
+}
+void attention(const AttentionCall* call) {
+    together([&](Team team) {
+        team.share(call->tokens->count, [&](int64_t t) { store_kv(*call, t); });
+        attend_all(*call, team);
+    });
+}
 }  // namespace
 
 #define MANYLORA_KERNELS(isa) \

@@ -48,7 +48,7 @@ static inline void adjust_chunk(const Adjust& adjust, f32x16 acc[T][2], int64_t 
 }
 
 // 32 columns of y, or the `left` last ones, for T tokens: in registers, over all pairs of rows.
-template <int T>
+template <int T, bool ADJUSTED>
 static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
                                 const bf16* h, int64_t h_stride, bf16* const* y, int64_t c, int64_t left) {
     f32x16 acc[T][2];
@@ -56,7 +56,7 @@ static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, cons
         acc[t][0] = load_floats(y[t] + c, left);
         acc[t][1] = left > 16 ? load_floats(y[t] + c + 16, left - 16) : f32x16{};
     }
-    if (adjust.scale != nullptr || adjust.shift != nullptr) adjust_chunk<T>(adjust, acc, c, left);
+    if constexpr (ADJUSTED) adjust_chunk<T>(adjust, acc, c, left);
     for (int64_t j = 0; j < rank; j += 2) {
         const bf16* b0 = site.b + rows[j] * site.out + c;
         const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
@@ -74,15 +74,15 @@ static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, cons
     }
 }
 
-template <int T>
+template <int T, bool ADJUSTED>
 static inline void expand(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank, const bf16* h,
                           int64_t h_stride, bf16* const* y) {
     int64_t c = 0;
-    for (; c + 32 <= site.out; c += 32) expand_chunk<T>(site, adjust, rows, rank, h, h_stride, y, c, 32);
-    if (c < site.out) expand_chunk<T>(site, adjust, rows, rank, h, h_stride, y, c, site.out - c);
+    for (; c + 32 <= site.out; c += 32) expand_chunk<T, ADJUSTED>(site, adjust, rows, rank, h, h_stride, y, c, 32);
+    if (c < site.out) expand_chunk<T, ADJUSTED>(site, adjust, rows, rank, h, h_stride, y, c, site.out - c);
 }
 
-template <int T>
+template <int T, bool ADJUSTED>
 static inline void lora_tokens(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
                                const bf16* x, int64_t x_stride, bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
     constexpr int R = T == 1 ? 8 : 2;
@@ -106,13 +106,14 @@ static inline void lora_tokens(const LoraSite& site, const Adjust& adjust, const
     }
     if (rank % 2)
         for (int t = 0; t < T; t++) h[t * h_stride + rank] = 0;
-    expand<T>(site, adjust, rows, rank, h, h_stride, ys);
+    expand<T, ADJUSTED>(site, adjust, rows, rank, h, h_stride, ys);
 }
 
 struct LoraTask {
     int64_t site, slot, start, stop;
 };
 
+template <bool ADJUSTED>
 static void lora_task(const LoraCall& call, const LoraTask& task) {
     const LoraSite& site = *call.sites[task.site];
     const int64_t rank = site.ranks[task.slot], h_stride = rank + rank % 2;
@@ -123,24 +124,23 @@ static void lora_task(const LoraCall& call, const LoraTask& task) {
     const int64_t y_stride = call.y_strides[task.site];
     int64_t t = task.start;
     for (; t + TOKENS <= task.stop; t += TOKENS)
-        lora_tokens<TOKENS>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
+        lora_tokens<TOKENS, ADJUSTED>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
                             call.y[task.site] + t * y_stride, y_stride, h, h_stride);
     for (; t < task.stop; t++)
-        lora_tokens<1>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
+        lora_tokens<1, ADJUSTED>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
                        call.y[task.site] + t * y_stride, y_stride, h, h_stride);
 }
 
-static bool touches(const LoraSite& site, int64_t slot) {
-    const Adjust& adjust = site.adjusts[slot];
-    return site.ranks[slot] != 0 || adjust.scale != nullptr || adjust.shift != nullptr;
+static bool adjusts(const LoraSite& site, int64_t slot) {
+    return site.adjusts[slot].scale != nullptr || site.adjusts[slot].shift != nullptr;
 }
 
-static int64_t tasks_of(const LoraCall* call, LoraTask* tasks) {
+static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
     int64_t count = 0;
-    for (int64_t i = 0; i < call->n_segments; i++) {
-        const Segment& s = call->segments[i];
-        for (int64_t site = 0; site < call->n_sites; site++) {
-            if (!touches(*call->sites[site], s.slot)) continue;
+    for (int64_t i = 0; i < call.n_segments; i++) {
+        const Segment& s = call.segments[i];
+        for (int64_t site = 0; site < call.n_sites; site++) {
+            if (call.sites[site]->ranks[s.slot] == 0 && !adjusts(*call.sites[site], s.slot)) continue;
             for (int64_t t = s.start; t < s.stop; t += TASK_TOKENS)
                 tasks[count++] = {site, s.slot, t, least(t + TASK_TOKENS, s.stop)};
         }
@@ -148,13 +148,17 @@ static int64_t tasks_of(const LoraCall* call, LoraTask* tasks) {
     return count;
 }
 
-static void lora(const LoraCall* call) {
+static void lora(const LoraCall& call, const Team& team) {
     static thread_local Buffer<LoraTask> kept;
     int64_t bound = 0;
-    for (int64_t i = 0; i < call->n_segments; i++)
-        bound += call->n_sites * ((call->segments[i].stop - call->segments[i].start) / TASK_TOKENS + 1);
+    for (int64_t i = 0; i < call.n_segments; i++)
+        bound += call.n_sites * ((call.segments[i].stop - call.segments[i].start) / TASK_TOKENS + 1);
     LoraTask* tasks = kept.at_least(bound);
     const int64_t count = tasks_of(call, tasks);
-#pragma omp parallel for schedule(dynamic, 1) if (count > 1)
-    for (int64_t i = 0; i < count; i++) lora_task(*call, tasks[i]);
+    team.share_unequal(count, [&](int64_t i) {
+        if (adjusts(*call.sites[tasks[i].site], tasks[i].slot))
+            lora_task<true>(call, tasks[i]);
+        else
+            lora_task<false>(call, tasks[i]);
+    });
 }

@@ -8,7 +8,8 @@
 // so the results, are the same.
 
 constexpr int PANEL = 32;
-constexpr int NF4_ROWS = 6;  // rows whose sums are kept in registers
+constexpr int NF4_ROWS = 8;      // rows whose sums are kept in registers
+constexpr int NF4_DECODED = 32;  // rows from which on it pays to decode a panel once
 
 struct Codebook {
     u16x32 values;
@@ -60,27 +61,30 @@ static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weigh
         }
 }
 
+// `count` rows, at most MOST.
+template <int MOST, typename Weights>
+static inline void nf4_last_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
+                                 int64_t x_stride, bf16* y, int64_t y_stride) {
+    if (count == MOST) return nf4_rows<MOST>(l, panel, weights, x, x_stride, y, y_stride);
+    if constexpr (MOST > 1) nf4_last_rows<MOST - 1>(l, panel, weights, count, x, x_stride, y, y_stride);
+}
+
 template <typename Weights>
 static void nf4_all_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
                          int64_t x_stride, bf16* y, int64_t y_stride) {
     int64_t t = 0;
     for (; t + NF4_ROWS <= count; t += NF4_ROWS)
         nf4_rows<NF4_ROWS>(l, panel, weights, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
-    x += t * x_stride, y += t * y_stride;
-    switch (count - t) {
-        case 5: return nf4_rows<5>(l, panel, weights, x, x_stride, y, y_stride);
-        case 4: return nf4_rows<4>(l, panel, weights, x, x_stride, y, y_stride);
-        case 3: return nf4_rows<3>(l, panel, weights, x, x_stride, y, y_stride);
-        case 2: return nf4_rows<2>(l, panel, weights, x, x_stride, y, y_stride);
-        case 1: return nf4_rows<1>(l, panel, weights, x, x_stride, y, y_stride);
-    }
+    if (t < count)
+        nf4_last_rows<NF4_ROWS - 1>(l, panel, weights, count - t, x + t * x_stride, x_stride, y + t * y_stride,
+                                    y_stride);
 }
 
 static void nf4_panel(const LinearCall& call, const Codebook& codebook, int64_t which, int64_t panel) {
     const Linear& l = *call.linears[which];
     const uint8_t* w = l.w + panel * PANEL * l.in / 2;
     bf16* y = call.y[which];
-    if (call.count <= NF4_ROWS)
+    if (call.count < NF4_DECODED)
         return nf4_all_rows(l, panel, Decoding{codebook, w}, call.count, call.x, call.x_stride, y, call.y_stride);
     static thread_local Buffer<u32x16> kept;
     u32x16* pairs = kept.at_least(l.in);
@@ -88,16 +92,15 @@ static void nf4_panel(const LinearCall& call, const Codebook& codebook, int64_t 
     nf4_all_rows(l, panel, Decoded{pairs}, call.count, call.x, call.x_stride, y, call.y_stride);
 }
 
-// All panels of linears that share x, in one parallel region.
-static void linears(const LinearCall* call) {
+// All panels of linears that share x.
+static void linears(const LinearCall& call, const Team& team) {
     Codebook codebook = {};
-    for (int i = 0; i < 32; i++) codebook.values[i] = call->codebook[i % 16];
+    for (int i = 0; i < 32; i++) codebook.values[i] = call.codebook[i % 16];
     int64_t panels = 0;
-    for (int64_t i = 0; i < call->n_linears; i++) panels += call->linears[i]->out / PANEL;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < panels; i++) {
-        int64_t which = 0, panel = i;
-        while (panel >= call->linears[which]->out / PANEL) panel -= call->linears[which++]->out / PANEL;
-        nf4_panel(*call, codebook, which, panel);
-    }
+    for (int64_t i = 0; i < call.n_linears; i++) panels += call.linears[i]->out / PANEL;
+    team.share(panels, [&](int64_t panel) {
+        int64_t which = 0;
+        while (panel >= call.linears[which]->out / PANEL) panel -= call.linears[which++]->out / PANEL;
+        nf4_panel(call, codebook, which, panel);
+    });
 }

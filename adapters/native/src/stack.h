@@ -2,10 +2,27 @@
 //
 //   x += o( attention( rope(q(n(x))), rope(k(n(x))), v(n(x)) ) )        each linear with its adapters
 //   x += down( act(gate(n(x))) * up(n(x)) )                             n = RMSNorm
+//
+// One parallel region for all of it. Only attention looks at other tokens: there, and by rows only there, the threads
+// wait for each other.
 
-// Books the time until the end of its scope.
-struct Timed {
+// A step as one thread sees it: its own tokens, and the time they took.
+struct Walker {
     const StackCall& call;
+    const Team& team;
+    const int64_t begin = team.begin(call.tokens->count), count = team.end(call.tokens->count) - begin;
+    const Segment* segments;  // of its own tokens, counted from the first of them
+    int64_t n_segments;
+
+    template <typename T>
+    T* own(T* rows, int64_t stride) const {
+        return rows + begin * stride;
+    }
+};
+
+// Books the first thread's time until the end of its scope.
+struct Timed {
+    const Walker& walker;
     const Part part;
     const int64_t began;
 
@@ -14,38 +31,36 @@ struct Timed {
         clock_gettime(CLOCK_MONOTONIC, &t);
         return t.tv_sec * 1000000000ll + t.tv_nsec;
     }
-    Timed(const StackCall& c, Part p) : call(c), part(p), began(now()) {}
-    ~Timed() { call.nanoseconds[part] += now() - began; }
+    Timed(const Walker& w, Part p) : walker(w), part(p), began(w.team.thread == 0 ? now() : 0) {}
+    ~Timed() {
+        if (walker.team.thread == 0) walker.call.nanoseconds[part] += now() - began;
+    }
 };
 
 // Linears that share x and write side by side into rows of `stride`, with their adapters' part.
 template <int N>
-static void project(const StackCall& call, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
+static void project(const Walker& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
                     int64_t stride) {
     bf16* ys[N];
     const LoraSite* sites[N];
     int64_t strides[N], column = 0;
     for (int i = 0; i < N; i++) {
-        ys[i] = out + column, sites[i] = which[i]->lora, strides[i] = stride;
+        ys[i] = w.own(out, stride) + column, sites[i] = which[i]->lora, strides[i] = stride;
         column += which[i]->out;
     }
     {
-        Timed timed(call, LINEARS);
-        LinearCall base = {which, ys, N, stride, x, x_stride, call.tokens->count, call.codebook};
-        linears(&base);
+        Timed timed(w, LINEARS);
+        linears({which, ys, N, stride, w.own(x, x_stride), x_stride, w.count, w.call.codebook}, w.team);
     }
-    if (call.n_segments == 0) return;
-    Timed timed(call, LORA);
-    LoraCall adapters = {sites, ys, strides, N, x, x_stride, call.segments, call.n_segments};
-    lora(&adapters);
+    if (w.call.n_segments == 0) return;
+    Timed timed(w, LORA);
+    lora({sites, ys, strides, N, w.own(x, x_stride), x_stride, w.segments, w.n_segments}, w.team);
 }
 
 template <typename F>
-static void each_token(const StackCall& call, F f) {
-    Timed timed(call, ROWS);
-    const int64_t count = call.tokens->count;
-#pragma omp parallel for schedule(static) if (count >= 8)
-    for (int64_t t = 0; t < count; t++) f(t);
+static void each_token(const Walker& w, F f) {
+    Timed timed(w, ROWS);
+    w.team.share(w.count, [&](int64_t i) { f(w.begin + i); });
 }
 
 // The weights for token t.
@@ -55,62 +70,89 @@ static inline const float* weight_of(const StackCall& call, const Norm& norm, in
     return own != nullptr ? own : norm.weight;
 }
 
-static void attention_half(const StackCall& call, const Block& b) {
-    const int64_t hidden = call.hidden, dim = call.head_dim;
-    const int64_t q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
-    const Scratch& s = call.scratch;
-    each_token(call, [&](int64_t t) {
-        rms_norm(call.x + t * hidden, weight_of(call, b.norm_before_attention, t), hidden, call.eps, s.normed + t * hidden);
+// out = norm(x) for token t, if there is such a norm.
+static inline void normalise(const StackCall& call, const Norm& norm, int64_t t, const bf16* x, int64_t n, bf16* out) {
+    if (norm.weight != nullptr) rms_norm(x, weight_of(call, norm, t), n, call.eps, out);
+}
+
+// x += what a half of a block gave; then the norm before the next half.
+static void add_and_norm(const Walker& w, const Norm& after, const Norm& before) {
+    const StackCall& call = w.call;
+    const int64_t hidden = call.hidden;
+    each_token(w, [&](int64_t t) {
+        bf16 *x = call.x + t * hidden, *delta = call.scratch.delta + t * hidden;
+        normalise(call, after, t, delta, hidden, delta);
+        add_row(x, delta, hidden);
+        normalise(call, before, t, x, hidden, call.scratch.normed + t * hidden);
     });
-    project(call, {&b.q, &b.k, &b.v}, s.normed, hidden, s.qkv, stride);
-    each_token(call, [&](int64_t t) {
+}
+
+static void attention_half(const Walker& w, const Block& b) {
+    const StackCall& call = w.call;
+    const Scratch& s = call.scratch;
+    const int64_t dim = call.head_dim, q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
+    project(w, {&b.q, &b.k, &b.v}, s.normed, call.hidden, s.qkv, stride);
+    const AttentionCall a = {&b.pages, call.tokens, s.qkv, s.qkv + q_size, s.qkv + q_size + kv_size,
+                             stride, stride, stride, s.attended, call.heads, call.scale, call.softcap, b.window};
+    each_token(w, [&](int64_t t) {
         const float* cosines = call.cosines + call.tokens->positions[t] * dim;
         const float* sines = call.sines + call.tokens->positions[t] * dim;
         for (int64_t i = 0; i < q_size + kv_size; i += dim) {
             bf16* head = s.qkv + t * stride + i;
-            const Norm& norm = i < q_size ? b.q_norm : b.k_norm;
-            if (norm.weight != nullptr) rms_norm(head, weight_of(call, norm, t), dim, call.eps, head);
+            normalise(call, i < q_size ? b.q_norm : b.k_norm, t, head, dim, head);
             rotate_head(head, cosines, sines, dim);
         }
+        store_kv(a, t);
     });
-    AttentionCall a = {&b.pages, call.tokens, s.qkv, s.qkv + q_size, s.qkv + q_size + kv_size, stride, stride, stride,
-                       s.attended, call.heads, call.scale, call.softcap, b.window};
     {
-        Timed timed(call, ATTENTION);
-        attention(&a);
+        Timed timed(w, ATTENTION);
+        attend_all(a, w.team);
     }
-    project(call, {&b.o}, s.attended, q_size, s.delta, hidden);
-    each_token(call, [&](int64_t t) {
-        bf16* delta = s.delta + t * hidden;
-        if (b.norm_after_attention.weight != nullptr)
-            rms_norm(delta, weight_of(call, b.norm_after_attention, t), hidden, call.eps, delta);
-        add_row(call.x + t * hidden, delta, hidden);
-    });
+    project(w, {&b.o}, s.attended, q_size, s.delta, call.hidden);
 }
 
-static void mlp_half(const StackCall& call, const Block& b) {
-    const int64_t hidden = call.hidden, inner = call.intermediate;
-    const Scratch& s = call.scratch;
-    each_token(call, [&](int64_t t) {
-        rms_norm(call.x + t * hidden, weight_of(call, b.norm_before_mlp, t), hidden, call.eps, s.normed + t * hidden);
-    });
-    project(call, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
-    each_token(call, [&](int64_t t) {
+static void mlp_half(const Walker& w, const Block& b) {
+    const Scratch& s = w.call.scratch;
+    const int64_t hidden = w.call.hidden, inner = w.call.intermediate;
+    project(w, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
+    each_token(w, [&](int64_t t) {
         bf16* gate = s.gate_up + t * 2 * inner;
-        activate(gate, gate + inner, inner, call.gelu != 0);
+        activate(gate, gate + inner, inner, w.call.gelu != 0);
     });
-    project(call, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
-    each_token(call, [&](int64_t t) {
-        bf16* delta = s.delta + t * hidden;
-        if (b.norm_after_mlp.weight != nullptr)
-            rms_norm(delta, weight_of(call, b.norm_after_mlp, t), hidden, call.eps, delta);
-        add_row(call.x + t * hidden, delta, hidden);
+    project(w, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
+}
+
+static void walk(const Walker& w) {
+    const StackCall& call = w.call;
+    each_token(w, [&](int64_t t) {
+        normalise(call, call.blocks[0].norm_before_attention, t, call.x + t * call.hidden, call.hidden,
+                  call.scratch.normed + t * call.hidden);
     });
+    for (const Block *b = call.blocks, *end = b + call.n_blocks; b < end; b++) {
+        attention_half(w, *b);
+        add_and_norm(w, b->norm_after_attention, b->norm_before_mlp);
+        mlp_half(w, *b);
+        add_and_norm(w, b->norm_after_mlp, b + 1 < end ? b[1].norm_before_attention : Norm{});
+    }
+}
+
+// The segments' parts within [begin, end), counted from `begin`.
+static int64_t cut(const Segment* segments, int64_t n, int64_t begin, int64_t end, Segment* own) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t start = most_of(segments[i].start, begin), stop = least(segments[i].stop, end);
+        if (start < stop) own[count++] = {segments[i].slot, start - begin, stop - begin};
+    }
+    return count;
 }
 
 static void stack(const StackCall* call) {
-    for (int64_t i = 0; i < call->n_blocks; i++) {
-        attention_half(*call, call->blocks[i]);
-        mlp_half(*call, call->blocks[i]);
-    }
+    together([&](Team team) {
+        const int64_t tokens = call->tokens->count;
+        team.by_rows = tokens >= ROWS_EACH * team.threads;
+        static thread_local Buffer<Segment> kept;
+        Segment* own = kept.at_least(call->n_segments);
+        const int64_t count = cut(call->segments, call->n_segments, team.begin(tokens), team.end(tokens), own);
+        walk({*call, team, team.begin(tokens), team.end(tokens) - team.begin(tokens), own, count});
+    });
 }
