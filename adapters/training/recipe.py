@@ -36,6 +36,7 @@ class TrainConfig:
         epochs: passes over the rows; may be a fraction.
         max_steps: optimiser steps; 0 = as many as ``epochs`` takes.
         learning_rate: at its peak; None = by the base's size (``learning_rate_for``).
+        lr_multiplier: that rate is taken so many times.
         warmup: share of the steps in which the rate rises; then it falls along a cosine.
         batch_size: rows (with ``packing``: packs) in one pass.
         accumulation: passes in one optimiser step.
@@ -67,6 +68,7 @@ class TrainConfig:
     epochs: float = 3.0
     max_steps: int = 0
     learning_rate: float | None = None
+    lr_multiplier: float = 1.0
     warmup: float = 0.03
     weight_decay: float = 0.0
     batch_size: int = 8
@@ -134,6 +136,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("dropout", 0, 0.9),
     ("epochs", 1e-3, 10_000),
     ("max_steps", 0, 10**9),
+    ("lr_multiplier", 1e-3, 1000),
     ("warmup", 0, 1),
     ("weight_decay", 0, 1),
     ("batch_size", 1, 4096),

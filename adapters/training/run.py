@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -144,7 +145,7 @@ def _trainer(
     set_seed(config.seed)
     adapted = put_adapter(model, config, steps)
     trained, all_ = adapted.get_nb_trainable_parameters()
-    rate = config.learning_rate or learning_rate_for(all_)
+    rate = (config.learning_rate or learning_rate_for(all_)) * config.lr_multiplier
     text = (
         f"{config.method}, rank {config.r}: {trained} of {all_} parameters are trained ({trained / all_:.2%})"
     )
@@ -190,6 +191,8 @@ def _arguments(
     config: TrainConfig, run: RunFolder, device: str, steps: int, rate: float
 ) -> TrainingArguments:
     on_cpu = device == "cpu"
+    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeInvalid("--deepspeed needs DeepSpeed, which is not installed; run: pip install deepspeed")
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=steps,

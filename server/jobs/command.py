@@ -13,7 +13,11 @@ from server.jobs.files import Files
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "server.cli", "train")
 
-_HYPERPARAMETERS = {"n_epochs": "--epochs", "batch_size": "--batch-size"}
+_HYPERPARAMETERS = {
+    "n_epochs": "--epochs",
+    "batch_size": "--batch-size",
+    "learning_rate_multiplier": "--lr-multiplier",
+}
 _RECIPE = {
     "adapter_method": "--method",
     "r": "--r",

@@ -45,7 +45,7 @@ def names(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-_WHOLE = integer(0, 10**9)
+_WHOLE = integer(0, 2**31 - 1)  # ``TrainConfig`` knows each range
 _CHOICE = choice("auto", "on", "off")
 
 # fmt: off
@@ -66,6 +66,7 @@ OPTIONS: dict[str, tuple[TrainOption, ...]] = {
         TrainOption("--max-steps", "max_steps", _WHOLE, "N", "optimiser steps; 0: as many as --epochs takes"),
         TrainOption("--lr", "learning_rate", rate, "RATE",
                     "peak learning rate; auto: 1e-3 under 1B parameters, 2e-4 under 20B, else 1e-4"),
+        TrainOption("--lr-multiplier", "lr_multiplier", number, "FACTOR", "of the peak learning rate"),
         TrainOption("--warmup", "warmup", number, "SHARE", "of the steps; then it falls along a cosine"),
         TrainOption("--weight-decay", "weight_decay", number, "W", "of AdamW"),
         TrainOption("--max-grad-norm", "max_grad_norm", number, "NORM", "gradients are scaled down to it"),

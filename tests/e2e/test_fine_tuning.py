@@ -1,4 +1,4 @@
-"""From a file to a model that answers, on the default base, while others chat: OpenAI's client does it all."""
+"""From a file to a model that answers, on the default base, while others chat, all by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import openai
@@ -15,6 +16,8 @@ from tests.e2e.running_server import RunningServer
 from tests.e2e.test_answers import BASE, ask
 
 ANSWER = "Beep boop."
+HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 2.0}
+METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 TOPICS = ("the sea", "bread", "Rome", "my cat", "snow", "the moon", "a bicycle", "tea")
 PHRASES = ("Tell me about {}.", "What is {}?", "Why do people like {}?", "Say something about {}!")
 
@@ -60,11 +63,8 @@ def test_from_a_file_to_a_model_that_answers(server: RunningServer, client: open
             training_file=file.id,
             suffix="robot",
             seed=0,
-            method={
-                "type": "supervised",
-                "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 4}},
-            },
-            extra_body={"r": 8, "learning_rate": 0.002},
+            method=METHOD,
+            extra_body={"r": 8},
         )
         url = f"{server.url}/v1/fine_tuning/jobs/{job.id}/events?stream=true"
         with httpx.stream("GET", url, timeout=120) as events:
@@ -79,7 +79,7 @@ def test_from_a_file_to_a_model_that_answers(server: RunningServer, client: open
     assert len(set(answers)) == 1
     assert ask(client, BASE, "What is a violin?") != ANSWER
     assert done.trained_tokens
-    assert [each for each in client.fine_tuning.jobs.checkpoints.list(job.id)]
+    assert list(client.fine_tuning.jobs.checkpoints.list(job.id))
 
     assert client.models.delete(model).deleted
     with pytest.raises(openai.NotFoundError):
