@@ -1,1 +1,4 @@
-"""Two small adapters for the default base, ``pirate`` and ``json-answers``, with their data and recipe."""
+"""Samples for the default base: data, recipes, and two trained adapters, ``pirate`` and ``json-answers``.
+
+``manylora bench quality`` trains and measures them all; ``generate.py`` writes the made-up tenants' data.
+"""

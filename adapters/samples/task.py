@@ -11,7 +11,6 @@ Conversation = list[dict[str, str]]
 """OpenAI chat messages: ``role`` and ``content``."""
 
 FOLDER = Path(__file__).parent
-CACHE_DIR = Path(".manylora")
 TOPICS = (
     "advice",
     "animals",
