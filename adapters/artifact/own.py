@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
+from adapters.artifact.names import Role
 from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
-
-if TYPE_CHECKING:
-    from adapters.artifact.names import Role
 
 
 @dataclass(frozen=True, slots=True)
 class OwnPlan:
-    """Attributes:
-    matrices: [vocabulary, hidden], by the name of the embedding or the head.
-    norms: by norm and parameter.
-    biases: of linears, by name.
+    """The tensors that take the place of the base's.
+
+    Attributes:
+        matrices: [vocabulary, hidden], by the name of the embedding or the head.
+        norms: by norm and parameter.
+        biases: of linears, by name.
     """
 
     matrices: Mapping[str, TensorEntry]

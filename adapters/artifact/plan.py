@@ -166,16 +166,15 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
 def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> None:
     if missing := [name for name in targeted if name not in pairs]:
         raise AdapterInvalid(
-            f"{len(missing)} of the modules that target_modules names have no tensors: {some(missing)}."
+            f"{len(missing)} of the modules that target_modules names have no tensors: {_some(missing)}."
         )
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
-            f"{len(extra)} modules have tensors, but target_modules does not name them: {some(extra)}."
+            f"{len(extra)} modules have tensors, but target_modules does not name them: {_some(extra)}."
         )
 
 
-def some(names: list[str]) -> str:
-    """The first few."""
+def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor
-from torch.nn.functional import embedding
 from transformers.pytorch_utils import Conv1D
 
 from adapters.sites import BaseLayout
 
 _PANEL = 32
-_PANELS = 32
-"""How many are unpacked at a time, so that large linears take little memory for it."""
+"""Outputs that lie side by side where bitsandbytes packs weights for CPUs."""
 
 
 class BaseWeights:
@@ -41,8 +39,8 @@ class BaseWeights:
         if state is None:
             return weight.t() if isinstance(module, Conv1D | torch.nn.Embedding) else weight
         if getattr(state, "packing_format_for_cpu", False):
-            return _unpacked(weight, state)
-        dense: Tensor = bitsandbytes.functional.dequantize_4bit(weight, state)
+            weight, state = _unpacked(weight, state)
+        dense: Tensor = dequantize_4bit(weight, state)
         return dense
 
     def bias(self, name: str) -> Tensor | None:
@@ -51,16 +49,22 @@ class BaseWeights:
         return None if bias is None else bias.detach()
 
 
-def _unpacked(packed: Tensor, state: Any) -> Tensor:
-    """What bitsandbytes packed for CPUs (see ``nf4.h``); it can only restore such weights approximately."""
+def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, QuantState]:
+    """In bitsandbytes' usual order what it packed for CPUs (see ``nf4.h``), with the same scales.
+
+    Its own way back quantises the scales anew, and the model goes on computing with these.
+    """
     outputs, inputs = state.shape
-    dense = torch.empty(outputs, inputs, dtype=torch.bfloat16)
-    panels = packed.view(outputs // _PANEL, inputs // 2, _PANEL)
-    absmax = state.absmax.t().float().repeat_interleave(state.blocksize, dim=1)
-    for first in range(0, len(panels), _PANELS):
-        some = panels[first : first + _PANELS]
-        pairs = torch.cat([some & 15, some >> 4], dim=-1).view(len(some), inputs // 2, _PANEL, 2)
-        codes = pairs.transpose(1, 2).reshape(-1, inputs).int()
-        rows = slice(first * _PANEL, first * _PANEL + len(codes))
-        dense[rows] = embedding(codes, state.code.float()[:, None])[..., 0] * absmax[rows]
-    return dense
+    panels = packed.view(outputs // _PANEL, inputs // 2, _PANEL // 2, 2)
+    first, second = panels[..., 0], panels[..., 1]  # of each pair of inputs, for two outputs in either half
+    low = (first << 4) | (second & 15)
+    high = (first & 0xF0) | (second >> 4)
+    weight = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)
+    return weight, QuantState(
+        state.absmax.t().float().flatten(),
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=torch.bfloat16,
+    )
