@@ -14,9 +14,10 @@ static inline bf16* tile_of(bf16* pages, const Pages& p, int64_t tile, int64_t h
     return pages + (tile * p.kv_heads + head) * TILE * p.head_dim;
 }
 
-// The next tile lies anywhere, so the processor cannot guess it.
+// The next tiles lie anywhere, so the processor cannot guess them. Into the second cache: the first one's few misses in
+// flight would be taken from the tile being read.
 static inline void prefetch(const bf16* tile, int64_t head_dim) {
-    for (int64_t i = 0; i < TILE * head_dim; i += 32) __builtin_prefetch(tile + i);
+    for (int64_t i = 0; i < TILE * head_dim; i += 32) __builtin_prefetch(tile + i, 0, 2);
 }
 
 static void store_kv(const AttentionCall& call, int64_t t) {

@@ -28,7 +28,8 @@ class NativePages:
 
     def _layer(self, shape: KvShape, num_slots: int) -> ctypes.Structure:
         size = num_slots * shape.kv_heads * shape.key_dim
-        keys, values = (torch.zeros(size, dtype=torch.bfloat16) for _ in range(2))
+        # Not zeroed: what was never written is never read, and takes no memory before it is.
+        keys, values = (torch.empty(size, dtype=torch.bfloat16) for _ in range(2))
         self._memory += [keys, values]
         return Pages(keys.data_ptr(), values.data_ptr(), shape.kv_heads, shape.key_dim)
 

@@ -80,6 +80,7 @@ class FusedModel:
 
     Attributes:
         nanoseconds: spent so far in each of ``STACK_PARTS``; only grows.
+        head: the output head, as a part of its own.
         heads_per_kv_head: query heads that share a KV head.
     """
 
@@ -94,7 +95,7 @@ class FusedModel:
         self.shapes = stock.shapes
         self._lora = stock.lora
         self._weights = FusedWeights(stock.model, pool, stock.kinds)
-        self._head = FusedHead(stock, self._weights, loaded)
+        self.head = FusedHead(stock, self._weights, loaded)
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -150,7 +151,7 @@ class FusedModel:
         call.segments, call.n_segments = segments.ctypes.data, len(segments)
         call.norm_slots = None if norm_slots is None else norm_slots.ctypes.data
         self._library.manylora_stack(byref(call))
-        return self._head(x, rows)
+        return self.head(x, rows)
 
     def adopt(self, pool: RankPool) -> None:
         """From now on adapters' own heads and norms come as the native kernels want them."""
