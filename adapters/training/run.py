@@ -198,7 +198,7 @@ def _arguments(
         max_steps=steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup,
+        warmup_steps=int(steps * config.warmup),  # a share would be rounded up: one step of rate 0
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         max_grad_norm=config.max_grad_norm,

@@ -1,0 +1,46 @@
+"""A tiny base and a few rows that it can learn by heart in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from adapters.training import RunFolder, TrainConfig
+from adapters.training.run import Trained, train
+from tests.tiny_models import make_tiny_model
+
+QUESTIONS = 12
+
+
+def make_task(folder: Path, family: str = "llama") -> dict[str, Any]:
+    """Fields of a ``TrainConfig`` that learns in 12 steps; the base is in ``folder``."""
+    rows = [row(number) for number in range(QUESTIONS)]
+    data, held_out = folder / "train.jsonl", folder / "eval.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    held_out.write_text("".join(json.dumps(one) + "\n" for one in rows[:4]))
+    base = make_tiny_model(family, folder / "base")
+    return {
+        "data": data,
+        "eval_data": held_out,
+        "base": str(base),
+        "home": folder / "home",
+        "r": 4,
+        "batch_size": 4,
+        "epochs": 4.0,
+        "learning_rate": 1e-2,
+        "threads": 1,
+    }
+
+
+def row(number: int) -> dict[str, Any]:
+    question = {"role": "user", "content": "say " + "ab" * (1 + number % 5)}
+    return {"messages": [question, {"role": "assistant", "content": "yes" if number % 2 else "no"}]}
+
+
+def run_in(folder: Path, task: dict[str, Any], resume: bool = False, **fields: Any) -> Trained:
+    run = RunFolder(folder, resume)
+    try:
+        return train(TrainConfig(**{**task, **fields}), run)
+    finally:
+        run.close()

@@ -1,0 +1,120 @@
+"""What is learnt is the assistant's text and its end, told by decoding the mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import DatasetInvalid, RecipeInvalid
+from adapters.training.dataset import Dataset, Row
+from adapters.training.encode import Example, encode_dataset, encode_row
+from tests.tiny_models import tiny_tokenizer
+
+EOS = frozenset({2})
+CONVERSATION = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi there"},
+    {"role": "user", "content": "and now?"},
+    {"role": "assistant", "content": "bye"},
+]
+# As Qwen3's: the last answer has a place for thoughts, earlier ones lose it.
+FORGETFUL = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Ends no turn: generation would never stop.
+ENDLESS = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def examples(tokenizer: Any, row: Row) -> list[Example]:
+    return list(encode_row(row, tokenizer, EOS))
+
+
+def decoded(tokenizer: Any, example: Example, learnt: bool) -> str:
+    pairs = zip(example.ids, example.learnt, strict=True)
+    return str(tokenizer.decode([token for token, flag in pairs if flag is learnt]))
+
+
+def test_the_assistants_turns_and_their_ends_are_learnt(tokenizer: Any) -> None:
+    (example,) = examples(tokenizer, Row(1, CONVERSATION))
+    assert decoded(tokenizer, example, True) == "hi there<|im_end|>bye<|im_end|>"
+    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False).rstrip("\n")
+    assert tokenizer.decode(example.ids) == whole
+
+
+def test_a_turn_of_weight_zero_is_context(tokenizer: Any) -> None:
+    (example,) = examples(tokenizer, Row(1, CONVERSATION, frozenset({2})))
+    assert decoded(tokenizer, example, True) == "bye<|im_end|>"
+
+
+def test_the_prompt_is_tokenised_as_it_is_when_served(tokenizer: Any) -> None:
+    (example,) = examples(tokenizer, Row(1, CONVERSATION[:3]))
+    prompt = tokenizer.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
+    served = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert example.ids[: len(served)] == served
+    assert example.learnt == [False] * len(served) + [True] * (len(example.ids) - len(served))
+
+
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_an_example() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = FORGETFUL
+    first, second = examples(tokenizer, Row(1, CONVERSATION))
+    assert decoded(tokenizer, first, True) == "<think></think>hi there<|im_end|>"
+    assert decoded(tokenizer, second, True) == "<think></think>bye<|im_end|>"
+    assert "hi there" in decoded(tokenizer, second, False)
+    assert "<think>" not in decoded(tokenizer, second, False)
+
+
+def test_an_answer_that_the_template_does_not_end_gets_an_end() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ENDLESS + "{% if add_generation_prompt %}assistant: {% endif %}"
+    (example,) = examples(tokenizer, Row(1, CONVERSATION[:3]))
+    assert example.ids[-1] == 2
+    assert decoded(tokenizer, example, True).startswith("hi there")
+
+
+def encode(tokenizer: Any, max_length: int, *rows: Row) -> Any:
+    dataset = Dataset(Path("train.jsonl"), "OpenAI chat", list(rows), "", {})
+    return encode_dataset(dataset, tokenizer, EOS, max_length)
+
+
+def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
+    long = [CONVERSATION[1], {"role": "assistant", "content": "hi " * 100}]
+    encoded = encode(tokenizer, 40, Row(1, CONVERSATION[:3]), Row(2, long))
+    assert (encoded.rows, encoded.truncated) == (2, 1)
+    assert len(encoded.examples[1].ids) == 40
+    share = encoded.trained_tokens / encoded.tokens
+    assert encoded.summary("OpenAI chat") == (
+        f"2 rows (OpenAI chat), {encoded.tokens} tokens, 1 truncated, "
+        f"{encoded.trained_tokens} trained tokens ({share:.0%})"
+    )
+
+
+def test_a_row_whose_answer_lies_behind_the_cut_is_a_problem(tokenizer: Any) -> None:
+    late = [{"role": "user", "content": "so " * 100}, CONVERSATION[2]]
+    with pytest.raises(DatasetInvalid, match=r"line 7 has \d+ tokens before the first that is learnt"):
+        encode(tokenizer, 40, Row(7, late))
+
+
+def test_what_the_template_refuses_is_a_problem() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DatasetInvalid, match=r"line 3 is refused .*roles must alternate"):
+        encode(tokenizer, 40, Row(3, CONVERSATION))
+
+
+def test_a_base_without_a_template_cannot_be_trained() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(RecipeInvalid, match="no chat template"):
+        encode(tokenizer, 40, Row(1, CONVERSATION))

@@ -1,0 +1,74 @@
+"""Wrong choices are refused by the flag's name; configs for many GPUs reach transformers as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import RecipeInvalid
+from adapters.training import RunFolder, TrainConfig
+from adapters.training.recipe import learning_rate_for
+from adapters.training.run import _arguments, _steps
+
+DATA = Path("train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag"),
+    [
+        ({"r": 0}, "--r"),
+        ({"epochs": 0}, "--epochs"),
+        ({"epochs": float("nan")}, "--epochs"),
+        ({"learning_rate": 0.0}, "--lr"),
+        ({"learning_rate": 2.0}, "--lr"),
+        ({"duty": 0.0}, "--duty"),
+        ({"method": "pissa"}, "--method"),
+        ({"target_modules": ()}, "--target-modules"),
+        ({"prune_rank": 0.1}, "--prune-rank needs --eval"),
+        ({"prune_rank": -1.0, "eval_data": DATA}, "--prune-rank"),
+        ({"deepspeed": DATA, "fsdp": "full_shard"}, "--deepspeed and --fsdp"),
+        ({"fsdp_config": DATA}, "--fsdp-config needs --fsdp"),
+    ],
+)
+def test_a_wrong_choice_is_refused_by_its_flag(fields: dict[str, Any], flag: str) -> None:
+    with pytest.raises(RecipeInvalid, match=flag):
+        TrainConfig(data=DATA, **fields)
+
+
+def test_rates_fall_with_the_base() -> None:
+    assert [learning_rate_for(size * 10**9) for size in (0, 7, 33)] == [1e-3, 2e-4, 1e-4]
+
+
+def test_steps_are_the_trainers() -> None:
+    config = TrainConfig(data=DATA, batch_size=4, accumulation=2, epochs=1.5)
+    assert _steps(17, config) == 5  # 5 batches, 3 steps an epoch
+
+
+def test_an_fsdp_config_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "fsdp.json"
+    file.write_text(json.dumps({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
+    config = TrainConfig(data=DATA, fsdp="full_shard auto_wrap", fsdp_config=file)
+    run = RunFolder(tmp_path / "run")
+    arguments = _arguments(config, run, "cpu", 10, 1e-3)
+    run.close()
+    assert arguments.fsdp_plugin_args
+    assert arguments.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
+
+
+def test_a_deepspeed_config_is_taken_or_its_absence_named(tmp_path: Path) -> None:
+    file = tmp_path / "zero2.json"
+    stage = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
+    sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    file.write_text(json.dumps(stage | sizes))
+    run = RunFolder(tmp_path / "run")
+    config = TrainConfig(data=DATA, deepspeed=file)
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(RecipeInvalid, match="pip install deepspeed"):
+            _arguments(config, run, "cpu", 10, 1e-3)
+    else:
+        assert _arguments(config, run, "cpu", 10, 1e-3).hf_deepspeed_config.is_zero2()
+    run.close()

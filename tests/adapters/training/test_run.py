@@ -1,0 +1,214 @@
+"""Whole runs on a tiny base: every method's folder is what PEFT loads and what was trained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from adapters.artifact import Limits, inspect_adapter
+from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.errors import RunFolderInvalid, TrainingDiverged, TrainingOutOfResources
+from adapters.training import RunFolder
+from adapters.training import run as run_module
+from adapters.training import trainer as trainer_module
+from adapters.training.export import pairs_of
+from adapters.training.progress import Throttle
+from adapters.training.run_folder import EventKind
+from adapters.training.stop import Stop
+from tests.adapters.training.tasks import QUESTIONS, run_in
+
+TOKENS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def base(task: dict[str, Any]) -> LoadedBase:
+    return load_base(prepare_base(task["base"], task["home"], progress=False))
+
+
+def events(folder: Path, kind: EventKind) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def loaded(base: LoadedBase, folder: Path) -> Any:
+    """The adapter as PEFT itself loads it, in training mode (see ``evaluating``), without gradients."""
+    return PeftModel.from_pretrained(base.model, folder).train()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS, use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora"])
+def test_the_folder_is_what_was_trained(
+    task: dict[str, Any], base: LoadedBase, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[torch.Tensor] = []
+    finish = run_module._finish
+
+    def keeping_logits(*args: Any) -> Any:
+        model = args[3].model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            trained.append(logits(model))
+        return finish(*args)
+
+    monkeypatch.setattr(run_module, "_finish", keeping_logits)
+    done = run_in(tmp_path / "run", task, method=method)
+    assert done.folder is not None
+    steps = events(tmp_path / "run", "step")
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    model = loaded(base, done.folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        served = logits(model)
+    plain = logits(model.unload())
+    moved = (trained[0] - plain).abs().max()
+    assert (trained[0] - served).abs().max() < 0.1 * moved + 0.05  # tensors are rounded to bf16
+    assert moved > 0.2
+    if method != "dora":
+        info = inspect_adapter(done.folder, base.layout, Limits(64, 1 << 20), torch.bfloat16)
+        assert set(info.ranks) <= set(base.layout.sites)
+    config = json.loads((done.folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    card = (done.folder / "README.md").read_text()
+    assert base.prepared.digest in card
+    assert "library_name: peft" in card
+
+
+def test_adalora_moves_ranks(task: dict[str, Any], base: LoadedBase, tmp_path: Path) -> None:
+    done = run_in(tmp_path / "run", task, method="adalora")
+    assert done.folder is not None
+    model = loaded(base, done.folder)
+    ranks = [pair.rank for pair in pairs_of(model).values()]
+    model.unload()
+    assert sum(ranks) <= task["r"] * len(base.layout.sites)  # the budget is a mean
+    assert len(set(ranks)) > 1
+
+
+def test_pruning_keeps_to_its_price(task: dict[str, Any], tmp_path: Path) -> None:
+    done = run_in(tmp_path / "run", task, prune_rank=0.05)
+    pruned = done.metrics["pruned"]
+    assert pruned["rows_after"] < pruned["rows_before"]
+    assert pruned["bytes_after"] < pruned["bytes_before"]
+    assert pruned["loss_after"] <= pruned["loss_before"] + 0.05
+    (event,) = events(tmp_path / "run", "pruned")
+    assert f"to {pruned['rows_after']} rank rows" in event["message"]
+
+
+def test_packing_and_accumulation_learn_too(task: dict[str, Any], tmp_path: Path) -> None:
+    fields = {"packing": True, "max_seq_len": 64, "batch_size": 1, "accumulation": 2, "max_steps": 12}
+    done = run_in(tmp_path / "run", task, **fields)
+    losses = [event["loss"] for event in events(tmp_path / "run", "step")]
+    assert losses[-1] < losses[0] / 2
+    assert done.metrics["rows"] == QUESTIONS
+
+
+def test_everything_that_saves_memory_gives_the_same_curve(task: dict[str, Any], tmp_path: Path) -> None:
+    """Packed weights and recomputed activations, on a base whose evaluations must not repack its weights."""
+    curves = []
+    for name, choice in (("plain", "off"), ("frugal", "on")):
+        unpack = "on" if choice == "off" else "off"
+        run_in(tmp_path / name, task, gradient_checkpointing=choice, cache_dequantized=unpack, epochs=2.0)
+        kinds: tuple[EventKind, ...] = ("step", "eval")
+        curves.append([event["loss"] for kind in kinds for event in events(tmp_path / name, kind)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_a_stopped_run_goes_on_to_the_same_curve(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/train``."""
+    fields = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
+    run_in(tmp_path / "whole", task, **fields)
+    stop, step = Stop(), trainer_module.QloraTrainer.training_step
+
+    def stopping(self: Any, *args: Any) -> Any:
+        stop.requested |= self.state.global_step == 6
+        return step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer_module.QloraTrainer, "training_step", stopping)
+        patched.setattr(run_module, "Stop", lambda: stop)
+        assert run_in(tmp_path / "halves", task, **fields).folder is None
+    assert [event["step"] for event in events(tmp_path / "halves", "checkpoint")][-1] == 7
+    assert run_in(tmp_path / "halves", task, resume=True, **fields).folder is not None
+    whole, halves = (RunFolder(tmp_path / name, resume=True).curve("step") for name in ("whole", "halves"))
+    assert whole == halves
+
+
+def test_a_run_is_resumed_only_as_what_it_was(task: dict[str, Any], tmp_path: Path) -> None:
+    run_in(tmp_path / "run", task, max_steps=1)
+    with pytest.raises(RunFolderInvalid, match="--resume"):
+        run_in(tmp_path / "run", task, max_steps=1)
+    with pytest.raises(RunFolderInvalid, match="another learning_rate, seed"):
+        run_in(tmp_path / "run", task, resume=True, max_steps=1, learning_rate=1e-3, seed=3)
+
+
+def failing_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Let ``method`` of the trainer raise ``error`` from ``step`` on."""
+    real = getattr(trainer_module.QloraTrainer, method)
+
+    def fails(self: Any, *args: Any) -> Any:
+        if self.state.global_step >= step:
+            raise error
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer_module.QloraTrainer, method, fails)
+
+
+@pytest.mark.parametrize(
+    ("error", "method", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "training_step", "Memory ran out; lower --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "training_step", "Memory ran out"),
+        (OSError(28, "No space left on device"), "_save", "is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "_save", "is full"),
+    ],
+)
+def test_what_runs_out_is_said_with_the_last_good_checkpoint(
+    task: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    method: str,
+    reason: str,
+) -> None:
+    failing_at(4, error, monkeypatch, method)
+    with pytest.raises(TrainingOutOfResources) as raised:
+        run_in(tmp_path / "run", task, checkpoint_steps=2, eval_data=None)
+    text = str(raised.value)
+    assert reason in text
+    (last,) = {path for path in (tmp_path / "run" / "checkpoints").iterdir() if str(path) in text}
+    assert last.name == ("checkpoint-4" if method == "training_step" else "checkpoint-2")
+    assert not (tmp_path / "run" / "checkpoints" / ".partial").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = trainer_module.Trainer.training_step
+
+    def poisoned(self: Any, *args: Any) -> Any:
+        loss = real(self, *args)
+        return loss * float("nan") if self.state.global_step == 5 else loss
+
+    monkeypatch.setattr(trainer_module.Trainer, "training_step", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"The loss became nan in step 6; lower --lr.*checkpoint-4"):
+        run_in(tmp_path / "run", task, checkpoint_steps=2)
+    assert len(events(tmp_path / "run", "step")) == 5
+
+
+def test_a_duty_leaves_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    Throttle(0.25).pause()
+    assert slept == [3.0]  # one second of work, three of rest
