@@ -82,6 +82,13 @@ static inline void expand(const LoraSite& site, const Adjust& adjust, const int3
     if (c < site.out) expand_chunk<T, ADJUSTED>(site, adjust, rows, rank, h, h_stride, y, c, site.out - c);
 }
 
+// Asks for R rows of B, which lie anywhere, while their rows of A are read.
+template <int R>
+static inline void fetch_rows(const LoraSite& site, const int32_t* rows) {
+    for (int i = 0; i < R; i++)
+        for (int64_t c = 0; c < site.out; c += 32) __builtin_prefetch(site.b + rows[i] * site.out + c, 0, 2);
+}
+
 template <int T, bool ADJUSTED>
 static inline void lora_tokens(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
                                const bf16* x, int64_t x_stride, bf16* y, int64_t y_stride, bf16* h, int64_t h_stride) {
@@ -94,6 +101,7 @@ static inline void lora_tokens(const LoraSite& site, const Adjust& adjust, const
         const bf16* as[R];
         float found[T][R];
         for (int i = 0; i < R; i++) as[i] = site.a + rows[j + i] * site.in;
+        if (T == 1) fetch_rows<R>(site, rows + j);
         shrink_tile<T, R>(xs, as, site.in, found);
         for (int t = 0; t < T; t++)
             for (int i = 0; i < R; i++) h[t * h_stride + j + i] = to_bf16(found[t][i]);
