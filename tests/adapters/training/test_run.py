@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import Trainer
 
 from adapters.artifact import Limits, inspect_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
@@ -103,7 +104,13 @@ def test_pruning_keeps_to_its_price(task: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_packing_and_accumulation_learn_too(task: dict[str, Any], tmp_path: Path) -> None:
-    fields = {"packing": True, "max_seq_len": 64, "batch_size": 1, "accumulation": 2, "max_steps": 12}
+    fields: dict[str, Any] = {
+        "packing": True,
+        "max_seq_len": 64,
+        "batch_size": 1,
+        "accumulation": 2,
+        "max_steps": 12,
+    }
     done = run_in(tmp_path / "run", task, **fields)
     losses = [event["loss"] for event in events(tmp_path / "run", "step")]
     assert losses[-1] < losses[0] / 2
@@ -125,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_curve(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/train``."""
-    fields = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
+    fields: dict[str, Any] = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
     run_in(tmp_path / "whole", task, **fields)
     stop, step = Stop(), trainer_module.QloraTrainer.training_step
 
@@ -193,13 +200,13 @@ def test_what_runs_out_is_said_with_the_last_good_checkpoint(
 def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer_module.Trainer.training_step
+    real = Trainer.training_step
 
     def poisoned(self: Any, *args: Any) -> Any:
         loss = real(self, *args)
         return loss * float("nan") if self.state.global_step == 5 else loss
 
-    monkeypatch.setattr(trainer_module.Trainer, "training_step", poisoned)
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
     with pytest.raises(TrainingDiverged, match=r"The loss became nan in step 6; lower --lr.*checkpoint-4"):
         run_in(tmp_path / "run", task, checkpoint_steps=2)
     assert len(events(tmp_path / "run", "step")) == 5
