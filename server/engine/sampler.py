@@ -82,7 +82,15 @@ def _shape(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
 def _is_shaped(sequence: Sequence) -> bool:
     p = sequence.params
     penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return bool(penalised or p.logit_bias or sequence.num_generated < p.min_tokens)
+    return bool(penalised or p.logit_bias or _forbidden(sequence))
+
+
+def _forbidden(sequence: Sequence) -> set[int]:
+    """Tokens that would end the answer before its ``min_tokens``."""
+    p = sequence.params
+    if sequence.num_generated >= p.min_tokens:
+        return set()
+    return set(p.stop_token_ids) | (set() if p.ignore_eos else sequence.eos)
 
 
 def _shape_row(row: Tensor, sequence: Sequence) -> None:
@@ -97,9 +105,7 @@ def _shape_row(row: Tensor, sequence: Sequence) -> None:
         row[ids] -= p.presence_penalty + p.frequency_penalty * counts
     for token, bias in p.logit_bias.items():
         row[token] += bias
-    if sequence.num_generated < p.min_tokens:
-        ends = set(p.stop_token_ids) | (set() if p.ignore_eos else sequence.eos)
-        row[sorted(token for token in ends if token < row.shape[0])] = float("-inf")
+    row[sorted(token for token in _forbidden(sequence) if token < row.shape[0])] = float("-inf")
 
 
 # -- the draw -------------------------------------------------------------------------------------

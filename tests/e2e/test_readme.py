@@ -10,6 +10,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from server.options import OPTIONS
 from tests.e2e.running_server import RunningServer
 
@@ -27,11 +29,25 @@ def _commands(program: str) -> list[list[str]]:
 
 
 def test_the_transcript_is_true(server: RunningServer) -> None:
-    (code,), (expected,) = _blocks("python"), _blocks("text")
+    (code, _), (expected,) = _blocks("python"), _blocks("text")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code.replace(ADDRESS, server.url), "README.md", "exec"), {})
     assert printed.getvalue() == expected
+
+
+def test_the_fine_tuning_example_gives_a_model(
+    server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Path("adapters/samples/data/fernhill-tickets.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[:8]))
+    monkeypatch.chdir(tmp_path)
+    _, code = _blocks("python")
+    code = code.replace(ADDRESS, server.url).replace('"n_epochs": 3', '"n_epochs": 1')
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    assert printed.getvalue().startswith("ft:smollm2-135m:acme:")
 
 
 def test_every_curl_command_answers(server: RunningServer) -> None:
