@@ -7,6 +7,7 @@ inversion of the cumulative distribution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -59,10 +60,9 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
         tokens[random] = _draw(rows, [sequences[i] for i in random])
     drawn = tokens.tolist()
     logprobs = _logprobs(logits, sequences, drawn)
-    usable = torch.isfinite(best).tolist()
     return [
-        Draw(token if ok else None, logprobs.get(i))
-        for i, (token, ok) in enumerate(zip(drawn, usable, strict=True))
+        Draw(token if math.isfinite(logit) else None, logprobs.get(i))
+        for i, (token, logit) in enumerate(zip(drawn, best.tolist(), strict=True))
     ]
 
 
