@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapters.base.source import DEFAULT_BASE
 from adapters.samples.recipes import RECIPES, data_of
 from server.evaluation.errors import EvaluationFailed
 
@@ -121,7 +120,7 @@ def prove(task: str, home: Path, output_dir: Path, run_dir: Path, threads: int |
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     rows = read_dataset(held_out)
     evaluation = evaluate_adapter(
-        DEFAULT_BASE, home, "nf4", "auto", rows, output_dir / task, threads=threads, progress=True
+        "smollm2-135m", home, "nf4", "auto", rows, output_dir / task, threads=threads, progress=True
     )
     return Proof(task, result["metrics"], seconds, evaluation)
 

@@ -150,13 +150,13 @@ def test_unfinished_hidden_and_stray_things_are_skipped(room: Room) -> None:
 
 def test_a_bad_one_fails_alone_and_is_said_once(room: Room, caplog: pytest.LogCaptureFixture) -> None:
     room.write("good")
-    write_folder(room.root / "bad", config(use_dora=True))
+    write_folder(room.root / "bad", config(trainable_token_indices=[1]))
     room.look(6)
     assert room.states() == {"bad": "failed", "good": "ready"}
     assert [r.message[:34] for r in caplog.records if r.levelname != "INFO"] == [
-        "Adapter bad is not served: use_dor"
+        "Adapter bad is not served: trainab"
     ]
-    with pytest.raises(AdapterInvalid, match="use_dora is set"):
+    with pytest.raises(AdapterInvalid, match="trainable_token_indices is set"):
         room.registry.resolve("bad")
     write_folder(room.root / "bad")
     room.look()
@@ -167,15 +167,15 @@ def test_a_bad_replacement_leaves_the_old_one_serving(room: Room, caplog: pytest
     room.write("a")
     room.look()
     first = room.digest("a")
-    write_folder(room.root / "a", config(use_dora=True))
+    write_folder(room.root / "a", config(trainable_token_indices=[1]))
     room.look(6)
     assert room.digest("a") == first
-    assert "use_dora" in (room.reason("a") or "")
+    assert "trainable_token_indices" in (room.reason("a") or "")
     assert sum("not replaced" in record.message for record in caplog.records) == 1
 
 
 def test_a_failed_folder_that_is_removed_is_forgotten(room: Room) -> None:
-    write_folder(room.root / "bad", config(use_dora=True))
+    write_folder(room.root / "bad", config(trainable_token_indices=[1]))
     room.look()
     shutil.rmtree(room.root / "bad")
     room.look(1)
