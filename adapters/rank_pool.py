@@ -32,6 +32,7 @@ class RankPool:
 
     ``reserve`` takes rows (bookkeeping only); ``write`` copies the weights into them, and may run on another
     thread than the model, since no running batch reads rows that were just reserved; ``free`` returns them.
+    No adapter comes with a rank above ``max_rank`` (None = ``num_rows``): kernels' memory is sized by it.
     """
 
     def __init__(
@@ -42,10 +43,13 @@ class RankPool:
         device: torch.device | str = "cpu",
         norms: Iterable[str] = (),
         extra_bytes: int = 0,
+        max_rank: int | None = None,
     ) -> None:
         device = torch.device(device)
         self.num_rows = num_rows
-        self.sites = {name: SitePool(site, num_rows, dtype, device) for name, site in sites.items()}
+        self.sites = {
+            name: SitePool(site, num_rows, dtype, device, max_rank) for name, site in sites.items()
+        }
         self.extras = ExtrasPool(norms, extra_bytes, dtype, device)
         self._owned: dict[int, dict[str, list[int]]] = {}
         self._bytes_per_row = {

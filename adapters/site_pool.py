@@ -1,6 +1,6 @@
 """One site's rank rows on the device, and what adapters make of the base's own output there.
 
-Kept up to date for torch and, in place, for the native kernels.
+Kept up to date for torch and, in place, for the native kernels and those on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from adapters.artifact import Adjustment, LoraWeights
 from adapters.native.structs import LoraSite
 from adapters.rows import RowAllocator
 from adapters.sites import Site
+from adapters.slot_records import SlotRecords
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -32,28 +33,41 @@ class SitePool:
         rows: by slot, for the adapters that add to this site.
         adjustments: by slot, for the adapters that change the base's own output here.
         native: the same for the native kernels (``LoraSite`` in native.h), kept up to date in place.
+        records: the same for kernels on a GPU, likewise.
+        max_rank: no adapter has more rows here.
     """
 
-    def __init__(self, site: Site, num_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        site: Site,
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rank: int | None = None,
+    ) -> None:
         self.a = torch.empty(num_rows, site.in_features, dtype=dtype, device=device)
         self.b = torch.empty(num_rows, site.out_features, dtype=dtype, device=device)
         self.rows: dict[int, Rows] = {}
         self.adjustments: dict[int, Adjustment] = {}
+        self.max_rank = num_rows if max_rank is None else max_rank
         self.allocator = RowAllocator(num_rows)
         self._lists: dict[int, IntArray] = {}
         self._tables: list[tuple[IntArray, ...]] = []
         self.native = LoraSite(self.a.data_ptr(), self.b.data_ptr(), site.in_features, site.out_features)
         self._make_tables(slots=16)
+        self.records = SlotRecords(self.a, self.b, slots=16)
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
         """From now on the base's output is changed for this slot."""
         vectors = (adjustment.scale, adjustment.shift)
         moved = [None if vector is None else vector.to(self.a.device) for vector in vectors]
         self.adjustments[slot] = Adjustment(*moved)
+        self.records.put_adjustment(slot, self.adjustments[slot])
         self._tables[-1][2][slot] = [0 if vector is None else vector.data_ptr() for vector in moved]
 
     def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
         """Copy a pair into ``rows``, of which there is at least one."""
+        assert len(rows) <= self.max_rank
         index = _as_rows(rows, self.a.device)
         self.a[index] = weights.a.to(self.a.device)
         self.b[index] = weights.b.to(self.b.device)
@@ -62,9 +76,11 @@ class SitePool:
         self._lists[slot] = np.array(rows, dtype=np.int32)
         addresses[slot] = self._lists[slot].ctypes.data
         ranks[slot] = len(rows)
+        self.records.put_rows(slot, rows)
 
     def hold(self, slot: int) -> None:
-        """Give ``slot`` a place in the native tables: kernels look up every slot at every site."""
+        """Give ``slot`` a place in the kernels' tables: they look up every slot at every site."""
+        self.records.hold(slot)
         while slot >= len(self._tables[-1][1]):
             self._make_tables(slots=2 * len(self._tables[-1][1]))
 
@@ -74,6 +90,7 @@ class SitePool:
         self._tables[-1][1][slot] = 0
         self._tables[-1][2][slot] = 0
         self._lists.pop(slot, None)
+        self.records.drop(slot)
         self.allocator.give(rows)
 
     def _make_tables(self, slots: int) -> None:

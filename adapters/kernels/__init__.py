@@ -7,10 +7,14 @@ Shapes: y [tokens, out_features] (updated in place), x [tokens, in_features], A 
 B [rows, out_features], scale and shift [out_features] (the slot's ``Adjustment``, which few adapters have).
 Slots with nothing at this site, and tokens in no segment, are left alone.
 ``reference.py`` is the specification; every backend equals it within its dtype's rounding.
+
+The native and the Triton kernels also take several sites that share x in one call (``LoraCall`` in native.h,
+``TritonLora.together``), for models whose blocks compute them side by side.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -45,4 +49,8 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
         from adapters.kernels.native import NativeLora
 
         return NativeLora(native)
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from adapters.kernels.triton import TritonLora
+
+        return TritonLora(device)
     return segmented_lora

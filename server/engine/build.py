@@ -67,6 +67,7 @@ def build_parts(config: ServerConfig) -> Parts:
         base.model.device,
         norms=base.layout.norms,
         extra_bytes=config.adapters.extra_memory,
+        max_rank=config.adapters.max_lora_rank,
     )
     step_tokens = _step_tokens(config.engine, base.model.device.type)
     model = build_model(base, pool, config.engine.block_size, step_tokens)

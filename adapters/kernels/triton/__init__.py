@@ -1,0 +1,133 @@
+"""The LoRA operation on a GPU, in Triton: two launches for any number of sites that share an input.
+
+What is launched depends on the step's shape alone; who uses which adapter, and where its rows are, is read on
+the device. So nothing waits for the device, and a CUDA graph of ``prepare(…, graph_tokens=n)`` and the steps'
+calls serves any adapters (``prepare`` again before each replay). The only module that imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adapters.kernels import Segment
+from adapters.kernels.triton.gather import gather_expand, gather_shrink
+from adapters.kernels.triton.grouped import grouped_expand, grouped_shrink
+from adapters.kernels.triton.tiles import Tiles, cut, fitting
+from adapters.site_pool import SitePool
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+TILE = 64
+"""Tokens of a tile on tensor cores."""
+
+_PROGRAMS = 1024
+"""As many programs keep a large GPU's memory busy: 8 on each of 128 multiprocessors."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A pair of kernels and its constants, for 16-bit types, four warps and 48 KB of shared memory.
+
+    Attributes:
+        rows: rank rows of a chunk.
+        most_workers: that share one tile's A.
+        of_shrink, of_expand: further constants of each.
+    """
+
+    shrink: Any
+    expand: Any
+    rows: int
+    most_workers: int
+    of_shrink: Mapping[str, int]
+    of_expand: Mapping[str, int]
+
+
+GATHER = Form(gather_shrink, gather_expand, 16, 32, {"BLOCK_K": 256}, {"BLOCK_N": 256, "PARTS": 32})
+GROUPED = Form(grouped_shrink, grouped_expand, 32, 8, {"BLOCK_K": 64, "M": TILE}, {"BLOCK_N": 64, "M": TILE})
+
+
+class TritonLora:
+    """See ``adapters/kernels/__init__.py``. Not thread-safe: a model has one, on the engine's thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._segments: list[Segment] = []
+        self._tiles = Tiles(torch.empty(0, 3, dtype=torch.int32), 1)
+        self._of_graphs: dict[int, Tensor] = {}
+
+    def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
+        self.together([y], x, [pool], segments)
+
+    def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None:
+        """Bring a step's segments to the device; all its layers then bring the same list.
+
+        Args:
+            graph_tokens: of the CUDA graph that is captured or replayed next. It covers whatever segments
+                lie within so many tokens, one token a program; their place on the device is the graph's.
+        """
+        self._segments = segments
+        if graph_tokens is None:
+            host = fitting(segments, TILE)
+            self._tiles = Tiles(self._sent(host.of), host.size)
+            return
+        if graph_tokens not in self._of_graphs:
+            self._of_graphs[graph_tokens] = self._sent(cut([], 1, graph_tokens))
+        self._tiles = Tiles(self._of_graphs[graph_tokens], 1)
+        self._tiles.of.copy_(self._pinned(cut(segments, 1, graph_tokens)), non_blocking=True)
+
+    def together(
+        self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
+    ) -> None:
+        """The operation at several sites that share the input x; ys [tokens, out_features] by site."""
+        assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must be neighbours"
+        if segments is not self._segments:
+            self.prepare(segments)
+        tiles, size = self._tiles
+        if len(tiles):
+            form = GATHER if size == 1 else GROUPED
+            _launch(form, ys, x, pools, tiles)
+
+    def _sent(self, host: Tensor) -> Tensor:
+        return self._pinned(host).to(self._device, non_blocking=True)
+
+    def _pinned(self, host: Tensor) -> Tensor:
+        """Memory from which the device copies without anybody waiting for it."""
+        return host.pin_memory() if self._device.type == "cuda" else host
+
+
+def _launch(form: Form, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], tiles: Tensor) -> None:
+    tokens, inputs = x.shape
+    workers = _workers(form, len(tiles) * len(pools))
+    width = max(workers * form.rows, *(pool.max_rank for pool in pools))
+    h = torch.empty(len(pools), tokens, width, dtype=torch.float32, device=x.device)
+    where = (tiles, tuple(pool.records.site for pool in pools), tokens, width, workers)
+    types = types_of(form, pools[0].a.dtype)
+    if inputs:
+        form.shrink[len(tiles), workers, len(pools)](
+            h, x, x.stride(0), *where, inputs, **types, **form.of_shrink
+        )
+    outputs = tuple(y.shape[1] for y in ys)
+    form.expand[len(tiles), triton.cdiv(max(outputs), form.of_expand["BLOCK_N"]), len(pools)](
+        tuple(ys), tuple(y.stride(0) for y in ys), outputs, h, *where, **types, **form.of_expand
+    )
+
+
+def _workers(form: Form, tiles: int) -> int:
+    """A power of two: programs that share a tile's A, more where there are few tiles."""
+    enough = max(_PROGRAMS // tiles, 1)
+    return int(min(1 << (enough.bit_length() - 1), form.most_workers))
+
+
+def types_of(form: Form, dtype: torch.dtype) -> dict[str, Any]:
+    """Triton's interpreter multiplies bf16's bits as integers; products of bf16 are exact in float32 too."""
+    types = {"TYPE": _TYPES[dtype], "R": form.rows}
+    if form is GROUPED:
+        types["DOT"] = tl.float32 if triton.knobs.runtime.interpret else types["TYPE"]
+    return types
