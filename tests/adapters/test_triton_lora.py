@@ -16,6 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from adapters import kernels
+from adapters.kernels import choose
+from adapters.kernels.segmented import segmented_lora
+
 CASES = Path(__file__).with_name("triton_cases.py")
 SITES = 3
 
@@ -31,6 +35,14 @@ def test_the_kernels_equal_the_reference() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_they_are_chosen_on_a_gpu_where_triton_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert type(choose(gpu, torch.bfloat16)).__name__ == "TritonLora"
+    assert choose(cpu, torch.float32) is segmented_lora
+    monkeypatch.setattr(kernels, "find_spec", {}.get)
+    assert choose(gpu, torch.bfloat16) is segmented_lora
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)])

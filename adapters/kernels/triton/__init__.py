@@ -2,7 +2,7 @@
 
 What is launched depends on the step's shape alone; who uses which adapter, and where its rows are, is read on
 the device. So nothing waits for the device, and a CUDA graph of ``prepare(…, graph_tokens=n)`` and the steps'
-calls serves any adapters (``prepare`` again before each replay). The only module that imports Triton.
+calls serves any adapters (``prepare`` again before each replay). Nothing outside this package imports Triton.
 """
 
 from __future__ import annotations
