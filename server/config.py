@@ -114,7 +114,7 @@ class TrainingConfig:
         max_jobs: most that run at once.
         threads: threads of one job.
         idle_share: share of its time that a job sleeps.
-        nice: added to the niceness of its process.
+        nice: added to the niceness of its process; 19: it also gets Linux's idle class.
         max_file_bytes: a larger upload is answered 413.
     """
 

@@ -110,8 +110,8 @@ OPTIONS: tuple[Option, ...] = (
            "threads of a job; auto: half of the CPUs, at least one"),
     Option("--train-yield", "training.idle_share", share, "0", "SHARE",
            "share of its time that a job sleeps, for serving's sake: 0 to 0.95"),
-    Option("--train-nice", "training.nice", integer(0, 19), "10", "N",
-           "how far a job stands back when processors are short: 19 the most"),
+    Option("--train-nice", "training.nice", integer(0, 19), "19", "N",
+           "how far a job stands back when processors are short; 19: it gets only what nobody else wants"),
     Option("--max-file-bytes", "training.max_file_bytes", size(1), "512MiB", "SIZE",
            "answer 413 to a larger upload"),
 

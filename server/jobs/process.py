@@ -32,7 +32,9 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env=environ,
-                start_new_session=True,
+                # A group to signal, but not a session: Linux shares the processors out among sessions first
+                # (autogroups), and niceness would count for nothing beside the server.
+                process_group=0,
             )
         self.started = time.monotonic()
         self.identity = f"{self._process.pid}:{_start_time(self._process.pid)}"

@@ -42,7 +42,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--max-training-jobs": ("3", 3),
     "--train-threads": ("5", 5),
     "--train-yield": ("0.25", 0.25),
-    "--train-nice": ("19", 19),
+    "--train-nice": ("5", 5),
     "--max-file-bytes": ("1MiB", 1 << 20),
     "--log-level": ("debug", "debug"),
     "--log-format": ("text", "text"),
