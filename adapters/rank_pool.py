@@ -47,9 +47,7 @@ class RankPool:
     ) -> None:
         device = torch.device(device)
         self.num_rows = num_rows
-        self.sites = {
-            name: SitePool(site, num_rows, dtype, device, max_rank) for name, site in sites.items()
-        }
+        self.sites = {name: SitePool(site, num_rows, dtype, device, max_rank) for name, site in sites.items()}
         self.extras = ExtrasPool(norms, extra_bytes, dtype, device)
         self._owned: dict[int, dict[str, list[int]]] = {}
         self._bytes_per_row = {

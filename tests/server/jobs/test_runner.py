@@ -129,6 +129,7 @@ def test_pause_and_resume(room: Room) -> None:
     job = room.create("steps=20 sleep=0.03")
     room.begin_runner()
     pid = pid_of(room.wait_for(job, is_running))
+    room.wait_for(job, lambda job: bool(room.steps(job)))
     assert room.jobs.pause(job.id).status == "paused"
     room.wait(job, "paused")
     assert not is_alive(pid)
