@@ -16,6 +16,7 @@ from tests.e2e.running_server import RunningServer
 from tests.e2e.test_answers import BASE, ask
 
 ANSWER = "Beep boop."
+PAUSE = 1.0  # seconds between two questions
 HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 2.0}
 METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 TOPICS = ("the sea", "bread", "Rome", "my cat", "snow", "the moon", "a bicycle", "tea")
@@ -33,14 +34,17 @@ def rows() -> bytes:
 
 @contextmanager
 def chatting(client: openai.OpenAI) -> Iterator[list[str]]:
-    """Somebody else's conversation all the while; its answers so far."""
+    """Somebody else's conversation all the while; its answers so far.
+
+    With pauses: a job gets only what serving leaves, nearly nothing on a server that is never idle.
+    """
     answers: list[str] = []
     failures: list[BaseException] = []
     over = threading.Event()
 
     def chat() -> None:
         try:
-            while not over.is_set():
+            while not over.wait(PAUSE):
                 answers.append(ask(client, "pirate"))
         except openai.OpenAIError as error:
             failures.append(error)
