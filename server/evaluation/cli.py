@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterNameInvalid, AdapterNotFound
 from adapters.paths import resolve_under
-from server.config import ServerConfig, from_args
-from server.options import OPTIONS, Option
+from server.base_options import add_served, served_config
+from server.config import ServerConfig
 
 if TYPE_CHECKING:
     # argparse's sub-parsers have no public type
@@ -65,15 +64,13 @@ def add_parser(commands: SubParsers) -> None:
         "--answers", type=Path, metavar="FILE", help="write every short row's answers as JSONL"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    for option in _shared():
-        shown = "" if option.default is None else f" (default: {option.default})"
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
+    add_served(parser, _SHARED)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print. Raises ConfigError and ManyloraError."""
-    config = _config(arguments)
+    config = served_config(arguments, _SHARED)
     adapter = find_adapter(arguments.adapter, config)
     replaced = find_adapter(arguments.replaces, config) if arguments.replaces else None
     from adapters.training.dataset import read_dataset
@@ -106,18 +103,6 @@ def find_adapter(wanted: str, config: ServerConfig) -> Path:
         return Path(wanted)
     raise AdapterNotFound(
         f"{wanted!r:.200} is neither an adapter in {config.adapters.folder} nor a folder; name one of them."
-    )
-
-
-def _shared() -> list[Option]:
-    return [option for option in OPTIONS if option.flag in _SHARED]
-
-
-def _config(arguments: argparse.Namespace) -> ServerConfig:
-    """The server's own config, from the same flags and variables."""
-    typed = [(option.flag, getattr(arguments, option.dest)) for option in _shared()]
-    return from_args(
-        [word for flag, value in typed if value is not None for word in (flag, value)], os.environ
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.config import ConfigError, ServerConfig, from_args
-from server.options import OPTIONS, Option
+from server.base_options import add_served, served_config
+from server.config import ConfigError
 from server.train.options import add_train_options
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def add_parser(commands: SubParsers) -> None:
         action="store_true",
         help="publish only what is better on --eval than the base and the version it replaces",
     )
-    _add_shared(parser)
+    add_served(parser.add_argument_group("base and folders, as for manylora serve"), _SHARED)
     add_train_options(parser)
     parser.set_defaults(run=run)
 
@@ -66,26 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, evaluate, publish; the exit code. Raises ConfigError."""
     if arguments.require_improvement and arguments.eval is None:
         raise ConfigError("--require-improvement needs --eval: it is measured on held-out rows.")
-    config = _config(arguments)
+    config = served_config(arguments, _SHARED)
     from server.train.command import Command  # only now: training brings torch
 
     return Command(arguments, config).run()
-
-
-def _add_shared(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("base and folders, as for manylora serve")
-    for option in _shared():
-        shown = "" if option.default is None else f" (default: {option.default})"
-        group.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
-
-
-def _shared() -> list[Option]:
-    return [option for option in OPTIONS if option.flag in _SHARED]
-
-
-def _config(arguments: argparse.Namespace) -> ServerConfig:
-    """The server's own config, from the same flags and variables."""
-    typed = [(option.flag, getattr(arguments, option.dest)) for option in _shared()]
-    return from_args(
-        [word for flag, value in typed if value is not None for word in (flag, value)], os.environ
-    )

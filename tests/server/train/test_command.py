@@ -35,16 +35,14 @@ def result(run: Path) -> dict[str, Any]:
     return value
 
 
-def test_a_trained_adapter_is_evaluated_and_published(words: list[str], tmp_path: Path) -> None:
+def places(words: list[str], folder: Path) -> list[str]:
+    """Options: the held-out rows beside the training ones, and where the run and the adapter go."""
     held_out = Path(words[2]).with_name("eval.jsonl")
-    options = [
-        "--eval",
-        str(held_out),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
+    return ["--eval", str(held_out), "--run-dir", str(folder / "run"), "--output-dir", str(folder / "out")]
+
+
+def test_a_trained_adapter_is_evaluated_and_published(words: list[str], tmp_path: Path) -> None:
+    options = places(words, tmp_path)
     assert cli.main([*words, *options, "--require-improvement"]) == 0
     told = result(tmp_path / "run")
     assert (told["status"], told["adapter"], told["path"]) == (
@@ -61,15 +59,7 @@ def test_an_adapter_that_is_no_better_is_kept(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "decide", lambda _: Decision(False, "It is not better."))
-    held_out = Path(words[2]).with_name("eval.jsonl")
-    options = [
-        "--eval",
-        str(held_out),
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--output-dir",
-        str(tmp_path / "out"),
-    ]
+    options = places(words, tmp_path)
     assert cli.main([*words, *options, "--max-steps", "1", "--require-improvement"]) == 0
     told = result(tmp_path / "run")
     assert (told["status"], told["adapter"], told["reason"]) == ("kept", None, "It is not better.")

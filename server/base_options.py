@@ -1,0 +1,29 @@
+"""Options that other commands share with ``manylora serve``: the same flags, variables and defaults."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from server.config import ServerConfig, from_args
+from server.options import OPTIONS, Option
+
+
+def add_served(parser: argparse._ActionsContainer, flags: Sequence[str]) -> None:
+    """Declare those of the server's options; their values stay text until ``served_config``."""
+    for option in _named(flags):
+        shown = "" if option.default is None else f" (default: {option.default})"
+        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
+
+
+def served_config(arguments: argparse.Namespace, flags: Sequence[str]) -> ServerConfig:
+    """The server's own config, from the same flags and variables. Raises ConfigError."""
+    typed = [(option.flag, getattr(arguments, option.dest)) for option in _named(flags)]
+    return from_args(
+        [word for flag, value in typed if value is not None for word in (flag, value)], os.environ
+    )
+
+
+def _named(flags: Sequence[str]) -> list[Option]:
+    return [option for option in OPTIONS if option.flag in flags]
