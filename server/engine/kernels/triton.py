@@ -1,0 +1,157 @@
+"""``BlockOps`` on a GPU, in Triton. Nothing outside this file imports Triton.
+
+A model's sizes are compiled in; what a step brings (how many tokens, where they lie) is not, so that one
+compilation serves every step. All three kernels are bound by memory: a thread reads 16 bytes at a time.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_WARP = 32
+_WIDE = 8
+"""16-bit values in 16 bytes."""
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return add_norm(x, None, weight, eps)
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
+) -> Tensor:
+    assert x.is_contiguous()
+    assert delta is None or delta.is_contiguous()
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    # A row stays in registers, so it is read once: two wide reads a thread, by up to 512 threads.
+    warps = min(max(block // (2 * _WIDE * _WARP), 1), 16)
+    _add_norm[len(x),](out, x, delta, weight, delta_weight, eps, x.shape[1], block, num_warps=warps)
+    return out
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    new_slots: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    assert all(t.is_contiguous() for t in (qkv, cos, sin, key_pages, value_pages))
+    kv_heads, dim = key_pages.shape[2:]
+    every = qkv.shape[1] // dim
+    heads = every - 2 * kv_heads
+    block = triton.next_power_of_2(dim // 2)
+    group = max(_ROTATE_WARPS * _WARP * _WIDE // block, 1)
+    _rotate_and_store[len(qkv), triton.cdiv(every, group)](
+        qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
+        heads, kv_heads, dim, group, block, num_warps=_ROTATE_WARPS,
+    )  # fmt: skip
+    return qkv.view(len(qkv), every, dim)[:, :heads]
+
+
+_ROTATE_WARPS = 4
+"""Each thread reads either half of a head once; so a group is 16 heads of 128 values."""
+
+
+def gated(gate_up: Tensor, gelu: bool) -> Tensor:
+    assert gate_up.is_contiguous()
+    tokens, inner = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, inner)
+    _gated[tokens, triton.cdiv(inner, _GATED_BLOCK)](out, gate_up, gelu, inner, _GATED_BLOCK, num_warps=4)
+    return out
+
+
+_GATED_BLOCK = 4 * _WARP * _WIDE
+
+
+@triton.jit
+def _add_norm(out, x, delta, weight, delta_weight, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (tokens,)."""
+    i = tl.arange(0, BLOCK)
+    inside = i < HIDDEN
+    at = tl.program_id(0).to(tl.int64) * HIDDEN + i
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        added = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
+        if delta_weight is not None:
+            scale = tl.rsqrt(tl.sum(added * added, 0) / HIDDEN + eps)
+            added *= scale * tl.load(delta_weight + i, mask=inside, other=0.0)
+            added = added.to(delta.dtype.element_ty).to(tl.float32)
+        total = (values + added).to(x.dtype.element_ty)
+        tl.store(x + at, total, mask=inside)
+        values = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / HIDDEN + eps)
+    values *= scale * tl.load(weight + i, mask=inside, other=0.0)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions", "new_slots"])
+def _rotate_and_store(
+    qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tokens, groups of heads: q's, then k's, then v's). A head is its left and its right half."""
+    HALF: tl.constexpr = DIM // 2
+    t = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[:, None]
+    i = tl.arange(0, BLOCK)[None, :]
+    in_half = i < HALF
+    is_q = in_half & (head < HEADS)
+    is_k = in_half & (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_v = in_half & (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+
+    own = qkv + t * (HEADS + 2 * KV_HEADS) * DIM + head * DIM + i
+    left = tl.load(own, mask=is_q | is_k | is_v, other=0.0)
+    right = tl.load(own + HALF, mask=is_q | is_k | is_v, other=0.0)
+    slot = tl.load(new_slots + t).to(tl.int64) * KV_HEADS * DIM
+    value = value_pages + slot + (head - HEADS - KV_HEADS) * DIM + i
+    tl.store(value, left.to(value.dtype.element_ty), mask=is_v)
+    tl.store(value + HALF, right.to(value.dtype.element_ty), mask=is_v)
+
+    left, right = left.to(tl.float32), right.to(tl.float32)
+    if q_norm is not None:
+        scale = tl.rsqrt(tl.sum(left * left + right * right, 1) / DIM + eps)[:, None]
+        left *= scale * _of_q_or_k(q_norm, k_norm, i, is_q, is_k)
+        right *= scale * _of_q_or_k(q_norm + HALF, k_norm + HALF, i, is_q, is_k)
+    angle = tl.load(positions + t).to(tl.int64) * DIM + i
+    new_left = left * tl.load(cos + angle, mask=in_half) - right * tl.load(sin + angle, mask=in_half)
+    angle += HALF
+    new_right = right * tl.load(cos + angle, mask=in_half) + left * tl.load(sin + angle, mask=in_half)
+    tl.store(own, new_left.to(own.dtype.element_ty), mask=is_q)
+    tl.store(own + HALF, new_right.to(own.dtype.element_ty), mask=is_q)
+    key = key_pages + slot + (head - HEADS) * DIM + i
+    tl.store(key, new_left.to(key.dtype.element_ty), mask=is_k)
+    tl.store(key + HALF, new_right.to(key.dtype.element_ty), mask=is_k)
+
+
+@triton.jit
+def _of_q_or_k(q_norm, k_norm, i, is_q, is_k):
+    """The norm's weights, by whose head it is; 0 for v's, which go through none."""
+    of_q = tl.load(q_norm + i + tl.zeros_like(is_q).to(tl.int32), mask=is_q, other=0.0)
+    return of_q + tl.load(k_norm + i + tl.zeros_like(is_k).to(tl.int32), mask=is_k, other=0.0)
+
+
+@triton.jit
+def _gated(out, gate_up, GELU: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid: (tokens, blocks of INNER).
+
+    GELU's tanh formula is x * (1 + tanh(z)) / 2 with z = sqrt(2 / pi) * (x + 0.044715 x³), and
+    (1 + tanh(z)) / 2 = sigmoid(2 z): so either activation is x * sigmoid of something.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + t * 2 * INNER + i, mask=i < INNER, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + t * 2 * INNER + INNER + i, mask=i < INNER, other=0.0).to(tl.float32)
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    tl.store(out + t * INNER + i, (gate * tl.sigmoid(inner) * up).to(out.dtype.element_ty), mask=i < INNER)
