@@ -16,6 +16,7 @@ from adapters.base import LoadedBase
 from adapters.rank_pool import RankPool
 from server.engine.attention import KvShape
 from server.engine.model.fused import FusedModel, why_not_fused
+from server.engine.model.llama_like import differs_from
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
 
@@ -55,7 +56,7 @@ def build_model(base: LoadedBase, pool: RankPool, block_size: int, max_tokens: i
     reason = why_not_fused(stock, block_size)
     if reason is None:
         fused = FusedModel(stock, pool, max_tokens)
-        reason = fused.differs_from(stock, block_size)
+        reason = differs_from(fused, stock, base.model.config, block_size, max_tokens)
         if reason is None:
             fused.adopt(pool)
             return fused

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.activations import GELUTanh, SiLUActivation
+from torch import Tensor
 
 from adapters.native import isa, library
 from adapters.native.structs import STACK_PARTS, Scratch, StackCall
@@ -21,26 +20,12 @@ from adapters.rank_pool import RankPool
 from adapters.site_pool import IntArray
 from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
-from server.engine.kv_cache import BlockTable, chain_root
 from server.engine.model.fused_head import FusedHead
-from server.engine.model.fused_weights import LINEARS, FusedWeights, pack_head
+from server.engine.model.fused_weights import FusedWeights, pack_head
+from server.engine.model.llama_like import ACTIVATIONS, LINEARS, rotary_angles, why_unlike_llama
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
-from server.engine.request import SamplingParams
-from server.engine.sequence import Chunk, Sequence
-
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
-ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
-"""The native activations by transformers' own (``StackCall.gelu``)."""
-
-STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
-
-CHECK_TOKENS = 40
-"""Length of the prompt on which the two are compared."""
-
-ALIKE = 0.15
-"""Mean distance from transformers' own logits that bf16's rounding explains, in their standard deviations."""
+from server.engine.sequence import Chunk
 
 
 def why_not_fused(stock: StockModel, block_size: int) -> str | None:
@@ -48,13 +33,8 @@ def why_not_fused(stock: StockModel, block_size: int) -> str | None:
     model: Any = stock.model
     if stock.device.type != "cpu" or library() is None or isa() != "avx512bf16":
         return "the fused step needs a CPU with AVX512-BF16 and the native kernels"
-    if model.config.model_type not in MODEL_TYPES:
-        return f"there is no fused step for {model.config.model_type}"
-    if model.model.rotary_emb.rope_type not in STATIC_ROPE:
-        return f"rope type {model.model.rotary_emb.rope_type!r} depends on the length"
-    activation = type(model.model.layers[0].mlp.act_fn)
-    if activation not in ACTIVATIONS:
-        return f"there is no native {activation.__name__}"
+    if (reason := why_unlike_llama(model)) is not None:
+        return reason
     if not NativePaged.fits(stock.shapes, block_size):
         return "head dimension and block size must be multiples of 16"
     if not all(_is_packed(layer) for layer in model.model.layers):
@@ -133,7 +113,7 @@ class FusedModel:
         self._pages = NativePages(self.shapes, num_blocks * block_size)
         for layer, pages in self._pages.layers.items():
             self._weights.blocks[layer].pages = pages
-        self._angles = self._rotary_angles(positions)
+        self._angles = rotary_angles(self._model, positions)
         self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
 
     @torch.inference_mode()
@@ -167,24 +147,6 @@ class FusedModel:
             slots[start:stop] = slot
         return slots
 
-    def differs_from(self, stock: StockModel, block_size: int) -> str | None:
-        """Run both on a made-up prompt; says so if this is not the model that transformers would run.
-
-        A guard against configurations that the fused step does not know of.
-        """
-        length = min(CHECK_TOKENS, self._max_tokens, self._config.max_position_embeddings)
-        prompt = tuple((37 * i + 11) % self._config.vocab_size for i in range(length))
-        sequence = Sequence("check", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
-        sequence.table = BlockTable(chain_root(None))
-        blocks = -(-len(prompt) // block_size)
-        sequence.table.blocks = list(range(blocks))
-        chunk = Chunk(sequence, 0, len(prompt))
-        for model in (self, stock):
-            model.allocate(blocks, block_size)
-        ours, theirs = self([chunk]), stock([chunk])
-        difference = ((ours - theirs).square().mean().sqrt() / theirs.std()).item()
-        return None if difference < ALIKE else f"the fused step differs from them by {difference:.2f}"
-
     def _make_scratch(self) -> dict[str, Tensor]:
         block = self._weights.blocks[0]
         widths = {
@@ -197,10 +159,3 @@ class FusedModel:
         return {
             name: torch.empty(self._max_tokens, width, dtype=torch.bfloat16) for name, width in widths.items()
         }
-
-    def _rotary_angles(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [positions, head_dim] as the model makes them, its scaling included."""
-        like = torch.zeros(1, dtype=torch.bfloat16)
-        with torch.inference_mode():
-            cosines, sines = self._model.model.rotary_emb(like, torch.arange(positions)[None])
-        return cosines[0].float().contiguous(), sines[0].float().contiguous()

@@ -14,29 +14,7 @@ from adapters.lora import LoraLinear
 from adapters.native.structs import Block, Linear, Norm
 from adapters.rank_pool import RankPool
 from server.engine.attention import LayerAttention
-
-PLUS_ONE = frozenset({"gemma", "gemma2"})
-"""Model types whose norms multiply by 1 + weight."""
-
-BLOCK_NORMS = {
-    "norm_before_attention": "input_layernorm",
-    "norm_before_mlp": "post_attention_layernorm",
-}
-GEMMA2_NORMS = {
-    "norm_before_attention": "input_layernorm",
-    "norm_after_attention": "post_attention_layernorm",
-    "norm_before_mlp": "pre_feedforward_layernorm",
-    "norm_after_mlp": "post_feedforward_layernorm",
-}
-LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
+from server.engine.model.llama_like import LINEARS, norm_weight, norms_of
 
 
 class FusedWeights:
@@ -47,7 +25,7 @@ class FusedWeights:
     """
 
     def __init__(self, model: Any, pool: RankPool, kinds: Mapping[int, LayerAttention]) -> None:
-        self._model_type = model.config.model_type
+        self._model = model
         self._kept: list[Tensor] = []
         layers = model.model.layers
         self.blocks = (Block * len(layers))()
@@ -61,12 +39,8 @@ class FusedWeights:
     def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
         for field, path in LINEARS.items():
             setattr(block, field, self._linear(layer.get_submodule(path), pool, f"{name}.{path}"))
-        for field, path in (GEMMA2_NORMS if self._model_type == "gemma2" else BLOCK_NORMS).items():
+        for field, path in norms_of(self._model, layer).items():
             setattr(block, field, self._norm(layer.get_submodule(path), pool, f"{name}.{path}"))
-        for field in ("q_norm", "k_norm"):
-            norm = getattr(layer.self_attn, field, None)
-            if norm is not None:
-                setattr(block, field, self._norm(norm, pool, f"{name}.self_attn.{field}"))
 
     def _linear(self, module: LoraLinear, pool: RankPool, site: str) -> ctypes.Structure:
         base: Any = module.base
@@ -84,7 +58,7 @@ class FusedWeights:
 
     def norm_weight(self, weight: Tensor) -> Tensor:
         """What the native norm multiplies by: float32."""
-        return (weight.float() + 1.0 if self._model_type in PLUS_ONE else weight.float()).contiguous()
+        return norm_weight(self._model, weight)
 
     def _norm(self, module: Any, pool: RankPool, name: str) -> ctypes.Structure:
         weight = self._keep(self.norm_weight(module.weight.detach()))

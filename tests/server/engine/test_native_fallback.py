@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"head_dim": 24, "num_attention_heads": 8, "num_key_value_heads": 4},
         "multiples of 16",
     ),
-    "activation": ("llama", {"hidden_act": "gelu"}, "no native GELUActivation"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "no fused GELUActivation"),
     "rope": ("llama", {"rope_parameters": LONGER}, "depends on the length"),
     "gpt2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}, "no fused step for gpt2"),
     "partial rotary": (

@@ -1,0 +1,115 @@
+"""What the fused models must know of Llama-like ones: names, activations, norms, rotary angles; a guard.
+
+``fused.py`` runs them on a CPU, ``device.py`` on a GPU. Whatever is not known here runs on transformers' own
+blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from server.engine.kv_cache import BlockTable, chain_root
+from server.engine.request import SamplingParams
+from server.engine.sequence import Chunk, Sequence
+
+if TYPE_CHECKING:
+    from server.engine.model import StepModel
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
+
+ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
+"""Whether it is GELU's tanh form, by transformers' own."""
+
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
+
+LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+_BLOCK_NORMS = {
+    "norm_before_attention": "input_layernorm",
+    "norm_before_mlp": "post_attention_layernorm",
+}
+_GEMMA2_NORMS = {
+    "norm_before_attention": "input_layernorm",
+    "norm_after_attention": "post_attention_layernorm",
+    "norm_before_mlp": "pre_feedforward_layernorm",
+    "norm_after_mlp": "post_feedforward_layernorm",
+}
+_HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+_PLUS_ONE = frozenset({"gemma", "gemma2"})
+"""Model types whose norms multiply by 1 + weight."""
+
+_CHECK_TOKENS = 40
+"""Length of the prompt on which two models are compared."""
+
+_ALIKE = 0.15
+"""Mean distance from transformers' own logits that bf16's rounding explains, in their standard deviations."""
+
+
+def why_unlike_llama(model: Any) -> str | None:
+    """Why no fused step knows this model, or None."""
+    if model.config.model_type not in MODEL_TYPES:
+        return f"there is no fused step for {model.config.model_type}"
+    if model.model.rotary_emb.rope_type not in STATIC_ROPE:
+        return f"rope type {model.model.rotary_emb.rope_type!r} depends on the length"
+    activation = type(model.model.layers[0].mlp.act_fn)
+    if activation not in ACTIVATIONS:
+        return f"there is no fused {activation.__name__}"
+    return None
+
+
+def norms_of(model: Any, layer: Any) -> Mapping[str, str]:
+    """Where a block's norms are, by what they are for."""
+    block = _GEMMA2_NORMS if model.config.model_type == "gemma2" else _BLOCK_NORMS
+    heads = {role: path for role, path in _HEAD_NORMS.items() if hasattr(layer.self_attn, role)}
+    return {**block, **heads}
+
+
+def norm_weight(model: Any, weight: Tensor) -> Tensor:
+    """What a fused norm multiplies by: float32."""
+    return (weight.float() + 1.0 if model.config.model_type in _PLUS_ONE else weight.float()).contiguous()
+
+
+@torch.inference_mode()
+def rotary_angles(model: Any, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [positions, head_dim] as the model makes them, its scaling included."""
+    ids = torch.arange(positions, device=model.device)
+    cosines, sines = model.model.rotary_emb(
+        torch.zeros(1, dtype=torch.bfloat16, device=model.device), ids[None]
+    )
+    return cosines[0].float().contiguous(), sines[0].float().contiguous()
+
+
+def differs_from(
+    ours: StepModel, stock: StepModel, config: Any, block_size: int, max_tokens: int
+) -> str | None:
+    """Run both on a made-up prompt; says so if ours is not the model that transformers would run.
+
+    A guard against configurations that the fused steps do not know of.
+    """
+    length = min(_CHECK_TOKENS, max_tokens, config.max_position_embeddings)
+    prompt = tuple((37 * i + 11) % config.vocab_size for i in range(length))
+    sequence = Sequence("check", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
+    sequence.table = BlockTable(chain_root(None))
+    blocks = -(-len(prompt) // block_size)
+    sequence.table.blocks = list(range(blocks))
+    chunk = Chunk(sequence, 0, len(prompt))
+    for model in (ours, stock):
+        model.allocate(blocks, block_size)
+    got, expected = ours([chunk]), stock([chunk])
+    difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
+    return None if difference < _ALIKE else f"the fused step differs from them by {difference:.2f}"
