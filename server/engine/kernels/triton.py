@@ -104,8 +104,8 @@ def _rotate_and_store(
     """Grid: (tokens, groups of heads: q's, then k's, then v's). A head is its left and its right half."""
     HALF: tl.constexpr = DIM // 2
     t = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * GROUP + tl.arange(0, GROUP))[:, None]
-    i = tl.arange(0, BLOCK)[None, :]
+    head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    head, i = tl.broadcast(head[:, None], tl.arange(0, BLOCK)[None, :])
     in_half = i < HALF
     is_q = in_half & (head < HEADS)
     is_k = in_half & (head >= HEADS) & (head < HEADS + KV_HEADS)
@@ -138,8 +138,7 @@ def _rotate_and_store(
 @triton.jit
 def _of_q_or_k(q_norm, k_norm, i, is_q, is_k):
     """The norm's weights, by whose head it is; 0 for v's, which go through none."""
-    of_q = tl.load(q_norm + i + tl.zeros_like(is_q).to(tl.int32), mask=is_q, other=0.0)
-    return of_q + tl.load(k_norm + i + tl.zeros_like(is_k).to(tl.int32), mask=is_k, other=0.0)
+    return tl.load(q_norm + i, mask=is_q, other=0.0) + tl.load(k_norm + i, mask=is_k, other=0.0)
 
 
 @triton.jit
