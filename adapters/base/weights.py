@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -40,6 +39,8 @@ class BaseWeights:
             return weight.t() if isinstance(module, Conv1D | torch.nn.Embedding) else weight
         if getattr(state, "packing_format_for_cpu", False):
             weight, state = _unpacked(weight, state)
+        from bitsandbytes.functional import dequantize_4bit  # only 4-bit bases need it
+
         dense: Tensor = dequantize_4bit(weight, state)
         return dense
 
@@ -49,11 +50,13 @@ class BaseWeights:
         return None if bias is None else bias.detach()
 
 
-def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, QuantState]:
+def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     """In bitsandbytes' usual order what it packed for CPUs (see ``nf4.h``), with the same scales.
 
     Its own way back quantises the scales anew, and the model goes on computing with these.
     """
+    from bitsandbytes.functional import QuantState
+
     outputs, inputs = state.shape
     panels = packed.view(outputs // _PANEL, inputs // 2, _PANEL // 2, 2)
     first, second = panels[..., 0], panels[..., 1]  # of each pair of inputs, for two outputs in either half

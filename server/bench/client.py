@@ -9,41 +9,20 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import httpx
 
+from server.bench.endpoint import Endpoint
 from server.bench.errors import BenchError
 from server.bench.post import post
 from server.bench.sse import SSEDecoder
 from server.bench.stats import CallRecord, RunResult
 from server.bench.workload import Call, Workload
 
-Path = Literal["/v1/completions", "/v1/chat/completions"]
-PATHS: tuple[Path, ...] = get_args(Path)
-
 # A request that takes so long has failed: a benchmark must end.
 _TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a workload goes.
-
-    Attributes:
-        base_url: scheme, host and port; the operator named it, and nothing else is ever contacted.
-        base_model: the model name of calls without an adapter.
-        fields: adapter, or None for the base → fields of its requests, for a server that does not know
-            adapters as models.
-    """
-
-    base_url: str
-    base_model: str
-    path: Path = "/v1/completions"
-    api_key: str | None = None
-    fields: Mapping[str | None, Mapping[str, Any]] = field(default_factory=dict)
 
 
 async def play(endpoint: Endpoint, workload: Workload) -> RunResult:

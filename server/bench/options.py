@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from server.bench.client import PATHS
+from server.bench.endpoint import PATHS
 from server.bench.errors import BenchError
 from server.bench.peers import PEERS, peer
 from server.bench.workload import POPULARITIES

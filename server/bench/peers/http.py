@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-from server.bench.client import Endpoint, Path, discover, play
+from server.bench.client import discover, play
+from server.bench.endpoint import Endpoint, Path
 from server.bench.errors import BenchError
 from server.bench.peers import Setup
 from server.bench.peers.process import ChildProcess

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.bench.client import Answer, Endpoint, Path, discover, play
+from server.bench.client import Answer, discover, play
+from server.bench.endpoint import Endpoint, Path
 from server.bench.errors import BenchError
 from server.bench.peers.http import free_port
 from server.bench.workload import Call, Load, Workload, make_workload

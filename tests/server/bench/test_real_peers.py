@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from adapters.base import DEFAULT_BASE, PreparedBase, prepare_base
-from server.bench.client import Endpoint, payload
+from server.bench.client import payload
+from server.bench.endpoint import Endpoint
 from server.bench.peers import Setup, peer
 from server.bench.peers.environments import Environment
 from server.bench.peers.http import HttpServer
