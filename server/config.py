@@ -72,6 +72,7 @@ class EngineConfig:
         max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
         kv_cache_memory: bytes.
         block_size: tokens in one KV block.
+        enforce_eager: decode without CUDA graphs.
         max_queued_requests: most requests that wait; one more is answered 429.
         threads: threads of the CPU kernels.
     """
@@ -82,6 +83,7 @@ class EngineConfig:
     kv_cache_memory: int
     block_size: int
     prefix_caching: bool
+    enforce_eager: bool
     max_queued_requests: int
     threads: int
 

@@ -31,6 +31,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--kv-cache-memory": ("256MiB", 256 << 20),
     "--block-size": ("32", 32),
     "--enable-prefix-caching": ("false", False),
+    "--enforce-eager": ("true", True),
     "--max-queued-requests": ("9", 9),
     "--threads": ("7", 7),
     "--host": ("0.0.0.0", "0.0.0.0"),
@@ -55,10 +56,16 @@ def value_of(config: ServerConfig, option: Option) -> Any:
     return getattr(owner, option.field)
 
 
+def typed_as(option: Option, text: str) -> list[str]:
+    if option.metavar is not None:
+        return [option.flag, text]
+    return [option.flag if text == "true" else option.flag.replace("--", "--no-", 1)]
+
+
 @EACH
 def test_flag_and_variable_mean_the_same(option: Option) -> None:
     text, value = OTHER[option.flag]
-    typed = [option.flag, text] if option.metavar else [option.flag.replace("--", "--no-", 1)]
+    typed = typed_as(option, text)
     assert value_of(from_args(typed, {}), option) == value
     assert value_of(from_args([], {option.variable: text}), option) == value
     assert value_of(from_args([], {}), option) != value
@@ -67,7 +74,7 @@ def test_flag_and_variable_mean_the_same(option: Option) -> None:
 @EACH
 def test_the_flag_wins(option: Option) -> None:
     text, value = OTHER[option.flag]
-    typed = [option.flag, text] if option.metavar else [option.flag.replace("--", "--no-", 1)]
+    typed = typed_as(option, text)
     environ = {option.variable: option.default or "loser"}
     assert value_of(from_args(typed, environ), option) == value
 
