@@ -1,6 +1,7 @@
 """Attention over paged keys and values.
 
-``AttentionBackend`` is the interface; ``torch_paged.py`` runs everywhere, ``native_paged.py`` on CPUs.
+``AttentionBackend`` is the interface; ``torch_paged.py`` runs everywhere, ``native_paged.py`` on CPUs,
+``flash_paged.py`` on GPUs. ``choice.py`` chooses.
 
 The model's own attention modules call the function that ``install`` registers with transformers.
 """
@@ -49,13 +50,31 @@ class KvShape:
 
 
 class AttentionBackend(Protocol):
-    """Owns the pages of all layers and attends over them."""
+    """Owns the pages of all layers and attends over them.
+
+    Attributes:
+        name: for the log and ``/version``.
+        graphable: whether steps may be captured in CUDA graphs, see ``begin``.
+    """
+
+    name: str
+    graphable: bool
 
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         """Take the memory: for each layer, ``num_blocks`` blocks of keys and of values."""
 
-    def begin(self, chunks: Sequence[Chunk]) -> None:
-        """A step starts, whose tokens are ``chunks``, one after the other."""
+    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
+        """A step starts, whose tokens are ``chunks``, one after the other.
+
+        Args:
+            seats: None, unless ``graphable``. A number n makes a step of n tokens in n sequences for a CUDA
+                graph: ``chunks`` are at most n, of one token each; the rest is padding, which writes and
+                reads a spare block that nobody owns, and whose results mean nothing. Until the next
+                ``begin``, every tensor that the kernels get besides q, k and v lies at the address, and has
+                the shape, that it had at the last ``begin`` with the same n; and so do the numbers they
+                get. So what was captured after one ``begin(…, seats=n)`` is replayed after another. It must
+                run on the stream that this was called on: the one copy to the device is only queued.
+        """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
         """Store the new k and v, then attend.
@@ -66,22 +85,6 @@ class AttentionBackend(Protocol):
         Returns:
             [tokens, heads, head_dim of v].
         """
-
-
-def choose(
-    shapes: Mapping[int, KvShape], block_size: int, device: torch.device, dtype: torch.dtype
-) -> AttentionBackend:
-    """The backend for this model on this machine, chosen once when the model is built."""
-    from adapters.native import library
-    from server.engine.attention.torch_paged import TorchPaged
-
-    native = library() if device.type == "cpu" and dtype == torch.bfloat16 else None
-    if native is not None:
-        from server.engine.attention.native_paged import NativePaged
-
-        if NativePaged.fits(shapes, block_size):
-            return NativePaged(native, block_size)
-    return TorchPaged(block_size, device, dtype)
 
 
 class AttentionHost:

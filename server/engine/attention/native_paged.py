@@ -37,6 +37,9 @@ class NativePages:
 class NativePaged:
     """See ``AttentionBackend``."""
 
+    name = "native"
+    graphable = False
+
     def __init__(self, library: ctypes.CDLL, block_size: int) -> None:
         self._run = library.manylora_attention
         self._block_size = block_size
@@ -54,7 +57,8 @@ class NativePaged:
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         self._pages = NativePages(shapes, num_blocks * self._block_size)
 
-    def begin(self, chunks: Sequence[Chunk]) -> None:
+    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
+        assert seats is None, "a CPU has no CUDA graphs"
         self._tokens.begin(chunks)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:

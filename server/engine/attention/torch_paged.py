@@ -26,6 +26,9 @@ class TorchPaged:
     The last slot is never written: padding reads it.
     """
 
+    name = "torch SDPA over gathered pages"
+    graphable = False
+
     def __init__(self, block_size: int, device: torch.device, dtype: torch.dtype) -> None:
         self._block_size = block_size
         self._device = device
@@ -39,7 +42,8 @@ class TorchPaged:
         for layer, shape in shapes.items():
             self._caches[layer] = (self._pages(shape, shape.key_dim), self._pages(shape, shape.value_dim))
 
-    def begin(self, chunks: Sequence[Chunk]) -> None:
+    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
+        assert seats is None, "its shapes vary from step to step"
         self._plan = make_plan(chunks, self._block_size, self._padding, self._device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:

@@ -16,7 +16,7 @@ from adapters.kernels import choose as choose_lora
 from adapters.lora import attach
 from adapters.rank_pool import RankPool
 from server.engine.attention import AttentionBackend, KvShape, LayerAttention, install
-from server.engine.attention import choose as choose_attention
+from server.engine.attention.choice import choose as choose_attention
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.sequence import Chunk
 
@@ -32,6 +32,7 @@ class StockModel:
         shapes, kinds: by layer, what its keys and values look like and how it attends.
         layout: the base's modules that adapters may have something for.
         lora, lora_kernel: which rows are whose, and what computes their part.
+        attention: what owns the KV pages; None before ``allocate``.
     """
 
     name = "transformers"
@@ -44,20 +45,20 @@ class StockModel:
         self.layout = base.layout
         self.lora_kernel = choose_lora(self.device, self.dtype)
         self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
-        self._attention: AttentionBackend | None = None
+        self.attention: AttentionBackend | None = None
         self.shapes: dict[int, KvShape] = {}
         self.kinds: dict[int, LayerAttention] = {}
         self._probe()
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        self._attention = choose_attention(self.shapes, block_size, self.device, self.dtype)
-        self._attention.allocate(self.shapes, num_blocks)
+        self.attention = choose_attention(self.shapes, block_size, self.device, self.dtype)
+        self.attention.allocate(self.shapes, num_blocks)
 
     @torch.inference_mode()
     def __call__(self, chunks: SequenceOf[Chunk], rows: Tensor | None = None) -> Tensor:
-        assert self._attention is not None
-        self._attention.begin(chunks)
-        self._host.handler = self._attention
+        assert self.attention is not None
+        self.attention.begin(chunks)
+        self._host.handler = self.attention
         tokens, positions, last = flatten(chunks)
         rows = last if rows is None else rows
         self.lora.begin(lora_segments(chunks), rows)
