@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
-from server.engine.kv_cache import BlockTable, chain_root
-from server.engine.request import SamplingParams
-from server.engine.sequence import Chunk, Sequence
+from server.engine.model.made_up import made_up_prompt
 
 if TYPE_CHECKING:
     from server.engine.model import StepModel
@@ -101,15 +99,9 @@ def differs_from(
 
     A guard against configurations that the fused steps do not know of.
     """
-    length = min(_CHECK_TOKENS, max_tokens, config.max_position_embeddings)
-    prompt = tuple((37 * i + 11) % config.vocab_size for i in range(length))
-    sequence = Sequence("check", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
-    sequence.table = BlockTable(chain_root(None))
-    blocks = -(-len(prompt) // block_size)
-    sequence.table.blocks = list(range(blocks))
-    chunk = Chunk(sequence, 0, len(prompt))
+    prompt = made_up_prompt(config, min(_CHECK_TOKENS, max_tokens), block_size)
     for model in (ours, stock):
-        model.allocate(blocks, block_size)
-    got, expected = ours([chunk]), stock([chunk])
+        model.allocate(-(-prompt.length // block_size), block_size)
+    got, expected = ours([prompt]), stock([prompt])
     difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
     return None if difference < _ALIKE else f"the fused step differs from them by {difference:.2f}"
