@@ -37,11 +37,15 @@ class StepModel(Protocol):
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Take the memory for the KV pages; before the first step."""
 
-    def __call__(self, chunks: Sequence[Chunk], rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
         """Compute ``chunks`` and return float32 logits [n, vocabulary].
 
         Args:
             rows: int64 [n], which of the step's tokens give logits; None = the last of each sampling chunk.
+            drawn: int64, on the device: what the step before drew, which nobody has read yet. A token id
+                -1-i among the chunks' stands for the i-th of them.
         """
 
 

@@ -26,6 +26,7 @@ from server.engine.model.llama_like import ACTIVATIONS, LINEARS, rotary_angles, 
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
+from server.engine.transfer import resolve
 
 
 def why_not_fused(stock: StockModel, block_size: int) -> str | None:
@@ -117,9 +118,12 @@ class FusedModel:
         self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
 
     @torch.inference_mode()
-    def __call__(self, chunks: SequenceOf[Chunk], rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
         assert self._tokens is not None
         tokens, _, last = flatten(chunks)
+        tokens = resolve(tokens, drawn)
         self._tokens.begin(chunks)
         rows = last if rows is None else rows
         self._lora.begin(lora_segments(chunks), rows)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapters.kernels import Segment
 from server.engine.sequence import Chunk
+from server.engine.transfer import resolve as resolve  # what stands for unread tokens becomes them
 
 
 def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
@@ -27,7 +28,7 @@ def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
 
 
 def flatten(chunks: SequenceOf[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and positions of the step [tokens], and which of them give logits."""
+    """Token ids (see ``resolve``) and positions of the step [tokens], and which of them give logits."""
     tokens: list[int] = []
     positions: list[int] = []
     last: list[int] = []

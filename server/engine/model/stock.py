@@ -19,6 +19,7 @@ from server.engine.attention import AttentionBackend, KvShape, LayerAttention, i
 from server.engine.attention.choice import choose as choose_attention
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.sequence import Chunk
+from server.engine.transfer import resolve, send
 
 
 class StockModel:
@@ -55,14 +56,17 @@ class StockModel:
         self.attention.allocate(self.shapes, num_blocks)
 
     @torch.inference_mode()
-    def __call__(self, chunks: SequenceOf[Chunk], rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
         assert self.attention is not None
         self.attention.begin(chunks)
         self._host.handler = self.attention
         tokens, positions, last = flatten(chunks)
         rows = last if rows is None else rows
         self.lora.begin(lora_segments(chunks), rows)
-        return self._forward(tokens, positions, rows)
+        tokens, positions, rows = (send(host, self.device) for host in (tokens, positions, rows))
+        return self._forward(resolve(tokens, drawn), positions, rows)
 
     @torch.inference_mode()
     def _probe(self) -> None:
@@ -79,7 +83,7 @@ class StockModel:
 
         self._host.handler = record
         try:
-            self._forward(*(torch.zeros(1, dtype=torch.long) for _ in range(3)))
+            self._forward(*(torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(3)))
         except AssertionError as error:  # bitsandbytes packs 4-bit weights for the CPU on their first use
             raise BaseModelError(
                 f"bitsandbytes cannot serve this base's 4-bit weights on this CPU ({error}); "
@@ -90,10 +94,7 @@ class StockModel:
 
     def _forward(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         out = self.model(
-            input_ids=tokens[None].to(self.device),
-            position_ids=positions[None].to(self.device),
-            logits_to_keep=last.to(self.device),
-            use_cache=False,
+            input_ids=tokens[None], position_ids=positions[None], logits_to_keep=last, use_cache=False
         )
         logits: Tensor = out.logits[0].float()
         return logits

@@ -1,0 +1,57 @@
+"""Small things between host and device, without either waiting for the other. On a CPU nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on the device; on CUDA the copy is queued like a kernel and the caller goes on."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def resolve(tokens: Tensor, drawn: Tensor | None) -> Tensor:
+    """``tokens`` with every negative id -1-i replaced by the i-th of ``drawn``; both int64, on one device.
+
+    Such an id stands for a token that the step before draws and that the host has not read yet.
+    """
+    if drawn is None:
+        return tokens
+    return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
+
+
+class Download:
+    """Tensors on their way to the host, in one copy queued behind the kernels that make them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._copied: tuple[Tensor, torch.cuda.Event] | None = None
+        if tensors[0].is_cuda:
+            packed = pack(tensors)
+            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._copied = host, event
+
+    def wait(self) -> Sequence[Tensor]:
+        """The same tensors on the host, once they are there."""
+        if self._copied is None:
+            return self._tensors
+        host, event = self._copied
+        event.synchronize()
+        return unpack(host, self._tensors)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """All of them in one row of float64, which holds float32, flags and token ids exactly."""
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What ``pack`` was given, with the shapes and types of ``like``."""
+    parts: tuple[Tensor, ...] = packed.split([tensor.numel() for tensor in like])  # type: ignore[no-untyped-call]
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
