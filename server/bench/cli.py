@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.errors import ManyloraError
-from server.bench import options, step
+from server.bench import model_step, options, step
 from server.bench.compare import say
 from server.bench.errors import BenchError
 from server.bench.peers.environments import RECIPES, Environment
@@ -55,6 +55,7 @@ def add_parser(subparsers: SubParsers) -> None:
     setup.add_argument("peers", nargs="*", metavar="PEER", help=f"{', '.join(RECIPES)} (default: all)")
     options.add_home(setup)
     step.add_parser(kinds)
+    model_step.add_parser(kinds)
     prove.add_parser(kinds)
     make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
     make.add_argument("--shape", choices=SHAPES, required=True)

@@ -11,6 +11,7 @@ from typing import Any
 from server.bench.compare import Measured
 from server.bench.stats import STATISTICS, median
 from server.bench.sweep import Sweep
+from server.bench.table import align, number
 
 _LABELS = {
     "duration": "duration, s",
@@ -62,8 +63,8 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
     def __str__(self) -> str:
-        shown = _number(self.median)
-        return shown if self.min == self.max else f"{shown} ({_number(self.min)} to {_number(self.max)})"
+        shown = number(self.median)
+        return shown if self.min == self.max else f"{shown} ({number(self.min)} to {number(self.max)})"
 
 
 def spreads(measured: Measured) -> dict[str, Spread]:
@@ -91,7 +92,7 @@ def table(measured: Sequence[Measured]) -> str:
     names = [name for name in _LABELS if any(name in figures for _, figures in columns)]
     rows = [["median (min to max)", *(title for title, _ in columns)]]
     rows += [[_LABELS[name], *(str(figures.get(name, "")) for _, figures in columns)] for name in names]
-    return _align(rows)
+    return align(rows)
 
 
 def errors(measured: Sequence[Measured]) -> list[str]:
@@ -126,8 +127,8 @@ def sweep_table(sweep: Sweep) -> str:
             figures = spreads(one)
             cells = [str(figures.get(name, "")) for name in sweep.axis.figures]
             ratio = "" if one is point.measured[0] else str(ratios(point.measured[0], one).get(first, ""))
-            rows.append([_number(point.at), one.name, *cells, ratio])
-    return _align(rows)
+            rows.append([number(point.at), one.name, *cells, ratio])
+    return align(rows)
 
 
 def _head(config: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
@@ -156,21 +157,3 @@ def _medians(figures: dict[str, Spread]) -> dict[str, float]:
 
 def _spread(spread: Spread) -> dict[str, float]:
     return {"median": spread.median, "min": spread.min, "max": spread.max}
-
-
-def _number(value: float) -> str:
-    if value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}" if abs(value) >= 1 else f"{value:.3g}"
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first to the left, the rest to the right."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [
-        "  ".join(
-            [row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.bench.errors import BenchError
 
-# name → the fields of transformers' LlamaConfig. Source: the published config of Llama 3.2 1B.
+# name → the fields of transformers' LlamaConfig. Source: the published configs of Llama 3.2 1B and 3.1 8B.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
         "vocab_size": 128256,
@@ -25,7 +25,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
-    }
+    },
+    "llama-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
 }
 
 

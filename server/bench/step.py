@@ -1,9 +1,7 @@
 """``manylora bench step``: where a decoding step's time goes, part by part, beside what the machine allows.
 
-The floor of a part is the larger of its bytes over the measured memory bandwidth and its operations over the
-measured bf16 rate; a step's floor is their sum. Bytes are what must be read once: 4-bit weights with their
-scales, the head, the rows of every adapter in the step, all keys and values. The model runs in this process,
-without HTTP.
+What it allows is in ``roofline.py``, with the machine's own bandwidth and rate, which are measured first. The
+model runs in this process, without HTTP.
 """
 
 from __future__ import annotations
@@ -13,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from server.bench.roofline import WEIGHT_BYTES, Machine, Stack, Step, Work, works
 
 if TYPE_CHECKING:
     from server.engine.build import Parts
@@ -23,26 +22,6 @@ if TYPE_CHECKING:
 Seconds = dict[str, float]
 
 PARTS = ("linears", "lora", "attention", "rows", "head", "sampling", "rest")
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Measured: bytes a second (reading and writing counted), and bf16 operations a second."""
-
-    bandwidth: float
-    rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a part of one step must do at least."""
-
-    nbytes: float = 0.0
-    operations: float = 0.0
-
-    def floor(self, machine: Machine) -> float:
-        """Seconds."""
-        return max(self.nbytes / machine.bandwidth, self.operations / machine.rate)
 
 
 def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -171,19 +150,21 @@ def _works(parts: Parts, arguments: argparse.Namespace, count: int, adapters: in
     """The least that each part of a step of ``count`` sequences must read and compute."""
     model: Any = parts.model
     sites = parts.residency.pool.sites.values()
-    inputs_outputs = [(pool.native.inputs, pool.native.outputs) for pool in sites]
-    weights = sum(i * o for i, o in inputs_outputs)
-    rows = arguments.adapter_rank * sum(i + o for i, o in inputs_outputs)
-    tokens = arguments.context + arguments.steps / 2
-    kv = sum(2 * shape.kv_heads * shape.key_dim for shape in model.shapes.values())
-    heads = model.heads_per_kv_head
-    head = model.head_size
-    return {
-        "linears": Work(weights * (0.5 + 2 / 64), 2 * count * weights),
-        "lora": Work(2 * rows * adapters, 2 * rows * (count if adapters else 0)),
-        "attention": Work(2 * count * tokens * kv, 2 * count * tokens * kv * heads),
-        "head": Work(2 * head, 2 * count * head),
-    }
+    stack = Stack(
+        layers=len(model.shapes),
+        linears=[(pool.native.inputs, pool.native.outputs) for pool in sites],
+        head=model.head_size,
+        kv_width=sum(2 * shape.kv_heads * shape.key_dim for shape in model.shapes.values()),
+        heads_per_kv_head=model.heads_per_kv_head,
+    )
+    rank = arguments.adapter_rank
+    step = Step(
+        sequences=count,
+        context=arguments.context + arguments.steps / 2,
+        read_ranks=rank * adapters,
+        used_ranks=rank * count if adapters else 0,
+    )
+    return works(stack, step, WEIGHT_BYTES["nf4, scales in bf16"])
 
 
 def _rows(seconds: Seconds, works: dict[str, Work], machine: Machine) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters.native import isa
-from server.bench.step import PARTS, Machine, Work
+from server.bench.step import PARTS
 from server.cli import main
 from tests.tiny_models import make_tiny_model
 
@@ -26,9 +26,3 @@ def test_the_parts_make_up_the_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sum(float(took[part]) for part in PARTS) == pytest.approx(float(took["step"]), abs=0.01)
     assert float(took["lora"]) > 0
     assert re.search(r"^lora +0\.000", without, flags=re.MULTILINE)
-
-
-def test_a_floor_is_what_takes_longer() -> None:
-    machine = Machine(bandwidth=100.0, rate=1000.0)
-    assert Work(nbytes=200, operations=1000).floor(machine) == 2
-    assert Work(nbytes=200, operations=5000).floor(machine) == 5
