@@ -1,0 +1,71 @@
+"""How Triton's kernels are tested on a machine without a GPU: interpreted, and compiled for GPUs it lacks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def run_interpreted(cases: Path) -> None:
+    """Run a file of tests in a process of its own, since Triton decides at its import whether it interprets.
+
+    On a machine with a GPU they run there, compiled.
+    """
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | interpreted,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def compile_for(
+    capability: int,
+    function: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, str | tuple[str, ...]],
+    free: Collection[str],
+    warps: int = 4,
+) -> Any:
+    """As Triton compiles a kernel whose sizes and addresses are multiples of 16, but for those in ``free``.
+
+    Args:
+        types: of the other arguments, as in Triton's signatures; "i32" where none is given.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    multiples = {
+        path: [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in {*constants, *free}
+        for path in _paths(i, signature[name])
+    }
+    source = ASTSource(function, signature, dict(constants), multiples)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def _paths(i: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
+    return [(i, k) for k in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+
+
+def check_wide(compiled: Any) -> None:
+    """16 bytes are read at a time, and 16-bit values never by themselves."""
+    text: str = compiled.asm["ptx"]
+    assert re.findall(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global .*, 0x10", text)
+    assert not re.findall(r"ld\.global(?:\.v2)?\.[bu]16|cp\.async\.ca", text)
