@@ -117,6 +117,8 @@ class TrainingConfig:
         threads: threads of one job.
         idle_share: share of its time that a job sleeps.
         nice: added to the niceness of its process; 19: it also gets Linux's idle class.
+        gpu: ``auto`` (the server's), ``none``, or a GPU as CUDA_VISIBLE_DEVICES names it.
+        gpu_memory: bytes of it that a job may take; None = nine tenths of what is free when it begins.
         max_file_bytes: a larger upload is answered 413.
     """
 
@@ -124,6 +126,8 @@ class TrainingConfig:
     threads: int
     idle_share: float
     nice: int
+    gpu: str
+    gpu_memory: int | None
     max_file_bytes: int
 
 

@@ -34,6 +34,13 @@ def key(value: str) -> str:
     return value
 
 
+def gpu(value: str) -> str:
+    """``auto``, ``none``, or one GPU as CUDA_VISIBLE_DEVICES names it: 1, GPU-…, MIG-…."""
+    if not re.fullmatch(r"auto|none|[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{4,80}", value):
+        raise ValueError("must be auto, none, or a GPU's number or UUID")
+    return value
+
+
 def choice(*allowed: str) -> Callable[[str], str]:
     """One of a few words."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from server.config_values import auto_or, choice, flag, integer, key, name, seconds, share, size, text
+from server.config_values import auto_or, choice, flag, gpu, integer, key, name, seconds, share, size, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,10 @@ OPTIONS: tuple[Option, ...] = (
            "share of its time that a job sleeps, for serving's sake: 0 to 0.95"),
     Option("--train-nice", "training.nice", integer(0, 19), "19", "N",
            "how far a job stands back when processors are short; 19: it gets only what nobody else wants"),
+    Option("--train-gpu", "training.gpu", gpu, "auto", "ID",
+           "GPU of jobs, as CUDA_VISIBLE_DEVICES names it; auto: the server's; none: jobs train on the CPU"),
+    Option("--train-gpu-memory", "training.gpu_memory", auto_or(size(1)), "auto", "SIZE",
+           "most memory of that GPU for a job; auto: nine tenths of what is free when it begins"),
     Option("--max-file-bytes", "training.max_file_bytes", size(1), "512MiB", "SIZE",
            "answer 413 to a larger upload"),
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def write_card(
 ) -> None:
     """Write ``README.md`` with the front matter that the model hub reads."""
     chosen = {name: value for name, value in config.as_json().items() if name not in _LEFT_OUT}
-    versions = {name: version(name) for name in _VERSIONS}
+    versions = {name: _version(name) for name in _VERSIONS}
     origin = {"base": base.name, "base sha256": base.digest, "data sha256": data_sha256}
     figures = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
     figures |= {f"pruned, {name}": value for name, value in metrics.get("pruned", {}).items()}
@@ -28,6 +28,13 @@ def write_card(
     sections = {"Made from": origin, "Metrics": figures, "Configuration": chosen, "Versions": versions}
     parts += [f"## {title}\n\n{_table(rows)}" for title, rows in sections.items()]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # bitsandbytes, for a base in bf16
+        return None
 
 
 def _front_matter(base_model: str) -> str:

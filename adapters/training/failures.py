@@ -12,7 +12,8 @@ import torch
 from adapters.errors import TrainingDiverged, TrainingOutOfResources
 from adapters.training.run_folder import RunFolder
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_GPU = ("CUDA", "CUBLAS", "cuDNN")
 _DISK_FULL = os.strerror(errno.ENOSPC)
 
 
@@ -27,10 +28,7 @@ def explained(run: RunFolder) -> Iterator[None]:
         if is_disk_full(error, run):
             raise TrainingOutOfResources(f"The disk of {run.path} is full. {_last_good(run)}") from error
         if is_out_of_memory(error):
-            raise TrainingOutOfResources(
-                "Memory ran out; lower --batch-size or --max-seq-len, or set --gradient-checkpointing on "
-                f"and --cache-dequantized off. {_last_good(run)}"
-            ) from error
+            raise TrainingOutOfResources(f"{_memory_ran_out(error)} {_last_good(run)}") from error
         raise
 
 
@@ -38,6 +36,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def _memory_ran_out(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _GPU):
+        return (
+            "The GPU's memory ran out; lower --batch-size (and raise --accumulation) or --max-seq-len, set "
+            "--gradient-checkpointing on, or let the run have more (--gpu-memory, or another GPU)."
+        )
+    return (
+        "Memory ran out; lower --batch-size or --max-seq-len, or set --gradient-checkpointing on "
+        "and --cache-dequantized off."
+    )
 
 
 def is_disk_full(error: BaseException, run: RunFolder) -> bool:

@@ -1,7 +1,8 @@
 """Examples → batches without padding: all of a batch's tokens in one row, each example attending to itself.
 
 transformers masks attention between examples wherever ``position_ids`` begin anew (``masking_utils``,
-``find_packed_sequence_indices``); FlashAttention takes the same from them.
+``find_packed_sequence_indices``); kernels that need no mask take ``cu_seq_lens_q`` and its kin, as
+``DataCollatorWithFlattening`` gives them, so that no layer has to ask the GPU where examples begin.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -33,23 +35,29 @@ def pack(examples: Sequence[Example], capacity: int) -> list[Pack]:
     return packs
 
 
-def collate(packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
+def collate(packs: Sequence[Pack]) -> dict[str, Any]:
     """One row for the model, whose head is asked only where the loss is.
 
     Returns:
-        ``input_ids`` and ``position_ids`` [1, tokens]; ``cu_seq_lens_q`` [examples + 1], where examples
-        begin; ``logits_to_keep`` [trained], the places whose next token is learnt; ``labels`` and
-        ``shift_labels`` [1, trained], those tokens.
+        ``input_ids`` and ``position_ids`` [1, tokens]; ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32
+        [examples + 1], where examples begin; ``max_length_q`` and ``max_length_k``, ints, the longest
+        example's tokens; ``logits_to_keep`` [trained], the places whose next token is learnt; ``labels``
+        and ``shift_labels`` [1, trained], those tokens.
     """
     examples = [example for one in packs for example in one]
     ids = [token for example in examples for token in example.ids]
     positions = [place for example in examples for place in range(len(example.ids))]
     learnt = [place for place, wanted in enumerate(_flags(examples)) if wanted]
     targets = torch.tensor([[ids[place] for place in learnt]])
+    lengths = [len(example.ids) for example in examples]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
-        "cu_seq_lens_q": torch.tensor([0, *accumulate(len(example.ids) for example in examples)]),
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
         "logits_to_keep": torch.tensor(learnt) - 1,
         "labels": targets,
         "shift_labels": targets,

@@ -15,7 +15,7 @@ Choice = Literal["auto", "on", "off"]
 Device = Literal["auto", "cpu", "cuda"]
 
 # How a run is executed, not what it computes: a resumed run may choose these anew.
-EXECUTION = ("home", "threads", "duty", "keep_checkpoints")
+EXECUTION = ("home", "threads", "duty", "gpu_memory", "keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,7 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         cache_dequantized: keep the 4-bit weights unpacked in bf16 while training (same numbers, faster).
         threads: CPU threads; 0 = torch's choice.
+        gpu_memory: bytes of a GPU that the run may take; None = nine tenths of what is free when it begins.
         duty: most share of the time to compute in, to leave the rest to others on the machine.
         deepspeed: path of a DeepSpeed config, passed on to transformers.
         fsdp: passed on to transformers (``full_shard auto_wrap``, …), with ``fsdp_config``, a path.
@@ -82,6 +83,7 @@ class TrainConfig:
     gradient_checkpointing: Choice = "auto"
     cache_dequantized: Choice = "auto"
     threads: int = 0
+    gpu_memory: int | None = None
     duty: float = 1.0
     deepspeed: Path | None = None
     fsdp: str | None = None

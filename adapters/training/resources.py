@@ -1,4 +1,7 @@
-"""What the machine allows: the device, and choices that trade memory for speed, each with its reason."""
+"""What the machine allows: the device, and choices that trade memory for speed, each with its reason.
+
+What only a GPU asks for is in ``gpu``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from adapters.errors import RecipeInvalid
+from adapters.training.gpu import free_gpu_memory
 from adapters.training.recipe import Choice, TrainConfig
+from adapters.training.unpack import four_bit_linears
 
 # Of the memory that is free, so much for each of the two choices; the rest is for everybody else.
 _SHARE = 0.25
+# On a GPU there is one choice, within memory that is the run's own; the rest is for the head's logits.
+_SHARE_OF_GPU = 0.5
 # What a decoder block keeps of one token for its backward pass, in multiples of its sizes (counted on Llama,
 # in bf16, with float32 copies inside norms and activations).
 _KEPT_OF_HIDDEN, _KEPT_OF_INTERMEDIATE = 48, 16
@@ -35,21 +41,12 @@ def choose_device(wanted: str, local_rank: int) -> str:
     return f"cuda:{local_rank}" if available and wanted != "cpu" else "cpu"
 
 
-def attention_for(device: str) -> str | None:
-    """FlashAttention-2 on CUDA if it is installed; else transformers' own choice."""
-    if device == "cpu":
-        return None
-    from transformers.utils import is_flash_attn_2_available
-
-    return "flash_attention_2" if is_flash_attn_2_available() else None
-
-
 def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
     """Whether to keep the 4-bit weights unpacked in bf16 for the length of the run."""
-    linears = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    linears = four_bit_linears(model)
     if not linears:
         return Decision(False, "The base is not quantised: nothing is unpacked.")
-    need = 2 * sum(module.in_features * module.out_features for module in linears)
+    need = 2 * sum(module.in_features * module.out_features for module in linears.values())
     if config.cache_dequantized != "auto":
         return _as_asked("--cache-dequantized", config.cache_dequantized)
     if device != "cpu":
@@ -68,13 +65,12 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
     """
     if config.gradient_checkpointing != "auto":
         return _as_asked("--gradient-checkpointing", config.gradient_checkpointing)
-    if device != "cpu":
-        return Decision(True, "Activations are recomputed in the backward pass, as in the QLoRA paper.")
     text = model.config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     per_layer = _KEPT_OF_HIDDEN * text.hidden_size + _KEPT_OF_INTERMEDIATE * inner
-    need, free = tokens * text.num_hidden_layers * per_layer, free_memory()
-    if need <= _SHARE * free:
+    need = tokens * text.num_hidden_layers * per_layer
+    share, free = (_SHARE, free_memory()) if device == "cpu" else (_SHARE_OF_GPU, free_gpu_memory(device))
+    if need <= share * free:
         return Decision(
             False,
             "Activations are kept, for recomputing them would take a third more time: "
@@ -86,7 +82,7 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group if that is less."""
+    """Bytes that this process may still take: of the machine's memory, or of its control group's if less."""
     machine = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import shutil
@@ -16,25 +15,28 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.quiet import quiet_libraries
 from adapters.errors import RecipeInvalid
+from adapters.training.arguments import training_arguments
 from adapters.training.attention import use_packed_attention
 from adapters.training.card import write_card
 from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import Encoded, encode_dataset
 from adapters.training.export import Nominal
 from adapters.training.failures import explained
+from adapters.training.flash import use_flash_attention
+from adapters.training.gpu import claim_memory, optimizer_for
 from adapters.training.methods import RankAllocation, put_adapter
 from adapters.training.packing import Pack, collate, pack
 from adapters.training.plot import draw_losses
 from adapters.training.progress import Throttle
 from adapters.training.prune import prune
 from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
-from adapters.training.resources import attention_for, choose_device, decide_recomputing, decide_unpacking
+from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
 from adapters.training.stop import Stop
 from adapters.training.trainer import Moments, QloraTrainer
@@ -115,10 +117,13 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
             "base_digest": prepared.digest,
             "data_sha256": data.sha256,
             "eval_sha256": held_out.sha256 if held_out else None,
+            "optimizer": optimizer_for(device)[0],  # none can go on from another's state
         },
         _PLACES,
     )
-    base = load_base(prepared, device, attention_for(device), bars)
+    if device != "cpu":
+        _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
+    base = load_base(prepared, device, progress=bars)
     encoded = [_encode(one, config, base, run, show) for one in (data, held_out) if one is not None]
     return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
 
@@ -154,7 +159,7 @@ def _trainer(
     throttle = Throttle(config.duty)
     trainer = QloraTrainer(
         adapted,
-        _arguments(config, run, material.device, steps, rate),
+        training_arguments(config, run.checkpoints, material.device, steps, rate),
         train_dataset=packs,
         data_collator=collate,
         callbacks=[RankAllocation()] if config.method == "adalora" else [],
@@ -180,44 +185,14 @@ def _choose(config: TrainConfig, run: RunFolder, material: _Material, tokens: in
     _note(run, f"{unpacking.reason} {recomputing.reason}", show)
     if material.device == "cpu":
         use_packed_attention(model)
+    else:
+        attention = use_flash_attention(model, torch.cuda.get_device_capability(material.device))
+        _note(run, f"{optimizer_for(material.device)[1]} {attention}", show)
     if unpacking.on:
         unpack_linears(model)
     if recomputing.on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-
-
-def _arguments(
-    config: TrainConfig, run: RunFolder, device: str, steps: int, rate: float
-) -> TrainingArguments:
-    on_cpu = device == "cpu"
-    if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise RecipeInvalid("--deepspeed needs DeepSpeed, which is not installed; run: pip install deepspeed")
-    return TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=steps,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=int(steps * config.warmup),  # a share would be rounded up: one step of rate 0
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=config.weight_decay,
-        optim="adamw_torch" if on_cpu else "paged_adamw_8bit",
-        bf16=True,
-        use_cpu=on_cpu,
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",  # callbacks decide
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
-        disable_tqdm=True,
-        report_to="none",
-        deepspeed=str(config.deepspeed) if config.deepspeed else None,
-        fsdp=config.fsdp or None,
-        fsdp_config=str(config.fsdp_config) if config.fsdp_config else None,
-    )
 
 
 def nominal_of(config: TrainConfig, base_model: str) -> Nominal:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -26,6 +25,7 @@ from adapters.training.packing import Pack, collate
 from adapters.training.progress import Progress, Throttle
 from adapters.training.run_folder import RunFolder
 from adapters.training.stop import Stop
+from adapters.training.unpack import four_bit_linears
 
 STATE_FILE = "trained_state.safetensors"
 """Of a checkpoint: what training has changed, to the bit; the PEFT tensors beside it are rounded to bf16."""
@@ -176,10 +176,14 @@ def held_out_loss(model: Any, packs: Sequence[Pack], batch_size: int, throttle: 
     with evaluating(model), torch.autocast(device.type, torch.bfloat16):
         for batch in batches:
             trained = batch["labels"].numel()
-            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            loss = model(**_on(device, batch)).loss
             total, count = total + loss.item() * trained, count + trained
             throttle.pause()
     return total / count if count else math.nan
+
+
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 @contextmanager
@@ -188,9 +192,8 @@ def evaluating(model: Any) -> Iterator[None]:
     packed weights pass no gradient back."""
     was_training = model.training
     model.eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.train()
+    for module in four_bit_linears(model).values():
+        module.train()
     try:
         yield
     finally:

@@ -1,28 +1,37 @@
-"""The 4-bit linears of a base as bf16 linears of exactly the numbers that they stand for."""
+"""The 4-bit linears of a base, and bf16 linears of exactly the numbers that they stand for."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+
+
+def four_bit_linears(model: Any) -> dict[str, Any]:
+    """bitsandbytes' ``Linear4bit`` modules by name; without it there are none."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {}
+    from bitsandbytes.nn import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
 @torch.no_grad()
 def unpack_linears(model: Any) -> None:
-    """Replace every ``Linear4bit`` of ``model`` by a frozen ``Linear`` with its dequantised weight.
+    """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight.
 
     bitsandbytes computes with that very weight, only that it unpacks it in each pass (on a CPU, at 1.1
     billion weights a second); the head stays what it is, bf16.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _unpacked(module))
+    for name, module in four_bit_linears(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _unpacked(module))
 
 
-def _unpacked(module: Linear4bit) -> torch.nn.Linear:
+def _unpacked(module: Any) -> torch.nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit
+
     dense = torch.nn.Linear(
         module.in_features, module.out_features, module.bias is not None, device="meta", dtype=torch.bfloat16
     )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from adapters.paths import folder_name
-from server.config import ServerConfig
+from server.config import ServerConfig, TrainingConfig
 from server.jobs.database import Job
 from server.jobs.files import Files
 
@@ -43,7 +43,8 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--run-dir": run_folder,
         "--base": config.base.base,
         "--quantization": config.base.quantization,
-        "--device": config.base.device,
+        "--device": "cpu" if config.training.gpu == "none" else config.base.device,
+        "--gpu-memory": config.training.gpu_memory,
         "--home": config.home,
         "--seed": job.seed,
         "--threads": config.training.threads,
@@ -55,12 +56,14 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
     return [*PROGRAM, *(word for flag, value in arguments.items() for word in _words(flag, value))]
 
 
-def train_environ() -> dict[str, str]:
+def train_environ(config: TrainingConfig) -> dict[str, str]:
     """This process's, without our own variables: keys are none of the child's business.
 
     The workers of a job sleep when they wait: spinning would take time from serving.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("MANYLORA_")}
+    if config.gpu != "auto":
+        own["CUDA_VISIBLE_DEVICES"] = "" if config.gpu == "none" else config.gpu
     return own | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

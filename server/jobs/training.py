@@ -77,7 +77,7 @@ class Training:
 
     def _begin(self, job: Job, folder: Path) -> Child:
         command = train_command(job, folder, self.files, self._server)
-        return Child(command, folder / LOG, train_environ(), self.config.nice)
+        return Child(command, folder / LOG, train_environ(self.config), self.config.nice)
 
 
 class _Served:

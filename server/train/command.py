@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from adapters.errors import (
 from adapters.paths import check_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
+from adapters.training.gpu import release_memory
 from adapters.training.run import Trained
 from adapters.training.stop import on_signals
 from server.config import ServerConfig
@@ -82,7 +82,7 @@ class Command:
             self._end(run, "interrupted", trained, reason=f"Its last checkpoint is {last}.")
             _say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
             return STOPPED
-        gc.collect()  # the model that was trained: the engine brings its own
+        release_memory()  # the model that was trained: the engine brings its own
         evaluation, better, reason = self._evaluate(config, trained.folder)
         if self._arguments.require_improvement and not better:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.training.recipe import TrainConfig
-from server.config_values import choice, integer
+from server.config_values import auto_or, choice, integer, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,10 @@ OPTIONS: dict[str, tuple[TrainOption, ...]] = {
     "machine": (
         TrainOption("--threads", "threads", _WHOLE, "N", "CPU threads; 0: torch's choice"),
         TrainOption("--duty", "duty", number, "SHARE", "compute in at most this share of the time"),
+        TrainOption("--gpu-memory", "gpu_memory", auto_or(size(1)), "SIZE",
+                    "most memory of a GPU to take; auto: nine tenths of what is free when it begins"),
         TrainOption("--gradient-checkpointing", "gradient_checkpointing", _CHOICE, "{auto,on,off}",
-                    "recompute activations instead of keeping them; auto: on CUDA, or if memory is short"),
+                    "recompute activations instead of keeping them; auto: where memory is short"),
         TrainOption("--cache-dequantized", "cache_dequantized", _CHOICE, "{auto,on,off}",
                     "keep 4-bit weights unpacked while training; auto: on a CPU with the memory for it"),
         TrainOption("--checkpoint-steps", "checkpoint_steps", _WHOLE, "N",

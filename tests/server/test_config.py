@@ -44,6 +44,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--train-threads": ("5", 5),
     "--train-yield": ("0.25", 0.25),
     "--train-nice": ("5", 5),
+    "--train-gpu": ("1", "1"),
+    "--train-gpu-memory": ("12GiB", 12 << 30),
     "--max-file-bytes": ("1MiB", 1 << 20),
     "--log-level": ("debug", "debug"),
     "--log-format": ("text", "text"),
@@ -106,6 +108,8 @@ def test_every_field_has_an_option() -> None:
         ("--enable-prefix-caching", "maybe", "true or false"),
         ("--served-model-name", "a b", "letters"),
         ("--home", " ", "empty"),
+        ("--train-gpu", "0,1", "a GPU's number or UUID"),
+        ("--train-gpu-memory", "half", "or auto"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_remedy(flag: str, text: str, remedy: str) -> None:

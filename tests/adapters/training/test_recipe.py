@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from adapters.errors import RecipeInvalid
-from adapters.training import RunFolder, TrainConfig
+from adapters.training import TrainConfig
+from adapters.training.arguments import training_arguments
 from adapters.training.recipe import learning_rate_for
-from adapters.training.run import _arguments, _steps
+from adapters.training.run import _steps
 
 DATA = Path("train.jsonl")
 
@@ -52,9 +53,7 @@ def test_an_fsdp_config_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "fsdp.json"
     file.write_text(json.dumps({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
     config = TrainConfig(data=DATA, fsdp="full_shard auto_wrap", fsdp_config=file)
-    run = RunFolder(tmp_path / "run")
-    arguments = _arguments(config, run, "cpu", 10, 1e-3)
-    run.close()
+    arguments = training_arguments(config, tmp_path, "cpu", 10, 1e-3)
     assert arguments.fsdp_plugin_args
     assert arguments.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 
@@ -64,11 +63,9 @@ def test_a_deepspeed_config_is_taken_or_its_absence_named(tmp_path: Path) -> Non
     stage = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
     sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     file.write_text(json.dumps(stage | sizes))
-    run = RunFolder(tmp_path / "run")
     config = TrainConfig(data=DATA, deepspeed=file)
     if importlib.util.find_spec("deepspeed") is None:
         with pytest.raises(RecipeInvalid, match="pip install deepspeed"):
-            _arguments(config, run, "cpu", 10, 1e-3)
+            training_arguments(config, tmp_path, "cpu", 10, 1e-3)
     else:
-        assert _arguments(config, run, "cpu", 10, 1e-3).hf_deepspeed_config.is_zero2()
-    run.close()
+        assert training_arguments(config, tmp_path, "cpu", 10, 1e-3).hf_deepspeed_config.is_zero2()

@@ -101,7 +101,10 @@ class Room:
 
     def _begin(self, job: Job, folder: Path) -> Child:
         return Child(
-            train_command(job, folder, self.files, self.config), folder / "train.log", train_environ(), nice=0
+            train_command(job, folder, self.files, self.config),
+            folder / "train.log",
+            train_environ(self.config.training),
+            nice=0,
         )
 
     def _wake(self) -> None:

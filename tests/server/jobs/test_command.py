@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.config import from_args
 from server.http.fine_tuning_schema import CreateJob, Recipe
 from server.jobs import command
 from server.jobs.command import train_command, train_environ
@@ -76,4 +77,25 @@ def test_the_server_is_followed(room: Room) -> None:
 
 def test_keys_are_not_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYLORA_API_KEY", "sesame")
-    assert "sesame" not in train_environ().values()
+    assert "sesame" not in train_environ(from_args([], {}).training).values()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "visible", "device"),
+    [
+        ("auto", "0,1", "cuda"),
+        ("1", "1", "cuda"),
+        ("GPU-8f6a1f2c", "GPU-8f6a1f2c", "cuda"),
+        ("none", "", "cpu"),
+    ],
+)
+def test_a_job_sees_the_gpu_that_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, visible: str, device: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    room = Room(tmp_path, "--device", "cuda", "--train-gpu", gpu, "--train-gpu-memory", "12GiB")
+    assert train_environ(room.config.training)["CUDA_VISIBLE_DEVICES"] == visible
+    given = parsed(room)
+    assert given.device == device
+    assert chosen(given)["gpu_memory"] == 12 << 30
+    room.database.close()
