@@ -173,7 +173,7 @@ def failing_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch, met
 @pytest.mark.parametrize(
     ("error", "method", "reason"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "training_step", "Memory ran out; lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "training_step", "The GPU's memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "training_step", "Memory ran out"),
         (OSError(28, "No space left on device"), "_save", "is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "_save", "is full"),
