@@ -1,0 +1,114 @@
+"""FlashAttention-2 behind one interface (``PagedKernel``), whoever built it.
+
+What both builds have in common, as their sources say (flash-attn 2.8 ``csrc/flash_attn/flash_api.cpp``,
+``src/mask.h``; PyTorch 2.13 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``):
+
+- a page holds a multiple of 256 tokens; block tables, lengths and running sums are int32;
+- the causal mask is aligned bottom right; a window (left, right) reaches from ``left`` places before the
+  query's own to ``right`` after it, both included;
+- a lone query sees everything, so "causal" says nothing then; and only if no window is given at all are the
+  query heads that share a KV head taken together as its query rows, so that its keys are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+from server.engine.attention import LayerAttention
+from server.engine.attention.flash_plan import FlashPlan
+
+PAGE = 256
+"""A page holds a multiple of so many tokens."""
+
+_EVERYTHING = (-1, -1)
+
+
+class FlashAttn:
+    """The flash-attn package. See ``PagedKernel``.
+
+    Args:
+        varlen, with_kvcache: its ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache``.
+    """
+
+    def __init__(self, varlen: Callable[..., Any], with_kvcache: Callable[..., Any], version: str) -> None:
+        self.name = f"flash-attn {version}"
+        self._varlen, self._with_kvcache = varlen, with_kvcache
+
+    @classmethod
+    def load(cls) -> FlashAttn:
+        """Raises ImportError if it is not installed, does not load or is too old."""
+        import flash_attn
+
+        varlen, with_kvcache = flash_attn.flash_attn_varlen_func, flash_attn.flash_attn_with_kvcache
+        _require(varlen, "block_table", "softcap")
+        _require(with_kvcache, "block_table", "softcap")
+        return cls(varlen, with_kvcache, flash_attn.__version__)
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+    ) -> Tensor:
+        how: dict[str, Any] = {
+            "softmax_scale": kind.scale,
+            "causal": True,
+            "window_size": _EVERYTHING if kind.window is None else (kind.window - 1, 0),
+            "softcap": kind.softcap or 0.0,
+            "block_table": plan.tables,
+        }
+        out: Tensor
+        if plan.max_query == 1:
+            out = self._with_kvcache(q.unsqueeze(1), keys, values, cache_seqlens=plan.lengths, **how)
+            return out.squeeze(1)
+        sums = plan.query_starts, plan.kv_starts
+        out = self._varlen(q, keys, values, *sums, plan.max_query, plan.max_length, **how)
+        return out
+
+
+class TorchVarlen:
+    """PyTorch's own build, which takes block tables (2.13 does, 2.11 does not). See ``PagedKernel``.
+
+    Args:
+        varlen: ``torch.nn.attention.varlen.varlen_attn``.
+    """
+
+    name = "torch FlashAttention-2 (varlen)"
+
+    def __init__(self, varlen: Callable[..., Any]) -> None:
+        self._varlen = varlen
+
+    @classmethod
+    def load(cls) -> TorchVarlen:
+        """Raises ImportError if this torch has none, or one without block tables."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        _require(varlen_attn, "block_table", "seqused_k", "enable_gqa")
+        return cls(varlen_attn)
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+    ) -> Tensor:
+        causal = _EVERYTHING if plan.max_query == 1 else (-1, 0)
+        out: Tensor = self._varlen(
+            q,
+            keys,
+            values,
+            plan.query_starts,
+            plan.kv_starts,
+            plan.max_query,
+            plan.max_length,
+            scale=kind.scale,
+            window_size=causal if kind.window is None else (kind.window - 1, 0),
+            enable_gqa=True,
+            seqused_k=plan.lengths,
+            block_table=plan.tables,
+        )
+        return out
+
+
+def _require(function: Callable[..., Any], *parameters: str) -> None:
+    missing = [name for name in parameters if name not in signature(function).parameters]
+    if missing:
+        raise ImportError(f"{function.__name__} has no {missing[0]}")

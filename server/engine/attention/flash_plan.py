@@ -1,0 +1,156 @@
+"""A step as kernels that read pages in place see it: integers, made with numpy, sent in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from server.engine.sequence import Chunk
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class FlashPlan:
+    """A step of n sequences.
+
+    Attributes:
+        new_slots: int64 [tokens], block * block_size + offset of each token of the step.
+        query_starts: int32 [n + 1], where in the step each sequence's tokens begin, and the end.
+        kv_starts: int32 [n + 1], the running sum of ``lengths``.
+        lengths: int32 [n], tokens that a sequence has with those of this step.
+        tables: int32 [n, width], a sequence's blocks in order; beyond its length, anything at all.
+        max_query, max_length: no sequence has more tokens in the step; no sequence is longer.
+    """
+
+    new_slots: Tensor
+    query_starts: Tensor
+    kv_starts: Tensor
+    lengths: Tensor
+    tables: Tensor
+    max_query: int
+    max_length: int
+
+
+class FlashPlanner:
+    """Makes plans.
+
+    Args:
+        spare: the block that nobody owns.
+        width: blocks of the longest sequence there can be.
+    """
+
+    def __init__(self, block_size: int, spare: int, width: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._spare = spare
+        self._width = width
+        self._device = device
+        self._rows = _Rows()
+        self._of_seats: dict[int, tuple[Tensor, FlashPlan]] = {}
+
+    def plan(self, chunks: Sequence[Chunk], seats: int | None = None) -> FlashPlan:
+        """See ``AttentionBackend.begin``."""
+        if seats is not None:
+            return self._seat(chunks, seats)
+        starts, counts = _spans(chunks)
+        longest = int((starts + counts).max())
+        layout = _Layout(int(counts.sum()), len(chunks), -(-longest // self._block_size))
+        device = self._filled(layout, chunks, starts, counts).to(self._device, non_blocking=True)
+        return FlashPlan(*layout.views(device), int(counts.max()), longest)
+
+    def _seat(self, chunks: Sequence[Chunk], seats: int) -> FlashPlan:
+        """A plan of as many sequences as seats, always in the same memory."""
+        layout = _Layout(seats, seats, self._width)
+        if seats not in self._of_seats:
+            buffer = torch.empty(layout.size, dtype=torch.int32, device=self._device)
+            plan = FlashPlan(*layout.views(buffer), 1, self._width * self._block_size)
+            self._of_seats[seats] = buffer, plan
+        starts, counts = np.zeros(seats, np.int32), np.ones(seats, np.int32)
+        starts[: len(chunks)], counts[: len(chunks)] = _spans(chunks)
+        assert counts.max() == 1, "a step in seats has one token a sequence"
+        buffer, plan = self._of_seats[seats]
+        buffer.copy_(self._filled(layout, chunks, starts, counts), non_blocking=True)
+        return plan
+
+    def _filled(self, layout: _Layout, chunks: Sequence[Chunk], starts: Ints, counts: Ints) -> Tensor:
+        """The integers on the host; sequences beyond the chunks are on the spare block."""
+        # Fresh every time: torch hands pinned memory out again only when the copy that was queued has ended.
+        host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        new_slots, query_starts, kv_starts, lengths, tables = (x.numpy() for x in layout.views(host))
+        lengths[:] = starts + counts
+        query_starts[0] = kv_starts[0] = 0
+        np.cumsum(counts, out=query_starts[1:])
+        np.cumsum(lengths, out=kv_starts[1:])
+        tables[len(chunks) :, 0] = self._spare
+        for row, blocks in zip(tables, self._rows.of(chunks), strict=False):
+            used = min(len(blocks), len(row))  # a sequence may have blocks for tokens to come
+            row[:used] = blocks[:used]
+        sequences = np.repeat(np.arange(layout.sequences), counts)
+        positions = np.arange(layout.tokens) + (starts - query_starts[:-1])[sequences]
+        block = tables[sequences, positions // self._block_size].astype(np.int64)
+        new_slots[:] = block * self._block_size + positions % self._block_size
+        return host
+
+
+class _Layout(NamedTuple):
+    """Where a plan's tensors lie in one buffer of int32, each at a multiple of 16 bytes."""
+
+    tokens: int
+    sequences: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return sum(map(_padded, self._lengths))
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        n = self.sequences
+        return 2 * self.tokens, n + 1, n + 1, n, n * self.width
+
+    def views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order of ``FlashPlan``."""
+        parts: list[Tensor] = []
+        start = 0
+        for length in self._lengths:
+            parts.append(buffer[start : start + length])
+            start += _padded(length)
+        slots, query_starts, kv_starts, lengths, tables = parts
+        return slots.view(torch.int64), query_starts, kv_starts, lengths, tables.view(-1, self.width)
+
+
+class _Rows:
+    """Block tables as arrays, kept from step to step while they stay as they are."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[list[int], Ints]] = {}
+
+    def of(self, chunks: Sequence[Chunk]) -> list[Ints]:
+        fresh: dict[int, tuple[list[int], Ints]] = {}
+        rows: list[Ints] = []
+        for chunk in chunks:
+            assert chunk.sequence.table is not None
+            blocks = chunk.sequence.table.blocks
+            entry = self._kept.get(id(blocks))
+            if entry is None or entry[0] != blocks:  # quick: a copy's items are the list's own
+                entry = blocks.copy(), np.array(blocks, np.int32)
+            fresh[id(blocks)] = entry
+            rows.append(entry[1])
+        self._kept = fresh
+        return rows
+
+
+def _spans(chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
+    """By chunk, its start and its length."""
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    return starts, np.array([chunk.length for chunk in chunks], np.int32)
+
+
+def _padded(length: int) -> int:
+    return -(-length // 4) * 4

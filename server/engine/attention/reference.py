@@ -1,0 +1,44 @@
+"""Attention over pages by the definition, in plain torch: the spec that every ``PagedKernel`` equals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.engine.attention import LayerAttention
+from server.engine.attention.flash_plan import FlashPlan
+
+
+class ReferencePaged:
+    """See ``PagedKernel``. Slow, in float32, one sequence after the other."""
+
+    name = "reference"
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        starts, lengths = plan.query_starts.tolist(), plan.lengths.tolist()
+        for table, start, stop, length in zip(plan.tables, starts, starts[1:], lengths, strict=False):
+            k, v = (_gather(pages, table, length) for pages in (keys, values))
+            out[start:stop] = _attend(q[start:stop].float(), k, v, kind).to(q.dtype)
+        return out
+
+
+def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """float32 [length, kv_heads, dim]: a sequence's keys or values, in order."""
+    blocks = table[: -(-length // pages.shape[1])].long()
+    return pages[blocks].flatten(0, 1)[:length].float()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+    """q [m, heads, dim]; k, v [n, kv_heads, dim] -> [m, heads, dim]"""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    scores = torch.einsum("mhd,nhd->hmn", q, k) * kind.scale
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    m, n = scores.shape[1:]
+    age = torch.arange(n - m, n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+    unseen = age < 0 if kind.window is None else (age < 0) | (age >= kind.window)
+    return torch.einsum("hmn,nhd->mhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
