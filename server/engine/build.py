@@ -58,7 +58,11 @@ def build_parts(config: ServerConfig) -> Parts:
         BaseModelError: the base cannot be had or served.
     """
     threads.claim(config.engine.threads)
-    base = _load(config)
+    return assemble(config, _load(config))
+
+
+def assemble(config: ServerConfig, base: LoadedBase) -> Parts:
+    """The parts around a base that is loaded already, and is the parts' own from now on."""
     weights = BaseWeights(base.model, base.layout)
     pool = RankPool(
         base.layout.sites,
