@@ -16,7 +16,7 @@ NAMES = st.sampled_from(["event", "step", "loss", "time", "message"])
 VALUES = st.none() | st.booleans() | st.floats() | st.integers(-9, 9) | st.text(max_size=5)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.lists(st.dictionaries(NAMES, VALUES), max_size=6),
     st.lists(st.integers(1, 40), min_size=1),
