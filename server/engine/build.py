@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from adapters.artifact import Limits, inspect_adapter, load_adapter
+from adapters.artifact import Adapter, Limits, inspect_adapter, load_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
 from adapters.native import isa
@@ -61,8 +62,13 @@ def build_parts(config: ServerConfig) -> Parts:
     return assemble(config, _load(config))
 
 
-def assemble(config: ServerConfig, base: LoadedBase) -> Parts:
-    """The parts around a base that is loaded already, and is the parts' own from now on."""
+def assemble(
+    config: ServerConfig, base: LoadedBase, load: Callable[[Version], Adapter] | None = None
+) -> Parts:
+    """The parts around a base that is loaded already, and is the parts' own from now on.
+
+    ``load`` reads an adapter's version; None = from its folder.
+    """
     weights = BaseWeights(base.model, base.layout)
     pool = RankPool(
         base.layout.sites,
@@ -77,7 +83,7 @@ def assemble(config: ServerConfig, base: LoadedBase) -> Parts:
     model = build_model(base, pool, config.engine.block_size, step_tokens)
     blocks, max_model_len = _allocate_kv(config.engine, base, model)
     info = _info(config, base, max_model_len)
-    registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names))
+    registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(
         SchedulerLimits(config.engine.max_num_seqs, step_tokens, max_model_len), blocks, gate
@@ -171,6 +177,7 @@ def _adapters(
     weights: BaseWeights,
     pool: RankPool,
     reserved: frozenset[str],
+    load: Callable[[Version], Adapter] | None,
 ) -> tuple[Registry, Residency]:
     config.folder.mkdir(parents=True, exist_ok=True)
     limits = Limits(config.max_lora_rank, config.max_bytes)
@@ -178,10 +185,10 @@ def _adapters(
     inspect = partial(inspect_adapter, layout=base.layout, limits=limits, dtype=dtype, base=weights)
     registry = Registry(config.folder, inspect, reserved)
 
-    def load(version: Version) -> Any:
+    def from_folder(version: Version) -> Adapter:
         return load_adapter(version.path, base.layout, limits, dtype, version.digest, weights)
 
-    residency = Residency(pool, load, config.host_memory)
+    residency = Residency(pool, load or from_folder, config.host_memory)
     registry.on_retired.append(lambda version: residency.forget(version.digest))
     return registry, residency
 
