@@ -13,7 +13,8 @@
     │   ├── AdapterInvalid          the folder is broken (shapes, NaN, missing tensors, …)
     │   ├── AdapterUnsupported      a kind of adapter that cannot be served exactly yet
     │   ├── AdapterTooLarge         rank or bytes over a cap
-    │   └── AdapterChanged          the content on disk is not the registered version's
+    │   ├── AdapterChanged          the content on disk is not the registered version's
+    │   └── AdapterOutOfMemory      memory ran out while it was loaded
     └── TrainingError               one training; its checkpoints stay
         ├── RecipeInvalid           an option, or two that do not go together
         ├── DatasetInvalid          rows that cannot be learnt from, line by line
@@ -76,6 +77,10 @@ class AdapterTooLarge(AdapterError):
 
 class AdapterChanged(AdapterError):
     """The content on disk is no longer that of the registered version."""
+
+
+class AdapterOutOfMemory(AdapterError):
+    """Memory ran out, on the device or the host, while it was loaded; later it may not."""
 
 
 class TrainingError(ManyloraError):

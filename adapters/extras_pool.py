@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.artifact import End, Extras, LoraWeights
-from adapters.site_pool import SitePool
+from adapters.artifact import Adjustment, End, Extras, LoraWeights
+from adapters.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 from adapters.slots import SlotTable
+from adapters.transfer import together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,9 +126,20 @@ class ExtrasPool:
                 return None
             lora = LoraWeights(torch.empty(0, 0), torch.empty(0, outputs[0]))
         rank = len(lora.a)
-        pool = SitePool(Site("end", lora.a.shape[1], lora.b.shape[1]), rank, self._dtype, self._device)
+        pool = lone_pool(Site("end", lora.a.shape[1], lora.b.shape[1]), rank, self._dtype, self._device)
         if rank:
             pool.write(0, list(range(rank)), lora)
         if end.adjustment is not None:
-            pool.adjust(0, end.adjustment)
+            pool.adjust(0, moved_adjustments({"end": end.adjustment}, self._device)["end"])
+        pool.send(0)
         return pool
+
+
+def moved_adjustments(adjustments: Mapping[str, Adjustment], device: torch.device) -> dict[str, Adjustment]:
+    """The same on ``device``, by one copy."""
+    pairs = [(adjustment.scale, adjustment.shift) for adjustment in adjustments.values()]
+    moved = iter(together([vector for pair in pairs for vector in pair if vector is not None], device))
+    return {
+        name: Adjustment(*(None if vector is None else next(moved) for vector in pair))
+        for name, pair in zip(adjustments, pairs, strict=True)
+    }

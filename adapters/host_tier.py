@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from torch import Tensor
+
 from adapters.artifact import Adapter
+from adapters.packed import nbytes_of
+from adapters.slab import Slab
 
 
 class HostTier:
     """Least-recently-used adapters by digest, bounded in bytes. Not thread-safe: its owner locks.
 
+    An adapter comes in two steps, so that the owner can copy it into its place without holding the lock.
+
     Args:
         capacity: bytes of weights kept; an adapter larger than that is simply not kept.
+        slab: where pairs are kept, for a GPU.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, slab: Slab | None = None) -> None:
         self.capacity = capacity
         self.nbytes = 0
+        self._slab = slab
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._reserved: dict[str, int] = {}
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._adapters
@@ -28,15 +37,33 @@ class HostTier:
             self._adapters.move_to_end(digest)
         return adapter
 
-    def put(self, adapter: Adapter) -> None:
-        if adapter.info.nbytes > self.capacity or adapter.info.digest in self._adapters:
-            return
-        self._adapters[adapter.info.digest] = adapter
-        self.nbytes += adapter.info.nbytes
+    def reserve(self, adapter: Adapter) -> Tensor | None:
+        """Room for it, at the cost of others; the memory for its packed pairs, if there is a slab."""
+        digest, nbytes = adapter.info.digest, adapter.info.nbytes
+        if nbytes > self.capacity or digest in self._reserved:
+            return None
+        self._reserved[digest] = nbytes
+        self.nbytes += nbytes
         while self.nbytes > self.capacity:
-            self.drop(next(iter(self._adapters)))
+            self._drop_oldest()
+        return None if self._slab is None else self._take(self._slab, digest, nbytes_of(adapter.weights))
+
+    def put(self, adapter: Adapter) -> None:
+        """Keep it, if its room is still reserved."""
+        if adapter.info.digest in self._reserved:
+            self._adapters[adapter.info.digest] = adapter
 
     def drop(self, digest: str) -> None:
-        adapter = self._adapters.pop(digest, None)
-        if adapter is not None:
-            self.nbytes -= adapter.info.nbytes
+        """Forget it and free its room, whether it came already or not."""
+        self._adapters.pop(digest, None)
+        self.nbytes -= self._reserved.pop(digest, 0)
+        if self._slab is not None:
+            self._slab.give(digest)
+
+    def _take(self, slab: Slab, digest: str, nbytes: int) -> Tensor | None:
+        while (memory := slab.take(digest, nbytes)) is None and self._adapters:
+            self._drop_oldest()
+        return memory
+
+    def _drop_oldest(self) -> None:
+        self.drop(next(iter(self._adapters)))

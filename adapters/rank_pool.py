@@ -11,15 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from adapters.artifact import Adapter, AdapterInfo
-from adapters.extras_pool import ExtrasPool
+from adapters.extras_pool import ExtrasPool, moved_adjustments
+from adapters.packed import PackedWeights, packed
+from adapters.row_store import RowStore
 from adapters.site_pool import SitePool
 from adapters.sites import Site
+from adapters.slot_records import SlotRecords
+from adapters.transfer import together
 
 EXTRAS = "extras"
 """Among an adapter's needs: the bytes of its ``Extras`` (no site is called so)."""
+
+
+def row_bytes(sites: Mapping[str, Site], dtype: torch.dtype) -> int:
+    """What one rank row takes at all sites together."""
+    return sum(site.in_features + site.out_features for site in sites.values()) * dtype.itemsize
 
 
 def needs_of(info: AdapterInfo) -> dict[str, int]:
@@ -45,14 +56,18 @@ class RankPool:
         extra_bytes: int = 0,
         max_rank: int | None = None,
     ) -> None:
-        device = torch.device(device)
+        self.device = torch.device(device)
         self.num_rows = num_rows
-        self.sites = {name: SitePool(site, num_rows, dtype, device, max_rank) for name, site in sites.items()}
-        self.extras = ExtrasPool(norms, extra_bytes, dtype, device)
-        self._owned: dict[int, dict[str, list[int]]] = {}
-        self._bytes_per_row = {
-            name: (site.in_features + site.out_features) * dtype.itemsize for name, site in sites.items()
+        self._store = RowStore(sites, num_rows, dtype, self.device)
+        self._records = SlotRecords(len(sites), self.device)
+        max_rank = num_rows if max_rank is None else max_rank
+        self.sites = {
+            name: SitePool(*self._store.pair(name, site), max_rank, self._records, number)
+            for number, (name, site) in enumerate(sites.items())
         }
+        self.extras = ExtrasPool(norms, extra_bytes, dtype, self.device)
+        self._owned: dict[int, dict[str, list[int]]] = {}
+        self.bytes_total = num_rows * row_bytes(sites, dtype)
 
     @property
     def rows_total(self) -> int:
@@ -62,10 +77,6 @@ class RankPool:
     def rows_used(self) -> int:
         """Counted in the allocators, which any thread may read while another loads an adapter."""
         return self.rows_total - sum(pool.allocator.num_free for pool in self.sites.values())
-
-    @property
-    def bytes_total(self) -> int:
-        return self.num_rows * sum(self._bytes_per_row.values())
 
     def could_ever_fit(self, needs: Mapping[str, int]) -> bool:
         return all(need <= self._capacity(name) for name, need in needs.items())
@@ -91,13 +102,22 @@ class RankPool:
         self._owned[slot] = owned
         return slot
 
+    def host_form(self, adapter: Adapter, memory: Tensor | None) -> Adapter:
+        """The adapter as it is best kept on the host: for a GPU packed, in ``memory`` if there is any."""
+        return adapter if self.device.type == "cpu" else packed(adapter, memory)
+
     def write(self, slot: int, adapter: Adapter) -> None:
-        """Copy ``adapter``'s weights into the rows of ``slot``."""
-        for name, rows in self._owned[slot].items():
-            self.sites[name].write(slot, rows, adapter.weights[name])
-        for name, adjustment in adapter.extras.adjustments.items():
-            self._owned[slot].setdefault(name, [])
+        """Copy ``adapter``'s weights into the rows of ``slot``; on the current stream, to be waited for."""
+        owned = self._owned[slot]
+        if isinstance(adapter.weights, PackedWeights):
+            self._write_packed(slot, adapter.weights)
+        else:
+            for name, pair in adapter.weights.items():
+                self.sites[name].write(slot, owned[name], pair)
+        for name, adjustment in moved_adjustments(adapter.extras.adjustments, self.device).items():
+            owned.setdefault(name, [])
             self.sites[name].adjust(slot, adjustment)
+        self._records.write(slot, [pool.record(slot) for pool in self.sites.values()])
         self.extras.write(slot, adapter.extras)
 
     def free(self, slot: int) -> None:
@@ -112,6 +132,13 @@ class RankPool:
             held = pool.rows.keys() | pool.adjustments.keys()
             assert held <= self._owned.keys(), f"{name} has something of a slot that is gone"
         self.extras.check_integrity(self._owned.keys())
+
+    def _write_packed(self, slot: int, weights: PackedWeights) -> None:
+        rows = {name: np.array(self._owned[slot][name], np.int32) for name in weights}
+        indices = together([torch.from_numpy(array) for array in rows.values()], self.device)
+        for (name, array), index in zip(rows.items(), indices, strict=True):
+            self.sites[name].own(slot, array, index)
+        self._store.write(weights, rows)
 
     def _capacity(self, name: str) -> int:
         return self.extras.capacity if name == EXTRAS else self.num_rows

@@ -26,10 +26,12 @@ from typing import Literal
 import torch
 
 from adapters.artifact import Adapter
-from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
+from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
 from adapters.host_tier import HostTier
 from adapters.rank_pool import EXTRAS, RankPool, needs_of
 from adapters.registry import Version
+from adapters.slab import pinned_slab
+from adapters.transfer import Copying, copying_for
 
 log = logging.getLogger("manylora.adapters")
 
@@ -75,6 +77,7 @@ class Residency:
         host_bytes: bound of the host tier.
         on_change: called when a ``pin`` that was refused may now end otherwise; on any thread.
         clock: seconds, monotonic.
+        copying: where the loader copies; None = what suits the pool's device.
     """
 
     def __init__(
@@ -84,9 +87,11 @@ class Residency:
         host_bytes: int,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        copying: Copying | None = None,
     ) -> None:
         self.pool = pool
-        self.host = HostTier(host_bytes)
+        self.host = HostTier(host_bytes, pinned_slab(host_bytes, pool.device))
+        self._copying = copying or copying_for(pool.device)
         self.stats = ResidencyStats()
         self._load = load
         self.on_change = on_change
@@ -259,6 +264,16 @@ class Residency:
                 self.stats.load_seconds += self._clock() - began
         except AdapterError as error:
             self._fail(version, error)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            log.warning("memory ran out while adapter %s was loaded: %s", version.name, error)
+            self._fail(
+                version,
+                AdapterOutOfMemory(
+                    f"Memory ran out while adapter {version.name!r} was loaded; try again later. If this "
+                    "happens often, give the server less: lower --gpu-memory-utilization, --max-loras or "
+                    "--lora-host-memory."
+                ),
+            )
         except Exception as error:
             log.exception("loading adapter %s raised", version.name)
             self._fail(version, AdapterInvalid(f"Adapter {version.name!r} could not be loaded: {error}"))
@@ -280,7 +295,8 @@ class Residency:
             kept = self.host.get(version.digest)
         if kept is not None:
             return kept
-        adapter = self._load(version)
+        with self._copying():  # DoRA reads the base's weights on the device
+            adapter = self._load(version)
         needs = needs_of(adapter.info)
         if needs.get(EXTRAS, 0) > self.pool.extras.capacity:
             raise AdapterTooLarge(
@@ -292,6 +308,18 @@ class Residency:
                 f"Adapter {version.name!r} has rank {adapter.info.rank}, but the device pool has "
                 f"{self.pool.num_rows} rows; raise --lora-pool-rows."
             )
+        return self._keep(adapter)
+
+    def _keep(self, adapter: Adapter) -> Adapter:
+        """In the host tier, if it has room; copied there outside the lock, since that takes milliseconds."""
+        with self._lock:
+            memory = self.host.reserve(adapter)
+        try:
+            adapter = self.pool.host_form(adapter, memory)
+        except BaseException:
+            with self._lock:
+                self.host.drop(adapter.info.digest)
+            raise
         with self._lock:
             self.host.put(adapter)
         return adapter
@@ -303,7 +331,13 @@ class Residency:
             if slot is None:
                 self._claims.setdefault(digest, _Claim(needs, self._clock()))
                 return False
-        self.pool.write(slot, adapter)
+        try:
+            with self._copying():
+                self.pool.write(slot, adapter)
+        except BaseException:
+            with self._lock:
+                self.pool.free(slot)
+            raise
         with self._lock:
             self._claims.pop(digest, None)
             self._device[digest] = _Resident(slot, needs, keep_until=self._clock() + PATIENCE)

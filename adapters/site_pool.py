@@ -16,71 +16,83 @@ from adapters.artifact import Adjustment, LoraWeights
 from adapters.native.structs import LoraSite
 from adapters.rows import RowAllocator
 from adapters.sites import Site
-from adapters.slot_records import SlotRecords
+from adapters.slot_records import Record, SlotRecords
+from adapters.transfer import together
 
 IntArray = npt.NDArray[np.integer[Any]]
 
 Rows = slice | Tensor
-"""Rows of one adapter at one site: a slice where they are neighbours, else an int64 index [r]."""
+"""Rows of one adapter at one site: a slice where they are neighbours, else an int32 index [r]."""
 
 
 class SitePool:
     """One site's rows.
 
-    Attributes:
+    Args:
         a: [rows, in_features].
         b: [rows, out_features].
+        max_rank: no adapter has more rows here.
+        records: of all sites that are written together, of which this is the one with ``number``.
+
+    Attributes:
         rows: by slot, for the adapters that add to this site.
         adjustments: by slot, for the adapters that change the base's own output here.
         native: the same for the native kernels (``LoraSite`` in native.h), kept up to date in place.
-        records: the same for kernels on a GPU, likewise.
-        max_rank: no adapter has more rows here.
+        device_site: the same for kernels on a GPU (a row of ``SlotRecords.sites``), as of the last
+            ``SlotRecords.write``.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        num_rows: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rank: int | None = None,
-    ) -> None:
-        self.a = torch.empty(num_rows, site.in_features, dtype=dtype, device=device)
-        self.b = torch.empty(num_rows, site.out_features, dtype=dtype, device=device)
+    def __init__(self, a: Tensor, b: Tensor, max_rank: int, records: SlotRecords, number: int) -> None:
+        self.a, self.b = a, b
+        self.max_rank = max_rank
         self.rows: dict[int, Rows] = {}
         self.adjustments: dict[int, Adjustment] = {}
-        self.max_rank = num_rows if max_rank is None else max_rank
-        self.allocator = RowAllocator(num_rows)
+        self.allocator = RowAllocator(len(a))
+        self._records = records
+        self.device_site = records.place(number, a, b)
+        self._index: dict[int, Tensor] = {}
         self._lists: dict[int, IntArray] = {}
         self._tables: list[tuple[IntArray, ...]] = []
-        self.native = LoraSite(self.a.data_ptr(), self.b.data_ptr(), site.in_features, site.out_features)
+        self.native = LoraSite(a.data_ptr(), b.data_ptr(), a.shape[1], b.shape[1])
         self._make_tables(slots=16)
-        self.records = SlotRecords(self.a, self.b, slots=16)
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
-        """From now on the base's output is changed for this slot."""
+        """From now on the base's output is changed for this slot; by vectors on the device."""
         vectors = (adjustment.scale, adjustment.shift)
-        moved = [None if vector is None else vector.to(self.a.device) for vector in vectors]
-        self.adjustments[slot] = Adjustment(*moved)
-        self.records.put_adjustment(slot, self.adjustments[slot])
-        self._tables[-1][2][slot] = [0 if vector is None else vector.data_ptr() for vector in moved]
+        self.adjustments[slot] = adjustment
+        self._tables[-1][2][slot] = [0 if vector is None else vector.data_ptr() for vector in vectors]
 
     def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
         """Copy a pair into ``rows``, of which there is at least one."""
-        assert len(rows) <= self.max_rank
-        index = _as_rows(rows, self.a.device)
+        array = np.array(rows, np.int32)
+        self.own(slot, array, *together([torch.from_numpy(array)], self.a.device))
+        index = self.rows[slot]
         self.a[index] = weights.a.to(self.a.device)
         self.b[index] = weights.b.to(self.b.device)
-        self.rows[slot] = index
+
+    def own(self, slot: int, rows: IntArray, index: Tensor) -> None:
+        """``rows``, int32, are the slot's now; ``index``: the same on the device."""
+        assert len(rows) <= self.max_rank
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        self.rows[slot] = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else index
+        self._index[slot], self._lists[slot] = index, rows
         addresses, ranks, _ = self._tables[-1]
-        self._lists[slot] = np.array(rows, dtype=np.int32)
-        addresses[slot] = self._lists[slot].ctypes.data
+        addresses[slot] = rows.ctypes.data
         ranks[slot] = len(rows)
-        self.records.put_rows(slot, rows)
+
+    def record(self, slot: int) -> Record:
+        """What kernels on a GPU must know of the slot here."""
+        index, adjustment = self._index.get(slot), self.adjustments.get(slot)
+        scale, shift = (None, None) if adjustment is None else (adjustment.scale, adjustment.shift)
+        rows, scales, shifts = (0 if part is None else part.data_ptr() for part in (index, scale, shift))
+        return rows, 0 if index is None else len(index), scales, shifts
+
+    def send(self, slot: int) -> None:
+        """Tell kernels on a GPU of the slot: for a site by itself, whose records are no other site's."""
+        self._records.write(slot, [self.record(slot)])
 
     def hold(self, slot: int) -> None:
         """Give ``slot`` a place in the kernels' tables: they look up every slot at every site."""
-        self.records.hold(slot)
         while slot >= len(self._tables[-1][1]):
             self._make_tables(slots=2 * len(self._tables[-1][1]))
 
@@ -90,7 +102,7 @@ class SitePool:
         self._tables[-1][1][slot] = 0
         self._tables[-1][2][slot] = 0
         self._lists.pop(slot, None)
-        self.records.drop(slot)
+        self._index.pop(slot, None)
         self.allocator.give(rows)
 
     def _make_tables(self, slots: int) -> None:
@@ -108,7 +120,12 @@ class SitePool:
         native.rows, native.ranks, native.adjusts = (table.ctypes.data for table in tables)
 
 
-def _as_rows(rows: list[int], device: torch.device) -> Rows:
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
+def lone_pool(
+    site: Site, num_rows: int, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
+) -> SitePool:
+    """A site by itself, with memory of its own (not initialised). ``max_rank``: None = ``num_rows``."""
+    a, b = (
+        torch.empty(num_rows, width, dtype=dtype, device=device)
+        for width in (site.in_features, site.out_features)
+    )
+    return SitePool(a, b, num_rows if max_rank is None else max_rank, SlotRecords(1, device), 0)

@@ -1,69 +1,69 @@
-"""By slot, what a kernel on a GPU must know of an adapter at one site; kept on that device.
+"""By slot, what a kernel on a GPU must know of an adapter at each site; kept on that device.
 
-A kernel finds everything from one address that never changes, ``site``: tables grow and rows move under a
-CUDA graph, which stays valid.
+A kernel finds everything of a site from one address that never changes, its row of ``sites``: tables grow and
+rows move under a CUDA graph, which stays valid.
+
+Why a step in flight never reads half a record, though they are written on another stream (``transfer.py``):
+
+* A step reads only slots that are pinned from before it starts until the device is done with it.
+* Everything here is enqueued by one thread (the loader's) on one stream, and that thread waits for the stream
+  before the slot can be pinned. So records and tables are written in order, and are whole when they are read.
+* Giving up a slot writes nothing, so it needs no order: its next owner's record is written at all sites.
+* A table that grows is copied first and then switched to, on the same stream. A step in flight may find the
+  old one or the new one: both hold its slots alike, and the old one is kept.
+* Memory comes from the allocator's share of that stream and is given back when no step reads it any more; it
+  can only be handed out again for that same stream. So it need not be recorded on the steps' own.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from adapters.artifact import Adjustment
+from adapters.transfer import host_memory
+
+Record = tuple[int, int, int, int]
+"""Address of the int32 rows, their number, addresses of the float32 scale and shift (0 = none)."""
 
 FIELDS = 4
-"""A record: address of the int32 rows, their number, addresses of the float32 scale and shift (0 = none)."""
+_BYTES = FIELDS * torch.int64.itemsize
 
 
 class SlotRecords:
-    """One site's records. What is written goes to the device in the order of the writer's current stream.
+    """The records of ``count`` sites.
 
     Attributes:
-        site: int64 [3] on the device: addresses of A, of B and of the records [slots, 4].
+        sites: int64 [count, 4] on the device: addresses of A, of B and of the site's records [slots, 4]. The
+            last column only makes each row begin at a multiple of 16 bytes.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, slots: int) -> None:
-        self._device = a.device
-        self._rows: dict[int, Tensor] = {}
-        self.site = torch.tensor([a.data_ptr(), b.data_ptr(), 0], device=a.device)
-        self._host = np.zeros((0, FIELDS), np.int64)
+    def __init__(self, count: int, device: torch.device, slots: int = 16) -> None:
+        self._device = device
+        self.sites = torch.zeros(count, 4, dtype=torch.int64, device=device)
         self._tables: list[Tensor] = []
         self._grow(slots)
 
-    def hold(self, slot: int) -> None:
-        """Give ``slot`` a place; it has nothing there yet."""
-        while slot >= len(self._host):
-            self._grow(2 * len(self._host))
+    def place(self, number: int, a: Tensor, b: Tensor) -> Tensor:
+        """Say where a site's matrices are, once; its row of ``sites``."""
+        self.sites[number, :2] = torch.tensor([a.data_ptr(), b.data_ptr()])
+        return self.sites[number]
 
-    def put_rows(self, slot: int, rows: list[int]) -> None:
-        self._rows[slot] = self._moved(torch.tensor(rows, dtype=torch.int32))
-        self._set(slot, 0, self._rows[slot].data_ptr(), len(rows))
-
-    def put_adjustment(self, slot: int, adjustment: Adjustment) -> None:
-        """Its vectors are on the device already, and stay there until ``drop``."""
-        vectors = (adjustment.scale, adjustment.shift)
-        self._set(slot, 2, *(0 if vector is None else vector.data_ptr() for vector in vectors))
-
-    def drop(self, slot: int) -> None:
-        self._set(slot, 0, 0, 0, 0, 0)
-        self._rows.pop(slot, None)
-
-    def _set(self, slot: int, field: int, *values: int) -> None:
-        self._host[slot, field : field + len(values)] = values
-        if self._device.type == "cuda":  # else the table is this very memory
-            self._tables[-1][slot].copy_(self._moved(torch.from_numpy(self._host[slot])))
+    def write(self, slot: int, records: Sequence[Record]) -> None:
+        """The slot's records at all sites, on the current stream. Its owner keeps what they point at."""
+        while slot >= self._tables[-1].shape[1]:
+            self._grow(2 * self._tables[-1].shape[1])
+        host = host_memory(len(records) * FIELDS, torch.int64, self._device).view(-1, FIELDS)
+        host.copy_(torch.tensor(records, dtype=torch.int64))
+        self._tables[-1][:, slot] = host.to(self._device, non_blocking=True)
 
     def _grow(self, slots: int) -> None:
         """A larger table; the old ones stay, since a kernel may be reading them right now."""
-        host = np.zeros((slots, FIELDS), np.int64)
-        host[: len(self._host)] = self._host
-        self._host = host
-        self._tables.append(self._moved(torch.from_numpy(host)))
-        self.site[2] = self._tables[-1].data_ptr()
-
-    def _moved(self, host: Tensor) -> Tensor:
-        """On the device; without waiting for it, as memory that is not pinned would."""
-        if self._device.type != "cuda":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
+        count = len(self.sites)
+        table = torch.zeros(count, slots, FIELDS, dtype=torch.int64, device=self._device)
+        if self._tables:
+            table[:, : self._tables[-1].shape[1]] = self._tables[-1]
+        self._tables.append(table)
+        offsets = torch.arange(count, device=self._device) * (slots * _BYTES)
+        self.sites[:, 2] = offsets + table.data_ptr()

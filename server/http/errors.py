@@ -95,6 +95,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     request.QueueFull: Shape(429, "rate_limit_error", "queue_full"),
     request.ShuttingDown: Shape(503, "server_error", "shutting_down"),
     request.RequestFailed: Shape(500, "server_error", "request_failed"),
+    request.OutOfMemory: Shape(503, "server_error", "out_of_memory"),
     request.EngineDead: Shape(503, "server_error", "engine_dead"),
     ModelNotFound: Shape(404, _INVALID, "model_not_found"),
     ModelUnavailable: Shape(404, _INVALID, "model_unavailable"),
@@ -116,6 +117,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     adapter.AdapterUnsupported: Shape(400, _INVALID, "adapter_unsupported"),
     adapter.AdapterTooLarge: Shape(400, _INVALID, "adapter_too_large"),
     adapter.AdapterChanged: Shape(409, _INVALID, "adapter_changed"),
+    adapter.AdapterOutOfMemory: Shape(503, "server_error", "adapter_out_of_memory"),
 }
 INTERNAL = Shape(500, "server_error", "internal_error")
 
@@ -150,7 +152,7 @@ def error_response(error: BaseException) -> JSONResponse:
     headers = {}
     if isinstance(error, request.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, request.ShuttingDown):
+    if isinstance(error, request.ShuttingDown | request.OutOfMemory | adapter.AdapterOutOfMemory):
         headers["Retry-After"] = "1"
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"

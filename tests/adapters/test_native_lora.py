@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.artifact import LoraWeights
 from adapters.kernels import Segment
 from adapters.kernels.reference import reference_lora
-from adapters.site_pool import SitePool
+from adapters.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 from tests.adapters.native_calls import ISAS, lora, threads, using
 
@@ -71,7 +71,7 @@ class Setup:
         ranks = [of_adapter[site] for of_adapter in case.ranks]
         free = torch.randperm(2 * sum(ranks) + 1).tolist()
         sizes = Site(f"site{site}", case.inputs, case.outputs[site])
-        pool = SitePool(sizes, len(free), torch.bfloat16, torch.device("cpu"))
+        pool = lone_pool(sizes, len(free), torch.bfloat16, torch.device("cpu"))
         pool.a.fill_(torch.nan)
         pool.b.fill_(torch.nan)
         for slot, rank in enumerate(ranks):

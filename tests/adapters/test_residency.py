@@ -4,7 +4,8 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.artifact import Adapter, AdapterInfo, LoraWeights
-from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge
+from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
+from adapters.host_tier import HostTier
+from adapters.packed import packed
 from adapters.rank_pool import RankPool
 from adapters.registry import Version
 from adapters.residency import PATIENCE, Residency
 from adapters.sites import Site
+from adapters.slab import Slab
 
 SITES = {"q": Site("q", 4, 4), "v": Site("v", 4, 4)}
 NBYTES = 1000
@@ -29,25 +33,70 @@ def _version(name: str, rank: int = 4, extra_bytes: int = 0) -> Version:
     return Version(name, info.digest, Path(name), info, 0.0)
 
 
-class World:
-    """A residency over a pool of ``rows``, a disk that counts, and a clock that is turned by hand."""
+def value_of(version: Version) -> float:
+    """What all of an adapter's weights are."""
+    return float(sum(map(ord, version.name)))
 
-    def __init__(self, rows: int = 8, host_adapters: int = 3) -> None:
+
+class Pool(RankPool):
+    """Keeps adapters packed, as for a GPU, and writes them when the stream that they go to is waited for."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(SITES, rows, torch.float32, extra_bytes=100)
+        self.events: list[str] = []
+        self.fault: BaseException | None = None
+        self._queued: list[tuple[int, Adapter]] | None = None
+
+    def host_form(self, adapter: Adapter, memory: torch.Tensor | None) -> Adapter:
+        return packed(adapter, memory)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        self._queued = []
+        yield
+        for slot, adapter in self._queued:
+            assert self.rows_used > 0, "its rows are reserved"
+            super().write(slot, adapter)
+            self.events.append(f"{adapter.info.digest} is written")
+        self._queued = None
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        if self.fault is not None:
+            raise self.fault
+        assert self._queued is not None, "written on the stream that steps run on"
+        self._queued.append((slot, adapter))
+
+
+class World:
+    """A residency over a pool of ``rows``, a disk that counts, and a clock that is turned by hand.
+
+    ``like_gpu``: the host tier has a slab, and copies go to a stream.
+    """
+
+    def __init__(self, rows: int = 8, host_adapters: int = 3, like_gpu: bool = False) -> None:
         self.now = 0.0
         self.reads: list[str] = []
         self.broken: dict[str, AdapterError] = {}
         self.weights: list[weakref.ref[torch.Tensor]] = []
         self.gate = threading.Event()
         self.gate.set()
-        pool = RankPool(SITES, rows, torch.float32, extra_bytes=100)
-        self.residency = Residency(pool, self._load, host_adapters * NBYTES, clock=lambda: self.now)
+        self.pool = Pool(rows) if like_gpu else RankPool(SITES, rows, torch.float32, extra_bytes=100)
+        copying = self.pool.stream if isinstance(self.pool, Pool) else None
+        host_bytes = host_adapters * NBYTES
+        self.residency = Residency(self.pool, self._load, host_bytes, lambda: None, lambda: self.now, copying)
+        if like_gpu:
+            self.slab = Slab(torch.empty(host_bytes // 4, dtype=torch.uint8))
+            self.residency.host = HostTier(host_bytes, self.slab)
 
     def _load(self, version: Version) -> Adapter:
         assert self.gate.wait(10)
         self.reads.append(version.name)
         if version.name in self.broken:
             raise self.broken[version.name]
-        weights = {s: LoraWeights(torch.ones(r, 4), torch.ones(r, 4)) for s, r in version.info.ranks.items()}
+        ranks, value = version.info.ranks, value_of(version)
+        weights = {
+            s: LoraWeights(torch.full((r, 4), value), torch.full((r, 4), value)) for s, r in ranks.items()
+        }
         adapter = Adapter(version.info, weights)
         self.weights += [weakref.ref(pair.a) for pair in weights.values()]
         return adapter
@@ -178,6 +227,46 @@ def test_a_claim_that_nobody_asks_for_any_more_opens_the_door_again() -> None:
     assert world.residency.pin(a) is not None
 
 
+def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_for() -> None:
+    world = World(like_gpu=True)
+    assert isinstance(world.pool, Pool)
+    events = world.pool.events
+    world.residency.on_change = lambda: events.append(world.residency.tier("digest-a"))
+    world.touch(_version("a"))
+    assert events == ["digest-a is written", "device"]
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_fails_who_asked_and_nobody_else(fault: BaseException) -> None:
+    world = World(like_gpu=True)
+    assert isinstance(world.pool, Pool)
+    a, b = _version("a"), _version("b")
+    world.pin(a)
+    world.pool.fault = fault
+    world.residency.pin(b)
+    world.settled()
+    with pytest.raises(AdapterOutOfMemory, match=r"'b'.*--gpu-memory-utilization"):
+        world.residency.pin(b)
+    assert world.pool.rows_used == 4, "b's rows are free again"
+    world.residency.check_integrity()
+    world.pool.fault = None
+    assert world.residency.pin(a) is not None
+    world.pin(b)
+    assert world.reads == ["a", "b"], "it was kept on the host"
+
+
+def test_a_host_tier_in_pieces_makes_room_for_one_that_is_larger() -> None:
+    """Of six units of the slab a, b and c take two each; b goes, and d needs three in one piece."""
+    world = World(rows=64, like_gpu=True)
+    host = world.residency.host = HostTier(4 * NBYTES, Slab(torch.empty(6 * 256, dtype=torch.uint8)))
+    for name in "abc":
+        world.touch(_version(name, 16))
+    world.residency.forget("digest-b")
+    world.touch(_version("d", 24))
+    assert [f"digest-{name}" in host for name in "abcd"] == [False, False, True, True]
+    assert host.nbytes == 2 * NBYTES
+
+
 def test_why_it_failed_is_told_once_and_then_tried_afresh() -> None:
     world = World()
     version = _version("a")
@@ -225,17 +314,22 @@ def test_forgetting_while_it_loads_leaves_nothing() -> None:
     assert world.residency.host.nbytes == 0
 
 
+@pytest.mark.parametrize("like_gpu", [False, True])
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.booleans()), max_size=30))
 def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
-    history: list[tuple[int, int, bool]],
+    like_gpu: bool, history: list[tuple[int, int, bool]]
 ) -> None:
-    world = World(rows=8)
+    """Of many more adapters than fit."""
+    world = World(rows=8, like_gpu=like_gpu)
     pinned: list[str] = []
     for number, rank, keep in history:
         version = _version(f"{number}-{rank}", rank, extra_bytes=20 * (number % 3))
-        if world.residency.pin(version) is not None:
+        slot = world.residency.pin(version)
+        if slot is not None:
             pinned.append(version.digest)
+            site = world.pool.sites["q"]
+            assert (site.a[site.rows[slot]] == value_of(version)).all(), "pinned, and not its own weights"
         world.settled()
         if pinned and not keep:
             world.residency.unpin(pinned.pop(0))
@@ -247,6 +341,8 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
     world.touch(_version("last", 8))
     world.residency.check_integrity()
     assert world.residency.pins == 0
+    if like_gpu:
+        world.slab.check_integrity()
 
 
 def test_many_threads_asking_at_once() -> None:

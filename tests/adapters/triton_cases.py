@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from adapters.artifact import Adjustment, LoraWeights
+from adapters.extras_pool import moved_adjustments
 from adapters.kernels import Segment, triton
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.triton import TILE, TritonLora
-from adapters.site_pool import SitePool
+from adapters.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ class World:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.pools, self.references = (
-            [SitePool(Site("site", self.inputs, out), 600, self.dtype, device) for out in self.outputs]
+            [lone_pool(Site("site", self.inputs, out), 600, self.dtype, device) for out in self.outputs]
             for device in (DEVICE, CPU)
         )
         for pool in self.pools + self.references:
@@ -75,7 +76,8 @@ class World:
                 if rank:
                     pool.write(slot, rows, LoraWeights(a.to(self.dtype), b.to(self.dtype)))
                 if scaled or shifted:
-                    pool.adjust(slot, Adjustment(*vectors))
+                    pool.adjust(slot, moved_adjustments({"": Adjustment(*vectors)}, pool.a.device)[""])
+                pool.send(slot)
 
     def add_all(self) -> World:
         for i in range(len(RANKS)):
@@ -208,6 +210,7 @@ def test_slots_are_taken_over_and_tables_grow() -> None:
     world.add(0, [4, 3], scaled=True, shifted=True)
     for pool in world.pools + world.references:
         pool.free(0, [])
+        pool.send(0)
     check(kernel, world, *segments_of([(0, 2)]))
     world.add(0, [2, 7])
     world.add(40, [3, 5])

@@ -107,7 +107,7 @@ def _launch(form: Form, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePoo
     workers = _workers(form, len(tiles) * len(pools))
     width = max(workers * form.rows, *(pool.max_rank for pool in pools))
     h = torch.empty(len(pools), tokens, width, dtype=torch.float32, device=x.device)
-    where = (tiles, tuple(pool.records.site for pool in pools), tokens, width, workers)
+    where = (tiles, tuple(pool.device_site for pool in pools), tokens, width, workers)
     types = types_of(form, pools[0].a.dtype)
     if inputs:
         form.shrink[len(tiles), workers, len(pools)](

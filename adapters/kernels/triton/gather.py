@@ -38,7 +38,7 @@ def gather_shrink(
         h: see ``shared.py``.
         x: [tokens, K], its rows ``x_stride`` apart.
         tiles: int32 [n, 3], (slot or -1, t, t + 1).
-        sites: by site, ``SlotRecords.site``.
+        sites: by site, ``SitePool.device_site``.
         TYPE: of A.
     """
     tile = tiles + tl.program_id(0) * 3

@@ -33,7 +33,7 @@ def grouped_shrink(
         h: see ``shared.py``.
         x: [tokens, K], its rows ``x_stride`` apart.
         tiles: int32 [n, 3], (slot or -1, start, stop) with stop - start <= M.
-        sites: by site, ``SlotRecords.site``.
+        sites: by site, ``SitePool.device_site``.
         TYPE: of A; x is rounded to it.
         DOT: what is multiplied in: TYPE, or float32 where the interpreter cannot do TYPE.
     """
