@@ -80,8 +80,16 @@ def assemble(
         max_rank=config.adapters.max_lora_rank,
     )
     step_tokens = _step_tokens(config.engine, base.model.device.type)
-    model = build_model(base, pool, config.engine.block_size, step_tokens)
+    model = build_model(
+        base,
+        pool,
+        config.engine.block_size,
+        step_tokens,
+        config.engine.max_num_seqs,
+        config.engine.enforce_eager,
+    )
     blocks, max_model_len = _allocate_kv(config.engine, base, model)
+    model.warm_up()
     info = _info(config, base, max_model_len)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)

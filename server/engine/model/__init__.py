@@ -1,13 +1,14 @@
 """The model: one forward pass over a step's flattened tokens. Everything below here is tensors.
 
-``StockModel`` runs transformers' own blocks; ``FusedModel`` runs Llama-like ones in one native call, where
-the machine can. ``build_model`` chooses, once.
+``StockModel`` runs transformers' own blocks; for Llama-like ones, where the machine can, ``FusedModel`` runs
+them in one native call on a CPU, ``DeviceModel`` in few launches on a GPU. ``build_model`` chooses, once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
@@ -37,6 +38,9 @@ class StepModel(Protocol):
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Take the memory for the KV pages; before the first step."""
 
+    def warm_up(self) -> None:
+        """Compile and record what the first requests would wait for; once, while nobody owns a KV block."""
+
     def __call__(
         self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
     ) -> Tensor:
@@ -49,20 +53,57 @@ class StepModel(Protocol):
         """
 
 
-def build_model(base: LoadedBase, pool: RankPool, block_size: int, max_tokens: int) -> StepModel:
+def build_model(
+    base: LoadedBase,
+    pool: RankPool,
+    block_size: int,
+    max_tokens: int,
+    max_seqs: int,
+    enforce_eager: bool = False,
+) -> StepModel:
     """The fastest model that serves this base here exactly.
 
     Args:
         block_size: tokens of a KV block.
         max_tokens: most tokens of a step.
+        max_seqs: most sequences of a step.
+        enforce_eager: on a GPU, without CUDA graphs.
     """
     stock = StockModel(base, pool)
-    reason = why_not_fused(stock, block_size)
-    if reason is None:
-        fused = FusedModel(stock, pool, max_tokens)
+    if stock.device.type == "cuda":
+        fused = _on_gpu(stock, pool, block_size, max_seqs, enforce_eager)
+    else:
+        fused = _on_cpu(stock, pool, block_size, max_tokens)
+    if isinstance(fused, str):
+        reason: str | None = fused
+    else:
         reason = differs_from(fused, stock, base.model.config, block_size, max_tokens)
         if reason is None:
-            fused.adopt(pool)
+            if isinstance(fused, FusedModel):
+                fused.adopt(pool)
             return fused
     log.info("transformers' own blocks are used: %s", reason)
     return stock
+
+
+def _on_cpu(stock: StockModel, pool: RankPool, block_size: int, max_tokens: int) -> StepModel | str:
+    """The fused model, or why there is none."""
+    return why_not_fused(stock, block_size) or FusedModel(stock, pool, max_tokens)
+
+
+def _on_gpu(
+    stock: StockModel, pool: RankPool, block_size: int, max_seqs: int, enforce_eager: bool
+) -> StepModel | str:
+    """The fused model, or why there is none."""
+    if find_spec("triton") is None:
+        return "the fused step on a GPU needs Triton"
+    from server.engine import kernels
+    from server.engine.model.device import DeviceModel, why_not_device
+    from server.engine.model.graphs import cuda_graphs
+
+    stock.allocate(1, block_size)  # tells how it attends
+    reason = why_not_device(stock)
+    if reason is not None:
+        return reason
+    new_graph = None if enforce_eager else cuda_graphs()
+    return DeviceModel(stock, pool, kernels.choose(stock.device), max_seqs, new_graph)

@@ -117,6 +117,9 @@ class FusedModel:
         self._angles = rotary_angles(self._model, positions)
         self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
 
+    def warm_up(self) -> None:
+        """Nothing: it was compiled when the package was built."""
+
     @torch.inference_mode()
     def __call__(
         self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None

@@ -8,6 +8,8 @@ from server.engine.kv_cache import BlockTable, chain_root
 from server.engine.request import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 
+_WARM_TOKENS = 256
+
 
 def made_up_prompt(config: Any, length: int, block_size: int, slot: int = -1) -> Chunk:
     """A whole prompt in the first KV blocks; only while nobody owns them.
@@ -25,6 +27,8 @@ def made_up_prompt(config: Any, length: int, block_size: int, slot: int = -1) ->
     return Chunk(sequence, 0, length)
 
 
-def its_last_token(prompt: Chunk) -> Chunk:
-    """The same as a step of decoding."""
-    return Chunk(prompt.sequence, prompt.length - 1, 1)
+def warming_steps(config: Any, num_blocks: int, block_size: int) -> list[list[Chunk]]:
+    """A prompt, then a token, each under an adapter: together they launch every kernel that steps launch."""
+    length = min(_WARM_TOKENS, num_blocks * block_size)
+    prompt = made_up_prompt(config, length, block_size, slot=0)
+    return [[prompt], [Chunk(prompt.sequence, prompt.length - 1, 1)]]

@@ -17,6 +17,7 @@ from adapters.lora import attach
 from adapters.rank_pool import RankPool
 from server.engine.attention import AttentionBackend, KvShape, LayerAttention, install
 from server.engine.attention.choice import choose as choose_attention
+from server.engine.model.made_up import warming_steps
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.sequence import Chunk
 from server.engine.transfer import resolve, send
@@ -47,6 +48,7 @@ class StockModel:
         self.lora_kernel = choose_lora(self.device, self.dtype)
         self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
         self.attention: AttentionBackend | None = None
+        self._sizes = 0, 0
         self.shapes: dict[int, KvShape] = {}
         self.kinds: dict[int, LayerAttention] = {}
         self._probe()
@@ -54,6 +56,12 @@ class StockModel:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self.attention = choose_attention(self.shapes, block_size, self.device, self.dtype)
         self.attention.allocate(self.shapes, num_blocks)
+        self._sizes = num_blocks, block_size
+
+    def warm_up(self) -> None:
+        if self.device.type == "cuda":
+            for step in warming_steps(self.model.config, *self._sizes):
+                self(step)
 
     @torch.inference_mode()
     def __call__(

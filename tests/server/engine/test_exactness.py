@@ -18,6 +18,7 @@ from torch import Tensor
 import adapters.native
 import server.engine.model.fused
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.checkpoint import Quantization
 from server.engine.build import Parts
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
@@ -94,7 +95,7 @@ def check_close(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: floa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
-    _compare_with_peft(family, tmp_path)
+    compare_with_peft(family, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,22 +104,24 @@ def test_it_does_without_the_native_kernels_too(
 ) -> None:
     for module in (adapters.native, server.engine.model.fused):
         monkeypatch.setattr(module, "library", lambda: None)
-    parts = _compare_with_peft(family, tmp_path)
+    parts = compare_with_peft(family, tmp_path)
     assert parts.model.name == "transformers"
 
 
-def _compare_with_peft(family: Family, tmp_path: Path) -> Parts:
+def compare_with_peft(
+    family: Family, tmp_path: Path, quantization: Quantization = "nf4", tolerance: float = TOLERANCE
+) -> Parts:
     folder = make_tiny_model(family, tmp_path / family)
-    prepared = prepare_base(str(folder), tmp_path, progress=False)
+    prepared = prepare_base(str(folder), tmp_path, quantization, progress=False)
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
         make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
-    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64")
+    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--quantization", quantization)
     requests = _prompts(parts.tokenizer.vocab_size)
     recorder = _run_mixed(parts, requests)
     assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
     for asked in requests:
         theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
-        check_close(recorder.of(asked), theirs, asked.tokens, TOLERANCE)
+        check_close(recorder.of(asked), theirs, asked.tokens, tolerance)
     return parts
 
 

@@ -103,7 +103,7 @@ def test_a_model_that_turns_out_different_is_not_fused(
     plain = norm.forward
     monkeypatch.setattr(norm, "forward", lambda self, x: plain(self, x) + 0.5 * x)
     with caplog.at_level("INFO", "manylora.engine"):
-        model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, 512)
+        model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, 512, 1)
     assert model.name == "transformers"
     assert "the fused step differs" in caplog.text
 
@@ -122,7 +122,7 @@ def test_the_comparison_fits_small_steps_and_short_contexts(
         return run(self, chunks)
 
     monkeypatch.setattr(FusedModel, "__call__", watched)
-    model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, max_tokens)
+    model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, max_tokens, 1)
     assert model.name == "fused"
     assert compared == [min(max_tokens, positions, 40)]
 

@@ -1,0 +1,73 @@
+"""The GPU's way through the engine on a CPU: the same code, with torch's arithmetic for a GPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import server.engine.model as model_package
+from adapters.kernels import Segment
+from adapters.kernels.segmented import segmented_lora
+from adapters.kernels.triton import TritonLora
+from adapters.site_pool import SitePool
+from server.engine.attention import LayerAttention
+from server.engine.attention.flash_paged import FlashPaged
+from server.engine.attention.flash_plan import FlashPlan
+from server.engine.model import stock
+
+CPU = torch.device("cpu")
+BLOCK = 16
+
+
+class SegmentedTogether(TritonLora):
+    """``TritonLora`` with torch's products."""
+
+    def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None: ...
+
+    def together(
+        self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
+    ) -> None:
+        for y, pool in zip(ys, pools, strict=True):
+            segmented_lora(y, x, pool, segments)
+
+
+class MaskedPaged:
+    """``PagedKernel`` by reading whole tables and masking what is unseen: a fixed sequence of operations."""
+
+    name = "masked"
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+    ) -> Tensor:
+        tokens = torch.arange(len(q))
+        owner = torch.searchsorted(plan.query_starts[1:].long(), tokens, right=True)
+        position = plan.lengths[owner] - plan.query_starts[owner + 1] + tokens
+        age = position[:, None] - torch.arange(plan.tables.shape[1] * keys.shape[1])
+        unseen = (age < 0) | (age >= (kind.window or 1 << 30))
+        tables = plan.tables[owner].long().clamp(0, len(keys) - 1)
+        group = q.shape[1] // keys.shape[2]
+        k, v = (p[tables].flatten(1, 2).float().repeat_interleave(group, dim=2) for p in (keys, values))
+        scores = torch.einsum("thd,tnhd->thn", q.float(), k) * kind.scale
+        if kind.softcap is not None:
+            scores = kind.softcap * torch.tanh(scores / kind.softcap)
+        shares = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
+        return torch.einsum("thn,tnhd->thd", shares, v).to(q.dtype)
+
+
+def _paged(_shapes: object, block_size: int, device: torch.device, dtype: torch.dtype) -> FlashPaged:
+    return FlashPaged(MaskedPaged(), block_size, device, dtype, max_length=512)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, lora: TritonLora | None = None) -> None:
+    """Models built from now on take the GPU's way."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    monkeypatch.setattr(stock, "choose_lora", lambda *_: lora or SegmentedTogether(CPU))
+    monkeypatch.setattr(stock, "choose_attention", _paged)
+    monkeypatch.setattr(
+        model_package,
+        "_on_cpu",
+        lambda of, pool, block_size, _: model_package._on_gpu(of, pool, block_size, 8, enforce_eager=True),
+    )
