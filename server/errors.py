@@ -9,6 +9,7 @@
         ├── QueueFull               the waiting queue is at its bound; ``retry_after`` seconds
         ├── ShuttingDown            the server drains; send the request elsewhere
         ├── RequestFailed           processing this one request raised; the others went on
+        ├── OutOfMemory             the device has too little memory left for this one request now
         └── EngineDead              the engine's loop ended; ``/health`` says so
 """
 
@@ -60,6 +61,10 @@ class ShuttingDown(RequestError):
 
 class RequestFailed(RequestError):
     """Processing this request raised; nobody else's was touched."""
+
+
+class OutOfMemory(RequestError):
+    """The device ran out of memory over this request, even alone; later it may not."""
 
 
 class EngineDead(RequestError):
