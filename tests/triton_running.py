@@ -14,14 +14,14 @@ import pytest
 import torch
 
 
-def run_interpreted(cases: Path) -> None:
-    """Run a file of tests in a process of its own, since Triton decides at its import whether it interprets.
+def run_interpreted(*cases: Path) -> None:
+    """Run files of tests in a process of its own, since Triton decides at its import whether it interprets.
 
     On a machine with a GPU they run there, compiled.
     """
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, cases)],
         cwd=Path(__file__).parents[1],
         env=os.environ | interpreted,
         capture_output=True,

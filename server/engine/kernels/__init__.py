@@ -1,8 +1,8 @@
 """The small operations of a Llama-like block, on a step's flattened tokens, several backends.
 
-    norm:              RMSNorm(x) = x / sqrt(mean(x²) + eps) * weight
-    add_norm:          x = x + delta (or + RMSNorm(delta)), then RMSNorm(x)
-    rotate_and_store:  q, k = rotate(norm(q)), rotate(norm(k)), where
+    add_norm:          x = x + delta, or x + RMSNorm(delta); then RMSNorm(x), where
+                       RMSNorm(x) = x / sqrt(mean(x²) + eps) * weight
+    rotate_and_store:  q, k = rotate(q), rotate(k), or of the RMSNorm of each head, where
                        rotate(x) = x * cos + rotate_half(x) * sin and rotate_half((a, b)) = (-b, a);
                        pages[new_slots] = k, v
     gated:             act(gate) * up
@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 class BlockOps(Protocol):
     """See the module's docstring. n = tokens of the step."""
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm of x [n, hidden] with weight [hidden], in a new tensor."""
-
     def add_norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
     ) -> Tensor:
         """Add delta to x, in place; the new x's norm in a new tensor.
 
         Args:
-            x, delta: [n, hidden]. Without a delta this is ``norm``.
+            x, delta: [n, hidden]. Without a delta x stays as it is.
             weight: [hidden].
             delta_weight: [hidden], of the norm through which delta goes first (Gemma2's "post" norms).
         """

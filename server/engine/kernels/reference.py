@@ -7,16 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _normed(x.float(), weight, eps).to(x.dtype)
-
-
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
 ) -> Tensor:
     if delta is not None:
-        x += delta if delta_weight is None else norm(delta, delta_weight, eps)
-    return norm(x, weight, eps)
+        x += delta if delta_weight is None else _normed(delta.float(), delta_weight, eps).to(delta.dtype)
+    return _normed(x.float(), weight, eps).to(x.dtype)
 
 
 def rotate_and_store(

@@ -18,10 +18,6 @@ _WIDE = 8
 """16-bit values in 16 bytes."""
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return add_norm(x, None, weight, eps)
-
-
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
 ) -> Tensor:
