@@ -2,18 +2,22 @@
 # hadolint global ignore=DL3008
 #
 #   docker build -t manylora .                        for CPUs
-#   docker build -t manylora:cuda --target cuda .     for NVIDIA GPUs, with flash-attn built from source
+#   docker build -t manylora:cuda --target cuda .     for NVIDIA GPUs
 #
 #   docker run -p 8000:8000 -v manylora:/var/lib/manylora manylora serve --max-loras 32
+#   docker run --gpus all -p 8000:8000 -v manylora:/var/lib/manylora manylora:cuda serve --base ORG/MODEL
 #
 # All state is in the volume; adapters go to adapters/ there. Options may also be given as MANYLORA_… variables.
+# Keys are never built in: give them as variables when a container starts.
 
-# flash-attn is built with Ubuntu 24.04's Python, so another version here needs another image there.
 ARG PYTHON_VERSION=3.12
-# The toolkit and torch's own CUDA must be of one major version.
-ARG CUDA_VERSION=13.0.1
+# The index decides which CUDA torch brings: an older driver needs an older one (cu126, say).
 ARG TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu130
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# "with" compiles the flash-attn package, which takes long; without it torch's own FlashAttention-2 is used.
+ARG FLASH_ATTN=without
+# Only to compile flash-attn: the toolkit, of the major version of torch's own CUDA.
+ARG CUDA_VERSION=13.0.1
 
 
 FROM python:${PYTHON_VERSION}-slim AS runtime
@@ -21,7 +25,8 @@ FROM python:${PYTHON_VERSION}-slim AS runtime
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 10001 --create-home --home-dir /var/lib/manylora manylora
+    && useradd --uid 10001 --create-home --home-dir /var/lib/manylora manylora \
+    && install --directory --owner=manylora --group=manylora /var/lib/manylora/adapters
 ENV PATH=/opt/manylora/bin:$PATH \
     HOME=/var/lib/manylora \
     MANYLORA_HOME=/var/lib/manylora \
@@ -49,7 +54,12 @@ WORKDIR /src
 COPY constraints.txt ./
 
 
-FROM nvidia/cuda:${CUDA_VERSION}-devel-ubuntu24.04 AS flash-attn
+FROM scratch AS flash-attn-without
+WORKDIR /wheels
+
+
+# It is compiled for Ubuntu 24.04's Python, so another PYTHON_VERSION needs another image here.
+FROM nvidia/cuda:${CUDA_VERSION}-devel-ubuntu24.04 AS flash-attn-with
 ARG TORCH_CUDA_INDEX
 # The compute capabilities to build for, and how many compilers run at once (each takes some 4 GB).
 ARG FLASH_ATTN_CUDA_ARCHS="80;90"
@@ -67,12 +77,17 @@ RUN pip install --constraint constraints.txt --extra-index-url "${TORCH_CUDA_IND
     && pip wheel --no-deps --no-build-isolation --wheel-dir /wheels "flash-attn>=2.8,<3"
 
 
+# hadolint ignore=DL3006
+FROM flash-attn-${FLASH_ATTN} AS flash-attn
+
+
 FROM build AS build-cuda
 ARG TORCH_CUDA_INDEX
 RUN pip install --constraint constraints.txt --extra-index-url "${TORCH_CUDA_INDEX}" torch
 COPY . .
 RUN --mount=type=bind,from=flash-attn,source=/wheels,target=/wheels \
-    pip install --constraint constraints.txt --find-links /wheels ".[flash-attn]"
+    pip install --constraint constraints.txt . \
+    && find /wheels -name "*.whl" -exec pip install --constraint constraints.txt {} +
 
 
 FROM build AS build-cpu
@@ -82,11 +97,12 @@ COPY . .
 RUN pip install --constraint constraints.txt .
 
 
-# torch's wheels bring CUDA's libraries and the container toolkit brings the driver.
+# No CUDA image: torch's wheels bring CUDA's libraries, and the container toolkit brings the driver.
 FROM runtime AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 0
-# Triton compiles the launchers of its kernels when they are first used.
+# Triton needs a C compiler, libc's headers and Python's (which are in the image) when the server first starts:
+# it compiles the module that loads its kernels, and keeps it in .triton in the volume.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*

@@ -83,7 +83,7 @@ def needed_by(parent: Requirement) -> Iterator[Requirement]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is versioned, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("sources")
-    for folder in (".ci", "adapters", "server", "tests"):
+    for folder in (".ci", "adapters", "deploy", "server", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
     for pattern in ROOT_FILES:
         for file in ROOT.glob(pattern):
@@ -202,6 +202,14 @@ def stages() -> dict[str, tuple[str, Instructions]]:
     return found
 
 
+def defaults() -> Instructions:
+    """What is said before the first stage: the arguments of a build."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nFROM ")[0]
+    return [
+        (word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines()) if word == "ARG"
+    ]
+
+
 def instructions(target: str) -> Instructions:
     """All that holds in the image ``target``, its parents' first."""
     parent, own = stages()[target]
@@ -228,8 +236,13 @@ def last_environment(target: str) -> list[str]:
     return [pair for word, rest in instructions(target) if word == "ENV" for pair in rest.split()]
 
 
-def test_only_the_cuda_image_has_flash_attn() -> None:
-    assert "flash-attn" in str(instructions("build-cuda"))
+def test_only_the_cuda_image_may_have_flash_attn() -> None:
+    """It takes long to compile: only who asks for it gets it."""
+    assert ("ARG", "FLASH_ATTN=without") in defaults()
+    assert stages()["flash-attn"][0] == "flash-attn-${FLASH_ATTN}"
+    assert not any("flash-attn" in rest for _, rest in instructions("flash-attn-without"))
+    assert any("pip wheel" in rest and "flash-attn" in rest for _, rest in instructions("flash-attn-with"))
+    assert "from=flash-attn" in str(instructions("build-cuda"))
     assert "flash-attn" not in str(instructions("build-cpu"))
     for target in ("cpu", "cuda"):
         assert f"--from=build-{target} /opt/manylora /opt/manylora" in dict(instructions(target))["COPY"]
