@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.config_values import key
+
 from server.options import HEADINGS, OPTIONS, USAGE, OneLineParser, Option, add_options
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -45,18 +46,18 @@ class AdapterConfig:
 
     Attributes:
         folder: the watched folder, one sub-folder an adapter.
-        max_loras: how many adapters of rank 16 the device pool was sized for.
+        max_loras: how many adapters of rank 16 the device pool was sized for; None = what suits the device.
         max_lora_rank: an adapter with a larger rank anywhere is refused at load.
-        pool_rows: rank rows of the device pool, for each site.
+        pool_rows: rank rows of the device pool, for each site; None = what suits the device.
         extra_memory: bytes on the device for what adapters have besides rank rows.
         host_memory: bytes the host tier may hold.
         max_bytes: most bytes of one adapter's weights.
     """
 
     folder: Path
-    max_loras: int
+    max_loras: int | None
     max_lora_rank: int
-    pool_rows: int
+    pool_rows: int | None
     extra_memory: int
     host_memory: int
     max_bytes: int
@@ -70,7 +71,8 @@ class EngineConfig:
         max_model_len: tokens of prompt and answer together; None = the model's own, as far as KV allows.
         max_num_seqs: most answers generated at once.
         max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
-        kv_cache_memory: bytes.
+        kv_cache_memory: bytes; None = 1 GiB on a CPU, what the rest leaves on a GPU.
+        gpu_memory_utilization: part of a GPU's memory that may be taken, by whomever.
         block_size: tokens in one KV block.
         enforce_eager: decode without CUDA graphs.
         max_queued_requests: most requests that wait; one more is answered 429.
@@ -80,7 +82,8 @@ class EngineConfig:
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int | None
-    kv_cache_memory: int
+    kv_cache_memory: int | None
+    gpu_memory_utilization: float
     block_size: int
     prefix_caching: bool
     enforce_eager: bool
@@ -208,7 +211,7 @@ def _resolve_auto(groups: dict[str, dict[str, Any]]) -> None:
     training = groups["training"]
     groups["state"]["home"] = home
     adapters["folder"] = Path(adapters["folder"]) if adapters["folder"] else home / "adapters"
-    if adapters["pool_rows"] is None:
+    if adapters["pool_rows"] is None and adapters["max_loras"] is not None:
         adapters["pool_rows"] = max(adapters["max_loras"] * 16, adapters["max_lora_rank"])
     if engine["threads"] is None:
         engine["threads"] = _usable_cpus()
@@ -222,7 +225,7 @@ def _usable_cpus() -> int:
 
 def _cross_check(config: ServerConfig) -> None:
     adapters, engine = config.adapters, config.engine
-    if adapters.pool_rows < adapters.max_lora_rank:
+    if adapters.pool_rows is not None and adapters.pool_rows < adapters.max_lora_rank:
         raise ConfigError(
             f"--lora-pool-rows {adapters.pool_rows}: an adapter of --max-lora-rank {adapters.max_lora_rank} "
             f"would never fit; set it to {adapters.max_lora_rank} or more, or lower --max-lora-rank"

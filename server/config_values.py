@@ -102,6 +102,17 @@ def share(value: str) -> float:
     return number
 
 
+def fraction(value: str) -> float:
+    """A part of a whole, or all of it."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise ValueError("must be a number above 0, and at most 1")
+    return number
+
+
 def size(low: int) -> Callable[[str], int]:
     """Bytes: a plain number, a decimal unit (512MB) or a binary one (512MiB, 512M, 1.5G)."""
 

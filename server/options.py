@@ -7,7 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from server.config_values import auto_or, choice, flag, gpu, integer, key, name, seconds, share, size, text
+from server.config_values import (
+    auto_or,
+    choice,
+    flag,
+    fraction,
+    gpu,
+    integer,
+    key,
+    name,
+    seconds,
+    share,
+    size,
+    text,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +76,9 @@ OPTIONS: tuple[Option, ...] = (
 
     Option("--adapter-dir", "adapters.folder", text, None, "DIR",
            "watched folder, one sub-folder an adapter (default: adapters/ under --home)"),
-    Option("--max-loras", "adapters.max_loras", integer(1, 65536), "16", "N",
-           "size the device pool for so many adapters of rank 16; of smaller ones more fit"),
+    Option("--max-loras", "adapters.max_loras", auto_or(integer(1, 65536)), "auto", "N",
+           "size the device pool for so many adapters of rank 16, or more smaller ones; auto: 16 on a CPU, "
+           "on a GPU one for each of --max-num-seqs, if a quarter of the memory left by the base holds them"),
     Option("--max-lora-rank", "adapters.max_lora_rank", integer(1, 4096), "64", "R",
            "refuse an adapter of a larger rank when it is loaded"),
     Option("--lora-pool-rows", "adapters.pool_rows", auto_or(integer(1, 1 << 24)), "auto", "ROWS",
@@ -72,7 +86,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--lora-extra-memory", "adapters.extra_memory", size(0), "512MiB", "SIZE",
            "device memory for what adapters have besides rank rows: DoRA, biases, norms, embeddings, heads"),
     Option("--lora-host-memory", "adapters.host_memory", size(0), "1GiB", "SIZE",
-           "memory for adapters that are not on the device"),
+           "memory for adapters that are not on the device; beside a GPU it is pinned at the start"),
     Option("--max-lora-bytes", "adapters.max_bytes", size(1), "512MiB", "SIZE",
            "refuse an adapter with more bytes of weights"),
 
@@ -82,8 +96,10 @@ OPTIONS: tuple[Option, ...] = (
            "most answers generated at once"),
     Option("--max-num-batched-tokens", "engine.max_num_batched_tokens", auto_or(integer(1, 1 << 24)), "auto",
            "TOKENS", "most tokens in one step; auto: what suits the device (128 on a CPU)"),
-    Option("--kv-cache-memory", "engine.kv_cache_memory", size(1), "1GiB", "SIZE",
-           "memory for keys and values"),
+    Option("--kv-cache-memory", "engine.kv_cache_memory", auto_or(size(1)), "auto", "SIZE",
+           "memory for keys and values; auto: 1GiB on a CPU, what --gpu-memory-utilization leaves on a GPU"),
+    Option("--gpu-memory-utilization", "engine.gpu_memory_utilization", fraction, "0.9", "SHARE",
+           "part of a GPU's memory that may be taken, what other processes hold included"),
     Option("--block-size", "engine.block_size", integer(1, 1024), "16", "TOKENS",
            "tokens in one KV block"),
     Option("--enable-prefix-caching", "engine.prefix_caching", flag, "true", None,

@@ -8,20 +8,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
-
-from adapters.artifact import Adapter, Limits, inspect_adapter, load_adapter
+from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, load_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
 from adapters.native import isa
 from adapters.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
+from adapters.transfer import copying_for
 from adapters.watcher import Watcher
-from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
-from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockManager
@@ -30,12 +28,13 @@ from server.engine.model import StepModel, build_model
 from server.engine.request import BaseInfo, EngineStats
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
+from server.engine.sizes import Sizes, max_model_len, out_of_memory_names
 from server.engine.tokenizer import Tokenizer
 
-log = logging.getLogger("manylora.engine")
+from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
+from server.engine import threads
 
-_STEP_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Tokens of a step, by device: where more make prefill no faster, and only everybody's next token later."""
+log = logging.getLogger("manylora.engine")
 
 
 @dataclass(frozen=True)
@@ -70,16 +69,9 @@ def assemble(
     ``load`` reads an adapter's version; None = from its folder.
     """
     weights = BaseWeights(base.model, base.layout)
-    pool = RankPool(
-        base.layout.sites,
-        config.adapters.pool_rows,
-        base.model.dtype,
-        base.model.device,
-        norms=base.layout.norms,
-        extra_bytes=config.adapters.extra_memory,
-        max_rank=config.adapters.max_lora_rank,
-    )
-    step_tokens = _step_tokens(config.engine, base.model.device.type)
+    sizes = Sizes(config, base)
+    pool = _rank_pool(config.adapters, base, sizes.pool_rows())
+    step_tokens = sizes.step_tokens
     model = build_model(
         base,
         pool,
@@ -88,14 +80,12 @@ def assemble(
         config.engine.max_num_seqs,
         config.engine.enforce_eager,
     )
-    blocks, max_model_len = _allocate_kv(config.engine, base, model)
+    blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool))
     model.warm_up()
-    info = _info(config, base, max_model_len)
+    info = _info(config, base, longest)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
-    scheduler = Scheduler(
-        SchedulerLimits(config.engine.max_num_seqs, step_tokens, max_model_len), blocks, gate
-    )
+    scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
     tokenizer = _tokenizer(base)
     engine = Engine(model, scheduler, gate, registry, tokenizer.eos)
     watcher = Watcher(registry)
@@ -139,44 +129,33 @@ def _load(config: ServerConfig) -> LoadedBase:
             "--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA"
         )
     prepared = prepare_base(config.base.base, config.home, config.base.quantization)
-    return load_base(prepared, device, progress=True)
+    with out_of_memory_names("--base", f"the base {prepared.name}"):
+        return load_base(prepared, device, progress=True)
 
 
-def _allocate_kv(config: EngineConfig, base: LoadedBase, model: StepModel) -> tuple[BlockManager, int]:
-    num_blocks = _blocks_in(config, model, base.model.dtype)
-    model.allocate(num_blocks, config.block_size)
-    max_model_len = _max_model_len(config, base.model.config, num_blocks * config.block_size)
-    return BlockManager(num_blocks, config.block_size, config.prefix_caching), max_model_len
-
-
-def _blocks_in(config: EngineConfig, model: StepModel, dtype: torch.dtype) -> int:
-    block = config.block_size * sum(shape.bytes_per_token(dtype) for shape in model.shapes.values())
-    if config.kv_cache_memory < block:
-        raise ConfigError(
-            f"--kv-cache-memory {config.kv_cache_memory}: one block of this model takes {block} bytes; "
-            "give it at least that, better a thousand times as much"
+def _rank_pool(config: AdapterConfig, base: LoadedBase, num_rows: int) -> RankPool:
+    with out_of_memory_names("--lora-pool-rows, --max-loras", f"{num_rows} rank rows"):
+        return RankPool(
+            base.layout.sites,
+            num_rows,
+            base.model.dtype,
+            base.model.device,
+            norms=base.layout.norms,
+            extra_bytes=config.extra_memory,
+            max_rank=config.max_lora_rank,
         )
-    return config.kv_cache_memory // block
 
 
-def _max_model_len(config: EngineConfig, model_config: Any, capacity: int) -> int:
-    """The length asked for, or the model's own as far as the KV cache holds it."""
-    own = getattr(model_config.get_text_config(), "max_position_embeddings", None) or capacity
-    wanted = config.max_model_len
-    if wanted is None:
-        return min(own, capacity)
-    if wanted > own:
-        raise ConfigError(f"--max-model-len {wanted}: the model itself handles {own} tokens; ask for no more")
-    if wanted > capacity:
-        raise ConfigError(
-            f"--max-model-len {wanted}: the KV cache holds {capacity} tokens; "
-            f"raise --kv-cache-memory or set --max-model-len to {capacity} or less"
-        )
-    return wanted
-
-
-def _step_tokens(config: EngineConfig, device: str) -> int:
-    return config.max_num_batched_tokens or max(_STEP_TOKENS[device], config.max_num_seqs)
+def _allocate_kv(
+    config: EngineConfig, base: LoadedBase, model: StepModel, num_blocks: int
+) -> tuple[BlockManager, int]:
+    with out_of_memory_names("--kv-cache-memory", f"{num_blocks} blocks of keys and values"):
+        model.allocate(num_blocks, config.block_size)
+    capacity = num_blocks * config.block_size
+    return (
+        BlockManager(num_blocks, config.block_size, config.prefix_caching),
+        max_model_len(config, base.model.config, capacity),
+    )
 
 
 def _adapters(
@@ -190,7 +169,12 @@ def _adapters(
     config.folder.mkdir(parents=True, exist_ok=True)
     limits = Limits(config.max_lora_rank, config.max_bytes)
     dtype = base.model.dtype
-    inspect = partial(inspect_adapter, layout=base.layout, limits=limits, dtype=dtype, base=weights)
+    copying = copying_for(pool.device)
+
+    def inspect(folder: Path) -> AdapterInfo:
+        with copying():  # DoRA reads the base's weights on the device
+            return inspect_adapter(folder, base.layout, limits, dtype, weights)
+
     registry = Registry(config.folder, inspect, reserved)
 
     def from_folder(version: Version) -> Adapter:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapters.errors import AdapterNameInvalid, AdapterNotFound
 from adapters.paths import resolve_under
 from server.base_options import add_served, served_config
+
 from server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _SHARED = (
     "--device",
     "--adapter-dir",
     "--kv-cache-memory",
+    "--gpu-memory-utilization",
     "--threads",
 )
 

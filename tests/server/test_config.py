@@ -29,6 +29,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--max-num-seqs": ("32", 32),
     "--max-num-batched-tokens": ("1024", 1024),
     "--kv-cache-memory": ("256MiB", 256 << 20),
+    "--gpu-memory-utilization": ("0.5", 0.5),
     "--block-size": ("32", 32),
     "--enable-prefix-caching": ("false", False),
     "--enforce-eager": ("true", True),
@@ -102,6 +103,8 @@ def test_every_field_has_an_option() -> None:
         ("--kv-cache-memory", "1 GiB extra", "512MiB"),
         ("--kv-cache-memory", "-1", "512MiB"),
         ("--kv-cache-memory", "0", "at least 1"),
+        ("--gpu-memory-utilization", "0", "above 0"),
+        ("--gpu-memory-utilization", "1.01", "at most 1"),
         ("--shutdown-timeout", "-1", "0 or more"),
         ("--shutdown-timeout", "nan", "0 or more"),
         ("--shutdown-timeout", "inf", "0 or more"),
@@ -160,8 +163,10 @@ def test_auto_is_resolved_where_it_can_be() -> None:
     assert config.adapters.folder == Path("h/adapters")
     assert config.adapters.pool_rows == 64  # an adapter of the largest rank must fit
     assert from_args(["--max-loras", "10"], {}).adapters.pool_rows == 160
+    assert from_args([], {}).adapters.pool_rows is None  # the device decides
     assert config.engine.threads >= 1
     assert (config.engine.max_model_len, config.engine.max_num_batched_tokens) == (None, None)
+    assert config.engine.kv_cache_memory is None
 
 
 def test_values_must_fit_each_other() -> None:
