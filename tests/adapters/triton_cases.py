@@ -6,131 +6,20 @@ Not collected by itself: the interpreter is chosen for a whole process (``test_t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adapters.artifact import Adjustment, LoraWeights
-from adapters.extras_pool import moved_adjustments
-from adapters.kernels import Segment, triton
-from adapters.kernels.reference import reference_lora
+from adapters.kernels import Segment, cases, triton
+from adapters.kernels.cases import batch, check, expected, runs_by_mix, segments_of
 from adapters.kernels.triton import TILE, TritonLora
-from adapters.site_pool import SitePool, lone_pool
-from adapters.sites import Site
 
-CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANKS = [16, 1, 64, 8, 256, 17, 3, 32]
-"""Of the adapters at the first site; at the next one each has the next one's rank, or none at all."""
-
-RUNS = {
-    "distinct": [(i, 1) for i in range(8)],
-    "identical": [(4, 9)],
-    "uniform": [(i % 8, 1) for i in range(0, 36, 3)],
-    "zipf": [(0, 6), (1, 3), (2, 2), (3, 1), (4, 1), (5, 1)],
-    "base tokens between": [(-1, 2), (0, 1), (-1, 1), (1, 2), (-1, 3)],
-    "base tokens alone": [(-1, 3)],
-    "prompts": [(4, TILE + 5), (-1, 3), (1, 7), (4, 20)],
-    "one long prompt among decoding": [(2, 2 * TILE), (0, 1), (-1, 2), (5, 1)],
-}
-EXACT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass
-class World:
-    """The same adapters in pools for the kernels and in pools for the reference, some sites on one input.
-
-    Rows lie scattered, and those that nobody owns hold NaN.
-    """
-
-    inputs: int = 72
-    outputs: tuple[int, ...] = (80, 24, 33)
-    dtype: torch.dtype = torch.bfloat16
-    pools: list[SitePool] = field(init=False)
-    references: list[SitePool] = field(init=False)
-    free: list[list[int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        self.pools, self.references = (
-            [lone_pool(Site("site", self.inputs, out), 600, self.dtype, device) for out in self.outputs]
-            for device in (DEVICE, CPU)
-        )
-        for pool in self.pools + self.references:
-            pool.a.fill_(torch.nan)
-            pool.b.fill_(torch.nan)
-        self.free = [torch.randperm(600).tolist() for _ in self.outputs]
-
-    def add(self, slot: int, ranks: list[int], scaled: bool = False, shifted: bool = False) -> None:
-        """An adapter of these ranks at the sites; 0 = it has no pair there."""
-        for site, rank in enumerate(ranks):
-            rows = sorted(self.free[site].pop() for _ in range(rank))
-            a = torch.randn(rank, self.inputs) / self.inputs**0.5
-            b = torch.randn(rank, self.outputs[site]) / max(rank, 1) ** 0.5
-            vectors = [torch.randn(self.outputs[site]) if has else None for has in (scaled, shifted)]
-            for pool in (self.pools[site], self.references[site]):
-                pool.hold(slot)
-                if rank:
-                    pool.write(slot, rows, LoraWeights(a.to(self.dtype), b.to(self.dtype)))
-                if scaled or shifted:
-                    pool.adjust(slot, moved_adjustments({"": Adjustment(*vectors)}, pool.a.device)[""])
-                pool.send(slot)
-
-    def add_all(self) -> World:
-        for i in range(len(RANKS)):
-            ranks = [RANKS[(i + site) % len(RANKS)] for site in range(len(self.outputs))]
-            if i % 3 == 1:
-                ranks[i % len(ranks)] = 0
-            self.add(i, ranks, scaled=i in (1, 2), shifted=i in (2, 3))
-        return self
-
-
-def segments_of(runs: list[tuple[int, int]]) -> tuple[list[Segment], int]:
-    """Segments, and the number of tokens; adapter -1 is the base."""
-    segments, token = [], 0
-    for slot, length in runs:
-        if slot >= 0:
-            segments.append(Segment(slot, token, token + length))
-        token += length
-    return segments, token
-
-
-def batch(world: World, tokens: int, x_type: torch.dtype, y_type: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """x, and ys: the first two lie side by side in one tensor, as a fused projection has them."""
-    x = torch.randn(tokens, world.inputs + 8).to(DEVICE, x_type)[:, : world.inputs]
-    ys = [torch.randn(tokens, out).to(DEVICE, y_type) for out in world.outputs]
-    joined = torch.cat(ys[:2], dim=1)
-    return x, [*torch.split(joined, [y.shape[1] for y in ys[:2]], dim=1), *ys[2:]]
-
-
-def expected(world: World, x: Tensor, ys: list[Tensor], segments: list[Segment]) -> list[Tensor]:
-    results = [y.float().cpu() for y in ys]
-    for result, pool in zip(results, world.references, strict=True):
-        reference_lora(result, x.cpu(), pool, segments)
-    return results
-
-
-def check(
-    kernel: TritonLora,
-    world: World,
-    segments: list[Segment],
-    tokens: int,
-    types: tuple[torch.dtype, torch.dtype] | None = None,
-) -> None:
-    x, ys = batch(world, tokens, *(types or (world.dtype, world.dtype)))
-    before = [y.clone() for y in ys]
-    results = expected(world, x, ys, segments)
-    kernel.together(ys, x, world.pools, segments)
-    exact = max(EXACT[dtype] for dtype in (world.dtype, x.dtype, ys[0].dtype))
-    idle = torch.ones(tokens, dtype=torch.bool)
-    for _, start, stop in segments:
-        idle[start:stop] = False
-    for y, result, old in zip(ys, results, before, strict=True):
-        torch.testing.assert_close(y.float().cpu(), result, rtol=exact, atol=exact)
-        assert torch.equal(y[idle], old[idle]), "a token of the base was changed"
+RUNS = runs_by_mix(TILE)
+World = partial(cases.World, device=DEVICE)
 
 
 @pytest.fixture
@@ -140,13 +29,13 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def world(request: pytest.FixtureRequest) -> World:
+def world(request: pytest.FixtureRequest) -> cases.World:
     return World(dtype=request.param).add_all()
 
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
-def test_any_mix_of_adapters_equals_the_reference(world: World, runs: list[tuple[int, int]]) -> None:
+def test_any_mix_of_adapters_equals_the_reference(world: cases.World, runs: list[tuple[int, int]]) -> None:
     check(TritonLora(DEVICE), world, *segments_of(runs))
 
 
@@ -218,7 +107,7 @@ def test_slots_are_taken_over_and_tables_grow() -> None:
 
 
 def capture(
-    kernel: TritonLora, ys: list[Tensor], x: Tensor, world: World, monkeypatch: pytest.MonkeyPatch
+    kernel: TritonLora, ys: list[Tensor], x: Tensor, world: cases.World, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], None]:
     """A CUDA graph's replay of a call for 8 tokens; without a GPU, the very launches again."""
     segments = [Segment(0, 0, 1)]
