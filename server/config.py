@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from server.config_values import key
-
 from server.options import HEADINGS, OPTIONS, USAGE, OneLineParser, Option, add_options
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, load_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
@@ -20,6 +21,8 @@ from adapters.registry import Registry, Version
 from adapters.residency import Residency
 from adapters.transfer import copying_for
 from adapters.watcher import Watcher
+from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
+from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockManager
@@ -30,9 +33,6 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
 from server.engine.sizes import Sizes, max_model_len, out_of_memory_names
 from server.engine.tokenizer import Tokenizer
-
-from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
-from server.engine import threads
 
 log = logging.getLogger("manylora.engine")
 

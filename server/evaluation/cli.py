@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from adapters.errors import AdapterNameInvalid, AdapterNotFound
 from adapters.paths import resolve_under
 from server.base_options import add_served, served_config
-
 from server.config import ServerConfig
 
 if TYPE_CHECKING:
