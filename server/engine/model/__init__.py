@@ -35,6 +35,10 @@ class StepModel(Protocol):
     name: str
     shapes: dict[int, KvShape]
 
+    @property
+    def attention_name(self) -> str:
+        """What attends, for the log and ``/version``; after ``allocate``."""
+
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Take the memory for the KV pages; before the first step."""
 
@@ -44,7 +48,7 @@ class StepModel(Protocol):
     def __call__(
         self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
     ) -> Tensor:
-        """Compute ``chunks`` and return float32 logits [n, vocabulary].
+        """Compute ``chunks`` and return float32 logits [n, vocabulary], which last until the next call.
 
         Args:
             rows: int64 [n], which of the step's tokens give logits; None = the last of each sampling chunk.

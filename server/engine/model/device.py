@@ -109,6 +109,10 @@ class DeviceModel:
         self._seats = torch.zeros(2, max_seqs, dtype=torch.long, device=stock.device)
         self._graphs = new_graph and DecodeGraphs(self._prepare_empty, self._run_seats, max_seqs, new_graph)
 
+    @property
+    def attention_name(self) -> str:
+        return self._stock.attention_name
+
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._sizes = num_blocks, block_size
         self._stock.allocate(num_blocks, block_size)

@@ -66,6 +66,7 @@ class FusedModel:
     """
 
     name = "fused"
+    attention_name = NativePaged.name
 
     def __init__(self, stock: StockModel, pool: RankPool, max_tokens: int) -> None:
         loaded = library()

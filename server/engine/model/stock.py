@@ -54,9 +54,22 @@ class StockModel:
         self._probe()
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        self.attention = choose_attention(self.shapes, block_size, self.device, self.dtype)
+        own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.attention = choose_attention(
+            self.shapes,
+            self.kinds,
+            block_size,
+            self.device,
+            self.dtype,
+            max_length=own_length or num_blocks * block_size,
+        )
         self.attention.allocate(self.shapes, num_blocks)
         self._sizes = num_blocks, block_size
+
+    @property
+    def attention_name(self) -> str:
+        assert self.attention is not None
+        return self.attention.name
 
     def warm_up(self) -> None:
         if self.device.type == "cuda":

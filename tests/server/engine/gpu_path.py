@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from adapters.kernels import Segment
 from adapters.kernels.segmented import segmented_lora
 from adapters.kernels.triton import TritonLora
 from adapters.site_pool import SitePool
+from server.engine import kernels
 from server.engine.attention import LayerAttention
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.flash_plan import FlashPlan
-from server.engine.model import stock
+from server.engine.model import graphs, stock
+from server.engine.model.graphs import Graph
 
 CPU = torch.device("cpu")
-BLOCK = 16
+SEATS = 6
+"""The most sequences of a step that is a graph."""
 
 
 class SegmentedTogether(TritonLora):
@@ -57,17 +61,29 @@ class MaskedPaged:
         return torch.einsum("thn,tnhd->thd", shares, v).to(q.dtype)
 
 
-def _paged(_shapes: object, block_size: int, device: torch.device, dtype: torch.dtype) -> FlashPaged:
-    return FlashPaged(MaskedPaged(), block_size, device, dtype, max_length=512)
+def _paged(
+    _shapes: object,
+    _kinds: object,
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
+) -> FlashPaged:
+    return FlashPaged(MaskedPaged(), block_size, device, dtype, max_length)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, lora: TritonLora | None = None) -> None:
-    """Models built from now on take the GPU's way."""
+def pretend(monkeypatch: pytest.MonkeyPatch, new_graph: Callable[[], Graph] | None = None) -> None:
+    """Models built from now on take the GPU's way; with graphs, with Triton's kernels interpreted."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr(stock, "choose_lora", lambda *_: lora or SegmentedTogether(CPU))
+    if new_graph is None:
+        monkeypatch.setattr(stock, "choose_lora", lambda *_: SegmentedTogether(CPU))
+    else:
+        monkeypatch.setattr(stock, "choose_lora", lambda *_: TritonLora(CPU))
+        monkeypatch.setattr(kernels, "choose", lambda _: import_module("server.engine.kernels.triton"))
+        monkeypatch.setattr(graphs, "cuda_graphs", lambda: new_graph)
     monkeypatch.setattr(stock, "choose_attention", _paged)
     monkeypatch.setattr(
         model_package,
         "_on_cpu",
-        lambda of, pool, block_size, _: model_package._on_gpu(of, pool, block_size, 8, enforce_eager=True),
+        lambda of, pool, block_size, _: model_package._on_gpu(of, pool, block_size, SEATS, new_graph is None),
     )

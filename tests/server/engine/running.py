@@ -107,7 +107,7 @@ class LogitsRecorder:
         rows = iter(logits)
         for chunk in chunks:
             if chunk.samples:
-                self.logits.setdefault(chunk.sequence.request_id, []).append(next(rows))
+                self.logits.setdefault(chunk.sequence.request_id, []).append(next(rows).clone())
         return logits
 
     def of(self, asked: Asked) -> Tensor:

@@ -39,17 +39,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def _prompts(vocabulary: int) -> list[Asked]:
-    """Lengths on both sides of a block, of a chunk and of the sliding window; two share an adapter."""
+Plan = list[tuple[str | None, int]]
+"""By request: its adapter and the length of its prompt."""
+
+PLAN: Plan = [
+    ("everywhere", 5), (None, 37), ("attention", 70), ("mixed-ranks", 16), ("everywhere", 33), (None, 1)
+]  # fmt: skip
+"""Lengths on both sides of a block, of a chunk and of the sliding window; two share an adapter."""
+
+
+def _prompts(vocabulary: int, plan: Plan = PLAN) -> list[Asked]:
     generator = torch.Generator().manual_seed(0)
-    plan = [
-        ("everywhere", 5),
-        (None, 37),
-        ("attention", 70),
-        ("mixed-ranks", 16),
-        ("everywhere", 33),
-        (None, 1),
-    ]
     return [
         Asked(torch.randint(3, vocabulary, (n,), generator=generator).tolist(), adapter, {"ignore_eos": True})
         for adapter, n in plan
@@ -109,14 +109,18 @@ def test_it_does_without_the_native_kernels_too(
 
 
 def compare_with_peft(
-    family: Family, tmp_path: Path, quantization: Quantization = "nf4", tolerance: float = TOLERANCE
+    family: Family,
+    tmp_path: Path,
+    quantization: Quantization = "nf4",
+    tolerance: float = TOLERANCE,
+    plan: Plan = PLAN,
 ) -> Parts:
     folder = make_tiny_model(family, tmp_path / family)
     prepared = prepare_base(str(folder), tmp_path, quantization, progress=False)
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
         make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
     parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--quantization", quantization)
-    requests = _prompts(parts.tokenizer.vocab_size)
+    requests = _prompts(parts.tokenizer.vocab_size, plan)
     recorder = _run_mixed(parts, requests)
     assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
     for asked in requests:

@@ -1,0 +1,39 @@
+"""Decoding in recorded graphs, with Triton's kernels interpreted. Not collected by itself
+(``test_interpreted.py``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.kernels import triton
+from server.engine.model import graphs, made_up
+from server.engine.model.graphs import DecodeGraphs
+from tests.server.engine.gpu_path import SEATS, pretend
+from tests.server.engine.recorded_graph import RecordedGraph
+from tests.server.engine.test_exactness import Plan, compare_with_peft
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")
+
+PLAN: Plan = [("everywhere", 2), (None, 5), ("attention", 3), ("mixed-ranks", 4)]
+
+
+def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three adapters and the base in graphs that were recorded without any."""
+    replays: list[tuple[int, bool]] = []
+    replay = DecodeGraphs.replay
+
+    def noted(self: DecodeGraphs, seats: int, adapted: bool) -> torch.Tensor:
+        replays.append((seats, adapted))
+        return replay(self, seats, adapted)
+
+    monkeypatch.setattr(DecodeGraphs, "replay", noted)
+    monkeypatch.setattr(graphs, "seat_counts", lambda most: [most // 2, most])
+    monkeypatch.setattr(made_up, "_WARM_TOKENS", 8)
+    monkeypatch.setattr(triton, "_PROGRAMS", 8)  # the interpreter takes them one by one
+    pretend(monkeypatch, RecordedGraph)
+    compare_with_peft("llama", tmp_path, tolerance=0.15, plan=PLAN)
+    assert replays.count((SEATS, True)) > 5
