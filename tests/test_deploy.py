@@ -105,7 +105,7 @@ def test_compose_gives_options_and_keys(server: str) -> None:
 
 
 def pod_environ(secrets: Mapping[str, str]) -> dict[str, str]:
-    environ = image_environ("cuda") | KUBERNETES["ConfigMap"]["data"]
+    environ: dict[str, str] = image_environ("cuda") | KUBERNETES["ConfigMap"]["data"]
     assert CONTAINER["envFrom"] == [{"configMapRef": {"name": KUBERNETES["ConfigMap"]["metadata"]["name"]}}]
     for variable in CONTAINER["env"]:
         if "valueFrom" in variable:
