@@ -1,19 +1,80 @@
-"""Which attention backend serves a model on this machine; heavy ones are imported only when chosen."""
+"""Which attention backend serves a model on this machine; heavy ones are imported only when chosen.
+
+The first of ``BUILDS`` that can on a GPU, the native kernel on a CPU; gathered pages where neither can.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
-from server.engine.attention import AttentionBackend, KvShape
+from server.engine.attention import AttentionBackend, KvShape, LayerAttention
+from server.engine.attention.flash_check import what_is_wrong
+from server.engine.attention.flash_kernels import PAGE, FlashAttn, TorchVarlen
+from server.engine.attention.flash_paged import FlashPaged, PagedKernel
 from server.engine.attention.torch_paged import TorchPaged
+
+log = logging.getLogger("manylora.engine")
+
+GATHERED = 16
+"""Tokens of a block that suit a CPU, and gathered pages."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build of FlashAttention-2.
+
+    Attributes:
+        load: raises ImportError if it is not there.
+        page: a block must hold a multiple of so many tokens.
+        suits: tokens of a block that suit it.
+        softcap: whether it can cap scores.
+    """
+
+    name: str
+    load: Callable[[], PagedKernel]
+    page: int
+    suits: int
+    softcap: bool
+
+
+def _triton() -> PagedKernel:
+    from server.engine.attention.triton_paged import TritonPaged
+
+    return TritonPaged()
+
+
+BUILDS = (
+    Build("flash-attn", FlashAttn.load, PAGE, PAGE, softcap=True),
+    Build("PyTorch's varlen_attn", TorchVarlen.load, PAGE, PAGE, softcap=False),
+    # Smaller blocks share more prefixes, but tables of longer rows are sent to the device in each step.
+    Build("the Triton kernel", _triton, 1, 64, softcap=True),
+)
 
 
 def choose(
-    shapes: Mapping[int, KvShape], block_size: int, device: torch.device, dtype: torch.dtype
+    shapes: Mapping[int, KvShape],
+    kinds: Mapping[int, LayerAttention],
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_length: int,
 ) -> AttentionBackend:
-    """The backend for this model on this machine, chosen once when the model is built."""
+    """The backend for this model on this machine. Why a better one is not used, is logged.
+
+    Args:
+        shapes, kinds: by layer.
+        max_length: tokens of the longest sequence there can be.
+    """
+    if device.type == "cuda":
+        found = first_fit(BUILDS, shapes, kinds, block_size, device, dtype)
+        if found is not None:
+            return FlashPaged(found[1], block_size, device, dtype, max_length)
     from adapters.native import library
 
     native = library() if device.type == "cpu" and dtype == torch.bfloat16 else None
@@ -23,3 +84,84 @@ def choose(
         if NativePaged.fits(shapes, block_size):
             return NativePaged(native, block_size)
     return TorchPaged(block_size, device, dtype)
+
+
+def preferred_block_size(text_config: Any, device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens of a block that suit this device and the layers that transformers' ``text_config`` tells of."""
+    if device.type != "cuda":
+        return GATHERED
+    heads = text_config.num_attention_heads
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    shape = KvShape(getattr(text_config, "num_key_value_heads", None) or heads, dim, dim)
+    kind = LayerAttention(dim**-0.5, softcap=getattr(text_config, "attn_logit_softcapping", None))
+    found = first_fit(BUILDS, {0: shape}, {0: kind}, None, device, dtype)
+    return GATHERED if found is None else found[0].suits
+
+
+def first_fit(
+    builds: Sequence[Build],
+    shapes: Mapping[int, KvShape],
+    kinds: Mapping[int, LayerAttention],
+    block_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Build, PagedKernel] | None:
+    """The first build that serves these layers on this device; ``block_size`` None = what suits it."""
+    layers = frozenset((shape, kinds[layer]) for layer, shape in shapes.items())
+    for build in builds:
+        found = _tried(build, layers, block_size or build.suits, device, dtype)
+        if not isinstance(found, str):
+            return build, found
+        _say(build.name, found)
+    return None
+
+
+@cache
+def _tried(
+    build: Build,
+    layers: frozenset[tuple[KvShape, LayerAttention]],
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PagedKernel | str:
+    """The kernel, or why not; tried once, however often the choice is made."""
+    reason = _why_not(build, layers, block_size, device, dtype)
+    if reason is not None:
+        return reason
+    try:
+        kernel = build.load()
+    except (ImportError, OSError) as error:
+        return f"it is not there ({error})"
+    for layer in layers:
+        if (wrong := what_is_wrong(kernel, *layer, block_size, device, dtype)) is not None:
+            return wrong
+    return kernel
+
+
+@cache
+def _say(name: str, reason: str) -> None:
+    log.info("attention without %s: %s", name, reason)
+
+
+def _why_not(
+    build: Build,
+    layers: frozenset[tuple[KvShape, LayerAttention]],
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """What about the layers, the blocks or the device it cannot do."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the model computes in {dtype}, not in 16 bits"
+    for shape, kind in layers:
+        if shape.key_dim != shape.value_dim:
+            return f"keys have {shape.key_dim} dimensions and values {shape.value_dim}"
+        if shape.key_dim > 256 or shape.key_dim % 8:
+            return f"heads of {shape.key_dim} dimensions are not a multiple of 8 up to 256"
+        if kind.softcap is not None and not build.softcap:
+            return "it cannot cap scores, as this model does"
+    if block_size % build.page:
+        return f"a block holds {block_size} tokens, not a multiple of {build.page} (--block-size)"
+    return None

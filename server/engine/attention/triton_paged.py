@@ -44,10 +44,6 @@ class TritonPaged:
 
     name = "FlashAttention-2 in Triton"
 
-    @classmethod
-    def load(cls) -> TritonPaged:
-        return cls()
-
     def __call__(
         self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
     ) -> Tensor:

@@ -1,0 +1,61 @@
+"""Whether a flash kernel does on this device what its documentation says, tried before it is relied on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.engine.attention import KvShape, LayerAttention
+from server.engine.attention.flash_paged import PagedKernel
+from server.engine.attention.flash_plan import FlashPlan
+from server.engine.attention.reference import ReferencePaged
+
+_GROUP = 2
+_ALIKE = 0.05
+"""Largest distance from the definition that rounding to 16 bits explains, relative to the largest result."""
+
+
+def what_is_wrong(
+    kernel: PagedKernel,
+    shape: KvShape,
+    kind: LayerAttention,
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """Compare a mixed step and a decode step of two sequences with the definition; None = they are alike."""
+
+    def random(*size: int) -> Tensor:
+        values = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        return values.to(device, dtype)
+
+    pages = 2, 4, block_size, shape.kv_heads, shape.key_dim
+    keys, values = random(*pages)
+    for counts in ([9, 1], [1, 1]):
+        plan = _plan(counts, [block_size + 9, 5], device)
+        q = random(sum(counts), shape.kv_heads * _GROUP, shape.key_dim)
+        expected = ReferencePaged()(q, keys, values, plan, kind).float()
+        try:
+            got = kernel(q, keys, values, plan, kind).float()
+        except Exception as error:  # whatever is wrong with it: another one will do
+            return f"it fails: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        difference = ((got - expected).abs().max() / expected.abs().max()).item()
+        if not difference < _ALIKE:
+            return f"its results are wrong by {difference:.2g}"
+    return None
+
+
+def _plan(counts: list[int], lengths: list[int], device: torch.device) -> FlashPlan:
+    def ints(*values: int | list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    (m, _), (n, k) = counts, lengths
+    return FlashPlan(
+        new_slots=torch.empty(0, dtype=torch.int64, device=device),
+        query_starts=ints(0, m, sum(counts)),
+        kv_starts=ints(0, n, n + k),
+        lengths=ints(n, k),
+        tables=ints([2, 0], [1, 3]),
+        max_query=max(counts),
+        max_length=max(lengths),
+    )
