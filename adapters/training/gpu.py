@@ -21,8 +21,9 @@ FUSED_OPTIMIZER = "adamw_torch_fused"
 
 # Of what is free, the rest being for what others on the GPU may need besides: a server's larger batches.
 _SHARE = 0.9
-# Adapter, optimiser and the activations of one layer, beside a base that is itself this many times its files.
-_LEAST_TIMES, _LEAST_MORE = 1.1, 512 << 20
+# A loaded base is so many times its files; adapter, optimiser and a layer's activations are some hundreds
+# of MiB, and the evaluation after them takes 1 GiB for keys and values, and a step.
+_LEAST_TIMES, _LEAST_MORE = 1.1, 2 << 30
 
 
 def optimizer_for(device: str) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from server.engine.build import build_parts
 from server.evaluation.examiner import Examiner
 from server.evaluation.result import Evaluation, Model
 
+_FRUGAL = ("--kv-cache-memory", "1GiB", "--enforce-eager")
+
 
 def evaluate_adapter(
     base: str,
@@ -31,6 +33,8 @@ def evaluate_adapter(
     progress: bool = False,
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
+
+    It takes no more of a GPU than it needs: a server that has taken its share may be running there.
 
     Args:
         base, home, quantization, device: as for ``manylora serve``.
@@ -47,6 +51,7 @@ def evaluate_adapter(
     """
     flags = ["--base", base, "--home", str(home), "--quantization", quantization, "--device", device]
     flags += [] if threads is None else ["--threads", str(threads)]
+    flags += _FRUGAL
     return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress)
 
 

@@ -19,7 +19,9 @@ from adapters.base import load_base, prepare_base
 from adapters.errors import AdapterInvalid
 from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import encode_row
+from server.config import ServerConfig
 from server.engine.sequence import Chunk
+from server.evaluation import evaluate as evaluate_module
 from server.evaluation.errors import EvaluationFailed
 from server.evaluation.evaluate import evaluate_adapter
 from server.evaluation.examiner import Examiner
@@ -141,6 +143,16 @@ def test_a_question_that_fills_the_context_is_named(home: Path) -> None:
     data = write(home / "big.jsonl", [[("user", "tin"), ("assistant", "sir")] * 200])
     with pytest.raises(EvaluationFailed, match=r"line 1 has \d+ tokens"):
         evaluate(home, data, "new")
+
+
+def test_what_is_left_of_a_gpu_is_enough(home: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a job's training, beside the server: not all that --gpu-memory-utilization would give one."""
+    configs: list[ServerConfig] = []
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda config, *_: configs.append(config))
+    evaluate(home, data, "new")
+    (config,) = configs
+    assert config.engine.kv_cache_memory == 1 << 30
+    assert config.engine.enforce_eager
 
 
 def test_a_broken_adapter_is_refused_as_the_server_would(home: Path, data: Dataset) -> None:
