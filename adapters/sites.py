@@ -34,7 +34,8 @@ class BaseLayout:
         modules: the names of all modules of the base (to explain a target that is not a site).
         name_or_path: what the base calls itself (compared with ``base_model_name_or_path``).
         embedding, head: the token embedding (vocabulary → hidden) and the output head (hidden → vocabulary).
-        tied: whether these two share one matrix.
+        tied: whether these two share one matrix where adapters are made.
+        head_apart: whether the head that is served is a 4-bit copy of that matrix, the embedding it itself.
         norms: by name, the parameters of every norm and their lengths.
         biases: the linears (the head too) and the norms that have a bias.
     """
@@ -45,6 +46,7 @@ class BaseLayout:
     embedding: Site | None = None
     head: Site | None = None
     tied: bool = False
+    head_apart: bool = False
     norms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
 

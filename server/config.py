@@ -35,6 +35,7 @@ class BaseConfig:
 
     base: str
     quantization: Quantization
+    head_quantization: Quantization
     served_names: tuple[str, ...]
     device: Device
 

@@ -131,6 +131,7 @@ class EngineCollector(Collector):
             "model": base.name,
             "digest": base.digest,
             "quantization": base.quantization,
+            "head_quantization": base.head_quantization,
             "version": VERSION,
         }
         yield InfoMetricFamily("manylora_base", "The base that is served", info)

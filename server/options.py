@@ -69,6 +69,8 @@ OPTIONS: tuple[Option, ...] = (
            "smollm2-135m, a transformers folder, a GGUF file or a hub id"),
     Option("--quantization", "base.quantization", choice("nf4", "none"), "nf4", "{nf4,none}",
            "nf4: 4 bits with double quantisation; none: bf16"),
+    Option("--head-quantization", "base.head_quantization", choice("nf4", "none"), "none", "{nf4,none}",
+           "the same of the output head; train with what you serve"),
     Option("--served-model-name", "base.served_names", name, None, "NAME",
            "what clients call the base (may be repeated)", several=True),
     Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",

@@ -141,6 +141,7 @@ def _announce(service: RunningService, config: ServerConfig, listener: socket.so
         "base": base.name,
         "base_digest": base.digest,
         "quantization": base.quantization,
+        "head_quantization": base.head_quantization,
         "max_model_len": base.max_model_len,
         "adapters": len(service.adapters()),
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapters.artifact.adapter import Adjustment, End, Extras, LoraWeights
 from adapters.artifact.plan import AdapterPlan, SitePlan, shifted
-from adapters.errors import AdapterInvalid
+from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
 
 _CHUNK = 1024
@@ -78,13 +78,29 @@ def assemble(
 def without_copies(
     plan: AdapterPlan, tensors: Mapping[str, Tensor], layout: BaseLayout, base: BaseWeights
 ) -> AdapterPlan:
-    """The plan without matrices that are the base's to the bit: PEFT saves those beside their LoRA."""
+    """The plan without matrices that are the base's to the bit: PEFT saves those beside their LoRA.
+
+    Raises AdapterUnsupported.
+    """
     own = {
         name: entry
         for name, entry in plan.own.matrices.items()
-        if not torch.equal(_as_linear(tensors[entry.name], name, layout), base.dense(name).cpu())
+        if not torch.equal(tensors[entry.name], _matrix(name, layout, base).cpu())
     }
+    if layout.head_apart and len({entry.name for entry in own.values()}) < len(own):
+        raise AdapterUnsupported(
+            f"Tensor {next(iter(own.values())).name!r} takes the place of the matrix that embedding and head "
+            "share, but --head-quantization nf4 has parted them, and the adapter does not say whether the "
+            "head changes too; serve it with --head-quantization none, or train it with modules_to_save."
+        )
     return replace(plan, own=replace(plan.own, matrices=own))
+
+
+def _matrix(name: str, layout: BaseLayout, base: BaseWeights) -> Tensor:
+    """[vocabulary, hidden], the base's as adapters' files have it: with a head apart, one for both ends."""
+    if layout.head_apart and layout.embedding is not None:
+        name = layout.embedding.name
+    return _as_linear(base.dense(name), name, layout)
 
 
 def _as_linear(matrix: Tensor, name: str, layout: BaseLayout) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from adapters.base.head import quantize_head
 from adapters.base.quiet import quiet_libraries
 from adapters.base.source import Source, resolve
 from adapters.errors import BaseCorrupt, BaseModelError
@@ -41,7 +42,7 @@ class PreparedBase:
         name: short, for people (``smollm2-135m``, a folder's name, a hub id).
         path: a transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
         digest: sha256 (hex) of the source's digest, the quantisation and the checkpoint format.
-        quantization: ``nf4`` or ``none`` (bf16).
+        quantization, head_quantization: ``nf4`` or ``none`` (bf16), of the linears and of the output head.
         source: what adapters call this base (``base_model_name_or_path``): a hub id or a path.
     """
 
@@ -50,17 +51,24 @@ class PreparedBase:
     digest: str
     quantization: Quantization
     source: str
+    head_quantization: Quantization = "none"
 
 
 def prepare_base(
-    base: str, cache_dir: Path, quantization: Quantization = "nf4", progress: bool = True
+    base: str,
+    cache_dir: Path,
+    quantization: Quantization = "nf4",
+    head_quantization: Quantization = "none",
+    progress: bool = True,
 ) -> PreparedBase:
     """Fetch and quantise ``base`` unless a checkpoint of it is at hand already.
 
     Args:
         base: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a hub id.
         cache_dir: where downloads and checkpoints are kept; several processes may share it.
-        quantization: ``nf4`` (double quantisation, bf16 compute, output head in bf16) or ``none`` (bf16).
+        quantization: ``nf4`` (double quantisation, bf16 compute) or ``none`` (bf16).
+        head_quantization: the same of the output head. What is trained on a base is trained against its head,
+            so another head is another base.
         progress: bars on stderr.
 
     Raises:
@@ -70,12 +78,21 @@ def prepare_base(
     source = resolve(base, cache_dir, progress)
     if source.prequantized and quantization == "none":
         raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
-    digest = hashlib.sha256(f"{source.digest}\n{quantization}\n{_FORMAT}".encode()).hexdigest()
-    path = _checkpoint(source, quantization, cache_dir / "bases" / digest, progress)
-    return PreparedBase(source.name, path, digest, quantization, source.name_or_path)
+    if head_quantization != "none" and quantization == "none":
+        raise BaseModelError(
+            f"--head-quantization {head_quantization} with --quantization none would leave the head alone in "
+            "4 bits; leave out one of them."
+        )
+    how = quantization if head_quantization == "none" else f"{quantization}\nhead {head_quantization}"
+    digest = hashlib.sha256(f"{source.digest}\n{how}\n{_FORMAT}".encode()).hexdigest()
+    target = cache_dir / "bases" / digest
+    path = _checkpoint(source, quantization, head_quantization, target, progress)
+    return PreparedBase(source.name, path, digest, quantization, source.name_or_path, head_quantization)
 
 
-def _checkpoint(source: Source, quantization: Quantization, target: Path, progress: bool) -> Path:
+def _checkpoint(
+    source: Source, quantization: Quantization, head: Quantization, target: Path, progress: bool
+) -> Path:
     if target.is_dir():
         return target
     with _lock(target.with_suffix(".lock")):
@@ -86,21 +103,23 @@ def _checkpoint(source: Source, quantization: Quantization, target: Path, progre
             return files  # it is served as it stands: a copy would only cost disk
         with _appearing(target) as partial:
             logger.info("Preparing %s (%s); this happens once.", source.name, quantization)
-            _convert(files, quantization, partial, progress)
+            _convert(files, quantization, head, partial, progress)
     return target
 
 
-def _convert(files: Path, quantization: Quantization, target: Path, progress: bool) -> None:
+def _convert(
+    files: Path, quantization: Quantization, head: Quantization, target: Path, progress: bool
+) -> None:
     """Write the checkpoint of ``files`` (a folder or a GGUF) to ``target``."""
     with quiet_libraries(progress):
         if files.is_dir():
-            _quantize(files, target)
+            _quantize(files, head, target)
         elif quantization == "none":
             _unpack_gguf(files, target, progress)
         else:  # transformers takes one quantisation at a time: out of GGUF first, then into NF4
             dense = target / "dense"
             _unpack_gguf(files, dense, progress)
-            _quantize(dense, target)
+            _quantize(dense, head, target)
             shutil.rmtree(dense)
 
 
@@ -114,7 +133,7 @@ def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _quantize(folder: Path, target: Path) -> None:
+def _quantize(folder: Path, head: Quantization, target: Path) -> None:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -124,6 +143,8 @@ def _quantize(folder: Path, target: Path) -> None:
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with reading(folder):
         model = load_whole(folder, quantization_config=nf4, device_map={"": device})
+        if head == "nf4":
+            quantize_head(model)
         tokenizer = load_tokenizer(folder)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

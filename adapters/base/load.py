@@ -9,7 +9,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from adapters.base.checkpoint import PreparedBase, load_tokenizer, load_whole, reading
+from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
+from adapters.errors import BaseModelError
 from adapters.sites import BaseLayout, Site
 
 
@@ -47,14 +49,25 @@ def load_base(
 
     Raises:
         BaseCorrupt: the checkpoint cannot be read, or tensors are missing.
+        BaseModelError: a base that came quantised has another head than it was prepared for.
     """
     with quiet_libraries(progress), reading(prepared.path):
         model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(prepared.path)
+    _check_head(prepared, model)
     # PEFT writes this name into the adapters it saves: the base's own, not that of our cache folder.
     model.name_or_path = model.config._name_or_path = prepared.source
     model.eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, prepared, layout_of(model, prepared.source))
+
+
+def _check_head(prepared: PreparedBase, model: Any) -> None:
+    found = "nf4" if has_4bit_head(model) else "none"
+    if found != prepared.head_quantization:
+        raise BaseModelError(
+            f"{prepared.name} came quantised, with its head as --head-quantization {found} has it and not "
+            f"{prepared.head_quantization}; give that, or an unquantised base."
+        )
 
 
 def layout_of(model: Any, name_or_path: str) -> BaseLayout:
@@ -71,7 +84,8 @@ def layout_of(model: Any, name_or_path: str) -> BaseLayout:
         name_or_path=name_or_path,
         embedding=Site(names[embedding], vocabulary, hidden),
         head=_site(names[head], head),
-        tied=head.weight is embedding.weight,
+        tied=head.weight is embedding.weight or was_tied(model),
+        head_apart=was_tied(model),
         norms=norms,
         biases=frozenset(n for m, n in names.items() if n in places and getattr(m, "bias", None) is not None),
     )

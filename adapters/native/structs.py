@@ -138,6 +138,8 @@ HeadCall = _struct(
     eps=c_float,
     softcap=c_float,
     w=c_void_p,
+    nf4=c_void_p,
+    codebook=c_void_p,
     normed=c_void_p,
     out=c_void_p,
 )

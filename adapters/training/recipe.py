@@ -59,6 +59,7 @@ class TrainConfig:
     base: str = "smollm2-135m"
     home: Path = Path(".manylora")
     quantization: Quantization = "nf4"
+    head_quantization: Quantization = "none"
     device: Device = "auto"
     target_modules: tuple[str, ...] = ("all-linear",)
     method: Method = "lora"
@@ -128,6 +129,7 @@ def learning_rate_for(parameters: int) -> float:
 _CHOICES = {
     "method": get_args(Method),
     "quantization": get_args(Quantization),
+    "head_quantization": get_args(Quantization),
     "device": get_args(Device),
     "gradient_checkpointing": get_args(Choice),
     "cache_dequantized": get_args(Choice),

@@ -110,7 +110,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     bars = show and sys.stderr.isatty()
-    prepared = prepare_base(config.base, config.home, config.quantization, bars)
+    prepared = prepare_base(config.base, config.home, config.quantization, config.head_quantization, bars)
     run.check_same_run(
         {
             **config.as_json(),

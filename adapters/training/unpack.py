@@ -22,7 +22,7 @@ def unpack_linears(model: Any) -> None:
     """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight.
 
     bitsandbytes computes with that very weight, only that it unpacks it in each pass (on a CPU, at 1.1
-    billion weights a second); the head stays what it is, bf16.
+    billion weights a second).
     """
     for name, module in four_bit_linears(model).items():
         parent, _, leaf = name.rpartition(".")

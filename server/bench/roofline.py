@@ -117,14 +117,20 @@ def llama_stack(fields: Mapping[str, Any]) -> Stack:
     )
 
 
-def works(stack: Stack, step: Step, weight_bytes: float) -> dict[str, Work]:
-    """By part, the least that one decode step must read and compute."""
+def works(
+    stack: Stack, step: Step, weight_bytes: float, head_bytes: float = WEIGHT_BYTES["bf16"]
+) -> dict[str, Work]:
+    """By part, the least that one decode step must read and compute.
+
+    Args:
+        weight_bytes, head_bytes: of a linear's weight and of the output head's.
+    """
     kv = step.sequences * step.context * stack.kv_width
     return {
         "linears": Work(weight_bytes * stack.weights, 2 * step.sequences * stack.weights),
         "lora": Work(_BF16 * step.read_ranks * stack.row_width, 2 * step.used_ranks * stack.row_width),
         "attention": Work(_BF16 * kv, 2 * kv * stack.heads_per_kv_head),
-        "head": Work(_BF16 * stack.head, 2 * step.sequences * stack.head),
+        "head": Work(head_bytes * stack.head, 2 * step.sequences * stack.head),
     }
 
 

@@ -31,6 +31,9 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     step.add_argument(
         "--home", type=Path, default=Path(".manylora"), metavar="DIR", help="(default: %(default)s)"
     )
+    step.add_argument(
+        "--head-quantization", choices=("nf4", "none"), default="none", help="(default: %(default)s)"
+    )
     step.add_argument("--num-seqs", type=int, nargs="+", default=[1, 16], metavar="N", help="(default: 1 16)")
     step.add_argument("--num-adapters", type=int, default=16, metavar="N", help="(default: %(default)s)")
     step.add_argument("--adapter-rank", type=int, default=16, metavar="R", help="(default: %(default)s)")
@@ -62,9 +65,10 @@ def _build(arguments: argparse.Namespace, scratch: Path) -> Parts:
     from server.config import from_args
     from server.engine.build import build_parts
 
-    prepared = prepare_base(arguments.base, arguments.home)
+    prepared = prepare_base(arguments.base, arguments.home, head_quantization=arguments.head_quantization)
     adapters = write_adapters(prepared.path, scratch, arguments.num_adapters, arguments.adapter_rank, seed=0)
     flags = ["--base", arguments.base, "--home", str(arguments.home), "--adapter-dir", str(scratch)]
+    flags += ["--head-quantization", arguments.head_quantization]
     sizes = ["--max-loras", str(arguments.num_adapters), "--max-lora-rank", str(arguments.adapter_rank)]
     parts = build_parts(from_args([*flags, *sizes, "--no-enable-prefix-caching"], environ={}))
     for name, folder in adapters.items():
@@ -164,7 +168,8 @@ def _works(parts: Parts, arguments: argparse.Namespace, count: int, adapters: in
         read_ranks=rank * adapters,
         used_ranks=rank * count if adapters else 0,
     )
-    return works(stack, step, WEIGHT_BYTES["nf4, scales in bf16"])
+    nf4, bf16 = WEIGHT_BYTES["nf4, scales in bf16"], WEIGHT_BYTES["bf16"]
+    return works(stack, step, nf4, nf4 if model.head.is_4bit else bf16)
 
 
 def _rows(seconds: Seconds, works: dict[str, Work], machine: Machine) -> Iterator[str]:

@@ -117,7 +117,15 @@ def build_service(config: ServerConfig) -> EngineService:
 def _info(config: ServerConfig, base: LoadedBase, max_model_len: int) -> BaseInfo:
     prepared = base.prepared
     names = config.base.served_names or (prepared.name,)
-    return BaseInfo(prepared.name, names, prepared.digest, prepared.quantization, max_model_len, time.time())
+    return BaseInfo(
+        prepared.name,
+        names,
+        prepared.digest,
+        prepared.quantization,
+        max_model_len,
+        time.time(),
+        prepared.head_quantization,
+    )
 
 
 def _load(config: ServerConfig) -> LoadedBase:
@@ -128,7 +136,9 @@ def _load(config: ServerConfig) -> LoadedBase:
         raise ConfigError(
             "--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA"
         )
-    prepared = prepare_base(config.base.base, config.home, config.base.quantization)
+    prepared = prepare_base(
+        config.base.base, config.home, config.base.quantization, config.base.head_quantization
+    )
     with out_of_memory_names("--base", f"the base {prepared.name}"):
         return load_base(prepared, device, progress=True)
 
@@ -188,7 +198,7 @@ def _adapters(
 def _tokenizer(base: LoadedBase) -> Tokenizer:
     configured = base.model.generation_config.eos_token_id
     eos = set(configured if isinstance(configured, list) else [configured]) | {base.tokenizer.eos_token_id}
-    vocab_size = base.model.get_output_embeddings().weight.shape[0]
+    vocab_size = base.model.get_output_embeddings().out_features
     return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}))
 
 
@@ -214,7 +224,10 @@ def _stats(engine: Engine, residency: Residency) -> EngineStats:
 def _log_sizes(
     model: StepModel, base: BaseInfo, blocks: BlockManager, pool: RankPool, registry: Registry
 ) -> None:
-    log.info("base %s: %s, digest %s", base.name, base.quantization, base.digest)
+    log.info(
+        "base %s: %s, output head %s, digest %s",
+        base.name, base.quantization, base.head_quantization, base.digest,
+    )  # fmt: skip
     log.info("blocks: %s; native kernels: %s", model.name, isa())
     log.info(
         "KV cache: %d blocks, %d tokens; context %d tokens",

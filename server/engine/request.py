@@ -187,6 +187,7 @@ class BaseInfo:
     quantization: str
     max_model_len: int
     created: float
+    head_quantization: str = "none"
 
 
 class Service(Protocol):

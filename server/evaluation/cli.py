@@ -32,6 +32,7 @@ _SHARED = (
     "--home",
     "--base",
     "--quantization",
+    "--head-quantization",
     "--device",
     "--adapter-dir",
     "--kv-cache-memory",

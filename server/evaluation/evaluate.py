@@ -31,13 +31,14 @@ def evaluate_adapter(
     replaced: Path | None = None,
     threads: int | None = None,
     progress: bool = False,
+    head_quantization: str = "none",
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
 
     It takes no more of a GPU than it needs: a server that has taken its share may be running there.
 
     Args:
-        base, home, quantization, device: as for ``manylora serve``.
+        base, home, quantization, head_quantization, device: as for ``manylora serve``.
         data: held-out conversations.
         adapter, replaced: PEFT folders, anywhere.
         threads: of the CPU kernels; None = as many as this process may run on.
@@ -49,7 +50,8 @@ def evaluate_adapter(
         TrainingError: rows cannot be encoded as training encodes them.
         EvaluationFailed: a question does not fit into the context, or the engine could not finish a row.
     """
-    flags = ["--base", base, "--home", str(home), "--quantization", quantization, "--device", device]
+    flags = ["--base", base, "--home", str(home), "--device", device]
+    flags += ["--quantization", quantization, "--head-quantization", head_quantization]
     flags += [] if threads is None else ["--threads", str(threads)]
     flags += _FRUGAL
     return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress)

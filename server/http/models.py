@@ -101,7 +101,13 @@ def _card(name: str, created: float, base: BaseInfo) -> dict[str, Any]:
 
 
 def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
-    own = {"root": base.name, "parent": None, "digest": base.digest, "quantization": base.quantization}
+    own = {
+        "root": base.name,
+        "parent": None,
+        "digest": base.digest,
+        "quantization": base.quantization,
+        "head_quantization": base.head_quantization,
+    }
     return _card(name, base.created, base) | own
 
 

@@ -43,6 +43,7 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--run-dir": run_folder,
         "--base": config.base.base,
         "--quantization": config.base.quantization,
+        "--head-quantization": config.base.head_quantization,
         "--device": "cpu" if config.training.gpu == "none" else config.base.device,
         "--gpu-memory": config.training.gpu_memory,
         "--home": config.home,

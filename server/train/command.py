@@ -108,6 +108,7 @@ class Command:
             replaced if replaced.is_dir() else None,
             config.threads or None,
             progress=sys.stderr.isatty(),
+            head_quantization=config.head_quantization,
         )
         decision = decide(evaluation)
         _say(f"{table(evaluation)}\n{decision.reason}")
@@ -120,6 +121,7 @@ class Command:
             base=self._server.base.base,
             home=self._server.home,
             quantization=self._server.base.quantization,
+            head_quantization=self._server.base.head_quantization,
             device=self._server.base.device,
             **chosen(self._arguments),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import addressof, byref, c_int64, c_void_p
 from dataclasses import dataclass, field
@@ -70,11 +70,11 @@ def head(
     x: Tensor,
     rows: list[int],
     norm: Tensor,
-    packed: Tensor,
+    weights: Mapping[str, int],
     vocabulary: int,
     softcap: float,
 ) -> Tensor:
-    """float32 [rows, vocabulary]"""
+    """float32 [rows, vocabulary]; ``weights``: the fields of ``HeadCall`` that say by what."""
     index = torch.tensor(rows)
     out = torch.full((len(rows), -(-vocabulary // 16) * 16), torch.nan)
     normed = torch.empty(len(rows), x.shape[1], dtype=torch.bfloat16)
@@ -87,9 +87,9 @@ def head(
         norm=norm.data_ptr(),
         eps=1e-5,
         softcap=softcap,
-        w=packed.data_ptr(),
         normed=normed.data_ptr(),
         out=out.data_ptr(),
+        **weights,
     )
     loaded.manylora_head(byref(call))
     return out[:, :vocabulary]

@@ -23,7 +23,7 @@ from adapters.artifact import (
     load_adapter,
 )
 from adapters.base.weights import BaseWeights
-from adapters.errors import AdapterInvalid, AdapterTooLarge
+from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from tests.adapters.artifact_folders import LIMITS, layout_of
 from tests.tiny_models import make_peft_adapter
 
@@ -155,6 +155,44 @@ def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of
     own = _load(base, make_peft_adapter(base, tmp_path / "b", 3, ["q_proj"], modules_to_save=[EMBED]))
     assert own.extras.embedding is not None
     assert own.extras.head is None
+
+
+def _with_head_apart(tied: Any) -> Any:
+    """As ``--head-quantization nf4`` parts them: the head is the shared matrix no more, but a coarse copy."""
+    model = copy.deepcopy(tied)
+    model.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().half().float())
+    model.config.tied_before_quantization = True
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_on_a_base_whose_head_is_apart_copies_of_the_shared_matrix_cost_nothing(tmp_path: Path) -> None:
+    tied = _model(tied=True)
+    fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", EMBED, HEAD]}
+    folder = make_peft_adapter(tied, tmp_path / "fat", save_embedding_layers=True, **fields)
+    extras = _load(_with_head_apart(tied), folder).extras
+    assert extras.embedding is not None
+    assert extras.head is not None
+    assert extras.embedding.matrix is extras.head.matrix is None
+    assert extras.embedding.lora is not None
+    assert extras.head.lora is not None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_on_a_base_whose_head_is_apart_a_changed_shared_matrix_is_refused_and_modules_to_save_are_not(
+    tmp_path: Path,
+) -> None:
+    tied = _model(tied=True)
+    apart = _with_head_apart(tied)
+    folder = make_peft_adapter(tied, tmp_path / "a", 3, ["q_proj", "embed_tokens"], own_embedding=True)
+    with pytest.raises(AdapterUnsupported, match=r"parted them.*--head-quantization none"):
+        _load(apart, folder)
+    own = _load(apart, make_peft_adapter(tied, tmp_path / "b", 3, ["q_proj"], modules_to_save=[EMBED]))
+    assert own.extras.embedding is not None
+    assert own.extras.head is None
+    own = _load(apart, make_peft_adapter(tied, tmp_path / "c", 3, ["q_proj"], modules_to_save=[HEAD]))
+    assert own.extras.embedding is None
+    assert own.extras.head is not None
 
 
 def test_a_row_of_zeros_has_no_direction_to_scale(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adapters.base import checkpoint, find_sites, load_base, prepare_base, source
+from adapters.base import Quantization, checkpoint, find_sites, load_base, prepare_base, source
+from adapters.base.weights import BaseWeights
 from adapters.errors import BaseCorrupt, BaseModelError
 from tests.conftest import TinyBase
 from tests.tiny_models import make_tiny_model
@@ -103,6 +104,50 @@ def test_equals_quantising_on_load(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(load_base(prepared).model), logits(fresh.eval()))
     # and so does what PEFT users load, without our loader
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(prepared.path)), logits(fresh))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_in_4_bits_is_a_linear_of_its_own_that_transformers_loads(
+    tied: bool, tmp_path: Path
+) -> None:
+    source = make_tiny_model("llama", tmp_path / "tiny", tie_word_embeddings=tied)
+    prepared = prepare_base(str(source), tmp_path, head_quantization="nf4", progress=False)
+    with_bf16 = prepare_base(str(source), tmp_path, progress=False)
+    assert prepared.digest != with_bf16.digest
+    base, plain = load_base(prepared), load_base(with_bf16)
+    assert (base.layout.tied, base.layout.head_apart) == (tied, tied)
+    assert (plain.layout.tied, plain.layout.head_apart) == (tied, False)
+    assert base.layout.head == plain.layout.head
+    assert "lm_head" not in base.layout.sites
+    assert torch.equal(base.model.model.embed_tokens.weight, plain.model.model.embed_tokens.weight)
+    dense, expected = BaseWeights(base.model, base.layout).dense("lm_head"), plain.model.lm_head.weight
+    assert 0.01 < ((dense - expected).float().std() / expected.float().std()).item() < 0.2
+    theirs = AutoModelForCausalLM.from_pretrained(prepared.path)
+    assert torch.equal(logits(base.model), logits(theirs))
+
+
+def test_a_head_that_cannot_be_had_in_4_bits_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="leave out one of them"):
+        prepare_base(str(llama), tmp_path, quantization="none", head_quantization="nf4", progress=False)
+    odd = make_tiny_model("llama", tmp_path / "odd", vocab_size=521)
+    with pytest.raises(BaseModelError, match="521 words is no multiple of 32"):
+        prepare_base(str(odd), tmp_path, head_quantization="nf4", progress=False)
+
+
+def test_a_4bit_checkpoint_keeps_the_head_that_it_has(llama: Path, tmp_path: Path) -> None:
+    heads: tuple[Quantization, ...] = ("none", "nf4")
+    for there in heads:
+        made = prepare_base(str(llama), tmp_path, head_quantization=there, progress=False).path
+        for wanted in heads:
+            prepared = prepare_base(str(made), tmp_path, head_quantization=wanted, progress=False)
+            assert prepared.path == made
+            if wanted == there:
+                load_base(prepared)
+            else:
+                with pytest.raises(
+                    BaseModelError, match=f"--head-quantization {there} has it and not {wanted}"
+                ):
+                    load_base(prepared)
 
 
 def test_loaded_base_is_frozen_and_knows_its_sites(tiny_base: TinyBase) -> None:

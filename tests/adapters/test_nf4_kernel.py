@@ -44,9 +44,12 @@ class Nf4:
             None,
         )
 
+    def dense(self) -> Tensor:
+        """float32 [outputs, inputs]"""
+        return codebook()[self.codes].float() * self.absmax.float().repeat_interleave(self.blocksize, 0).T
+
     def expected(self, x: Tensor) -> Tensor:
-        weight = codebook()[self.codes].float() * self.absmax.float().repeat_interleave(self.blocksize, 0).T
-        y = x.float() @ weight.T
+        y = x.float() @ self.dense().T
         return y if self.bias is None else y + self.bias.float()
 
 

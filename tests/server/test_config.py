@@ -16,6 +16,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--home": ("/srv/m", Path("/srv/m")),
     "--base": ("org/model", "org/model"),
     "--quantization": ("none", "none"),
+    "--head-quantization": ("nf4", "nf4"),
     "--served-model-name": ("gpt-x", ("gpt-x",)),
     "--device": ("cpu", "cpu"),
     "--adapter-dir": ("/srv/a", Path("/srv/a")),

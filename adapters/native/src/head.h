@@ -1,5 +1,5 @@
-// The final norm and the output head:  logits = norm(x) W^T, softcapped, W in bf16, packed so that sixteen words' sums
-// stand in one register. float32 out: rounding logits to bf16 would only make ties.
+// The final norm and the output head:  logits = norm(x) W^T, softcapped. W is bf16, packed so that sixteen words' sums
+// stand in one register, or NF4 as in nf4.h. float32 out: rounding logits to bf16 would only make ties.
 
 constexpr int HEAD_ROWS = 8;  // rows, of two groups of words, whose sums are kept in registers
 
@@ -30,16 +30,31 @@ static inline void head_last_rows(const HeadCall& call, int64_t row, int64_t cou
     if constexpr (MOST > 1) head_last_rows<MOST - 1>(call, row, count, group);
 }
 
+static void head_bf16(const HeadCall& call, const Team& team) {
+    const int64_t groups = (call.vocabulary + 15) / 16;
+    team.share((groups + 1) / 2, [&](int64_t pair) {
+        int64_t row = 0;
+        for (; row + HEAD_ROWS <= call.n; row += HEAD_ROWS) head_rows<HEAD_ROWS>(call, row, 2 * pair);
+        if (row < call.n) head_last_rows<HEAD_ROWS - 1>(call, row, call.n - row, 2 * pair);
+    });
+}
+
+static void head_nf4(const HeadCall& call, const Team& team) {
+    const Codebook codebook(call.codebook);
+    team.share(call.vocabulary / PANEL, [&](int64_t panel) {
+        nf4_panel(*call.nf4, panel, codebook, call.n, call.normed, call.hidden, call.out, call.vocabulary);
+        if (call.softcap == 0) return;
+        for (int64_t row = 0; row < call.n; row++)
+            for (int i = 0; i < PANEL; i += 16) {
+                float* sums = call.out + row * call.vocabulary + panel * PANEL + i;
+                store(sums, softcapped(load<f32x16>(sums), call.softcap));
+            }
+    });
+}
+
 static void head(const HeadCall* call) {
-    const int64_t groups = (call->vocabulary + 15) / 16, n = call->n;
-    for (int64_t i = 0; i < n; i++)
+    for (int64_t i = 0; i < call->n; i++)
         rms_norm(call->x + call->rows[i] * call->hidden, call->norm, call->hidden, call->eps,
                  call->normed + i * call->hidden);
-    together([&](Team team) {
-        team.share((groups + 1) / 2, [&](int64_t pair) {
-            int64_t row = 0;
-            for (; row + HEAD_ROWS <= n; row += HEAD_ROWS) head_rows<HEAD_ROWS>(*call, row, 2 * pair);
-            if (row < n) head_last_rows<HEAD_ROWS - 1>(*call, row, n - row, 2 * pair);
-        });
-    });
+    together([&](Team team) { call->w != nullptr ? head_bf16(*call, team) : head_nf4(*call, team); });
 }

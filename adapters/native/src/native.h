@@ -133,7 +133,9 @@ struct HeadCall {
     int64_t n, hidden, vocabulary;
     const float* norm;        // [hidden]
     float eps, softcap;       // softcap 0 = none
-    const bf16* w;            // [vocabulary / 16, hidden / 2, 16, 2], the last group padded with zeros
+    const bf16* w;            // [vocabulary / 16, hidden / 2, 16, 2], the last group padded with zeros; or null:
+    const Linear* nf4;        // the head in 4 bits, its vocabulary a multiple of 32
+    const bf16* codebook;     // [16] NF4's values, for that
     bf16* normed;             // [n, hidden] scratch
     float* out;               // [n, vocabulary rounded up to 16]
 };

@@ -4,6 +4,8 @@
 // halves outputs 0-15 (both inputs of output 0, then of output 1, ...), the high halves outputs 16-31. A look-up in
 // one register turns them into bf16 pairs for `dot2`. A quantisation block's sum is scaled once, in float32.
 //
+// y is bf16, or float32 for the output head.
+//
 // Rows are taken some at a time. Many rows share a panel that is decoded once, few decode as they go; the sums, and
 // so the results, are the same.
 
@@ -13,6 +15,9 @@ constexpr int NF4_DECODED = 32;  // rows from which on it pays to decode a panel
 
 struct Codebook {
     u16x32 values;
+    explicit Codebook(const bf16* sixteen) {
+        for (int i = 0; i < 32; i++) values[i] = sixteen[i % 16];
+    }
     // The pairs of outputs 0-15 and 16-31 for one pair of inputs.
     inline void decode(const uint8_t* w, u32x16& low, u32x16& high) const {
         typedef uint8_t u8x32 __attribute__((vector_size(32)));
@@ -33,9 +38,12 @@ struct Decoded {  // read what was decoded before
     inline void pair(int64_t p, u32x16& low, u32x16& high) const { low = pairs[2 * p], high = pairs[2 * p + 1]; }
 };
 
-template <int ROWS, typename Weights>
+static inline void store_sums(bf16* y, f32x16 sums) { store_bf16s(y, sums); }
+static inline void store_sums(float* y, f32x16 sums) { store(y, sums); }
+
+template <int ROWS, typename Weights, typename Y>
 static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weights, const bf16* x, int64_t x_stride,
-                            bf16* y, int64_t y_stride) {
+                            Y* y, int64_t y_stride) {
     f32x16 total[ROWS][2] = {};
     const int64_t pairs = l.blocksize / 2;
     for (int64_t b = 0; b < l.in / l.blocksize; b++) {
@@ -57,21 +65,21 @@ static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weigh
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < 2; i++) {
             if (l.bias != nullptr) total[r][i] += load_floats(l.bias + panel * PANEL + 16 * i);
-            store_bf16s(y + r * y_stride + panel * PANEL + 16 * i, total[r][i]);
+            store_sums(y + r * y_stride + panel * PANEL + 16 * i, total[r][i]);
         }
 }
 
 // `count` rows, at most MOST.
-template <int MOST, typename Weights>
+template <int MOST, typename Weights, typename Y>
 static inline void nf4_last_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
-                                 int64_t x_stride, bf16* y, int64_t y_stride) {
+                                 int64_t x_stride, Y* y, int64_t y_stride) {
     if (count == MOST) return nf4_rows<MOST>(l, panel, weights, x, x_stride, y, y_stride);
     if constexpr (MOST > 1) nf4_last_rows<MOST - 1>(l, panel, weights, count, x, x_stride, y, y_stride);
 }
 
-template <typename Weights>
+template <typename Weights, typename Y>
 static void nf4_all_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
-                         int64_t x_stride, bf16* y, int64_t y_stride) {
+                         int64_t x_stride, Y* y, int64_t y_stride) {
     int64_t t = 0;
     for (; t + NF4_ROWS <= count; t += NF4_ROWS)
         nf4_rows<NF4_ROWS>(l, panel, weights, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
@@ -80,27 +88,26 @@ static void nf4_all_rows(const Linear& l, int64_t panel, const Weights& weights,
                                     y_stride);
 }
 
-static void nf4_panel(const LinearCall& call, const Codebook& codebook, int64_t which, int64_t panel) {
-    const Linear& l = *call.linears[which];
+template <typename Y>
+static void nf4_panel(const Linear& l, int64_t panel, const Codebook& codebook, int64_t count, const bf16* x,
+                      int64_t x_stride, Y* y, int64_t y_stride) {
     const uint8_t* w = l.w + panel * PANEL * l.in / 2;
-    bf16* y = call.y[which];
-    if (call.count < NF4_DECODED)
-        return nf4_all_rows(l, panel, Decoding{codebook, w}, call.count, call.x, call.x_stride, y, call.y_stride);
+    if (count < NF4_DECODED)
+        return nf4_all_rows(l, panel, Decoding{codebook, w}, count, x, x_stride, y, y_stride);
     static thread_local Buffer<u32x16> kept;
     u32x16* pairs = kept.at_least(l.in);
     for (int64_t p = 0; p < l.in / 2; p++) codebook.decode(w + p * PANEL, pairs[2 * p], pairs[2 * p + 1]);
-    nf4_all_rows(l, panel, Decoded{pairs}, call.count, call.x, call.x_stride, y, call.y_stride);
+    nf4_all_rows(l, panel, Decoded{pairs}, count, x, x_stride, y, y_stride);
 }
 
 // All panels of linears that share x.
 static void linears(const LinearCall& call, const Team& team) {
-    Codebook codebook = {};
-    for (int i = 0; i < 32; i++) codebook.values[i] = call.codebook[i % 16];
+    const Codebook codebook(call.codebook);
     int64_t panels = 0;
     for (int64_t i = 0; i < call.n_linears; i++) panels += call.linears[i]->out / PANEL;
     team.share(panels, [&](int64_t panel) {
         int64_t which = 0;
         while (panel >= call.linears[which]->out / PANEL) panel -= call.linears[which++]->out / PANEL;
-        nf4_panel(call, codebook, which, panel);
+        nf4_panel(*call.linears[which], panel, codebook, call.count, call.x, call.x_stride, call.y[which], call.y_stride);
     });
 }

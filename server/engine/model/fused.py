@@ -21,7 +21,7 @@ from adapters.site_pool import IntArray
 from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
 from server.engine.model.fused_head import FusedHead
-from server.engine.model.fused_weights import FusedWeights, pack_head
+from server.engine.model.fused_weights import FusedWeights, is_4bit, pack_head
 from server.engine.model.llama_like import ACTIVATIONS, LINEARS, rotary_angles, why_unlike_llama
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
@@ -38,17 +38,10 @@ def why_not_fused(stock: StockModel, block_size: int) -> str | None:
         return reason
     if not NativePaged.fits(stock.shapes, block_size):
         return "head dimension and block size must be multiples of 16"
-    if not all(_is_packed(layer) for layer in model.model.layers):
+    linears = (layer.get_submodule(path).base for layer in model.model.layers for path in LINEARS.values())
+    if not all(is_4bit(linear) for linear in linears):
         return "its linears are not packed NF4"
     return None
-
-
-def _is_packed(layer: Any) -> bool:
-    bases = [layer.get_submodule(path).base for path in LINEARS.values()]
-    states: list[Any] = [getattr(base.weight, "quant_state", None) for base in bases]
-    return all(
-        getattr(state, "packing_format_for_cpu", False) and state.quant_type == "nf4" for state in states
-    )
 
 
 class FusedModel:
@@ -106,8 +99,7 @@ class FusedModel:
     @property
     def head_size(self) -> int:
         """Weights of the output head."""
-        size: int = self._model.lm_head.weight.numel()
-        return size
+        return self.head.size
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         positions = min(num_blocks * block_size, self._config.max_position_embeddings)

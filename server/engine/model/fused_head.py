@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from ctypes import byref
 from typing import Any
 
@@ -13,7 +14,7 @@ from adapters.extras_pool import ResidentEnd
 from adapters.kernels import Segment
 from adapters.lora_state import Own
 from adapters.native.structs import HeadCall
-from server.engine.model.fused_weights import FusedWeights
+from server.engine.model.fused_weights import FusedWeights, is_4bit
 from server.engine.model.stock import StockModel
 
 _FINAL_NORM = "model.norm"
@@ -25,6 +26,10 @@ class FusedHead:
     Args:
         stock: the model; its state says which rows belong to adapters with a norm or head of their own.
         weights: of the same model.
+
+    Attributes:
+        size: how many weights it has.
+        is_4bit: whether they are NF4.
     """
 
     def __init__(self, stock: StockModel, weights: FusedWeights, library: ctypes.CDLL) -> None:
@@ -34,7 +39,10 @@ class FusedHead:
         config: Any = stock.model.config
         self._eps: float = config.rms_norm_eps
         self._softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
-        self._vocabulary: int = stock.model.lm_head.weight.shape[0]
+        head = stock.model.lm_head
+        self._vocabulary: int = head.out_features
+        self.size: int = head.in_features * head.out_features
+        self.is_4bit = is_4bit(head.base)
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
@@ -45,14 +53,14 @@ class FusedHead:
         return logits
 
     def _own(self, x: Tensor, rows: Tensor, own: Own) -> Tensor:
-        norm, matrix = self._weights.final_norm, self._weights.head
+        norm, head = self._weights.final_norm, self._weights.head
         if _FINAL_NORM in own.extras.norms:
             norm = self._weights.norm_weight(own.extras.norms[_FINAL_NORM]["weight"])
         end = own.extras.head
         if end is not None and end.matrix is not None:
-            matrix = end.matrix
+            head = {"w": end.matrix.data_ptr()}
         changed = end is not None and end.pool is not None
-        logits, normed = self._run(x, rows, norm, matrix, 0.0 if changed else self._softcap)
+        logits, normed = self._run(x, rows, norm, head, 0.0 if changed else self._softcap)
         return self._changed(logits, normed, end) if changed and end is not None else logits
 
     def _changed(self, logits: Tensor, normed: Tensor, end: ResidentEnd) -> Tensor:
@@ -65,9 +73,9 @@ class FusedHead:
         return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
 
     def _run(
-        self, x: Tensor, rows: Tensor, norm: Tensor, matrix: Tensor, softcap: float
+        self, x: Tensor, rows: Tensor, norm: Tensor, head: Mapping[str, int], softcap: float
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and the normed rows that they are of."""
+        """Logits, and the normed rows that they are of. ``head``: as ``FusedWeights.head``."""
         n = len(rows)
         out = torch.empty(n, -(-self._vocabulary // 16) * 16)
         normed = torch.empty(n, x.shape[1], dtype=x.dtype)
@@ -80,9 +88,9 @@ class FusedHead:
             norm=norm.data_ptr(),
             eps=self._eps,
             softcap=softcap,
-            w=matrix.data_ptr(),
             normed=normed.data_ptr(),
             out=out.data_ptr(),
+            **head,
         )
         self._library.manylora_head(byref(call))
         return out[:, : self._vocabulary], normed

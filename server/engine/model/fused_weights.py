@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.lora import LoraLinear
 from adapters.native.structs import Block, Linear, Norm
 from adapters.rank_pool import RankPool
 from server.engine.attention import LayerAttention
@@ -22,6 +21,9 @@ class FusedWeights:
 
     Args:
         model: transformers' model, its linears already wrapped for adapters and packed for the CPU.
+
+    Attributes:
+        head: the fields of ``HeadCall`` that say what the head multiplies by.
     """
 
     def __init__(self, model: Any, pool: RankPool, kinds: Mapping[int, LayerAttention]) -> None:
@@ -34,16 +36,22 @@ class FusedWeights:
             self.blocks[i].window = kinds[i].window or 0
         self.codebook = self._keep(_codebook(layers[0]))
         self.final_norm = self._keep(self.norm_weight(model.model.norm.weight.detach()))
-        self.head = self._keep(pack_head(model.lm_head.weight.detach()))
+        self.head = self._head(model.lm_head)
 
     def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
         for field, path in LINEARS.items():
-            setattr(block, field, self._linear(layer.get_submodule(path), pool, f"{name}.{path}"))
+            lora = addressof(pool.sites[f"{name}.{path}"].native)
+            setattr(block, field, self._linear(layer.get_submodule(path).base, lora))
         for field, path in norms_of(self._model, layer).items():
             setattr(block, field, self._norm(layer.get_submodule(path), pool, f"{name}.{path}"))
 
-    def _linear(self, module: LoraLinear, pool: RankPool, site: str) -> ctypes.Structure:
-        base: Any = module.base
+    def _head(self, module: Any) -> dict[str, int]:
+        if not is_4bit(module.base):
+            return {"w": self._keep(pack_head(module.base.weight.detach())).data_ptr()}
+        self._four_bit_head = self._linear(module.base, None)
+        return {"nf4": addressof(self._four_bit_head), "codebook": self.codebook.data_ptr()}
+
+    def _linear(self, base: Any, lora: int | None) -> ctypes.Structure:
         state = base.weight.quant_state
         bias = None if base.bias is None else self._keep(base.bias.detach().to(torch.bfloat16))
         return Linear(
@@ -53,7 +61,7 @@ class FusedWeights:
             inputs=base.in_features,
             outputs=base.out_features,
             blocksize=state.blocksize,
-            lora=addressof(pool.sites[site].native),
+            lora=lora,
         )
 
     def norm_weight(self, weight: Tensor) -> Tensor:
@@ -74,6 +82,12 @@ def _codebook(layer: Any) -> Tensor:
     """NF4's sixteen values in bf16, as bitsandbytes has them."""
     code: Tensor = layer.get_submodule(LINEARS["q"]).base.weight.quant_state.code
     return code.detach().to(torch.bfloat16)
+
+
+def is_4bit(linear: Any) -> bool:
+    """Whether a linear is NF4, packed by bitsandbytes for this CPU."""
+    state: Any = getattr(linear.weight, "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False) and state.quant_type == "nf4")
 
 
 def pack_head(weight: Tensor) -> Tensor:

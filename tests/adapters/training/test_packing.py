@@ -85,9 +85,8 @@ def test_attention_and_its_gradients_equal_torchs(
 
 
 def test_unpacked_weights_give_the_same_numbers_to_the_bit(tmp_path: Path) -> None:
-    prepared = prepare_base(
-        str(make_tiny_model("qwen2", tmp_path / "base")), tmp_path / "home", progress=False
-    )
+    folder = make_tiny_model("qwen2", tmp_path / "base")
+    prepared = prepare_base(str(folder), tmp_path / "home", head_quantization="nf4", progress=False)
     batch = collate([[example(20, 1)]])
     losses = []
     for unpacked in (False, True):

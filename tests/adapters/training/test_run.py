@@ -118,7 +118,11 @@ def test_packing_and_accumulation_learn_too(task: dict[str, Any], tmp_path: Path
 
 
 def test_everything_that_saves_memory_gives_the_same_curve(task: dict[str, Any], tmp_path: Path) -> None:
-    """Packed weights and recomputed activations, on a base whose evaluations must not repack its weights."""
+    """Packed weights and recomputed activations, on a base whose evaluations must not repack its weights.
+
+    Its head is in 4 bits too.
+    """
+    task = {**task, "head_quantization": "nf4"}
     curves = []
     for name, choice in (("plain", "off"), ("frugal", "on")):
         unpack = "on" if choice == "off" else "off"

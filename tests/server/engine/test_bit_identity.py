@@ -94,12 +94,14 @@ def _serve(build: Callable[..., Parts], plan: Plan, max_tokens: int) -> Served:
     return served
 
 
-def _tiny(family: Family, home: Path) -> Served:
+def _tiny(family: Family, home: Path, head: str) -> Served:
     folder = make_tiny_model(family, home / family)
     make_peft_adapter(folder, home / "adapters" / "everywhere", r=8, seed=1)
     make_peft_adapter(folder, home / "adapters" / "odd", r=5, seed=2, target_modules=["q_proj", "down_proj"])
     plan: Plan = [("everywhere", 5), (None, 37), ("odd", 70), ("everywhere", 33), (None, 1), ("odd", 16)]
-    return _serve(lambda *flags: build(folder, home, *flags), plan, max_tokens=40)
+    return _serve(
+        lambda *flags: build(folder, home, "--head-quantization", head, *flags), plan, max_tokens=40
+    )
 
 
 def _default(home: Path, folder: Path) -> Served:
@@ -114,7 +116,7 @@ def _default(home: Path, folder: Path) -> Served:
     return _serve(build_default, plan, max_tokens=24)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2", "default"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2", "gemma2 nf4", "default"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, manylora_home: Path
 ) -> Served:
@@ -122,7 +124,8 @@ def served(
     if request.param == "default":
         request.getfixturevalue("default_prepared")
         return _default(manylora_home, folder)
-    return _tiny(request.param, folder)
+    family, _, head = request.param.partition(" ")
+    return _tiny(family, folder, head or "none")
 
 
 def test_beside_other_requests_and_adapters(served: Served) -> None:

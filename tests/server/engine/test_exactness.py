@@ -17,8 +17,7 @@ from torch import Tensor
 
 import adapters.native
 import server.engine.model.fused
-from adapters.base import LoadedBase, load_base, prepare_base
-from adapters.base.checkpoint import Quantization
+from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
@@ -108,18 +107,33 @@ def test_it_does_without_the_native_kernels_too(
     assert parts.model.name == "transformers"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("native", [True, False])
+def test_it_equals_peft_with_the_head_in_4_bits_too(
+    family: Family, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        for module in (adapters.native, server.engine.model.fused):
+            monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setitem(ADAPTERS, "attention", {"r": 4, "target_modules": ["q_proj", "lm_head"]})
+    parts = compare_with_peft(family, tmp_path, head="nf4")
+    assert (parts.model.name == "fused") == (native and adapters.native.isa() == "avx512bf16")
+
+
 def compare_with_peft(
     family: Family,
     tmp_path: Path,
     quantization: Quantization = "nf4",
     tolerance: float = TOLERANCE,
+    head: Quantization = "none",
     plan: Plan = PLAN,
 ) -> Parts:
     folder = make_tiny_model(family, tmp_path / family)
-    prepared = prepare_base(str(folder), tmp_path, quantization, progress=False)
+    prepared = prepare_base(str(folder), tmp_path, quantization, head, progress=False)
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
         make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
-    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--quantization", quantization)
+    flags = ["--quantization", quantization, "--head-quantization", head]
+    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", *flags)
     requests = _prompts(parts.tokenizer.vocab_size, plan)
     recorder = _run_mixed(parts, requests)
     assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"

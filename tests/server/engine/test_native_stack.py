@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from adapters.rank_pool import RankPool
 from server.engine.kv_cache import BlockTable, chain_root
 from server.engine.model.fused import FusedModel, why_not_fused
@@ -32,6 +32,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 256, "num_key_value_heads": 1},
     "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5},
 }
+HEADS: list[tuple[str, Quantization]] = [
+    *((family, "none") for family in MODELS),
+    ("llama", "nf4"),
+    ("gemma2", "nf4"),
+]
 LENGTHS = [1, 2, 15, 16, 17, 37]
 
 
@@ -79,11 +84,12 @@ class Bed:
         return torch.stack([rows[str(i)] for i in range(len(self.prompts))])
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=HEADS, ids="-".join)
 def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bed:
     home = tmp_path_factory.mktemp("stack")
-    folder = make_tiny_model(request.param, home / request.param, **MODELS[request.param])
-    return Bed(load_base(prepare_base(str(folder), home, progress=False)))
+    family, head = request.param
+    folder = make_tiny_model(family, home / family, **MODELS[family])
+    return Bed(load_base(prepare_base(str(folder), home, head_quantization=head, progress=False)))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -18,6 +18,7 @@ BASE = {
     "parent": None,
     "digest": "sha256:base",
     "quantization": "nf4",
+    "head_quantization": "none",
 }
 POET = {
     "id": "poet",

@@ -100,6 +100,7 @@ def read_options() -> argparse.Namespace:
         "--name",
         "--base",
         "--quantization",
+        "--head-quantization",
         "--device",
         "--seed",
         "--threads",
