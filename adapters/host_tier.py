@@ -14,7 +14,9 @@ from adapters.slab import Slab
 class HostTier:
     """Least-recently-used adapters by digest, bounded in bytes. Not thread-safe: its owner locks.
 
-    An adapter comes in two steps, so that the owner can copy it into its place without holding the lock.
+    An adapter comes in two steps, so that the owner can copy it into its place without holding the lock. Only
+    one of its threads may do so, and that waits for its copies to the device: then memory that is freed while
+    it is read from is not written to before.
 
     Args:
         capacity: bytes of weights kept; an adapter larger than that is simply not kept.

@@ -60,8 +60,10 @@ class RowStore:
     def write(self, weights: PackedWeights, rows: Mapping[str, npt.NDArray[np.int32]]) -> None:
         """Copy pairs into their sites' ``rows``, on the current stream, which the caller waits for."""
         for width, sides in by_width(weights).items():
-            places = [rows[side[0]] + np.int64(self._first[side]) for side in sides]
-            self._scatter(self._shelves[width], torch.from_numpy(np.concatenate(places)), weights.rows[width])
+            arrays = [rows[name] for name, _ in sides]
+            firsts = np.array([self._first[side] for side in sides], np.int64)
+            places = np.concatenate(arrays) + np.repeat(firsts, [len(array) for array in arrays])
+            self._scatter(self._shelves[width], torch.from_numpy(places), weights.rows[width])
 
     def _scatter(self, shelf: Tensor, places: Tensor, rows: Tensor) -> None:
         """``rows`` go to ``places`` of the shelf, through the staging memory where there is any."""

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.holes import Holes
 from adapters.transfer import say_pageable
 
 _UNIT = 256
-"""Ranges begin and end at multiples of so many bytes."""
+"""Bytes, in multiples of which ranges begin and end."""
 
 _PORTABLE = 1
 """``cudaHostRegisterPortable``: pinned for every device."""
@@ -29,37 +30,25 @@ class Slab:
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
-        self._holes = [(0, len(memory) // _UNIT * _UNIT)]  # [start, stop), ascending, never adjacent
-        self._taken: dict[str, tuple[int, int]] = {}
+        self._holes = Holes(len(memory) // _UNIT)
+        self._taken: dict[str, tuple[int, int]] = {}  # in units
 
     def take(self, owner: str, nbytes: int) -> Tensor | None:
         """uint8 [nbytes] for a new ``owner``; None if no hole is that large."""
-        size = -(-nbytes // _UNIT) * _UNIT
-        for i, (start, stop) in enumerate(self._holes):
-            if stop - start >= size:
-                self._holes[i : i + 1] = [(start + size, stop)] if stop - start > size else []
-                self._taken[owner] = (start, start + size)
-                return self._memory[start : start + nbytes]
-        return None
+        units = -(-nbytes // _UNIT)
+        start = self._holes.take_run(units) if units else 0
+        if start is None:
+            return None
+        self._taken[owner] = start, start + units
+        return self._memory[start * _UNIT :][:nbytes]
 
     def give(self, owner: str) -> None:
         """Take back what ``owner`` has, if anything."""
-        if owner not in self._taken:
-            return
-        holes: list[tuple[int, int]] = []
-        for start, stop in sorted([*self._holes, self._taken.pop(owner)]):
-            if holes and holes[-1][1] == start:
-                holes[-1] = (holes[-1][0], stop)
-            elif start < stop:
-                holes.append((start, stop))
-        self._holes = holes
+        self._holes.give(*self._taken.pop(owner, (0, 0)))
 
     def check_integrity(self) -> None:
         """Assert that every byte is taken once or free once (for tests)."""
-        everything = sorted([*self._holes, *(taken for taken in self._taken.values() if taken[0] < taken[1])])
-        bounds = [0, *(stop for _, stop in everything)]
-        assert [start for start, _ in everything] == bounds[:-1], "bytes leaked or were given twice"
-        assert bounds[-1] == len(self._memory) // _UNIT * _UNIT, "bytes leaked at the end"
+        self._holes.check_integrity(self._taken.values())
 
 
 def pinned_slab(nbytes: int, device: torch.device) -> Slab | None:

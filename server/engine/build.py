@@ -75,12 +75,12 @@ def assemble(
     model = build_model(
         base,
         pool,
-        config.engine.block_size,
+        sizes.block_size,
         step_tokens,
         config.engine.max_num_seqs,
         config.engine.enforce_eager,
     )
-    blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool))
+    blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     model.warm_up()
     info = _info(config, base, longest)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
@@ -157,15 +157,12 @@ def _rank_pool(config: AdapterConfig, base: LoadedBase, num_rows: int) -> RankPo
 
 
 def _allocate_kv(
-    config: EngineConfig, base: LoadedBase, model: StepModel, num_blocks: int
+    config: EngineConfig, base: LoadedBase, model: StepModel, num_blocks: int, block_size: int
 ) -> tuple[BlockManager, int]:
     with out_of_memory_names("--kv-cache-memory", f"{num_blocks} blocks of keys and values"):
-        model.allocate(num_blocks, config.block_size)
-    capacity = num_blocks * config.block_size
-    return (
-        BlockManager(num_blocks, config.block_size, config.prefix_caching),
-        max_model_len(config, base.model.config, capacity),
-    )
+        model.allocate(num_blocks, block_size)
+    longest = max_model_len(config, base.model.config, num_blocks * block_size)
+    return BlockManager(num_blocks, block_size, config.prefix_caching), longest
 
 
 def _adapters(

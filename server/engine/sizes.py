@@ -40,6 +40,10 @@ class Sizes:
 
     Args:
         meter: of the device's memory; None = of what it has, which is a GPU's only.
+
+    Attributes:
+        block_size: tokens of a KV block.
+        step_tokens: most tokens of a step.
     """
 
     def __init__(self, config: ServerConfig, base: LoadedBase, meter: Meter | None = None) -> None:
@@ -47,6 +51,7 @@ class Sizes:
         device = base.model.device
         self._meter = GpuMeter(device) if meter is None and device.type == "cuda" else meter
         engine = config.engine
+        self.block_size = engine.block_size
         self.step_tokens = engine.max_num_batched_tokens or max(
             _STEP_TOKENS[device.type], engine.max_num_seqs
         )
@@ -71,7 +76,7 @@ class Sizes:
             ConfigError: too little memory is left.
         """
         engine = self._config.engine
-        block = engine.block_size * self._token_bytes(model)
+        block = self.block_size * self._token_bytes(model)
         memory = engine.kv_cache_memory
         if memory is None:
             memory = KV_CACHE_ON_CPU if self._meter is None else self._left(model, pool, self._meter)
@@ -111,9 +116,9 @@ class Sizes:
         engine = self._config.engine
         config: Any = self._base.model.config.get_text_config()
         longest = min(most_tokens, engine.max_model_len or own_length(config) or most_tokens)
-        step, blocks = largest_step(config, self.step_tokens, engine.max_num_seqs, longest, engine.block_size)
+        step, blocks = largest_step(config, self.step_tokens, engine.max_num_seqs, longest, self.block_size)
         with out_of_memory_names("--max-num-batched-tokens", f"a step of {self.step_tokens} tokens"):
-            taken = step_bytes(model, step, blocks, engine.block_size, meter)
+            taken = step_bytes(model, step, blocks, self.block_size, meter)
         logits: int = engine.max_num_seqs * config.vocab_size
         return taken + logits * BYTES_A_LOGIT
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adapters.errors import AdapterError
-from server.errors import InvalidRequest, RequestError
-from server.http.errors import INTERNAL, SHAPES, HttpError, code_of, error_body, shape_of
+import pytest
+
+from adapters.errors import AdapterError, AdapterOutOfMemory
+from server.errors import InvalidRequest, OutOfMemory, RequestError, ShuttingDown
+from server.http.errors import INTERNAL, SHAPES, HttpError, code_of, error_body, error_response, shape_of
 
 
 def leaves(cls: type[BaseException]) -> Iterator[type[BaseException]]:
@@ -42,3 +44,9 @@ def test_an_error_own_code_goes_first() -> None:
         "param": "n",
         "code": None,
     }
+
+
+@pytest.mark.parametrize("kind", [ShuttingDown, OutOfMemory, AdapterOutOfMemory])
+def test_who_may_succeed_later_is_told_to_try_again(kind: type[Exception]) -> None:
+    response = error_response(kind("not now"))
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")

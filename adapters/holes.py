@@ -1,0 +1,75 @@
+"""Which of the numbers 0 … ``size``-1 are free, kept as runs. Integers only.
+
+What lies in few runs is taken and given back in a few steps, however many numbers it is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterable
+
+
+class Holes:
+    """All are free at first.
+
+    Attributes:
+        free: how many are.
+        runs: (start, stop), ascending, never adjacent and never empty.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.free = size
+        self.runs = [(0, size)] if size else []
+
+    def take_run(self, count: int) -> int | None:
+        """Where ``count`` neighbours begin, in the lowest run that is long enough; None if none is."""
+        for i, (start, stop) in enumerate(self.runs):
+            if stop - start >= count:
+                self._shorten(i, count)
+                return start
+        return None
+
+    def take_lowest(self, count: int) -> list[int]:
+        """The lowest free ones, ascending; there are that many."""
+        assert count <= self.free
+        taken: list[int] = []
+        while len(taken) < count:
+            start, stop = self.runs[0]
+            part = min(stop - start, count - len(taken))
+            taken += range(start, start + part)
+            self._shorten(0, part)
+        return taken
+
+    def give(self, start: int, stop: int) -> None:
+        """Free again what was taken."""
+        if start == stop:
+            return
+        self.free += stop - start
+        i = bisect(self.runs, (start, stop))
+        after = self.runs[i : i + 1]
+        before = self.runs[i - 1 : i] if i else []
+        low = before[0][0] if before and before[0][1] == start else start
+        high = after[0][1] if after and after[0][0] == stop else stop
+        self.runs[i - (low < start) : i + (high > stop)] = [(low, high)]
+
+    def check_integrity(self, taken: Iterable[tuple[int, int]]) -> None:
+        """Assert that ``taken``, as runs, and what is free are everything, once (for tests)."""
+        runs = sorted([*self.runs, *(run for run in taken if run[0] < run[1])])
+        ends = [0, *(stop for _, stop in runs)]
+        assert [start for start, _ in runs] == ends[:-1], "numbers leaked or were given twice"
+        assert ends[-1] == self._size, "the last numbers leaked"
+        assert self.free == sum(stop - start for start, stop in self.runs), "the free ones are miscounted"
+        assert all(a[1] < b[0] for a, b in zip(self.runs, self.runs[1:], strict=False)), "runs are in pieces"
+
+    def _shorten(self, i: int, count: int) -> None:
+        start, stop = self.runs[i]
+        self.runs[i : i + 1] = [(start + count, stop)] if stop - start > count else []
+        self.free -= count
+
+
+def runs_of(numbers: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as runs."""
+    ends = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    bounds = zip([0, *ends], [*ends, len(numbers)], strict=True)
+    return [(numbers[first], numbers[last - 1] + 1) for first, last in bounds if first < last]
