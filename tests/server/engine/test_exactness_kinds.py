@@ -21,7 +21,10 @@ import adapters.native
 import server.engine.model.fused
 from adapters.base import LoadedBase, load_base, prepare_base
 from server.engine.build import Parts
+from server.engine.model.device import DeviceModel
+from server.engine.model.stock import StockModel
 from tests.adapters.native_calls import threads
+from tests.server.engine.gpu_path import pretend
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.server.engine.test_exactness import TOLERANCE, check_close
 from tests.tiny_models import make_peft_adapter, make_tiny_model
@@ -65,6 +68,8 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0},
 }
 UNTIED = ("qwen2",)
+AT_SITES = ["plain", "dora", "dora-attention", "bias-all", "bias-lora-only", "dora-bias", "lora-bias"]
+"""Kinds that have nothing of their own in place of the base's modules."""
 
 
 def _kinds(family: str) -> list[str]:
@@ -76,9 +81,9 @@ def _make(base: Path, home: Path, family: str) -> None:
         make_peft_adapter(base, home / "adapters" / kind, seed=seed, **KINDS[kind])
 
 
-def _requests(parts: Parts, family: str) -> list[Asked]:
+def _requests(parts: Parts, kinds: list[str]) -> list[Asked]:
     generator = torch.Generator().manual_seed(0)
-    names: list[str | None] = [*_kinds(family), None]
+    names: list[str | None] = [*kinds, None]
     return [
         Asked(
             torch.randint(3, parts.tokenizer.vocab_size, (3 + 5 * (i % 5),), generator=generator).tolist(),
@@ -114,13 +119,13 @@ def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
 Runner = Callable[..., Parts]
 
 
-def _compare_with_peft(family: str, tmp_path: Path) -> Parts:
+def _compare_with_peft(family: str, tmp_path: Path, kinds: list[str] | None = None) -> Parts:
     folder = make_tiny_model(family, tmp_path / family, **BASES[family])
     _make(folder, tmp_path, family)
     parts = build(folder, tmp_path, "--max-loras", "32", "--max-num-batched-tokens", "64")
     refused = [entry for entry in parts.registry.entries() if entry.state == "failed"]
     assert not refused
-    requests = _requests(parts, family)
+    requests = _requests(parts, kinds or _kinds(family))
     recorder = _run(parts, *requests)
     assert max(len(batch) for batch in recorder.batches) == len(requests), "all kinds in one step"
     base = load_base(prepare_base(str(folder), tmp_path, progress=False))
@@ -148,6 +153,20 @@ def test_it_does_without_the_native_kernels_too(
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("kinds", [AT_SITES, None], ids=["at sites", "all"])
+def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transformers_blocks(
+    family: str, kinds: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    steps: list[int] = []
+    run = StockModel.__call__
+    monkeypatch.setattr(StockModel, "__call__", lambda *args: steps.append(len(args[1])) or run(*args))
+    assert isinstance(_compare_with_peft(family, tmp_path, kinds).model, DeviceModel)
+    guard = 1
+    assert (len(steps) > guard) == (kinds is None)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(family: str, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family, **BASES[family])
     _make(folder, tmp_path, family)
@@ -155,7 +174,7 @@ def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(family: str,
     if parts.model.name != "fused":
         pytest.skip("only the fused step promises this")
     with threads(2):
-        together = _requests(parts, family)
+        together = _requests(parts, _kinds(family))
         mixed = _run(parts, *together)
     for asked in together:
         alone = Asked(asked.prompt, asked.adapter, asked.params)
