@@ -73,7 +73,7 @@ class EngineConfig:
         max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
         kv_cache_memory: bytes; None = 1 GiB on a CPU, what the rest leaves on a GPU.
         gpu_memory_utilization: part of a GPU's memory that may be taken, by whomever.
-        block_size: tokens in one KV block.
+        block_size: tokens in one KV block; None = what suits the device.
         enforce_eager: decode without CUDA graphs.
         max_queued_requests: most requests that wait; one more is answered 429.
         threads: threads of the CPU kernels.
@@ -84,7 +84,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None
     kv_cache_memory: int | None
     gpu_memory_utilization: float
-    block_size: int
+    block_size: int | None
     prefix_caching: bool
     enforce_eager: bool
     max_queued_requests: int

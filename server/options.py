@@ -102,8 +102,9 @@ OPTIONS: tuple[Option, ...] = (
            "memory for keys and values; auto: 1GiB on a CPU, what --gpu-memory-utilization leaves on a GPU"),
     Option("--gpu-memory-utilization", "engine.gpu_memory_utilization", fraction, "0.9", "SHARE",
            "part of a GPU's memory that may be taken, what other processes hold included"),
-    Option("--block-size", "engine.block_size", integer(1, 1024), "16", "TOKENS",
-           "tokens in one KV block"),
+    Option("--block-size", "engine.block_size", auto_or(integer(1, 1024)), "auto", "TOKENS",
+           "tokens in one KV block; auto: 256 for FlashAttention-2, which takes no others but multiples, 64 "
+           "for its Triton build, else 16"),
     Option("--enable-prefix-caching", "engine.prefix_caching", flag, "true", None,
            "reuse the KV of prompts that begin alike under the same adapter"),
     Option("--enforce-eager", "engine.enforce_eager", flag, "false", None,

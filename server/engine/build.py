@@ -82,7 +82,7 @@ def assemble(
     )
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     model.warm_up()
-    info = _info(config, base, longest)
+    info = _info(config, base, longest, model.attention_name)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
@@ -114,7 +114,7 @@ def build_service(config: ServerConfig) -> EngineService:
     return service
 
 
-def _info(config: ServerConfig, base: LoadedBase, max_model_len: int) -> BaseInfo:
+def _info(config: ServerConfig, base: LoadedBase, max_model_len: int, attention: str) -> BaseInfo:
     prepared = base.prepared
     names = config.base.served_names or (prepared.name,)
     return BaseInfo(
@@ -124,6 +124,7 @@ def _info(config: ServerConfig, base: LoadedBase, max_model_len: int) -> BaseInf
         prepared.quantization,
         max_model_len,
         time.time(),
+        attention,
         prepared.head_quantization,
     )
 
@@ -225,10 +226,10 @@ def _log_sizes(
         "base %s: %s, output head %s, digest %s",
         base.name, base.quantization, base.head_quantization, base.digest,
     )  # fmt: skip
-    log.info("blocks: %s; native kernels: %s", model.name, isa())
+    log.info("blocks: %s; attention: %s; native kernels: %s", model.name, base.attention, isa())
     log.info(
-        "KV cache: %d blocks, %d tokens; context %d tokens",
-        blocks.num_blocks, blocks.num_blocks * blocks.block_size, base.max_model_len,
+        "KV cache: %d blocks of %d tokens, %d tokens; context %d tokens", blocks.num_blocks,
+        blocks.block_size, blocks.num_blocks * blocks.block_size, base.max_model_len,
     )  # fmt: skip
     log.info(
         "adapter pool: %d rows at %d sites, %.0f MB", pool.num_rows, len(pool.sites), pool.bytes_total / 1e6

@@ -179,7 +179,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The base as clients see it."""
+    """The base as clients see it.
+
+    Attributes:
+        attention: what attends over its keys and values here.
+    """
 
     name: str
     served_names: tuple[str, ...]
@@ -187,6 +191,7 @@ class BaseInfo:
     quantization: str
     max_model_len: int
     created: float
+    attention: str
     head_quantization: str = "none"
 
 

@@ -12,6 +12,7 @@ import torch
 from adapters.base import LoadedBase
 from adapters.rank_pool import RankPool, row_bytes
 from server.config import ConfigError, EngineConfig, ServerConfig
+from server.engine.attention.choice import preferred_block_size
 from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes
 from server.engine.memory import (
     BYTES_A_LOGIT,
@@ -51,9 +52,11 @@ class Sizes:
         device = base.model.device
         self._meter = GpuMeter(device) if meter is None and device.type == "cuda" else meter
         engine = config.engine
-        self.block_size = engine.block_size
         self.step_tokens = engine.max_num_batched_tokens or max(
             _STEP_TOKENS[device.type], engine.max_num_seqs
+        )
+        self.block_size = engine.block_size or preferred_block_size(
+            base.model.config.get_text_config(), device, base.model.dtype
         )
 
     def pool_rows(self) -> int:

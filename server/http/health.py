@@ -27,9 +27,9 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready"})
 
 
-async def version(_: Request) -> JSONResponse:
-    """The version of manylora."""
-    return JSONResponse({"version": VERSION})
+async def version(request: Request) -> JSONResponse:
+    """The version of manylora, and which of its parts were chosen for this machine."""
+    return JSONResponse({"version": VERSION, "attention": context_of(request).service.base.attention})
 
 
 async def metrics(request: Request) -> Response:

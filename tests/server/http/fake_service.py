@@ -26,7 +26,7 @@ def token(number: int, top: int | None = None) -> TokenLogprob:
     return TokenLogprob(number, text, text.encode(), math.log(1 / (number + 2)), likely)
 
 
-BASE = BaseInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000.0)
+BASE = BaseInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000.0, attention="fake")
 
 
 @dataclass(eq=False)

@@ -27,4 +27,6 @@ def test_dead_says_why(client: TestClient, service: FakeService) -> None:
 
 
 def test_version(client: TestClient) -> None:
-    assert set(client.get("/version").json()) == {"version"}
+    version = client.get("/version").json()
+    assert set(version) == {"version", "attention"}
+    assert version["attention"] == "fake"
