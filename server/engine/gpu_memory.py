@@ -35,12 +35,15 @@ class GpuMeter:
 def step_bytes(
     model: StepModel, chunks: SequenceOf[Chunk], num_blocks: int, block_size: int, meter: Meter
 ) -> int:
-    """What ``chunks`` take for as long as they are computed; so many KV blocks are allocated for them."""
+    """What ``chunks`` take for as long as they are computed. They have so many KV blocks for that long."""
     model.allocate(num_blocks, block_size)
     meter.release()
     before = meter.free()
     model(chunks)
-    return before - meter.free()
+    taken = before - meter.free()
+    model.allocate(1, block_size)
+    meter.release()
+    return taken
 
 
 def largest_step(

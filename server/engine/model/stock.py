@@ -54,6 +54,7 @@ class StockModel:
         self._probe()
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
+        self._host.handler = self.attention = None  # what pages there were go before others come
         own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.attention = choose_attention(
             self.shapes,

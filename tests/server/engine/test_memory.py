@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -152,10 +153,25 @@ def test_the_largest_step_is_full_has_every_answer_and_runs(base: LoadedBase, mo
     chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
     assert sum(chunk.length for chunk in chunks) == 48
     assert chunks[-1].start + chunks[-1].length == 100
-    meter = MadeUp(GB, 0)
-    meter.readings, meter.step = 1, 1000
-    assert step_bytes(model, chunks, blocks, BLOCK, meter) == 1000
+    model.allocate(blocks, BLOCK)
     assert model(chunks).shape == (8, base.model.config.vocab_size)
+
+
+def test_what_a_step_takes_is_measured_and_its_pages_are_given_back(
+    base: LoadedBase, model: StockModel
+) -> None:
+    chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
+    pages: list[weakref.ref[object]] = []
+
+    class Watching(MadeUp):
+        def free(self) -> int:
+            pages.append(weakref.ref(model.attention))
+            return super().free()
+
+    meter = Watching(GB, 0, step=1000)
+    meter.readings = 1
+    assert step_bytes(model, chunks, blocks, BLOCK, meter) == 1000
+    assert [reference() for reference in pages] == [None, None]
 
 
 def test_a_short_context_makes_a_short_step(base: LoadedBase) -> None:
