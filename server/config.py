@@ -75,6 +75,7 @@ class EngineConfig:
         gpu_memory_utilization: part of a GPU's memory that may be taken, by whomever.
         block_size: tokens in one KV block; None = what suits the device.
         enforce_eager: decode without CUDA graphs.
+        async_scheduling: launch each step before the one before it is read; None = if the device is a GPU.
         max_queued_requests: most requests that wait; one more is answered 429.
         threads: threads of the CPU kernels.
     """
@@ -87,6 +88,7 @@ class EngineConfig:
     block_size: int | None
     prefix_caching: bool
     enforce_eager: bool
+    async_scheduling: bool | None
     max_queued_requests: int
     threads: int
 

@@ -109,6 +109,8 @@ OPTIONS: tuple[Option, ...] = (
            "reuse the KV of prompts that begin alike under the same adapter"),
     Option("--enforce-eager", "engine.enforce_eager", flag, "false", None,
            "launch every kernel of a decode step by itself, without CUDA graphs (only matters on a GPU)"),
+    Option("--async-scheduling", "engine.async_scheduling", auto_or(flag), "auto", None,
+           "prepare and queue each step while the device still runs the one before; auto: on a GPU"),
     Option("--max-queued-requests", "engine.max_queued_requests", integer(1, 1 << 20), "512", "N",
            "answer 429 when so many wait"),
     Option("--threads", "engine.threads", auto_or(integer(1, 4096)), "auto", "N",

@@ -104,7 +104,7 @@ def _measure(parts: Parts, arguments: argparse.Namespace, count: int, adapters: 
     model.nanoseconds[:] = 0
     head, sampling = Stopwatch(), Stopwatch()
     steps, began = 0, time.perf_counter()
-    with head.timing(model, "head"), sampling.timing(parts.engine, "sample"):
+    with head.timing(model, "head"), sampling.timing(parts.engine, "draw"):
         while parts.engine.busy:
             parts.engine.step()
             steps += 1

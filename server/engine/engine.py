@@ -1,30 +1,41 @@
-"""The loop's body: schedule, run the model, sample, book. Synchronous, on one thread, and easy to test."""
+"""The loop's body: schedule, run the model, draw, read, book. On one thread, and easy to test.
+
+On a device of its own, a step is launched *ahead*: before the tokens of the one before it are read, so that
+the device never waits for the host. What ends is seen a step late, and the token too much is thrown away.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from adapters.errors import ManyloraError
 from adapters.registry import Registry, Version
+from server.engine import faults
 from server.engine.admission import ResidencyGate
+from server.engine.flight import Flight
 from server.engine.random_draws import answer_seed
 from server.engine.request import FinishReason, GenerationRequest
-from server.engine.sampler import Draw, RankedLogprobs, sample
+from server.engine.sampler import Draw, RankedLogprobs, draw
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
 from server.errors import RequestFailed
 
 log = logging.getLogger("manylora.engine")
 
-Model = Callable[[SequenceOf[Chunk]], Tensor]
-"""Chunks to float32 logits [chunks that sample, vocabulary]."""
+
+class Model(Protocol):
+    """See ``server.engine.model.StepModel``."""
+
+    def __call__(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+        """Chunks to float32 logits [chunks that sample, vocabulary]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +69,26 @@ class Engine:
         gate: pins adapters.
         registry: counts who uses which version.
         eos: the base's end-of-sequence tokens.
+        ahead: launch each step before the one before it is read; the tokens are the same.
     """
 
     def __init__(
-        self, model: Model, scheduler: Scheduler, gate: ResidencyGate, registry: Registry, eos: frozenset[int]
+        self,
+        model: Model,
+        scheduler: Scheduler,
+        gate: ResidencyGate,
+        registry: Registry,
+        eos: frozenset[int],
+        ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.model = model
-        self.sample = sample
+        self.draw = draw
         self._gate = gate
         self._registry = registry
         self._eos = eos
+        self._ahead = ahead
+        self._flight: Flight | None = None
         self._arrivals = itertools.count()
         self._live: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}
@@ -112,11 +132,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return len(self.scheduler) > 0
+        return len(self.scheduler) > 0 or self._flight is not None
 
     @property
     def running(self) -> bool:
-        return len(self.scheduler.running) > 0
+        return len(self.scheduler.running) > 0 or self._flight is not None
 
     @property
     def num_waiting(self) -> int:
@@ -129,60 +149,120 @@ class Engine:
         return ended
 
     def step(self) -> list[Output]:
-        """One forward pass over whatever is ready; empty if nothing is."""
+        """Launch a forward pass over whatever is ready, and book it; ``ahead``: book the one before it."""
         batch = self.scheduler.schedule()
+        outputs = [self._fail(sequence, error) for sequence, error in self._gate.take_failures()]
+        if outputs:  # an answer's failure ends its siblings too
+            batch = self._living(batch)
         self._note_starts(batch)
-        failed = [self._fail(sequence, error) for sequence, error in self._gate.take_failures()]
-        draws = self._compute(batch) if batch else []
-        return failed + list(self._book(batch, draws))
+        try:
+            flight = self._launch(batch)
+        except Exception as error:
+            return [*outputs, *self._land(self._take_flight()), *self._in_halves(batch, error)]
+        if self._ahead:
+            flight, self._flight = self._flight, flight
+        return [*outputs, *self._land(flight)]
 
     def check_idle(self) -> None:
         """Assert that nothing is held when nothing runs (for tests)."""
         self.scheduler.check_integrity()
+        assert self._flight is None, "a step has not landed"
         assert not self._live, f"requests that never ended: {list(self._live)}"
         assert not self._held, "answers are held back for a request that is gone"
 
-    # -- computing --------------------------------------------------------------------------------
+    # -- launching --------------------------------------------------------------------------------
 
-    def _compute(self, batch: SequenceOf[Chunk]) -> list[Draw | Exception | None]:
-        """By chunk: its draw, None if it does not sample, or what it raised.
+    def _launch(self, batch: list[Chunk]) -> Flight | None:
+        """Queue a batch on the device; None if it is empty. If it raises, nothing is booked."""
+        if not batch:
+            return None
+        unread = self._flight.tokens if self._flight else None
+        logits = self.model(batch, drawn=unread)
+        drawn = self.draw(logits, [chunk.sequence for chunk in batch if chunk.samples], unread)
+        self.scheduler.launched(batch, go_on=self._ahead)
+        return Flight(batch, drawn)
 
-        If the batch raises, each sequence is tried alone, so that the one at fault fails and no other.
-        Running a chunk twice is harmless: it writes the same keys and values to the same places.
-        """
+    def _living(self, batch: list[Chunk]) -> list[Chunk]:
+        """Without the sequences that have ended since it was scheduled."""
+        return [chunk for chunk in batch if self._lives(chunk.sequence)]
+
+    def _lives(self, sequence: Sequence) -> bool:
+        return sequence in self._live.get(sequence.request_id, ())
+
+    def _take_flight(self) -> Flight | None:
+        flight, self._flight = self._flight, None
+        return flight
+
+    # -- landing ----------------------------------------------------------------------------------
+
+    def _land(self, flight: Flight | None) -> list[Output]:
+        """Read a step and book it."""
+        if flight is None:
+            return []
         try:
-            return self._draw(batch)
+            results = flight.read()
         except Exception as error:
-            if len(batch) == 1:
-                log.exception("request %s raised", batch[0].sequence.request_id)
-                return [error]
-            log.warning("a step raised %r; trying its %d sequences one by one", error, len(batch))
-            return [result for chunk in batch for result in self._compute([chunk])]
+            self._retract(self._take_flight())  # what was launched from its tokens
+            self._retract(flight)
+            return self._in_halves(flight.chunks, error)
+        self.scheduler.landed(flight.chunks)
+        return list(self._book(results))
 
-    def _draw(self, batch: SequenceOf[Chunk]) -> list[Draw | Exception | None]:
-        logits = self.model(batch)
-        draws = iter(self.sample(logits, [chunk.sequence for chunk in batch if chunk.samples]))
-        return [next(draws) if chunk.samples else None for chunk in batch]
+    def _retract(self, flight: Flight | None) -> None:
+        """As if it had never been launched."""
+        if flight is not None:
+            for chunk in self._living(flight.chunks):
+                self.scheduler.retract(chunk)
+            self.scheduler.landed(flight.chunks)
+
+    def _in_halves(self, batch: list[Chunk], raised: Exception) -> list[Output]:
+        """Compute what raised as a whole, until the sequences at fault are found, which fail, and no other.
+
+        Running a chunk again is harmless: it writes the same keys and values to the same places.
+        """
+        log.warning("a step of %d sequences raised; trying it in halves", len(batch), exc_info=raised)
+        faults.recover(raised)
+        middle = len(batch) // 2
+        return [out for half in (batch[:middle], batch[middle:]) for out in self._alone(self._living(half))]
+
+    def _alone(self, batch: list[Chunk]) -> list[Output]:
+        """Launch and land at once."""
+        flight = None
+        try:
+            flight = self._launch(batch)
+            results = flight.read() if flight else []
+        except Exception as error:
+            self._retract(flight)
+            if len(batch) > 1:
+                return self._in_halves(batch, error)
+            log.exception("request %s raised", batch[0].sequence.request_id)
+            return [self._fail(batch[0].sequence, faults.error_for(error))]
+        self.scheduler.landed(batch)
+        return list(self._book(results))
 
     # -- booking ----------------------------------------------------------------------------------
 
-    def _book(self, batch: SequenceOf[Chunk], draws: SequenceOf[Draw | Exception | None]) -> Iterable[Output]:
-        for chunk, draw in zip(batch, draws, strict=True):
+    def _book(self, results: Iterable[tuple[Chunk, Draw | None]]) -> Iterable[Output]:
+        for chunk, result in results:
             sequence = chunk.sequence
-            if sequence.request_id not in self._live:  # a sibling's failure ended the request
+            if not self._lives(sequence):  # it ended a step ago, or with a sibling just now
                 continue
-            if isinstance(draw, Exception):
-                yield self._fail(
-                    sequence, RequestFailed(f"Processing the request raised {type(draw).__name__}.")
-                )
-            elif draw is None:
+            if result is None:
                 self.scheduler.advance(chunk, None)
-            elif draw.token is None:
+            elif result.token is None:
                 yield self._fail(
                     sequence, RequestFailed("The model's output for this request is not finite.")
                 )
             else:
-                yield self._advance(chunk, draw.token, draw.logprobs)
+                if result.revised:
+                    self._withdraw(sequence)
+                yield self._advance(chunk, result.token, result.logprobs)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """What is in flight for it goes on from a token that it does not have."""
+        chunk = self._flight.withdraw(sequence) if self._flight else None
+        if chunk is not None:
+            self.scheduler.retract(chunk)
 
     def _note_starts(self, batch: SequenceOf[Chunk]) -> None:
         now = time.monotonic()

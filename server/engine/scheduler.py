@@ -4,10 +4,14 @@ A step is a list of chunks under a token budget: first one token for every seque
 the prompts that are under way, then new sequences as seats, KV blocks and adapters allow. When blocks
 run out the youngest running sequence gives its blocks back and is computed again later, so the oldest
 always advances; preempted sequences come back before anything new is let in.
+
+A step may be scheduled while the one before is in flight: launched, and its tokens not read yet. What a step
+in flight may still read, blocks and adapters, is kept until it has landed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +49,10 @@ class AdapterGate(Protocol):
 class Scheduler:
     """Owns every sequence from ``add`` until it finishes or is removed.
 
+    A step goes through ``schedule``, ``launched``, ``landed``, and ``advance`` for each of its chunks.
+
     Attributes:
+        leaving: ended sequences that hold their blocks and adapter until the step in flight has landed.
         steps, preemptions, prompt_tokens, cached_tokens: counters; the last two over first admissions.
     """
 
@@ -61,8 +68,10 @@ class Scheduler:
         self.waiting: WaitingQueue = waiting if waiting is not None else RoundRobinQueue()
         self.running: list[Sequence] = []  # oldest first
         self.preempted: list[Sequence] = []  # oldest first
+        self.leaving: list[Sequence] = []
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._gate = gate
+        self._in_flight = 0  # chunks
 
     def __len__(self) -> int:
         return len(self.running) + len(self.preempted) + len(self.waiting)
@@ -75,7 +84,11 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, those that share an adapter side by side."""
+        """The next step's chunks, those that share an adapter side by side.
+
+        Empty if somebody must be preempted while a step is in flight, which may read what would be taken, and
+        may give back enough by itself: it has to land first.
+        """
         step = _Step(self.limits.max_num_batched_tokens)
         for sequence in [s for s in self.running if s.num_pending == 1]:
             self._continue(sequence, step)
@@ -86,16 +99,49 @@ class Scheduler:
         self.steps += bool(step.chunks)
         return sorted(step.chunks.values(), key=lambda chunk: chunk.sequence.slot)
 
+    def launched(self, chunks: SequenceOf[Chunk], go_on: bool) -> None:
+        """Book chunks whose computation is queued.
+
+        Args:
+            go_on: schedule those that sample again before their new tokens are read, unless they surely end:
+                negative ids stand for the tokens, by their place among the step's draws.
+        """
+        place = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.in_flight += 1
+            sequence.num_computed = chunk.stop
+            if chunk.samples:
+                place += 1
+                if go_on and not sequence.is_full(chunk.stop + 1, self.limits.max_model_len):
+                    sequence.tokens.append(-place)
+        self._in_flight += len(chunks)
+
+    def landed(self, chunks: SequenceOf[Chunk]) -> None:
+        """Let go of what only these launched chunks still read."""
+        for chunk in chunks:
+            chunk.sequence.in_flight -= 1
+        self._in_flight -= len(chunks)
+        for sequence in [s for s in self.leaving if not s.in_flight]:
+            self.leaving.remove(sequence)
+            self._release(sequence)
+
+    def retract(self, chunk: Chunk) -> None:
+        """Forget that a chunk, the latest of its sequence, was launched: it is void and will come again."""
+        sequence = chunk.sequence
+        if chunk.samples:
+            del sequence.tokens[chunk.stop :]
+        sequence.num_computed = chunk.start
+
     def advance(self, chunk: Chunk, token: int | None) -> FinishReason | None:
-        """Book a computed chunk and, if it sampled, its new ``token``; says whether that ended it."""
+        """Book a landed chunk and, if it sampled, its new ``token``; says whether that ended it."""
         sequence = chunk.sequence
         assert sequence.table is not None
-        sequence.num_computed = chunk.start + chunk.length
-        self.blocks.commit(sequence.table, sequence.tokens, sequence.num_computed)
+        self.blocks.commit(sequence.table, sequence.tokens, chunk.stop)
         if token is None:
             return None
-        sequence.tokens.append(token)
-        reason = sequence.finish_reason(token, self.limits.max_model_len)
+        sequence.tokens[chunk.stop : chunk.stop + 1] = [token]  # in place of the id that stood for it, if any
+        reason = sequence.finish_reason(chunk.stop + 1, self.limits.max_model_len)
         if reason is not None:
             self.remove(sequence)
         return reason
@@ -105,14 +151,18 @@ class Scheduler:
         for place in (self.running, self.preempted):
             if sequence in place:
                 place.remove(sequence)
-                self._drop_blocks(sequence)
-                self._gate.leave(sequence)
+                if sequence.in_flight:
+                    self.leaving.append(sequence)
+                else:
+                    self._release(sequence)
                 return True
         return self.waiting.remove(sequence)
 
     def check_integrity(self) -> None:
         """Assert the books (for tests)."""
-        self.blocks.check_integrity([s.table for s in self.running if s.table is not None])
+        holders = [*self.running, *self.leaving]
+        self.blocks.check_integrity([s.table for s in holders if s.table is not None])
+        assert all(s.in_flight for s in self.leaving), "an ended sequence holds what no step reads"
         assert all(s.table is None for s in self.preempted), "a preempted sequence holds blocks"
         arrivals = [s.arrival for s in self.running]
         assert arrivals == sorted(arrivals), "running sequences are out of order"
@@ -122,6 +172,9 @@ class Scheduler:
         if length == 0 or sequence.table is None:  # no budget left, or preempted earlier in this step
             return
         while not self.blocks.grow(sequence.table, sequence.num_computed + length):
+            if self._in_flight:
+                step.give_up()
+                return
             victim = self.running[-1]
             self._preempt(victim, step)
             if victim is sequence:
@@ -179,6 +232,10 @@ class Scheduler:
         step.add(Chunk(sequence, cached, length))
         return True
 
+    def _release(self, sequence: Sequence) -> None:
+        self._drop_blocks(sequence)
+        self._gate.leave(sequence)
+
     def _drop_blocks(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self.blocks.release(sequence.table)
@@ -200,6 +257,11 @@ class _Step:
         chunk = self.chunks.pop(sequence.key, None)
         if chunk is not None:
             self.budget += chunk.length
+
+    def give_up(self) -> None:
+        """End with nothing."""
+        self.chunks.clear()
+        self.budget = 0
 
 
 def _insert_by_age(place: list[Sequence], sequence: Sequence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adapters.registry import Version
 from server.engine.kv_cache import BlockTable
@@ -16,21 +16,24 @@ class Sequence:
         request_id, index: which request, and which of its n answers.
         adapter: the adapter version it asks for; None = the base.
         slot: the adapter's slot in the rank pool while pinned; -1 = none.
-        tokens: prompt and generated tokens.
+        tokens: prompt and generated tokens. The last one may be drawn but not read yet: a negative id then
+            stands for it (``transfer.resolve``).
         num_prompt: how many of them are the prompt.
-        num_computed: how many leading tokens have their KV in the cache.
+        num_computed: how many leading tokens have their KV in the cache, or will have it when the steps
+            that are launched have run.
         num_cached: prompt tokens that the prefix cache gave at first admission; None before it.
         arrival: rank in order of arrival; smaller is older.
         seed: what its draws come from, together with the position.
         table: its KV blocks; None while it has none.
+        in_flight: launched steps with a chunk of it that have not landed.
         started: clock at the first step that took it up; None before.
         not_before: clock before which admission need not be tried again.
         attempts: how often admission found the adapter's content changed.
     """
 
     __slots__ = (
-        "adapter", "arrival", "attempts", "eos", "index", "not_before", "num_cached", "num_computed",
-        "num_prompt", "params", "request_id", "seed", "slot", "started", "table", "tokens",
+        "adapter", "arrival", "attempts", "eos", "in_flight", "index", "not_before", "num_cached",
+        "num_computed", "num_prompt", "params", "request_id", "seed", "slot", "started", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +60,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.slot = -1
         self.table: BlockTable | None = None
+        self.in_flight = 0
         self.started: float | None = None
         self.not_before = 0.0
         self.attempts = 0
@@ -71,20 +75,23 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens still without KV; 1 while decoding."""
+        """Tokens still without KV; 1 while decoding, 0 while all depends on a token that is not read yet."""
         return len(self.tokens) - self.num_computed
 
     @property
     def digest(self) -> str | None:
         return self.adapter.digest if self.adapter else None
 
-    def finish_reason(self, token: int, max_model_len: int) -> FinishReason | None:
-        """Why ``token`` (just appended) ends this answer, or None if it goes on."""
-        if self.num_generated >= max(self.params.min_tokens, 1) and self.is_stop_token(token):
+    def finish_reason(self, length: int, max_model_len: int) -> FinishReason | None:
+        """Why the answer ends with its first ``length`` tokens, or None if it goes on after them."""
+        generated = length - self.num_prompt
+        if generated >= max(self.params.min_tokens, 1) and self.is_stop_token(self.tokens[length - 1]):
             return "stop"
-        if self.num_generated >= self.params.max_tokens or len(self.tokens) >= max_model_len:
-            return "length"
-        return None
+        return "length" if self.is_full(length, max_model_len) else None
+
+    def is_full(self, length: int, max_model_len: int) -> bool:
+        """Whether ``length`` tokens are all it may have, whatever they are."""
+        return length - self.num_prompt >= self.params.max_tokens or length >= max_model_len
 
     def is_stop_token(self, token: int) -> bool:
         if token in self.params.stop_token_ids:
@@ -96,13 +103,18 @@ class Sequence:
 class Chunk:
     """What one step computes for one sequence: tokens [start, start + length).
 
-    ``samples`` says that the chunk ends with the sequence's last token, so that a new one is drawn.
+    Attributes:
+        samples: the chunk ends with the last token there was when it was made, so that a new one is drawn.
     """
 
     sequence: Sequence
     start: int
     length: int
+    samples: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.stop == len(self.sequence.tokens))
 
     @property
-    def samples(self) -> bool:
-        return self.start + self.length == len(self.sequence.tokens)
+    def stop(self) -> int:
+        return self.start + self.length

@@ -18,7 +18,7 @@ def resolve(tokens: Tensor, drawn: Tensor | None) -> Tensor:
 
     Such an id stands for a token that the step before draws and that the host has not read yet.
     """
-    if drawn is None:
+    if drawn is None or len(drawn) == 0:
         return tokens
     return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
 

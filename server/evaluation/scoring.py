@@ -22,7 +22,9 @@ Targets = Mapping[int, int]
 class Model(Protocol):
     """The part of ``server.engine.model.StepModel`` that scoring needs."""
 
-    def __call__(self, chunks: Sequence[Chunk], rows: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class PromptScorer:
@@ -41,12 +43,12 @@ class PromptScorer:
         self._targets = targets
         self.logprobs: dict[str, dict[int, float]] = {request_id: {} for request_id in targets}
 
-    def __call__(self, chunks: Sequence[Chunk]) -> Tensor:
+    def __call__(self, chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
         """float32 logits [chunks that sample, vocabulary], as the engine wants them."""
         plan = _Plan()
         for chunk in chunks:
             plan.add(chunk, self._targets.get(chunk.sequence.request_id, {}))
-        logits = self._model(chunks, torch.tensor(plan.rows, dtype=torch.long))
+        logits = self._model(chunks, torch.tensor(plan.rows, dtype=torch.long), drawn)
         if plan.scored:
             self._note(logits, plan.scored)
         return logits[plan.sampled]

@@ -34,6 +34,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--block-size": ("32", 32),
     "--enable-prefix-caching": ("false", False),
     "--enforce-eager": ("true", True),
+    "--async-scheduling": ("true", True),
     "--max-queued-requests": ("9", 9),
     "--threads": ("7", 7),
     "--host": ("0.0.0.0", "0.0.0.0"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.config import from_args
 from server.engine.build import Parts, build_parts
-from server.engine.engine import Output
+from server.engine.engine import Model, Output
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Chunk
 
@@ -96,13 +96,13 @@ class Driver:
 class LogitsRecorder:
     """Stands in for the engine's model and keeps, by request, the logits of every drawn token."""
 
-    def __init__(self, model: Callable[[SequenceOf[Chunk]], Tensor]) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
         self.batches: list[set[str | None]] = []
         self.logits: dict[str, list[Tensor]] = {}
 
-    def __call__(self, chunks: SequenceOf[Chunk]) -> Tensor:
-        logits = self._model(chunks)
+    def __call__(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+        logits = self._model(chunks, drawn=drawn)
         self.batches.append({chunk.sequence.digest for chunk in chunks})
         rows = iter(logits)
         for chunk in chunks:

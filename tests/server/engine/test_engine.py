@@ -31,9 +31,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def parts(home: Path) -> Parts:
-    return build(home / "model", home)
+@pytest.fixture(params=["--no-async-scheduling", "--async-scheduling"])
+def parts(home: Path, request: pytest.FixtureRequest) -> Parts:
+    return build(home / "model", home, request.param)
 
 
 def _check_empty(parts: Parts) -> None:
@@ -62,8 +62,9 @@ def test_the_prefix_cache_is_the_adapters_own(parts: Parts) -> None:
     _check_empty(parts)
 
 
-def test_preemption_changes_no_token(home: Path) -> None:
-    parts = build(home / "model", home, "--kv-cache-memory", "44KiB", "--max-num-seqs", "4")
+@pytest.mark.parametrize("scheduling", ["--no-async-scheduling", "--async-scheduling"])
+def test_preemption_changes_no_token(home: Path, scheduling: str) -> None:
+    parts = build(home / "model", home, "--kv-cache-memory", "44KiB", "--max-num-seqs", "4", scheduling)
     requests = [
         Asked(PROMPT[i:], name, {"max_tokens": 40, "ignore_eos": True})
         for i, name in enumerate(("one", "two", None))
@@ -117,7 +118,8 @@ def test_aborting_frees_everything_wherever_it_stands(parts: Parts) -> None:
 def test_ending_one_answer_lets_the_others_go_on(parts: Parts) -> None:
     driver = Driver(parts)
     asked = driver.add(Asked(PROMPT, None, {"n": 2, "max_tokens": 6, "ignore_eos": True}))
-    driver.step()
+    while not asked.outputs:
+        driver.step()
     parts.engine.abort_answer(asked.request_id, 0)
     driver.run()
     assert [output.index for output in asked.outputs] == [0, 1, 1, 1, 1, 1, 1]
@@ -129,10 +131,10 @@ def test_one_requests_crash_is_its_own(parts: Parts, home: Path) -> None:
     victim = Asked(PROMPT[5:], "two")
     real = parts.engine.model
 
-    def crashing(chunks: SequenceOf[Chunk]) -> Tensor:
+    def crashing(chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
         if any(chunk.sequence.request_id == victim.request_id for chunk in chunks):
             raise RuntimeError("only for the victim")
-        return real(chunks)
+        return real(chunks, drawn=drawn)
 
     parts.engine.model = crashing
     others = [Asked(PROMPT, "one"), Asked(PROMPT[3:])]

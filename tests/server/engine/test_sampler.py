@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from server.engine.random_draws import answer_seed, uniform
 from server.engine.request import SamplingParams
-from server.engine.sampler import Draw, sample
+from server.engine.sampler import Draw, draw
 from server.engine.sequence import Sequence
 
 
@@ -21,6 +22,10 @@ def _sequence(
     sequence = Sequence("r", 0, prompt, None, sampling, seed, 0, frozenset({0}))
     sequence.tokens += generated
     return sequence
+
+
+def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+    return draw(logits, sequences).read()
 
 
 def _one(logits: list[float], **params: object) -> Draw:

@@ -10,6 +10,8 @@ from tests.server.engine.support import OpenGate, make_scheduler, make_sequence
 
 def _step(scheduler: Scheduler, token: int = 7) -> list[Chunk]:
     chunks = scheduler.schedule()
+    scheduler.launched(chunks, go_on=False)
+    scheduler.landed(chunks)
     for chunk in chunks:
         scheduler.advance(chunk, token if chunk.samples else None)
     return chunks
@@ -118,14 +120,14 @@ def test_ends_are_told_apart() -> None:
         make_sequence(3, ignore_eos=True),
     )
     early = make_sequence(3, min_tokens=3, stop_token_ids=(7,))
-    for sequence in (stop, length, ignoring, early):
-        sequence.tokens.append(2)
-    assert stop.finish_reason(2, 100) == "stop"
-    assert ignoring.finish_reason(2, 100) is None
+    for sequence, token in ((stop, 2), (length, 2), (ignoring, 2), (early, 7)):
+        sequence.tokens.append(token)
+    assert stop.finish_reason(4, 100) == "stop"
+    assert ignoring.finish_reason(4, 100) is None
     length.tokens.append(5)
     assert length.finish_reason(5, 100) == "length"
-    assert early.finish_reason(7, 100) is None
-    assert stop.finish_reason(5, 4) == "length"
+    assert early.finish_reason(4, 100) is None
+    assert ignoring.finish_reason(4, 4) == "length"
 
 
 class _Run:

@@ -95,8 +95,8 @@ async def test_only_the_engines_thread_computes_in_parallel(home: Path) -> None:
     )
     real, seen = service._engine.model, set()
 
-    def watching(chunks: Sequence[Chunk]) -> Tensor:
-        logits = real(chunks)
+    def watching(chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+        logits = real(chunks, drawn=drawn)
         seen.add((torch.get_num_threads(), logits.exp().sum().isfinite().item()))
         return logits
 
@@ -188,10 +188,10 @@ async def test_loading_and_unloading_by_hand(service: EngineService, home: Path)
 async def test_a_request_that_raises_fails_alone(service: EngineService) -> None:
     real = service._engine.model
 
-    def crashing(chunks: Sequence[Chunk]) -> Tensor:
+    def crashing(chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
         if any(chunk.sequence.request_id == "victim" for chunk in chunks):
             raise RuntimeError("boom")
-        return real(chunks)
+        return real(chunks, drawn=drawn)
 
     service._engine.model = crashing
     victim, other = await _ask(service, "victim"), await _ask(service, "other")

@@ -1,0 +1,184 @@
+"""A made-up device that runs everything as late as it may: when the host reads, and in the order of launches.
+
+What is computed depends on each token that the sequence's pages hold, and on what lies in its adapter's slot,
+at the time when it is computed. So pages or slots given away too early show in the tokens, as on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import zlib
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.registry import Version
+from server.engine.engine import Engine
+from server.engine.kv_cache import BlockManager
+from server.engine.sampler import Draw, Drawn, draw
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Chunk, Sequence
+from server.engine.transfer import resolve
+
+VOCABULARY = 12
+BLOCK = 4
+
+
+class LateDevice:
+    """Stands in for an engine's model and sampler.
+
+    Args:
+        faults: by the number of the launch, draw or read (they are counted together), what it raises.
+        poison: requests whose every computation raises.
+    """
+
+    def __init__(self, num_blocks: int, faults: dict[int, Exception], poison: dict[str, Exception]) -> None:
+        self.pages: list[object] = [None] * (num_blocks * BLOCK)
+        self.slots: dict[int, str] = {}
+        self.history: list[str] = []
+        self._faults, self.poison = faults, poison
+        self._count = itertools.count()
+        self._queue: list[Callable[[], None]] = []
+
+    def model(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+        self._note("launch")
+        for chunk in chunks:
+            if chunk.sequence.request_id in self.poison:
+                raise self.poison[chunk.sequence.request_id]
+        logits = torch.zeros(sum(chunk.samples for chunk in chunks), VOCABULARY)
+        work = [self._work(chunk) for chunk in chunks]
+
+        def run() -> None:
+            rows = iter(logits)
+            for chunk, (tokens, slots, adapter) in zip(chunks, work, strict=True):
+                ids = resolve(torch.tensor(tokens[chunk.start : chunk.stop]), drawn).tolist()
+                for slot, token in zip(slots[chunk.start :], ids, strict=True):
+                    self.pages[slot] = token
+                if chunk.samples:
+                    seen = (
+                        self.slots[adapter] if adapter >= 0 else "",
+                        *(self.pages[slot] for slot in slots),
+                    )
+                    next(rows).copy_(_logits(seen))
+
+        self._queue.append(run)
+        return logits
+
+    def draw(self, logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None) -> LateDrawn:
+        self._note("draw")
+        then = [copy.copy(sequence) for sequence in sequences]
+        for sequence in then:
+            sequence.tokens = list(sequence.tokens)
+        late = LateDrawn(self, torch.zeros(len(then), dtype=torch.long))
+
+        def run() -> None:
+            late.drawn = draw(logits, then, unread)
+            late.tokens.copy_(late.drawn.tokens)
+
+        self._queue.append(run)
+        return late
+
+    def read(self, late: LateDrawn) -> list[Draw]:
+        while late.drawn is None:
+            self._queue.pop(0)()
+        self._note("read")
+        return late.drawn.read()
+
+    def _note(self, what: str) -> None:
+        self.history.append(what)
+        fault = self._faults.pop(next(self._count), None)
+        if fault is not None:
+            raise fault
+
+    def _work(self, chunk: Chunk) -> tuple[list[int], list[int], int]:
+        """The tokens, the places in the pages and the adapter's slot as they are at the launch."""
+        sequence = chunk.sequence
+        assert sequence.table is not None
+        blocks = sequence.table.blocks
+        places = [blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(chunk.stop)]
+        return list(sequence.tokens), places, sequence.slot
+
+
+class LateDrawn:
+    """See ``Drawn``."""
+
+    def __init__(self, device: LateDevice, tokens: Tensor) -> None:
+        self._device = device
+        self.tokens = tokens
+        self.drawn: Drawn | None = None
+
+    def read(self) -> list[Draw]:
+        return self._device.read(self)
+
+
+class SlotGate:
+    """Adapters in a few slots; who comes takes any that nobody has pinned, and overwrites it at once."""
+
+    def __init__(self, device: LateDevice, num_slots: int) -> None:
+        self._device = device
+        self._slots: list[str | None] = [None] * num_slots
+        self.pins = [0] * num_slots
+
+    def admit(self, sequence: Sequence) -> bool:
+        digest = sequence.digest
+        if digest is None:
+            return True
+        if digest not in self._slots:
+            free = [slot for slot, pins in enumerate(self.pins) if pins == 0]
+            if not free:
+                return False
+            self._slots[free[0]] = self._device.slots[free[0]] = digest
+        sequence.slot = self._slots.index(digest)
+        self.pins[sequence.slot] += 1
+        return True
+
+    def leave(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self.pins[sequence.slot] -= 1
+        sequence.slot = -1
+
+    def take_failures(self) -> list[Any]:
+        return []
+
+
+class CountingRegistry:
+    """Counts who uses an adapter."""
+
+    def __init__(self) -> None:
+        self.users = 0
+
+    def acquire(self, version: Version) -> None:
+        del version
+        self.users += 1
+
+    def release(self, version: Version) -> None:
+        del version
+        self.users -= 1
+
+
+def late_engine(
+    ahead: bool,
+    blocks: int = 64,
+    seqs: int = 4,
+    budget: int = 32,
+    faults: dict[int, Exception] | None = None,
+    poison: dict[str, Exception] | None = None,
+) -> tuple[Engine, LateDevice, CountingRegistry]:
+    """An engine on a late device with two adapter slots."""
+    device = LateDevice(blocks, faults or {}, poison or {})
+    gate: Any = SlotGate(device, 2)
+    limits = SchedulerLimits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=blocks * BLOCK)
+    registry: Any = CountingRegistry()
+    scheduler = Scheduler(limits, BlockManager(blocks, BLOCK), gate)
+    engine = Engine(device.model, scheduler, gate, registry, frozenset({2}), ahead)
+    engine.draw = device.draw  # type: ignore[assignment]
+    return engine, device, registry
+
+
+def _logits(seen: tuple[object, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seen).encode()))
+    return torch.randn(VOCABULARY, generator=generator)
