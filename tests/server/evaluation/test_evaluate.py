@@ -126,9 +126,11 @@ class Spy:
         self._model = model
         self.digests: list[set[str | None]] = []
 
-    def __call__(self, chunks: Sequence[Chunk], rows: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
         self.digests.append({chunk.sequence.digest for chunk in chunks})
-        logits: Tensor = self._model(chunks, rows)
+        logits: Tensor = self._model(chunks, rows, drawn)
         return logits
 
 
