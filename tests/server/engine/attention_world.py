@@ -32,14 +32,15 @@ class World:
     dim: int = 8
     block_size: int = 16
     num_blocks: int = 40
+    longest: int = LONGEST
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.manager = BlockManager(self.num_blocks, self.block_size)
         self.generator = torch.Generator().manual_seed(0)
-        self.kv = self._random(2, VOCABULARY, LONGEST, self.kv_heads, self.dim)
-        params = SamplingParams(max_tokens=LONGEST)
+        self.kv = self._random(2, VOCABULARY, self.longest, self.kv_heads, self.dim)
+        params = SamplingParams(max_tokens=self.longest)
         self.sequences = [
             Sequence(str(i), 0, tuple(prompt), None, params, 0, i, frozenset())
             for i, prompt in enumerate(self.prompts)
@@ -92,7 +93,7 @@ class World:
             sequence.num_computed = self.manager.match(sequence.table, sequence.tokens)
         length = min(length, sequence.num_pending)
         stop = sequence.num_computed + length
-        fits = stop < LONGEST and self.manager.grow(sequence.table, stop)
+        fits = stop < self.longest and self.manager.grow(sequence.table, stop)
         return Chunk(sequence, sequence.num_computed, length) if fits else None
 
     def _random(self, *size: int) -> Tensor:
