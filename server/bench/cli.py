@@ -12,6 +12,7 @@ from adapters.errors import ManyloraError
 from server.bench import model_step, options, step
 from server.bench.compare import say
 from server.bench.errors import BenchError
+from server.bench.gpu_check import command as gpu_check
 from server.bench.peers.environments import RECIPES, Environment
 from server.bench.shapes import SHAPES, make_model
 from server.evaluation import prove
@@ -56,6 +57,7 @@ def add_parser(subparsers: SubParsers) -> None:
     options.add_home(setup)
     step.add_parser(kinds)
     model_step.add_parser(kinds)
+    gpu_check.add_parser(kinds)
     prove.add_parser(kinds)
     make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
     make.add_argument("--shape", choices=SHAPES, required=True)

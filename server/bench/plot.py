@@ -12,7 +12,7 @@ from server.bench.sweep import Point, Sweep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = (
+COLOURS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -51,7 +51,7 @@ def _throughput(axes: Axes, sweep: Sweep) -> None:
     """The median as a line, least to most as a band."""
     for index, name in enumerate(_names(sweep)):
         places, values = _series(sweep, index, "output_throughput")
-        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)]}
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
         axes.plot(places, [value.median for value in values], marker="o", label=name, **style)
         low, high = [value.min for value in values], [value.max for value in values]
         axes.fill_between(places, low, high, alpha=0.2, linewidth=0, **style)
@@ -72,7 +72,7 @@ def _latency(axes: Axes, sweep: Sweep, kind: str) -> None:
                 [value.median for value in values],
                 style,
                 marker="o",
-                color=_COLOURS[index % len(_COLOURS)],
+                color=COLOURS[index % len(COLOURS)],
                 label=f"{name} {percentile.upper()}",
             )
     axes.set_yscale("log")

@@ -6,7 +6,7 @@ Their cost is a real adapter's, their effect is small. Imports torch inside its 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ def write_adapters(base: Path, out: Path, count: int, rank: int, seed: int) -> d
     sites = sites_of(base)
     folders = {f"lora-{index:04d}": out / f"lora-{index:04d}" for index in range(count)}
     for index, folder in enumerate(folders.values()):
-        _write_adapter(folder, sites, rank, seed + index, base)
+        save_adapter(folder, random_tensors(sites, rank, seed + index), sites, rank, str(base))
     return folders
 
 
@@ -45,15 +45,18 @@ def sites_of(base: Path) -> list[Site]:
     return list(find_sites(model).values())
 
 
-def _write_adapter(folder: Path, sites: Sequence[Site], rank: int, seed: int, base: Path) -> None:
+def save_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], sites: Sequence[Site], rank: int, base: str
+) -> None:
+    """Write a PEFT folder of ``tensors``, which are named as PEFT names them."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    save_file(random_tensors(sites, rank, seed), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(dict(tensors), folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

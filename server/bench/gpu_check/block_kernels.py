@@ -1,0 +1,116 @@
+"""Section ``block_kernels``: norm, rotary with the KV store, gated activation: Triton against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.bench.gpu_check.context import Context
+from server.bench.gpu_check.rows import Row, Skip, Value
+from server.bench.gpu_check.timing import seconds_of
+from server.engine.kernels import BlockOps, reference
+
+_EXACT = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
+_BLOCKS, _BLOCK_SIZE = 12, 16
+_EPS = 1e-5
+
+
+class _Sizes(NamedTuple):
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+_LARGE, _SMALL = _Sizes(4096, 14336, 32, 8, 128), _Sizes(576, 96, 3, 1, 40)
+
+Result = Callable[[BlockOps], tuple[Tensor, ...]]
+
+
+def run(context: Context) -> Iterator[Row]:
+    """By operation, dtype and rows: whether both agree; on a GPU the time of each."""
+    if find_spec("triton") is None:
+        raise Skip("Triton is not installed")
+    from server.engine.kernels import triton
+
+    sizes, counts = (_LARGE, (1, 64)) if context.gpu else (_SMALL, (3,))
+    for dtype in _EXACT:
+        for tokens in counts:
+            for name, result in _operations(context, sizes, tokens, dtype).items():
+                context.check_time()
+                values: dict[str, Value] = {"operation": name, "dtype": str(dtype)[6:], "tokens": tokens}
+                failed = _difference(result(triton), result(reference), _EXACT[dtype])
+                if context.gpu is not None:
+                    values["us"] = round(seconds_of([lambda run=result: run(triton)]) * 1e6, 1)  # type: ignore[misc]
+                    torch_s = seconds_of([lambda run=result: run(reference)])  # type: ignore[misc]
+                    values["torch us"] = round(torch_s * 1e6, 1)
+                yield Row("equal to the reference", values, failed)
+
+
+def _difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], exact: float) -> str:
+    try:
+        for got, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(got, expected, rtol=exact, atol=exact)
+    except AssertionError as error:
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+def _operations(context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype) -> dict[str, Result]:
+    """What each gives and changes, on the same random tensors however often it runs."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(context.device, kind)
+
+    x, delta, gate_up = (
+        random(tokens, sizes.hidden),
+        random(tokens, sizes.hidden),
+        random(tokens, 2 * sizes.inner),
+    )
+    weight, other = (random(sizes.hidden, kind=torch.float32) for _ in range(2))
+    turn = _Turn(context, sizes, tokens, dtype, random)
+
+    def add_norm(ops: BlockOps, delta_weight: Tensor | None = None) -> tuple[Tensor, ...]:
+        own = x.clone()
+        return ops.add_norm(own, delta, weight, _EPS, delta_weight), own
+
+    return {
+        "norm": lambda ops: (ops.add_norm(x, None, weight, _EPS),),
+        "add, norm": add_norm,
+        "norm, add, norm": lambda ops: add_norm(ops, other),
+        "rotary, KV store": turn,
+        "norms, rotary, KV store": lambda ops: turn(ops, normed=True),
+        "SiLU gate": lambda ops: (ops.gated(gate_up, gelu=False),),
+        "GELU gate": lambda ops: (ops.gated(gate_up, gelu=True),),
+    }
+
+
+class _Turn:
+    """Rotary embedding of q and k, which with v go into pages."""
+
+    def __init__(
+        self, context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype, random: Callable[..., Tensor]
+    ) -> None:
+        heads = sizes.heads + 2 * sizes.kv_heads
+        self._qkv = random(tokens, heads * sizes.dim)
+        self._angles = [random(tokens + 5, sizes.dim, kind=torch.float32) for _ in range(2)]
+        self._norms = [random(sizes.dim, kind=torch.float32) for _ in range(2)]
+        self._positions = torch.arange(5, tokens + 5, device=context.device)
+        slots = torch.randperm(_BLOCKS * _BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
+        self._slots = slots[:tokens].to(context.device)
+        shape = _BLOCKS, _BLOCK_SIZE, sizes.kv_heads, sizes.dim
+        self._pages = torch.zeros(shape, dtype=dtype, device=context.device)
+
+    def __call__(self, ops: BlockOps, normed: bool = False) -> tuple[Tensor, ...]:
+        keys, values = self._pages.clone(), self._pages.clone()
+        cos, sin = self._angles
+        q_norm, k_norm = self._norms if normed else (None, None)
+        step = self._qkv.clone(), cos, sin, self._positions, self._slots
+        q = ops.rotate_and_store(*step, keys, values, q_norm, k_norm, _EPS)
+        return q, keys, values

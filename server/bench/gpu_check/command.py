@@ -1,0 +1,92 @@
+"""The command: flags, sections in order, tables as they come, the report at the end. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from server.bench.errors import BenchError
+from server.bench.gpu_check import report
+from server.bench.gpu_check.conductor import run as run_sections
+from server.bench.gpu_check.rows import Result
+from server.bench.gpu_check.sections import SECTIONS
+
+_DESCRIPTION = """\
+Prove and measure the GPU path: kernels, attention, whole models with CUDA graphs and without, decoding
+beside its roofline, loading adapters, and PEFT on the same card. What a missing package would be needed for
+is skipped by name. Exit code 1 if anything is wrong; figures that miss what is asked are only reported.
+
+Without a GPU everything runs small on the CPU, Triton under its interpreter, which proves the check itself.
+"""
+
+
+def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the kind ``gpu-check`` to ``manylora bench``."""
+    parser = kinds.add_parser(
+        "gpu-check",
+        help="prove and measure the GPU path",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the decode steps")
+    parser.add_argument(
+        "--budget", type=_seconds, default=540.0, metavar="SECONDS", help="(default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run all sections. Exit code 0; 1 if one of them failed."""
+    for file in (arguments.output, arguments.plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BenchError(
+                f"{file} cannot be written: {file.absolute().parent} is no folder; make it first"
+            )
+    began = time.monotonic()
+    results: list[Result] = []
+
+    def done(result: Result) -> None:
+        """What there is so far is written at once: whatever comes next cannot take it away."""
+        results.append(result)
+        print(report.section_text(result), flush=True)
+        _write(arguments, results, time.monotonic() - began)
+
+    run_sections(SECTIONS, arguments.budget, done)
+    print(report.reach_text(results))
+    if arguments.plot:
+        print(_drawn(results, arguments.plot))
+    failed = [result.title for result in results if result.status == "failed"]
+    print(f"\nFAILED: {'; '.join(failed)}" if failed else "\nnothing failed")
+    return 1 if failed else 0
+
+
+def _write(arguments: argparse.Namespace, results: Sequence[Result], seconds: float) -> None:
+    if arguments.output:
+        document = report.document(results, arguments.budget, seconds)
+        arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _drawn(results: Sequence[Result], file: Path) -> str:
+    """Draw, and say so, or why not."""
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is not installed"
+    from server.bench.gpu_check.picture import draw
+
+    found = [row for result in results if result.name == "device" for row in result.table("gpu")]
+    title = str(found[0]["name"]) if found else "no GPU: a tiny model on the CPU"
+    return f"drawn: {file}" if draw(results, title, file) else "no picture: no decode step was measured"
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return seconds

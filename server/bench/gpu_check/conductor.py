@@ -1,0 +1,147 @@
+"""Runs the sections in processes of their own and collects what they give. No torch.
+
+One process does all of them, one after the other. If it dies, hangs, or has seen a fault of the GPU, the
+section that was under way has failed, and another process goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from server.bench.gpu_check.rows import Result, Row
+from server.bench.gpu_check.sections import Section
+
+_GRACE_S = 15.0
+"""A section looks at the clock between its rows: so long over its time it may be."""
+
+_START_S = 120.0
+"""Importing torch and finding the GPU."""
+
+
+def run(
+    sections: Sequence[Section], budget: float, done: Callable[[Result], None], command: Sequence[str] = ()
+) -> list[Result]:
+    """Run ``sections`` within ``budget`` seconds; ``done`` is called with each result as it comes.
+
+    ``command`` starts the process (default: ``child.py``).
+    """
+    ends = _ends(sections, time.monotonic(), budget)
+    waiting = {section.name: section for section in sections}
+    results: list[Result] = []
+    while waiting:
+        began = time.monotonic()
+        child = _Child(command or (sys.executable, "-m", f"{__package__}.child"))
+        try:
+            child.send({"ends": {name: ends[name] for name in waiting}})
+            ended = _collect(child, waiting, ends)
+        finally:
+            child.stop()
+        if not ended:  # not one section came of it
+            ended = [_never_ran(waiting, child, time.monotonic() - began)]
+        for result in ended:
+            waiting.pop(result.name)
+            results.append(result)
+            done(result)
+    return results
+
+
+def _ends(sections: Sequence[Section], start: float, budget: float) -> dict[str, float]:
+    """When each section's time is up, if all before it took all of theirs."""
+    whole, used, ends = sum(section.share for section in sections), 0.0, {}
+    for section in sections:
+        used += section.share / whole
+        ends[section.name] = start + budget * used
+    return ends
+
+
+def _collect(child: _Child, waiting: dict[str, Section], ends: dict[str, float]) -> list[Result]:
+    """The results of the sections that this process took up; the last may have ended with it."""
+    ended: list[Result] = []
+    result: Result | None = None
+    deadline = time.monotonic() + _START_S
+    while (message := child.receive(deadline)) is not None:
+        section = waiting[message["section"]]
+        if "began" in message:
+            result = Result(section.name, section.title)
+            deadline = max(ends[section.name], message["began"]) + _GRACE_S
+        elif "row" in message and result is not None:
+            result.rows.append(Row(**message["row"]))
+        elif result is not None:
+            result.seconds, result.failed = message["seconds"], message["failed"]
+            ended.append(result)
+            result, deadline = None, time.monotonic() + _GRACE_S
+    if result is not None:
+        result.failed = child.why()
+        ended.append(result)
+    return ended
+
+
+def _never_ran(waiting: dict[str, Section], child: _Child, seconds: float) -> Result:
+    first = next(iter(waiting.values()))
+    return Result(first.name, first.title, seconds=seconds, failed=child.why())
+
+
+class _Child:
+    """A process that talks in lines of JSON."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in stop)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._why = "the process ended without a word"
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            _open(self._process.stdin).write(json.dumps(message) + "\n")
+            _open(self._process.stdin).flush()
+        except BrokenPipeError:
+            pass  # receive says that it ended
+
+    def receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, or None: the process has ended, or has said nothing until ``deadline``."""
+        try:
+            line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.0))
+        except queue.Empty:
+            self._why = "it hung: the process was ended"
+            return None
+        if not line:
+            self._why = f"the process ended with code {self._process.wait()}: {self._last_words()}"
+            return None
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def why(self) -> str:
+        """Why ``receive`` gave None."""
+        return self._why
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        _open(self._process.stdin).close()
+        self._log.close()
+
+    def _read(self) -> None:
+        for line in _open(self._process.stdout):
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line for line in self._log.read().splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it printed nothing"
+
+
+def _open(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

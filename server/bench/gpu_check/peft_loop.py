@@ -1,0 +1,94 @@
+"""PEFT on a base that is in memory already: what users would write instead of this server.
+
+The peer of ``server/bench/peers/peft.py`` for a GPU, in the same process: its adapters stay in bf16, which is
+faster there than the float32 that PEFT makes of them by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.base import LoadedBase
+from server.bench.gpu_check.served import Answer
+from server.bench.peers.peft import StepTimes
+
+
+class PeftLoop:
+    """The base is this object's own from now on."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        self._base: Any = base.model
+        self._model: Any = None
+        self._device = base.model.device
+
+    def load(self, name: str, folder: Path) -> None:
+        """An adapter's folder, as PEFT loads it."""
+        from peft import PeftModel
+
+        if self._model is None:
+            self._model = PeftModel.from_pretrained(self._base, str(folder), adapter_name=name)
+        else:
+            self._model.load_adapter(str(folder), adapter_name=name)
+        self._model.eval()
+
+    def add_random(self, names: Sequence[str], rank: int) -> None:
+        """Adapters on every linear but the head, made on the device."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+        first, *others = names
+        self._model = get_peft_model(self._base, config, first, **options)
+        for name in others:
+            self._model.add_adapter(name, config, **options)
+        _fill(self._model, self._device)
+        self._model.eval()
+
+    @torch.inference_mode()
+    def greedy(self, name: str, prompt: Sequence[int], tokens: int) -> Answer:
+        """One answer under one adapter."""
+        self._model.set_adapter(name)
+        began = time.perf_counter()
+        result = self._model.generate(
+            **self._batch([prompt]),
+            **_exactly(tokens),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = [logits[0].float().log_softmax(-1).topk(2).values for logits in result.logits]
+        drawn = result.sequences[0, len(prompt) :].tolist()
+        return Answer(began, drawn, [float(two[0] - two[1]) for two in best])
+
+    @torch.inference_mode()
+    def step_seconds(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], tokens: int
+    ) -> list[float]:
+        """Seconds of each decode step of one mixed batch; all prompts have the same length."""
+        times = StepTimes(time.perf_counter())
+        batch = self._batch(prompts)
+        self._model.generate(**batch, **_exactly(tokens), streamer=times, adapter_names=list(names))
+        return [later - earlier for earlier, later in zip(times.steps, times.steps[1:], strict=False)]
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        ids = torch.tensor(prompts, device=self._device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _exactly(tokens: int) -> dict[str, Any]:
+    return {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
+
+
+def _fill(model: nn.Module, device: torch.device) -> None:
+    """Memory and random numbers for what PEFT has made without any."""
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                values.normal_(0.0, parameter.shape[-1] ** -0.5)
+                setattr(module, name, nn.Parameter(values, requires_grad=False))

@@ -1,0 +1,64 @@
+"""What gpu-check says: tables for people, a document for programs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from server.bench.gpu_check.reach import figures
+from server.bench.gpu_check.rows import Result, Row
+from server.bench.machine import describe_machine
+from server.bench.table import align, number
+
+
+def section_text(result: Result) -> str:
+    """A section's head, its tables and what is wrong with it."""
+    lines = [f"\n{result.title}: {result.status}, {result.seconds:.1f} s"]
+    for table in dict.fromkeys(row.table for row in result.rows if not row.skipped):
+        lines += ["", _table(table, [row for row in result.rows if row.table == table and not row.skipped])]
+    lines += [f"skipped: {row.skipped}" for row in result.rows if row.skipped]
+    if result.failed:
+        lines.append(f"FAILED: {result.failed}")
+    return "\n".join(lines)
+
+
+def _table(name: str, rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row.values))
+    wrong = ["FAILED"] if any(row.failed for row in rows) else []
+    cells = [[_cell(row.values.get(column, "")) for column in columns] for row in rows]
+    if wrong:
+        cells = [[*line, row.failed] for line, row in zip(cells, rows, strict=True)]
+    return f"{name}\n{align([[*columns, *wrong], *cells])}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def reach_text(results: Sequence[Result]) -> str:
+    """Each figure beside what is asked of it; empty if none was measured."""
+    rows = [
+        [figure.name, number(figure.value), f"{'>=' if figure.least else '<='} {number(figure.asked)}",
+         "reached" if figure.met else "MISSED"]
+        for figure in figures(results)
+    ]  # fmt: skip
+    return "\nreach\n" + align([["figure", "measured", "asked", ""], *rows]) if rows else ""
+
+
+def document(results: Sequence[Result], budget: float, seconds: float) -> dict[str, Any]:
+    """Everything, JSON-ready; ``gpu`` is null where there is none."""
+    found = [row for result in results if result.name == "device" for row in result.table("gpu")]
+    return {
+        "machine": describe_machine(),
+        "gpu": dict(found[0]) if found else None,
+        "budget_seconds": budget,
+        "seconds": round(seconds, 1),
+        "sections": [result.as_json() for result in results],
+        "reach": [
+            {"figure": figure.name, "measured": figure.value, "asked": figure.asked, "at_least": figure.least,
+             "met": figure.met}
+            for figure in figures(results)
+        ],
+    }  # fmt: skip

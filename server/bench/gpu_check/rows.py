@@ -1,0 +1,71 @@
+"""What a section gives: rows. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Value = str | int | float | bool
+
+
+class Skip(Exception):
+    """What is left of a section cannot be done here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One result.
+
+    Attributes:
+        table: rows of one table have the same columns.
+        values: by column; JSON-ready.
+        failed: what is wrong with it, "" = nothing.
+        skipped: why there is no result, "" = there is one.
+    """
+
+    table: str
+    values: Mapping[str, Value]
+    failed: str = ""
+    skipped: str = ""
+
+
+def skipped(table: str, reason: str) -> Row:
+    return Row(table, {}, skipped=reason)
+
+
+@dataclass(slots=True)
+class Result:
+    """All that a section gave.
+
+    Attributes:
+        seconds: it took.
+        failed: how it ended before its time, "" = it did not.
+    """
+
+    name: str
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    failed: str = ""
+
+    @property
+    def status(self) -> str:
+        if self.failed or any(row.failed for row in self.rows):
+            return "failed"
+        return "ok" if any(not row.skipped for row in self.rows) else "skipped"
+
+    def table(self, name: str) -> list[Mapping[str, Value]]:
+        """The results in a table, those that are wrong left out."""
+        return [row.values for row in self.rows if row.table == name and not row.failed and not row.skipped]
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [
+            {"table": row.table, **row.values}
+            | ({"failed": row.failed} if row.failed else {})
+            | ({"skipped": row.skipped} if row.skipped else {})
+            for row in self.rows
+        ]
+        head = {"section": self.name, "title": self.title, "status": self.status}
+        ended = {"seconds": round(self.seconds, 2)} | ({"failed": self.failed} if self.failed else {})
+        return {**head, **ended, "rows": rows}

@@ -1,0 +1,146 @@
+"""A base put together as ``manylora serve`` does it, without HTTP, and its engine driven by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.artifact import Adapter
+from adapters.base import LoadedBase
+from adapters.registry import Version
+from server.config import from_args
+from server.engine.build import Parts, assemble
+from server.engine.engine import Output
+from server.engine.request import GenerationRequest, SamplingParams
+
+_POLL_S = 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of a server.
+
+    Attributes:
+        adapters: of rank 16, that fit the device.
+        tokens: that the KV cache holds.
+        eager: without CUDA graphs.
+    """
+
+    sequences: int
+    tokens: int
+    adapters: int = 1
+    most_rank: int = 16
+    host_memory: int = 1 << 28
+    eager: bool = False
+
+
+@contextmanager
+def served(
+    base: LoadedBase, sizes: Sizes, home: Path, load: Callable[[Version], Adapter] | None = None
+) -> Iterator[Parts]:
+    """The parts, until the end of the block. Adapters are in ``home/adapters``, or what ``load`` makes."""
+    config = base.model.config
+    of_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    flags = {
+        "--home": home,
+        "--adapter-dir": home / "adapters",
+        "--max-loras": sizes.adapters,
+        "--max-lora-rank": sizes.most_rank,
+        "--lora-extra-memory": 0,
+        "--lora-host-memory": sizes.host_memory,
+        "--max-num-seqs": sizes.sequences,
+        # Blocks are whole: of the largest, every sequence may leave one almost empty.
+        "--kv-cache-memory": of_token * (sizes.tokens + 256 * sizes.sequences),
+    }
+    words = [str(word) for pair in flags.items() for word in pair]
+    words += ["--no-enable-prefix-caching", *(["--enforce-eager"] if sizes.eager else [])]
+    parts = assemble(from_args(words, environ={}), base, load)
+    try:
+        yield parts
+    finally:
+        parts.residency.close()
+
+
+@dataclass(slots=True)
+class Answer:
+    """Attributes:
+    tokens: drawn.
+    margins: of each, how far its log-probability was above the next best one's.
+    first: clock at the first token.
+    """
+
+    asked: float
+    tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    first: float = 0.0
+
+
+class Driver:
+    """Adds requests and steps."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.answers: dict[str, Answer] = {}
+
+    def ask(
+        self, name: str, prompt: Sequence[int], version: Version | None, tokens: int, margins: bool = False
+    ) -> None:
+        """Greedy, and never ended by a token."""
+        if version is not None:
+            self.parts.registry.acquire(version)
+        sampling = SamplingParams(tokens, temperature=0.0, ignore_eos=True, logprobs=2 if margins else None)
+        request = GenerationRequest(name, tuple(prompt), None if version is None else version.name, sampling)
+        self.answers[name] = Answer(time.perf_counter())
+        self.parts.engine.add(request, version, seed=0)
+
+    def step(self) -> list[Output]:
+        outputs = self.parts.engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            answer = self.answers[output.request_id]
+            answer.first = answer.first or now
+            answer.tokens.append(output.token)
+            if output.logprobs is not None:
+                best, next_best = output.logprobs.top[:2]
+                answer.margins.append(best - next_best)
+        if not outputs and not self.parts.engine.running:
+            time.sleep(_POLL_S)  # an adapter is on its way to the device
+        return outputs
+
+    def finish(self) -> dict[str, Answer]:
+        """Step to the end, and hand the answers over."""
+        while self.parts.engine.busy:
+            self.step()
+        self.parts.engine.take_ended()
+        answers, self.answers = self.answers, {}
+        return answers
+
+
+def make_prompt(number: int, length: int, vocabulary: int) -> list[int]:
+    """Token ids; no two numbers' begin alike."""
+    return [(31 * number + 7 * i + 3) % (vocabulary - 8) + 4 for i in range(length)]
+
+
+def hold(parts: Parts, versions: Sequence[Version]) -> None:
+    """Keep versions that no name points at from being forgotten when a request on them ends."""
+    for version in versions:
+        parts.registry.acquire(version)
+
+
+def bring(parts: Parts, versions: Sequence[Version]) -> list[float]:
+    """Have them on the device, one after the other; the seconds that each took."""
+    return [_bring(parts, version) for version in versions]
+
+
+def _bring(parts: Parts, version: Version) -> float:
+    began = time.perf_counter()
+    while parts.residency.pin(version) is None:
+        time.sleep(_POLL_S / 4)
+    took = time.perf_counter() - began
+    parts.residency.unpin(version.digest)
+    return took

@@ -1,0 +1,147 @@
+"""The parts of gpu-check that need no run of it: the processes, what is compared, what is reached."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.bench.gpu_check import conductor
+from server.bench.gpu_check.agreement import ALLOWED, compare
+from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
+from server.bench.gpu_check.context import Context
+from server.bench.gpu_check.nf4_products import run as run_products
+from server.bench.gpu_check.random_adapters import RandomAdapters
+from server.bench.gpu_check.reach import figures
+from server.bench.gpu_check.report import reach_text, section_text
+from server.bench.gpu_check.rows import Result, Row, Value, skipped
+from server.bench.gpu_check.sections import SECTIONS, Section
+from server.bench.gpu_check.served import Answer
+
+CPU = torch.device("cpu")
+THREE = [Section(name, name, 1.0) for name in ("one", "two", "three")]
+
+CHILD = """
+import json, sys, time
+for name in json.loads(sys.stdin.readline())["ends"]:
+    print(json.dumps({"section": name, "began": time.monotonic()}), flush=True)
+    row = {"table": "t", "values": {"a": 1}, "failed": "", "skipped": ""}
+    print(json.dumps({"section": name, "row": row}), flush=True)
+    if name == "two":
+        TWO
+    print(json.dumps({"section": name, "seconds": 0.1, "failed": ""}), flush=True)
+"""
+
+
+def conduct(child: str, budget: float = 60.0) -> list[Result]:
+    seen: list[Result] = []
+    results = conductor.run(THREE, budget, seen.append, [sys.executable, "-c", child])
+    assert seen == results
+    return results
+
+
+def test_sections_come_back_in_order() -> None:
+    results = conduct(CHILD.replace("TWO", "pass"))
+    assert [(one.name, one.status) for one in results] == [("one", "ok"), ("two", "ok"), ("three", "ok")]
+    assert [dict(row.values) for one in results for row in one.rows] == [{"a": 1}] * 3
+
+
+def test_a_section_that_kills_its_process_fails_alone_and_keeps_its_rows() -> None:
+    one, two, three = conduct(CHILD.replace("TWO", "sys.exit('the card fell off the bus')"))
+    assert (one.status, two.status, three.status) == ("ok", "failed", "ok")
+    assert "code 1: the card fell off the bus" in two.failed
+    assert len(two.rows) == 1
+
+
+def test_a_section_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductor, "_GRACE_S", 0.5)
+    one, two, three = conduct(CHILD.replace("TWO", "time.sleep(60)"), budget=1.0)
+    assert (one.status, two.status, three.status) == ("ok", "failed", "ok")
+    assert "hung" in two.failed
+
+
+def test_a_process_that_never_starts_fails_each_section() -> None:
+    results = conduct("import sys; sys.exit('no torch')")
+    assert [one.name for one in results] == ["one", "two", "three"]
+    assert all(one.status == "failed" and "no torch" in one.failed for one in results)
+
+
+def test_the_shares_are_all_of_the_time_but_for_starting() -> None:
+    assert 0.9 < sum(section.share for section in SECTIONS) <= 1
+
+
+def answers(tokens: Sequence[int], margin: float) -> dict[str, Answer]:
+    return {"a": Answer(0.0, list(tokens), [margin] * len(tokens))}
+
+
+def test_tokens_may_differ_where_two_logits_are_near_and_nowhere_else() -> None:
+    same = compare(answers([1, 2, 3], 5.0), answers([1, 2, 3], 5.0))
+    near = compare(answers([1, 9, 9], 5.0), answers([1, 2, 3], ALLOWED / 2))
+    far = compare(answers([1, 9, 9], 0.0), answers([1, 2, 3], 2 * ALLOWED))
+    assert (same.equal, same.tokens, same.failed) == (1, 3, "")
+    assert (near.equal, near.tokens, near.failed) == (0, 2, "")
+    assert "more than bf16 explains" in far.failed
+
+
+def decode(adapters: int, speed: float, floor: float) -> Row:
+    same: dict[str, Value] = {"base": "llama-8b", "weights": "nf4", "sequences": 64}
+    return Row("decode", {**same, "adapters": adapters, "tokens/s": speed, "times the floor": floor})
+
+
+def test_what_is_reached_is_computed_from_the_rows() -> None:
+    steps = [decode(0, 1000, 1.5), decode(1, 990, 1.5), decode(64, 800, 1.7), decode(256, 970, 1.7)]
+    theirs: dict[str, Value] = {
+        "base": "llama-8b",
+        "weights": "nf4",
+        "sequences": 64,
+        "adapters": 64,
+        "tokens/s": 50.0,
+    }
+    waits = [Row("first tokens", {"adapters": "all fit", "mean ms": 10.0})]
+    waits += [Row("first tokens", {"adapters": "half fit", "mean ms": 15.0})]
+    parts = {"device": [Row("gpu", {})], "decode": steps, "peft_peer": [Row("PEFT", theirs)], "loads": waits}
+    results = [Result(name, "", rows) for name, rows in parts.items()]
+    found = [(round(figure.value, 3), figure.met) for figure in figures(results)]
+    assert found == [(0.8, False), (0.98, True), (1.5, True), (1.7, False), (16.0, True), (1.5, True)]
+    assert reach_text(results).count("reached") == 4
+    assert figures(results[1:]) == [], "nothing is asked of a CPU"
+
+
+def test_a_wrong_row_fails_its_section_and_is_no_figure() -> None:
+    rows = [Row("t", {"a": 1.5}), Row("t", {"a": 2.5}, failed="off by one"), skipped("t", "no luck")]
+    result = Result("s", "a section", rows)
+    text = section_text(result)
+    assert result.status == "failed"
+    assert result.table("t") == [{"a": 1.5}]
+    assert "off by one" in text
+    assert "skipped: no luck" in text
+    assert Result("s", "", [skipped("", "no luck")]).status == "skipped"
+
+
+def test_random_bases_are_the_same_for_the_same_seed_and_have_the_bytes_that_are_reckoned_with() -> None:
+    one, same, other = (random_base("tiny", "none", CPU, seed).model for seed in (0, 0, 1))
+    weight = one.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(weight, same.model.layers[1].mlp.up_proj.weight)
+    assert not torch.equal(weight, other.model.layers[1].mlp.up_proj.weight)
+    linears = [p for name, p in one.named_parameters() if "proj" in name]
+    embedding = one.model.embed_tokens.weight
+    assert bytes_of("tiny", "none") == sum(p.nbytes for p in linears) + 2 * embedding.nbytes
+
+
+def test_no_two_random_adapters_are_alike() -> None:
+    sites = random_base("tiny", "none", CPU).layout.sites
+    adapters = RandomAdapters(sites, 8)
+    name = next(iter(sites))
+    one, other = (adapters.weights(number, 8)[name] for number in (0, 1))
+    assert one.a.shape == (8, SHAPES_BY_SIZE["tiny"]["hidden_size"])
+    assert not any(torch.equal(a, b) for a in one.a for b in other.a)
+
+
+def test_nf4_products_agree(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    rows = list(run_products(Context(None, tmp_path, float("inf"))))
+    assert [row.values["rows"] for row in rows] == [1, 8]
+    assert not any(row.failed for row in rows)
