@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 import adapters.native
 import server.engine.model.fused
-from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
 from server.engine.model.device import DeviceModel
 from server.engine.model.stock import StockModel
@@ -61,24 +61,41 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied-lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "saved-by-the-way": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "own_embedding": True},
 }
-BASES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "llama": {"tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": True},
-    "gemma2": {"final_logit_softcapping": 3.0},
-}
-UNTIED = ("qwen2",)
+TYING = frozenset({"tied", "tied-lora"})
 AT_SITES = ["plain", "dora", "dora-attention", "bias-all", "bias-lora-only", "dora-bias", "lora-bias"]
 """Kinds that have nothing of their own in place of the base's modules."""
 
 
-def _kinds(family: str) -> list[str]:
-    return [kind for kind in KINDS if not (kind.startswith("tied") and family in UNTIED)]
+@dataclass(frozen=True)
+class Case:
+    """A base; ``without``: kinds that PEFT does not put onto it."""
+
+    family: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    head: Quantization = "none"
+    without: frozenset[str] = frozenset()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in KINDS if kind not in self.without]
 
 
-def _make(base: Path, home: Path, family: str) -> None:
-    for seed, kind in enumerate(_kinds(family)):
+BASES = {
+    "qwen2": Case("qwen2", without=TYING),
+    "llama": Case("llama", {"tie_word_embeddings": True}),
+    "qwen3": Case("qwen3", {"tie_word_embeddings": True}),
+    "gemma2": Case("gemma2", {"final_logit_softcapping": 3.0}),
+    "head in 4 bits": Case("gemma2", {"final_logit_softcapping": 3.0}, "nf4", TYING | {"saved-by-the-way"}),
+}
+
+
+def _serve(case: Case, home: Path, *flags: str) -> Parts:
+    base = make_tiny_model(case.family, home / "base", **case.fields)
+    for seed, kind in enumerate(case.kinds):
         make_peft_adapter(base, home / "adapters" / kind, seed=seed, **KINDS[kind])
+    parts = build(base, home, "--max-loras", "32", "--head-quantization", case.head, *flags)
+    assert not [entry for entry in parts.registry.entries() if entry.state == "failed"]
+    return parts
 
 
 def _requests(parts: Parts, kinds: list[str]) -> list[Asked]:
@@ -116,19 +133,13 @@ def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
     return logits[0, len(asked.prompt) - 1 :].float()
 
 
-Runner = Callable[..., Parts]
-
-
-def _compare_with_peft(family: str, tmp_path: Path, kinds: list[str] | None = None) -> Parts:
-    folder = make_tiny_model(family, tmp_path / family, **BASES[family])
-    _make(folder, tmp_path, family)
-    parts = build(folder, tmp_path, "--max-loras", "32", "--max-num-batched-tokens", "64")
-    refused = [entry for entry in parts.registry.entries() if entry.state == "failed"]
-    assert not refused
-    requests = _requests(parts, kinds or _kinds(family))
+def _compare_with_peft(case: Case, tmp_path: Path, kinds: list[str] | None = None) -> Parts:
+    parts = _serve(case, tmp_path, "--max-num-batched-tokens", "64")
+    requests = _requests(parts, kinds or case.kinds)
     recorder = _run(parts, *requests)
     assert max(len(batch) for batch in recorder.batches) == len(requests), "all kinds in one step"
-    base = load_base(prepare_base(str(folder), tmp_path, progress=False))
+    prepared = prepare_base(str(tmp_path / "base"), tmp_path, head_quantization=case.head, progress=False)
+    base = load_base(prepared)
     base.model.dequantize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,43 +149,42 @@ def _compare_with_peft(family: str, tmp_path: Path, kinds: list[str] | None = No
     return parts
 
 
-@pytest.mark.parametrize("family", BASES)
-def test_every_kind_in_one_batch_equals_peft(family: str, tmp_path: Path) -> None:
-    _compare_with_peft(family, tmp_path)
+@pytest.mark.parametrize("base", BASES)
+def test_every_kind_in_one_batch_equals_peft(base: str, tmp_path: Path) -> None:
+    _compare_with_peft(BASES[base], tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
+@pytest.mark.parametrize("base", ["qwen2", "llama", "head in 4 bits"])
 def test_it_does_without_the_native_kernels_too(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (adapters.native, server.engine.model.fused):
         monkeypatch.setattr(module, "library", lambda: None)
-    assert _compare_with_peft(family, tmp_path).model.name == "transformers"
+    assert _compare_with_peft(BASES[base], tmp_path).model.name == "transformers"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("base", ["qwen2", "gemma2", "head in 4 bits"])
 @pytest.mark.parametrize("kinds", [AT_SITES, None], ids=["at sites", "all"])
 def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transformers_blocks(
-    family: str, kinds: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, kinds: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch)
     steps: list[int] = []
     run = StockModel.__call__
     monkeypatch.setattr(StockModel, "__call__", lambda *args: steps.append(len(args[1])) or run(*args))
-    assert isinstance(_compare_with_peft(family, tmp_path, kinds).model, DeviceModel)
+    assert isinstance(_compare_with_peft(BASES[base], tmp_path, kinds).model, DeviceModel)
     guard = 1
     assert (len(steps) > guard) == (kinds is None)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(family: str, tmp_path: Path) -> None:
-    folder = make_tiny_model(family, tmp_path / family, **BASES[family])
-    _make(folder, tmp_path, family)
-    parts = build(folder, tmp_path, "--max-loras", "32", "--no-enable-prefix-caching")
+@pytest.mark.parametrize("base", ["qwen2", "gemma2", "head in 4 bits"])
+def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(base: str, tmp_path: Path) -> None:
+    case = BASES[base]
+    parts = _serve(case, tmp_path, "--no-enable-prefix-caching")
     if parts.model.name != "fused":
         pytest.skip("only the fused step promises this")
     with threads(2):
-        together = _requests(parts, _kinds(family))
+        together = _requests(parts, case.kinds)
         mixed = _run(parts, *together)
     for asked in together:
         alone = Asked(asked.prompt, asked.adapter, asked.params)
