@@ -133,3 +133,11 @@ def install(model: nn.Module) -> AttentionHost:
     ALL_ATTENTION_FUNCTIONS.register(name, host)
     model.set_attn_implementation(name)  # type: ignore[operator]
     return host
+
+
+def uninstall(model: nn.Module) -> None:
+    """Let go of ``model``'s host, which transformers keeps for good: of the pages that it leads to."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = model.config._attn_implementation  # type: ignore[union-attr]
+    ALL_ATTENTION_FUNCTIONS.register(name, None)

@@ -90,11 +90,9 @@ def preferred_block_size(text_config: Any, device: torch.device, dtype: torch.dt
     """Tokens of a block that suit this device and the layers that transformers' ``text_config`` tells of."""
     if device.type != "cuda":
         return GATHERED
-    heads = text_config.num_attention_heads
-    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    shape = KvShape(getattr(text_config, "num_key_value_heads", None) or heads, dim, dim)
+    dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     kind = LayerAttention(dim**-0.5, softcap=getattr(text_config, "attn_logit_softcapping", None))
-    found = first_fit(BUILDS, {0: shape}, {0: kind}, None, device, dtype)
+    found = first_fit(BUILDS, {0: KvShape(1, dim, dim)}, {0: kind}, None, device, dtype)
     return GATHERED if found is None else found[0].suits
 
 

@@ -12,6 +12,7 @@ What both builds have in common, as their sources say (flash-attn 2.8 ``csrc/fla
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -85,6 +86,7 @@ class TorchVarlen:
         from torch.nn.attention.varlen import varlen_attn
 
         _require(varlen_attn, "block_table", "seqused_k", "enable_gqa")
+        logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)  # each call says that it is made
         return cls(varlen_attn)
 
     def __call__(

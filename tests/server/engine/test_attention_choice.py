@@ -118,7 +118,7 @@ def test_a_gpu_gets_the_first_build_that_serves_the_model(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("gpu")
 def test_the_block_size_suits_what_will_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     builds = tuple(replace(wanted, load=ReferencePaged) for wanted in BUILDS)
-    config = SimpleNamespace(num_attention_heads=4, hidden_size=256, num_key_value_heads=2)
+    config = SimpleNamespace(num_attention_heads=4, hidden_size=256)
     capped = SimpleNamespace(**vars(config), head_dim=128, attn_logit_softcapping=50.0)
     for present, of, dtype, expected in (
         (builds, config, torch.bfloat16, 256), (builds, capped, torch.float16, 256),
