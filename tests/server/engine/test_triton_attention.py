@@ -55,3 +55,14 @@ def test_compiled_for_a_gpu_pages_are_read_in_16_bytes_and_products_use_tensor_c
     assert compiled.metadata.shared <= 99 * 1024, (
         "what a program may have on the smallest GPUs of 8.6 and 8.9"
     )
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_what_joins_the_splits_compiles_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from server.engine.attention.triton_paged import join_parts
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"out": "*bf16", "parts": "*fp32", "sums": "*fp32"}
+    compiled = compile_for(80, join_parts, {"DIM": 128, "D": 128, "MOST": 32}, types, ["splits"])
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
