@@ -85,7 +85,7 @@ def _truncate(ordered: Tensor, limits: Tensor, whole: bool) -> tuple[Tensor, Ten
     kept = kept.masked_fill(torch.arange(width, device=ordered.device)[None] >= top_k, 0.0)
     complete = (kept[:, -1:] == 0) | (top_k <= width) | whole
     mass = kept.double().cumsum(-1)
-    total = torch.where(complete, mass[:, -1:], 1.0)
+    total = mass[:, -1:].masked_fill(~complete, 1.0)
     below = mass - kept < top_p * total
     enough = complete | (mass[:, -1:] >= top_p) & (floor == 0) & (top_k == _NO_TOP_K)
     return kept * below, enough[:, 0]

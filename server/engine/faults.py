@@ -17,13 +17,11 @@ def error_for(raised: Exception) -> RequestError:
 
 
 def recover(raised: Exception) -> None:
-    """Make room for another try, or raise it again if the device is broken and no try can do better."""
-    if _is_out_of_memory(raised):
-        traceback.clear_frames(raised.__traceback__)  # they hold what the step had allocated
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-    elif isinstance(raised, torch.AcceleratorError):
-        raise raised
+    """Make room for another try; raises what ails the device if it is broken, and no try can do better."""
+    traceback.clear_frames(raised.__traceback__)  # they hold what the step had allocated
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(raised: Exception) -> bool:

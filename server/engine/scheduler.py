@@ -135,13 +135,13 @@ class Scheduler:
 
     def advance(self, chunk: Chunk, token: int | None) -> FinishReason | None:
         """Book a landed chunk and, if it sampled, its new ``token``; says whether that ended it."""
-        sequence = chunk.sequence
+        sequence, stop = chunk.sequence, chunk.stop
         assert sequence.table is not None
-        self.blocks.commit(sequence.table, sequence.tokens, chunk.stop)
+        self.blocks.commit(sequence.table, sequence.tokens, stop)
         if token is None:
             return None
-        sequence.tokens[chunk.stop : chunk.stop + 1] = [token]  # in place of the id that stood for it, if any
-        reason = sequence.finish_reason(chunk.stop + 1, self.limits.max_model_len)
+        sequence.tokens[stop : stop + 1] = [token]  # in place of the id that stood for it, if any
+        reason = sequence.finish_reason(stop + 1, self.limits.max_model_len)
         if reason is not None:
             self.remove(sequence)
         return reason

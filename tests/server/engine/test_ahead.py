@@ -234,8 +234,16 @@ def test_an_answer_that_cannot_start_ends_its_siblings_before_they_are_launched(
     assert len(run.errors) == 1
 
 
-def test_a_broken_device_ends_the_loop() -> None:
-    engine, _, _ = late_engine(ahead=True, faults={0: torch.AcceleratorError("an illegal memory access")})
+def test_a_broken_device_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can be served any more, and whoever watches over the server must know."""
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize() -> None:
+        raise broken
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    engine, _, _ = late_engine(ahead=True, faults={0: broken})
     engine.add(Ask().request("0"), None, seed=1)
     with pytest.raises(torch.AcceleratorError, match="illegal"):
         engine.step()

@@ -30,8 +30,6 @@ def test_what_a_step_had_allocated_is_let_go() -> None:
 
 
 def test_the_drivers_lack_of_memory_is_one_too() -> None:
-    error = torch.AcceleratorError("CUDA error: out of memory")
-    faults.recover(error)
-    assert isinstance(faults.error_for(error), OutOfMemory)
+    assert isinstance(faults.error_for(torch.AcceleratorError("CUDA error: out of memory")), OutOfMemory)
     assert isinstance(faults.error_for(ValueError("secret")), RequestFailed)
     assert "secret" not in str(faults.error_for(ValueError("secret")))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from server.errors import EngineDead, InvalidRequest, QueueFull, RequestFailed
+from server.errors import EngineDead, InvalidRequest, OutOfMemory, QueueFull, RequestFailed
 from server.http.limits import MAX_DEPTH
 from tests.server.http.conftest import MakeClient
 from tests.server.http.fake_service import FakeService, adapter
@@ -191,6 +191,12 @@ class TestEngine:
         response = client.post("/v1/chat/completions", json=CHAT)
         assert (response.status_code, response.headers["retry-after"]) == (429, "7")
         assert response.json()["error"]["type"] == "rate_limit_error"
+
+    def test_a_lack_of_memory_may_be_over_soon(self, client: TestClient, service: FakeService) -> None:
+        service.fail_at, service.error = 0, OutOfMemory("The device has too little memory left.")
+        response = client.post("/v1/chat/completions", json=CHAT)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert response.json()["error"]["code"] == "out_of_memory"
 
     def test_draining(self, client: TestClient, service: FakeService) -> None:
         service.is_draining = True
