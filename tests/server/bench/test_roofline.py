@@ -34,6 +34,14 @@ def test_a_step_reads_weights_once_and_keys_once_a_sequence() -> None:
     assert many["attention"].nbytes == 64 * one["attention"].nbytes == 64 * 100 * 128 * 1024
 
 
+def test_a_head_in_4_bits_is_read_in_a_quarter_and_computed_like_any() -> None:
+    stack, nf4 = llama_stack(SHAPES["llama-8b"]), WEIGHT_BYTES["nf4, scales in bf16"]
+    wide, narrow = (works(stack, Step(1, 100), nf4, *head)["head"] for head in ((), (nf4,)))
+    assert wide.nbytes == 2 * 4096 * 128256
+    assert narrow.nbytes == wide.nbytes * (0.25 + 1 / 64)
+    assert narrow.operations == wide.operations
+
+
 def test_an_adapter_is_read_once_and_computed_with_by_each_sequence() -> None:
     stack = llama_stack(SHAPES["llama-8b"])
     lora = works(stack, Step(64, 100, read_ranks=16, used_ranks=64 * 16), 2.0)["lora"]
