@@ -70,7 +70,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--quantization", "base.quantization", choice("nf4", "none"), "nf4", "{nf4,none}",
            "nf4: 4 bits with double quantisation; none: bf16"),
     Option("--head-quantization", "base.head_quantization", choice("nf4", "none"), "none", "{nf4,none}",
-           "the same of the output head; train with what you serve"),
+           "the same of the output head, for training and serving alike; nf4 makes single answers on a CPU a "
+           "third faster and costs the default base 0.2 nats of loss, an adapter trained on it 0.02"),
     Option("--served-model-name", "base.served_names", name, None, "NAME",
            "what clients call the base (may be repeated)", several=True),
     Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
