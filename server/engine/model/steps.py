@@ -9,7 +9,6 @@ from torch import Tensor
 
 from adapters.kernels import Segment
 from server.engine.sequence import Chunk
-from server.engine.transfer import resolve as resolve  # what stands for unread tokens becomes them
 
 
 def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
@@ -28,12 +27,15 @@ def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
 
 
 def flatten(chunks: SequenceOf[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (see ``resolve``) and positions of the step [tokens], and which of them give logits."""
+    """Token ids and positions of the step [tokens], and which of them give logits.
+
+    A negative id stands for a token that nobody has read yet (``transfer.resolve``).
+    """
     tokens: list[int] = []
     positions: list[int] = []
     last: list[int] = []
     for chunk in chunks:
-        stop = chunk.start + chunk.length
+        stop = chunk.stop
         tokens += chunk.sequence.tokens[chunk.start : stop]
         positions += range(chunk.start, stop)
         if chunk.samples:
