@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -63,6 +64,7 @@ def random_base(shape: str, quantization: Quantization, device: torch.device, se
     reason = why_not(quantization)
     if reason is not None:
         raise Skip(reason)
+    gc.collect()  # models are cycles, and the one before it must be gone from the device
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES_BY_SIZE[shape], dtype="bfloat16")).to(
             torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ def main() -> None:
     """Read what to do from standard input, and do it; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     ends: dict[str, float] = json.loads(sys.stdin.readline())["ends"]
 
     def emit(message: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything as JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="add what libraries print to a file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the decode steps")
     parser.add_argument(
         "--budget", type=_seconds, default=540.0, metavar="SECONDS", help="(default: %(default)s)"
@@ -42,7 +43,7 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(arguments: argparse.Namespace) -> int:
     """Run all sections. Exit code 0; 1 if one of them failed."""
-    for file in (arguments.output, arguments.plot):
+    for file in (arguments.output, arguments.plot, arguments.log):
         if file is not None and not file.absolute().parent.is_dir():
             raise BenchError(
                 f"{file} cannot be written: {file.absolute().parent} is no folder; make it first"
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.section_text(result), flush=True)
         _write(arguments, results, time.monotonic() - began)
 
-    run_sections(SECTIONS, arguments.budget, done)
+    run_sections(SECTIONS, arguments.budget, done, arguments.log)
     print(report.reach_text(results))
     if arguments.plot:
         print(_drawn(results, arguments.plot))

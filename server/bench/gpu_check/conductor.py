@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from server.bench.gpu_check.rows import Result, Row
@@ -27,18 +28,26 @@ _START_S = 120.0
 
 
 def run(
-    sections: Sequence[Section], budget: float, done: Callable[[Result], None], command: Sequence[str] = ()
+    sections: Sequence[Section],
+    budget: float,
+    done: Callable[[Result], None],
+    log: Path | None = None,
+    command: Sequence[str] = (),
 ) -> list[Result]:
-    """Run ``sections`` within ``budget`` seconds; ``done`` is called with each result as it comes.
+    """Run ``sections`` within ``budget`` seconds.
 
-    ``command`` starts the process (default: ``child.py``).
+    Args:
+        done: called with each result as it comes.
+        log: where what the processes print goes.
+        command: starts a process (default: ``child.py``).
     """
     ends = _ends(sections, time.monotonic(), budget)
     waiting = {section.name: section for section in sections}
     results: list[Result] = []
     while waiting:
         began = time.monotonic()
-        child = _Child(command or (sys.executable, "-m", f"{__package__}.child"))
+        sink = _sink(log)
+        child = _Child(command or (sys.executable, "-m", f"{__package__}.child"), sink)
         try:
             child.send({"ends": {name: ends[name] for name in waiting}})
             ended = _collect(child, waiting, ends)
@@ -51,6 +60,13 @@ def run(
             results.append(result)
             done(result)
     return results
+
+
+def _sink(log: Path | None) -> IO[str]:
+    """Closed with the process that prints into it."""
+    if log is not None:
+        return log.open("a+", errors="replace")
+    return tempfile.TemporaryFile("w+", errors="replace")
 
 
 def _ends(sections: Sequence[Section], start: float, budget: float) -> dict[str, float]:
@@ -92,8 +108,8 @@ def _never_ran(waiting: dict[str, Section], child: _Child, seconds: float) -> Re
 class _Child:
     """A process that talks in lines of JSON."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed in stop)
+    def __init__(self, command: Sequence[str], log: IO[str]) -> None:
+        self._log = log
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )

@@ -44,7 +44,8 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        return self.context + self.warm + self.steps + 8
+        """The first sequences draw tokens while the last prompts are still read."""
+        return self.context + self.warm + self.steps + 32
 
 
 _SMALL = Plan("tiny", "none", (4, 1), (4, 0), context=16, warm=1, steps=4)
@@ -79,7 +80,9 @@ def run(context: Context) -> Iterator[Row]:
     most, longest = max(plan.adapters), max(plan.sequences)
     rows = max(most, sum(_MIXED) // RANK * 2)
     sizes = Sizes(longest, longest * plan.longest, rows, max(_MIXED))
+    began = time.perf_counter()
     with served(base, sizes, context.scratch, adapters.load) as parts:
+        yield _setting(plan, parts, time.perf_counter() - began)
         versions = [adapters.version(number, RANK) for number in range(most)]
         for count in plan.adapters:
             with _resident(parts, versions[:count]):
@@ -89,6 +92,14 @@ def run(context: Context) -> Iterator[Row]:
         mixed = [adapters.version(most + i, rank) for i, rank in enumerate(_MIXED)]
         with _resident(parts, mixed):
             yield _row(context, plan, parts, plan.sequences[0], mixed, table="mixed ranks")
+
+
+def _setting(plan: Plan, parts: Parts, seconds: float) -> Row:
+    names = {"model": parts.model.name, "attention": parts.model.attention_name}
+    base = {"base": plan.shape, "weights": plan.quantization}
+    return Row(
+        "what is measured", {**base, **names, "context": plan.context, "built in s": round(seconds, 1)}
+    )
 
 
 def _resident(parts: Parts, versions: Sequence[Version]) -> ExitStack:
@@ -160,7 +171,8 @@ def _measure(plan: Plan, parts: Parts, sequences: int, used: Sequence[Version]) 
     for _ in range(plan.warm):
         driver.step()
     seconds = [_timed_step(driver) for _ in range(plan.steps)]
-    driver.finish()
+    assert parts.engine.scheduler.num_decoding == sequences, "some had ended: these are other steps"
+    driver.give_up()
     return seconds
 
 

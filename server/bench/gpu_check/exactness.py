@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,10 +45,16 @@ def _of_base(context: Context, shape: str, quantization: Quantization) -> Iterat
     graphs, graphed = _answers(context, shape, quantization, eager=False)
     agreement = compare(graphs, eager)
     values = {"base": shape, "weights": quantization, "eager": name, "graphs": graphed}
-    yield Row("graphs", {**values, **agreement.values}, agreement.failed)
+    yield Row("graphs", {**values, **agreement.values}, agreement.failed or _not_graphed(context, graphed))
     if shape == "tiny":
         agreement = compare(*_with_peft(context, quantization))
         yield Row("PEFT", {"base": shape, "weights": quantization, **agreement.values}, agreement.failed)
+
+
+def _not_graphed(context: Context, name: str) -> str:
+    """With Triton there is no reason why a Llama should not decode in graphs on a GPU."""
+    missing = context.gpu is not None and find_spec("triton") is not None and "graphs" not in name
+    return f"decoding is not in CUDA graphs, but {name!r}: --log tells why" if missing else ""
 
 
 def _too_large(context: Context, shape: str, quantization: Quantization) -> str | None:

@@ -12,6 +12,7 @@ from adapters.artifact import Adapter
 from adapters.base import LoadedBase
 from adapters.registry import Version
 from server.config import from_args
+from server.engine.attention import uninstall
 from server.engine.build import Parts, assemble
 from server.engine.engine import Output
 from server.engine.request import GenerationRequest, SamplingParams
@@ -62,6 +63,7 @@ def served(
         yield parts
     finally:
         parts.residency.close()
+        uninstall(base.model)
 
 
 @dataclass(slots=True)
@@ -111,6 +113,12 @@ class Driver:
         if not outputs and not self.parts.engine.running:
             time.sleep(_POLL_S)  # an adapter is on its way to the device
         return outputs
+
+    def give_up(self) -> None:
+        """End all requests now."""
+        for name in self.answers:
+            self.parts.engine.abort(name)
+        self.finish()
 
     def finish(self) -> dict[str, Answer]:
         """Step to the end, and hand the answers over."""

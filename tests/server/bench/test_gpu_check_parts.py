@@ -38,7 +38,7 @@ for name in json.loads(sys.stdin.readline())["ends"]:
 
 def conduct(child: str, budget: float = 60.0) -> list[Result]:
     seen: list[Result] = []
-    results = conductor.run(THREE, budget, seen.append, [sys.executable, "-c", child])
+    results = conductor.run(THREE, budget, seen.append, command=[sys.executable, "-c", child])
     assert seen == results
     return results
 
