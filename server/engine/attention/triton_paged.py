@@ -1,6 +1,7 @@
 """FlashAttention-2 over pages in Triton: for GPUs and models that no other build of it serves.
 
-PyTorch's own takes block tables only since 2.13, and no softcap; and both builds want pages of 256 tokens.
+PyTorch's own reads no block tables in 2.11 and caps no scores in 2.13; and all other builds want pages of
+256 tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
