@@ -7,7 +7,7 @@ faster there than the float32 that PEFT makes of them by itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class PeftLoop:
             self._model.load_adapter(str(folder), adapter_name=name)
         self._model.eval()
 
-    def add_random(self, names: Sequence[str], rank: int) -> None:
-        """Adapters on every linear but the head, made on the device."""
+    def add_random(self, names: Sequence[str], rank: int, between: Callable[[], None]) -> None:
+        """Adapters on every linear but the head, made on the device; each takes PEFT about a second."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -46,6 +46,7 @@ class PeftLoop:
         first, *others = names
         self._model = get_peft_model(self._base, config, first, **options)
         for name in others:
+            between()
             self._model.add_adapter(name, config, **options)
         _fill(self._model, self._device)
         self._model.eval()

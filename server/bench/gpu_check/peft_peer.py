@@ -23,7 +23,7 @@ def run(context: Context) -> Iterator[Row]:
     context.check_time(_NEEDED_S if context.gpu else 0.0)
     names = [f"lora-{number}" for number in range(sequences)]
     peft = PeftLoop(random_base(plan.shape, plan.quantization, context.device))
-    peft.add_random(names, RANK)
+    peft.add_random(names, RANK, between=context.check_time)
     vocabulary = SHAPES_BY_SIZE[plan.shape]["vocab_size"]
     prompts = [make_prompt(i, plan.context, vocabulary) for i in range(sequences)]
     took = median(peft.step_seconds(prompts, names, _TOKENS))

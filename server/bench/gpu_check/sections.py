@@ -33,7 +33,7 @@ SECTIONS = (
     Section("nf4_products", "NF4 products: fused, and dequantised first", 0.05),
     Section("attention", "attention over pages against the reference", 0.06),
     Section("exactness", "whole models: CUDA graphs on and off, and PEFT", 0.17),
-    Section("decode", "decoding beside its roofline", 0.28),
+    Section("decode", "decoding beside its roofline", 0.25),
     Section("loads", "adapters that are not on the device yet", 0.08),
-    Section("peft_peer", "PEFT's adapter_names on the same base", 0.10),
+    Section("peft_peer", "PEFT's adapter_names on the same base", 0.13),
 )
