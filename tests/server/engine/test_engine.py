@@ -78,6 +78,18 @@ def test_preemption_changes_no_token(home: Path, scheduling: str) -> None:
         assert asked.tokens == _alone(home, asked)
 
 
+def test_stepping_ahead_changes_no_token_of_transformers_own_blocks(home: Path) -> None:
+    requests = [Asked(PROMPT, "one", {"ignore_eos": True}), Asked(PROMPT, None, {"ignore_eos": True})]
+    parts = build(home / "model", home, "--quantization", "none", "--async-scheduling")
+    assert parts.model.name == "transformers"
+    driver = Driver(parts)
+    driver.resident("one")
+    driver.run(*requests)
+    _check_empty(parts)
+    for asked in requests:
+        assert asked.tokens == _alone(home, asked, "--quantization", "none")
+
+
 def test_several_answers_share_the_prompt_and_differ(parts: Parts) -> None:
     asked = Asked(PROMPT, "one", {"n": 3, "temperature": 1.0, "seed": 7})
     Driver(parts).run(asked)
