@@ -41,8 +41,9 @@ static void head_bf16(const HeadCall& call, const Team& team) {
 
 static void head_nf4(const HeadCall& call, const Team& team) {
     const Codebook codebook(call.codebook);
+    Errand none;
     team.share(call.vocabulary / PANEL, [&](int64_t panel) {
-        nf4_panel(*call.nf4, panel, codebook, call.n, call.normed, call.hidden, call.out, call.vocabulary);
+        nf4_panel(*call.nf4, panel, codebook, call.n, call.normed, call.hidden, call.out, call.vocabulary, none);
         if (call.softcap == 0) return;
         for (int64_t row = 0; row < call.n; row++)
             for (int i = 0; i < PANEL; i += 16) {

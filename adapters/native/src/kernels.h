@@ -16,6 +16,7 @@ namespace {
 #include "simd.h"
 #include "buffer.h"
 #include "team.h"
+#include "errand.h"
 #include "nf4.h"
 #include "lora.h"
 #include "attention.h"
@@ -25,7 +26,10 @@ namespace {
 
 // Each kernel alone, in a parallel region of its own.
 void linears(const LinearCall* call) {
-    together([&](Team team) { linears(*call, team); });
+    together([&](Team team) {
+        Errand none;
+        linears(*call, team, none);
+    });
 }
 void lora(const LoraCall* call) {
     together([&](Team team) { lora(*call, team); });

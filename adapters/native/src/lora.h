@@ -156,6 +156,36 @@ static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
     return count;
 }
 
+// Where the rows of a slot lie in a matrix, rows that are neighbours in one stretch.
+static Stretch* stretches_of(const LoraSite& site, int64_t slot, const bf16* matrix, int64_t width, Stretch* to) {
+    const int32_t* rows = site.rows[slot];
+    for (int64_t j = 0, stop, rank = site.ranks[slot]; j < rank; j = stop) {
+        for (stop = j + 1; stop < rank && rows[stop] == rows[stop - 1] + 1;) stop++;
+        *to++ = {(const char*)(matrix + rows[j] * width), (const char*)(matrix + (rows[stop - 1] + 1) * width)};
+    }
+    return to;
+}
+
+// An errand for the rows that `lora` will read, in so many turns of all threads together. By columns nobody knows yet
+// which thread will read them: each fetches a part, for whom it may concern.
+static Errand fetching(const LoraCall& call, int64_t turns, const Team& team) {
+    static thread_local Buffer<Stretch> kept;
+    int64_t most = 0;
+    for (int64_t i = 0; i < call.n_segments; i++)
+        for (int64_t n = 0; n < call.n_sites; n++) most += 2 * call.sites[n]->ranks[call.segments[i].slot];
+    Stretch *first = kept.at_least(most), *last = first;
+    for (int64_t i = 0; i < call.n_segments; i++)
+        for (int64_t n = 0; n < call.n_sites; n++) {
+            const LoraSite& site = *call.sites[n];
+            last = stretches_of(site, call.segments[i].slot, site.a, site.in, last);
+            last = stretches_of(site, call.segments[i].slot, site.b, site.out, last);
+        }
+    if (team.by_rows) return {first, last, turns};
+    const int64_t count = last - first;
+    return {first + count * team.thread / team.threads, first + count * (team.thread + 1) / team.threads,
+            (turns + team.threads - 1) / team.threads};
+}
+
 static void lora(const LoraCall& call, const Team& team) {
     static thread_local Buffer<LoraTask> kept;
     int64_t bound = 0;

@@ -37,7 +37,8 @@ struct Timed {
     }
 };
 
-// Linears that share x and write side by side into rows of `stride`, with their adapters' part.
+// Linears that share x and write side by side into rows of `stride`, with their adapters' part, whose rows are fetched
+// during the products.
 template <int N>
 static void project(const Walker& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
                     int64_t stride) {
@@ -48,13 +49,16 @@ static void project(const Walker& w, const Linear* const (&which)[N], const bf16
         ys[i] = w.own(out, stride) + column, sites[i] = which[i]->lora, strides[i] = stride;
         column += which[i]->out;
     }
+    const LinearCall products = {which, ys, N, stride, w.own(x, x_stride), x_stride, w.count, w.call.codebook};
+    const LoraCall adapted = {sites, ys, strides, N, w.own(x, x_stride), x_stride, w.segments, w.n_segments};
     {
         Timed timed(w, LINEARS);
-        linears({which, ys, N, stride, w.own(x, x_stride), x_stride, w.count, w.call.codebook}, w.team);
+        Errand errand = fetching(adapted, turns_of(products), w.team);
+        linears(products, w.team, errand);
     }
     if (w.call.n_segments == 0) return;
     Timed timed(w, LORA);
-    lora({sites, ys, strides, N, w.own(x, x_stride), x_stride, w.segments, w.n_segments}, w.team);
+    lora(adapted, w.team);
 }
 
 template <typename F>
@@ -114,7 +118,12 @@ static void attention_half(const Walker& w, const Block& b) {
 static void mlp_half(const Walker& w, const Block& b) {
     const Scratch& s = w.call.scratch;
     const int64_t hidden = w.call.hidden, inner = w.call.intermediate;
-    project(w, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
+    if (w.team.by_rows) {  // the adapters' rows of both would not fit the cache
+        project(w, {&b.gate}, s.normed, hidden, s.gate_up, 2 * inner);
+        project(w, {&b.up}, s.normed, hidden, s.gate_up + inner, 2 * inner);
+    } else {
+        project(w, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
+    }
     each_token(w, [&](int64_t t) {
         bf16* gate = s.gate_up + t * 2 * inner;
         activate(gate, gate + inner, inner, w.call.gelu != 0);
