@@ -143,13 +143,13 @@ def _own(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list
     peers = [peer(name) for name in arguments.peers]
     for name in {name.partition(":")[0] for name in arguments.peers} & RECIPES.keys():
         Environment(name, arguments.home).require()
-    base = prepare_base(arguments.base, arguments.home).path
+    base = prepare_base(arguments.base, arguments.home)
     folder = scratch / "adapters"
     folder.mkdir()
     count = _most_adapters(arguments) if arguments.num_adapters is None else arguments.num_adapters
     adapters = write_adapters(base, folder, count, arguments.adapter_rank, arguments.seed)
     ours = ManyloraServer(arguments.endpoint, arguments.server_args)
-    return [ours, *peers], _setup(arguments, load, scratch, base, adapters)
+    return [ours, *peers], _setup(arguments, load, scratch, base.path, adapters)
 
 
 def _setup(

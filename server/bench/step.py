@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         names = [entry.name for entry in parts.registry.entries()]
         for count in arguments.num_seqs:
             for adapters in (names[:count], []):
-                seconds = _measure(parts, arguments, count, adapters)
-                works = _works(parts, arguments, count, len(adapters))
-                print(f"\n{count} sequences on {len(adapters)} adapters, {arguments.context} tokens each")
+                seconds, context = _measure(parts, arguments, count, adapters)
+                works = _works(parts, arguments, count, len(adapters), context)
+                print(f"\n{count} sequences on {len(adapters)} adapters, {context:.0f} tokens each")
                 print("\n".join(_rows(seconds, works, machine)))
     return 0
 
@@ -66,7 +66,7 @@ def _build(arguments: argparse.Namespace, scratch: Path) -> Parts:
     from server.engine.build import build_parts
 
     prepared = prepare_base(arguments.base, arguments.home, head_quantization=arguments.head_quantization)
-    adapters = write_adapters(prepared.path, scratch, arguments.num_adapters, arguments.adapter_rank, seed=0)
+    adapters = write_adapters(prepared, scratch, arguments.num_adapters, arguments.adapter_rank, seed=0)
     flags = ["--base", arguments.base, "--home", str(arguments.home), "--adapter-dir", str(scratch)]
     flags += ["--head-quantization", arguments.head_quantization]
     sizes = ["--max-loras", str(arguments.num_adapters), "--max-lora-rank", str(arguments.adapter_rank)]
@@ -95,38 +95,48 @@ def _timed(call: Any) -> float:
     return time.perf_counter() - began
 
 
-def _measure(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> Seconds:
-    """Seconds of a step, by part; the mean over the decoding steps of one run."""
+def _measure(
+    parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]
+) -> tuple[Seconds, float]:
+    """Seconds of a step, by part, and tokens of a sequence: means over steps in which all of them decode."""
     from adapters.native.structs import STACK_PARTS
 
     model: Any = parts.model
-    _start(parts, arguments, count, adapters)
+    names = _start(parts, arguments, count, adapters)
+    running = parts.engine.scheduler.running
+    assert len(running) == count, "a sequence ended before all of them decoded"
+    context = sum(len(sequence.tokens) for sequence in running) / count + arguments.steps / 2
     model.nanoseconds[:] = 0
     head, sampling = Stopwatch(), Stopwatch()
-    steps, began = 0, time.perf_counter()
+    began = time.perf_counter()
     with head.timing(model, "head"), sampling.timing(parts.engine, "draw"):
-        while parts.engine.busy:
+        for _ in range(arguments.steps):
             parts.engine.step()
-            steps += 1
     total = time.perf_counter() - began
+    assert len(running) == count, "a sequence ended before the others"
+    for name in names:
+        parts.engine.abort(name)
     seconds = dict(zip(STACK_PARTS, (model.nanoseconds / 1e9).tolist(), strict=True))
     seconds |= {"head": head.seconds, "sampling": sampling.seconds}
     seconds["rest"] = total - sum(seconds.values())
-    return {part: seconds[part] / steps for part in PARTS}
+    return {part: seconds[part] / arguments.steps for part in PARTS}, context
 
 
-def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> None:
-    """Add the requests, and step until all of them decode."""
+def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> list[str]:
+    """Add the requests, and step until all of them decode; their names."""
     from server.engine.request import GenerationRequest, SamplingParams
 
-    sampling = SamplingParams(max_tokens=arguments.steps, temperature=0.0, ignore_eos=True)
-    for i in range(count):
+    meanwhile = count * arguments.context  # the first ones decode in every step that computes others' prompts
+    sampling = SamplingParams(max_tokens=arguments.steps + meanwhile, temperature=0.0, ignore_eos=True)
+    names = [f"step{i}" for i in range(count)]
+    for i, name in enumerate(names):
         prompt = tuple((31 * i + 7 * j) % 1000 + 1000 for j in range(arguments.context))
         version = parts.registry.checkout(adapters[i % len(adapters)]) if adapters else None
-        parts.engine.add(GenerationRequest(f"step{i}", prompt, None, sampling), version, seed=0)
+        parts.engine.add(GenerationRequest(name, prompt, None, sampling), version, seed=0)
     while parts.engine.scheduler.num_decoding < count:
         if not parts.engine.step():
             time.sleep(0.001)  # nothing was ready: leave the processor to whoever loads the adapters
+    return names
 
 
 class Stopwatch:
@@ -150,7 +160,9 @@ class Stopwatch:
         setattr(owner, name, call)
 
 
-def _works(parts: Parts, arguments: argparse.Namespace, count: int, adapters: int) -> dict[str, Work]:
+def _works(
+    parts: Parts, arguments: argparse.Namespace, count: int, adapters: int, context: float
+) -> dict[str, Work]:
     """The least that each part of a step of ``count`` sequences must read and compute."""
     model: Any = parts.model
     sites = parts.residency.pool.sites.values()
@@ -164,7 +176,7 @@ def _works(parts: Parts, arguments: argparse.Namespace, count: int, adapters: in
     rank = arguments.adapter_rank
     step = Step(
         sequences=count,
-        context=arguments.context + arguments.steps / 2,
+        context=context,
         read_ranks=rank * adapters,
         used_ranks=rank * count if adapters else 0,
     )

@@ -15,20 +15,22 @@ from adapters.sites import Site
 if TYPE_CHECKING:
     import torch
 
+    from adapters.base import PreparedBase
+
 # B's spread: small enough that answers stay a language model's, large enough that no two adapters agree.
 _B_STD = 1e-3
 
 
-def write_adapters(base: Path, out: Path, count: int, rank: int, seed: int) -> dict[str, Path]:
-    """Write ``count`` rank-``rank`` adapters for the model in ``base``, of which only the config is read.
+def write_adapters(base: PreparedBase, out: Path, count: int, rank: int, seed: int) -> dict[str, Path]:
+    """Write ``count`` rank-``rank`` adapters for ``base``, of which only the config is read.
 
     Returns:
         name → folder (``out/lora-0000``, …), in order.
     """
-    sites = sites_of(base)
+    sites = sites_of(base.path)
     folders = {f"lora-{index:04d}": out / f"lora-{index:04d}" for index in range(count)}
     for index, folder in enumerate(folders.values()):
-        save_adapter(folder, random_tensors(sites, rank, seed + index), sites, rank, str(base))
+        save_adapter(folder, random_tensors(sites, rank, seed + index), sites, rank, base.source)
     return folders
 
 

@@ -25,8 +25,9 @@ LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_r
 @pytest.fixture(scope="module")
 def setup(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     scratch = tmp_path_factory.mktemp("bench")
-    base = tiny_base("llama").prepared.path
-    adapters = write_adapters(base, scratch / "adapters", 2, rank=4, seed=0)
+    prepared = tiny_base("llama").prepared
+    base = prepared.path
+    adapters = write_adapters(prepared, scratch / "adapters", 2, rank=4, seed=0)
     return Setup(base, adapters, scratch, source=str(base), home=scratch, slots=2, context=256)
 
 

@@ -17,7 +17,7 @@ from tests.tiny_models import make_tiny_model
 @pytest.mark.parametrize("head", ["none", "nf4"])
 def test_the_parts_make_up_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str) -> None:
     base = make_tiny_model("llama", tmp_path / "llama", vocab_size=2048)
-    sizes = ["--num-adapters", "2", "--adapter-rank", "4", "--context", "20", "--steps", "4"]
+    sizes = ["--num-adapters", "2", "--adapter-rank", "4", "--context", "100", "--steps", "4"]
     where = ["--base", str(base), "--home", str(tmp_path), "--head-quantization", head]
     assert main(["bench", "step", *where, "--num-seqs", "2", *sizes]) == 0
     with_adapters, without = capsys.readouterr().out.split("\n\n")[1:]
