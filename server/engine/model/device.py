@@ -30,6 +30,7 @@ from server.engine.model.llama_like import (
     why_unlike_llama,
 )
 from server.engine.model.made_up import warming_steps
+from server.engine.model.product_timing import choose_by_shape, stopwatch
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
@@ -121,6 +122,7 @@ class DeviceModel:
 
     def warm_up(self) -> None:
         self._stock.warm_up()
+        self._choose_products()
         for step in warming_steps(self._config, *self._sizes):
             self(step)
         if self._graphs is not None:
@@ -212,6 +214,16 @@ class DeviceModel:
         )
 
     # -- parts ------------------------------------------------------------------------------------
+
+    def _choose_products(self) -> None:
+        """Before anything is recorded: a graph keeps the products that it was recorded with."""
+        products = [p for block in self._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
+        weights = [product.nf4 for product in products if product.nf4 is not None]
+        timer = stopwatch(self._stock.device, graphs=self._graphs is not None)
+        if timer is not None and weights:
+            choices = choose_by_shape(weights, timer)
+            for product in products:
+                product.choose(choices)
 
     @property
     def _eps(self) -> float:

@@ -18,6 +18,7 @@ from adapters.kernels.triton import TritonLora
 from adapters.lora import LoraLinear
 from adapters.lora_state import LoraState
 from adapters.site_pool import SitePool
+from server.engine.model.products import PRODUCTS, Choice, Nf4Weight
 
 
 class JoinedLinear:
@@ -39,8 +40,19 @@ class JoinedLinear:
         self._pools = [pools[site] for site in parts]
         self._outputs = [base.out_features for base in bases]
         self._state, self._lora = state, lora
-        self._product = _Nf4(bases) if _state_of(bases[0]) is not None else _Dense(bases)
+        self._nf4 = _Nf4(bases) if _state_of(bases[0]) is not None else None
+        self._product = self._nf4 or _Dense(bases)
         self._bias = _join_biases(bases)
+
+    @property
+    def nf4(self) -> Nf4Weight | None:
+        """The joined weights, if they are 4-bit ones."""
+        return None if self._nf4 is None else self._nf4.weight
+
+    def choose(self, choices: Mapping[tuple[int, int], Choice]) -> None:
+        """From now on multiply as these say, by (out_features, in_features) of 4-bit weights."""
+        if self._nf4 is not None:
+            self._nf4.choice = choices[self._nf4.weight.outputs, self._nf4.weight.inputs]
 
     def __call__(self, x: Tensor, adapted: bool) -> Tensor:
         """x [tokens, in_features] -> [tokens, all parts' out_features side by side].
@@ -84,7 +96,7 @@ class _Dense:
 
 
 class _Nf4:
-    """bitsandbytes' product, which itself chooses by shape between a fused kernel and dequantising first.
+    """By the quickest of several products (``products.py``).
 
     The scales of 64 weights each are float32 here: kept in 8 bits they would need one offset for all parts.
     That costs 3 of 67 bytes more.
@@ -93,19 +105,22 @@ class _Nf4:
     def __init__(self, bases: Sequence[Any]) -> None:
         states = [_state_of(base) for base in bases]
         sizes = [base.weight.numel() for base in bases]
-        self._packed = torch.cat([base.weight.detach().view(-1) for base in bases]).view(-1, 1)
-        for base, view in zip(bases, torch.split(self._packed, sizes), strict=True):
+        packed = torch.cat([base.weight.detach().view(-1) for base in bases]).view(-1, 1)
+        for base, view in zip(bases, torch.split(packed, sizes), strict=True):
             base.weight.data = view.view(base.weight.shape)
-        self._absmax = torch.cat([_scales(state) for state in states])
-        self._shape = [sum(base.out_features for base in bases), bases[0].in_features]
-        self._blocksize: int = states[0].blocksize
-        self._quant_type: str = states[0].quant_type
+        self.weight = Nf4Weight(
+            packed,
+            torch.cat([_scales(state) for state in states]),
+            states[0].code,
+            sum(base.out_features for base in bases),
+            bases[0].in_features,
+            states[0].blocksize,
+            states[0].quant_type,
+        )
+        self.choice = Choice()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            x, self._packed, self._shape, self._absmax, self._blocksize, self._quant_type, bias=bias
-        )
-        return y
+        return PRODUCTS[self.choice.of(len(x))](self.weight, x, bias)
 
 
 def _state_of(base: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.triton_running import run_interpreted
 
-CASES = "block_kernel_cases.py", "recorded_graph_cases.py", "device_graph_cases.py"
+CASES = "block_kernel_cases.py", "nf4_cases.py", "recorded_graph_cases.py", "device_graph_cases.py"
 
 
 def test_cases_that_launch_triton_kernels() -> None:

@@ -1,0 +1,261 @@
+"""x W^T for W in NF4 and up to ``MOST_ROWS`` rows of x, in Triton: the 4-bit weights are read once.
+
+W is as bitsandbytes packs it: two weights a byte, the even one of a row in the high nibble; a float32 scale
+for each run of ``blocksize`` of a row's weights. A weight is what bitsandbytes makes of it, to the bit:
+code[nibble] * scale in float32, rounded to x's type. Sums are in float32.
+
+A program has an N tile of W's rows and all rows of x, so that each weight is decoded once. It never puts a
+byte's two weights side by side: it multiplies the high nibbles with the even columns of x and the low ones
+with the odd columns, which are the halves of x's 32-bit words. The product is W x^T, not x W^T: tensor cores
+ask for 64 rows on the left, and there the weights may stay in registers.
+
+Decoding is what such a product is bound by, next to memory: at an H100's bandwidth a multiprocessor gets 26
+weights a cycle and issues 128 instructions. So the code book is in the registers of a warp's lanes, and a
+shuffle looks up: one instruction for an exact float32, whose index needs no masking (the book is there twice:
+a lane's number has five bits, of which the fifth may be the next nibble's). Triton's own ways take two
+address computations a weight (``tl.load``) or a barrier a tile (``tl.gather``); choosing among bytes (PRMT)
+runs at half rate and cannot give float32. In all it is about 5 instructions a weight on compute capability
+9.0.
+
+Where there are few N tiles, K is split and a second launch adds up the parts, in order: no atomics, the same
+bits every time. Launches depend on shapes alone, so they may run in a CUDA graph (once they ran outside one:
+the first call compiles). Nothing outside this file imports Triton for it.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 128
+
+TILE_K = 64
+"""Weights of a row in one step of the loop: 32 bytes, what a GPU's memory gives at least."""
+
+_MOST_PARTS = 8
+_FEWEST_TILES = 4
+"""Of K in a part: a loop that is shorter never fills its stages."""
+
+_WARPS_PER_SM = 8
+"""For which K is split; as many as have room with the registers that 64 rows need."""
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Constants for up to so many rows.
+
+    Attributes:
+        n: outputs of a program. x is read once for each N tile, from the cache: the more rows, the wider.
+        stages: of the loop. 16 KB of weights and more on their way to each multiprocessor hide the memory's
+            latency; x's tiles beside them limit how many have room.
+    """
+
+    rows: int
+    n: int
+    warps: int
+    stages: int
+
+
+FORMS = Form(16, 128, 4, 6), Form(32, 128, 4, 5), Form(64, 256, 8, 4), Form(MOST_ROWS, 128, 8, 3)
+"""At most 91 KB of shared memory, of the 99 that a program may have from compute capability 8.0 on."""
+
+
+def why_not(inputs: int, blocksize: int, quant_type: str) -> str | None:
+    """Why weights of this kind have no product here, or None."""
+    if quant_type != "nf4" or blocksize % TILE_K or inputs % blocksize:
+        return f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {TILE_K}"
+    return None
+
+
+def product(
+    x: Tensor, packed: Tensor, scales: Tensor, code: Tensor, outputs: int, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias, [rows, outputs] of x's type.
+
+    Args:
+        x: bf16 or fp16 [rows, inputs], 1 to ``MOST_ROWS`` rows.
+        packed: uint8, outputs * inputs / 2 of them, row by row.
+        scales: float32, by row and block of it.
+        code: float32 [16].
+        bias: of x's type.
+    """
+    x = x.contiguous()
+    rows, inputs = x.shape
+    form = next(form for form in FORMS if rows <= form.rows)
+    tiles = triton.cdiv(outputs, form.n)
+    parts, part_tiles = split(inputs // TILE_K, tiles * form.warps, _multiprocessors(x.device))
+    y = x.new_empty(rows, outputs)
+    sums = y if parts == 1 else x.new_empty(parts, rows, outputs, dtype=torch.float32)
+    blocksize = outputs * inputs // scales.numel()
+    _multiply[tiles, parts](
+        sums, x.view(torch.int32), packed, scales, code, bias if parts == 1 else None, rows, outputs, inputs,
+        part_tiles, **constants(form, x.dtype, blocksize), num_warps=form.warps,
+    )  # fmt: skip
+    if parts > 1:
+        _add_parts[triton.cdiv(outputs, _ADDED), rows](
+            y, sums, bias, rows, outputs, parts, _MOST_PARTS, _ADDED, num_warps=4
+        )
+    return y
+
+
+def split(tiles: int, warps: int, multiprocessors: int) -> tuple[int, int]:
+    """Into how many parts K is cut, and how many of its tiles are in each.
+
+    Args:
+        tiles: of K.
+        warps: of all programs if it is not cut.
+    """
+    wanted = min(_WARPS_PER_SM * multiprocessors // warps, tiles // _FEWEST_TILES, _MOST_PARTS)
+    part = triton.cdiv(tiles, max(wanted, 1))
+    return triton.cdiv(tiles, part), part
+
+
+def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, object]:
+    """What is compiled in. Triton's interpreter knows no PTX, and multiplies bf16's bits as integers."""
+    kind = _TYPES[dtype]
+    interpreted = triton.knobs.runtime.interpret
+    return {
+        "TYPE": kind,
+        "DOT": tl.float32 if interpreted else kind,
+        "DECODE": None if interpreted else decode_ptx(dtype),
+        "ROWS": form.rows,
+        "BLOCK_N": form.n,
+        "BLOCK_K": TILE_K,
+        "BLOCKSIZE": blocksize,
+        "STAGES": form.stages,
+    }
+
+
+def decode_ptx(dtype: torch.dtype) -> str:
+    """Of four neighbouring bytes: their high and their low weights, in pairs.
+
+    $0 and $1 are the high ones, $2 and $3 the low ones; $4 the bytes, $5 to $8 their scales, $9 to $12 four
+    times the lane's entry of the code book.
+    """
+    kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
+    lines = [".reg .f32 w<8>;", ".reg .b32 s;"]
+    for i in range(8):  # low and high of the first byte, then of the next
+        lines += [
+            f"shr.u32 s, $4, {4 * i};",
+            f"shfl.sync.idx.b32 w{i}, $9, s, 31, 0xffffffff;",
+            f"mul.rn.f32 w{i}, w{i}, ${5 + i // 2};",
+        ]
+    lines += [f"cvt.rn.{kind}.f32 ${i}, w{4 * i + 3}, w{4 * i + 1};" for i in range(2)]
+    lines += [f"cvt.rn.{kind}.f32 ${2 + i}, w{4 * i + 2}, w{4 * i};" for i in range(2)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_DECODED = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f,f,f,f,f")
+
+_LANE_CODE = tl.constexpr("""{
+.reg .u32 lane;
+.reg .u64 at;
+mov.u32 lane, %laneid;
+and.b32 lane, lane, 15;
+mul.wide.u32 at, lane, 4;
+add.u64 at, at, $1;
+ld.global.nc.f32 $0, [at];
+}""")
+"""The lane's entry of the code book at address $1: a scalar to Triton, and another one in each lane."""
+
+_ADDED = 512
+"""Outputs of a program that adds parts up: four a thread, which so has all parts of them."""
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit(do_not_specialize=["M", "part_tiles"])
+def _multiply(
+    sums, x, packed, scales, codes, bias, M, N, K, part_tiles,
+    TYPE: tl.constexpr, DOT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCKSIZE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """sums[part, m, n] = bias[n] + sum over k in part of x[m, k] * W[n, k]
+
+    Grid: (N tiles, parts of K). Beyond M and N the last row is computed again, so that no load has a mask.
+
+    Args:
+        sums: float32 [parts, M, N], or y itself.
+        x: its rows as int32 [M, K / 2], each an even column (low half) and the odd one after it.
+        part_tiles: of BLOCK_K, in a part.
+        DECODE: PTX (``decode_ptx``); None = what it computes, in Triton.
+    """
+    HALF: tl.constexpr = BLOCK_K // 2
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, ROWS)
+    pair = tl.arange(0, HALF)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    width = K // BLOCK_K * HALF  # tells the compiler that rows begin at multiples of 16 bytes
+    of_w = packed + row[:, None] * width + pair[None, :]
+    of_x = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * width + pair[:, None]
+    of_scale = scales + row * (K // BLOCKSIZE)
+    lane_code = 0.0
+    if DECODE is not None:
+        lane_code = tl.inline_asm_elementwise(
+            _LANE_CODE, "=f,l", [codes], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    first = tl.program_id(1) * part_tiles
+    for tile in tl.range(first, tl.minimum(first + part_tiles, K // BLOCK_K), num_stages=STAGES):
+        weights = tl.load(of_w + tile * HALF)
+        values = tl.load(of_x + tile * HALF)
+        scale = tl.load(of_scale + tile * BLOCK_K // BLOCKSIZE)[:, None]
+        scale = tl.broadcast_to(scale, (BLOCK_N, HALF))
+        if DECODE is None:
+            high = (tl.load(codes + (weights >> 4)) * scale).to(TYPE)
+            low = (tl.load(codes + (weights & 15)) * scale).to(TYPE)
+        else:
+            high, low = tl.inline_asm_elementwise(
+                DECODE,
+                _DECODED,
+                [weights, scale, lane_code],
+                dtype=(tl.int16, tl.int16),
+                is_pure=True,
+                pack=4,
+            )
+            high, low = high.to(TYPE, bitcast=True), low.to(TYPE, bitcast=True)
+        even = (values & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
+        odd = (values >> 16).to(tl.int16).to(TYPE, bitcast=True)
+        total = tl.dot(high.to(DOT), even.to(DOT), total, input_precision="ieee")
+        total = tl.dot(low.to(DOT), odd.to(DOT), total, input_precision="ieee")
+
+    if bias is not None:
+        total += tl.load(bias + row).to(tl.float32)[:, None]
+    at = sums + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(at, total.to(sums.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "parts"])
+def _add_parts(y, sums, bias, M, N, parts, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """y[m, n] = bias[n] + sum over parts of sums[part, m, n]. Grid: (blocks of N, rows).
+
+    Args:
+        PARTS: a power of two, at least ``parts``: they are read all at once.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.arange(0, PARTS)
+    at = tl.program_id(1).to(tl.int64) * N + n
+    total = tl.sum(
+        tl.load(
+            sums + part.to(tl.int64)[:, None] * M * N + at[None, :],
+            mask=(part < parts)[:, None] & (n < N)[None, :],
+            other=0.0,
+        ),
+        0,
+    )
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=n < N)

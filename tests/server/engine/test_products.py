@@ -1,0 +1,149 @@
+"""Which product of NF4 weights is chosen: from made-up timings, on weights that bitsandbytes packed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from torch import Tensor
+
+from server.engine.model import product_timing, products
+from server.engine.model.product_timing import choose, choose_by_shape, stopwatch
+from server.engine.model.products import OURS, PRODUCTS, ROWS, USUAL, Choice, Nf4Weight, candidates, quickest
+
+
+def weight(outputs: int = 32, inputs: int = 128, seed: int = 0) -> Nf4Weight:
+    dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    packed, state = quantize_4bit(dense, quant_type="nf4", blocksize=64, compress_statistics=False)
+    return Nf4Weight(packed, state.absmax, state.code, outputs, inputs, 64, "nf4")
+
+
+def test_the_quickest_is_chosen_and_the_usual_one_unless_another_is_clearly_quicker() -> None:
+    assert quickest({USUAL: 2.0, "dense": 3.0, OURS: 1.0}) == OURS
+    assert quickest({USUAL: 2.0, "dense": 1.0}) == "dense"
+    assert quickest({USUAL: 1.0, "dense": 0.98, OURS: 0.99}) == USUAL
+
+
+def test_rows_between_do_as_the_next_measured_number() -> None:
+    choice = Choice([OURS if rows <= 64 else "dense" for rows in ROWS])
+    assert [choice.of(rows) for rows in (1, 33, 64)] == [OURS] * 3
+    assert [choice.of(rows) for rows in (65, 512)] == ["dense"] * 2
+    assert choice.of(513) == USUAL
+    assert str(choice) == f"{OURS} to 64 rows, dense to 512"
+    assert Choice().of(1) == str(Choice()) == USUAL
+
+
+def test_products_are_the_same_product() -> None:
+    x, bias = torch.randn(3, 128).to(torch.bfloat16), torch.randn(32).to(torch.bfloat16)
+    usual, dense = (PRODUCTS[name](weight(), x, bias).float() for name in (USUAL, "dense"))
+    torch.testing.assert_close(usual, dense, rtol=0.02, atol=0.02)
+
+
+def test_ours_is_for_few_rows_of_weights_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    few, many = (candidates(weight(), rows) for rows in (128, 129))
+    assert (few, many) == ([USUAL, "dense", OURS], [USUAL, "dense"])
+    monkeypatch.setattr(products, "find_spec", {}.get)
+    assert candidates(weight(), 1) == [USUAL, "dense"]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(name, rows) of what ran last of each timing; ours is what ``OURS`` is set to, or the dense product."""
+    seen: list[tuple[str, int]] = []
+
+    def noted(name: str) -> Callable[[Nf4Weight, Tensor, Tensor | None], Tensor]:
+        def run(of: Nf4Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+            seen.append((name, len(x)))
+            return products.dequantised(of, x, bias)
+
+        return run
+
+    for name in (USUAL, "dense", OURS):
+        monkeypatch.setitem(PRODUCTS, name, noted(name))
+    monkeypatch.setattr(
+        product_timing, "candidates", lambda _, rows: [USUAL, "dense", *([OURS] if rows <= 128 else [])]
+    )
+    return seen
+
+
+def by_name(seen: list[tuple[str, int]], taken: dict[str, float]) -> Callable[[Callable[[], Tensor]], float]:
+    """A timer by which each product takes so long, whatever it does."""
+
+    def seconds_of(run: Callable[[], Tensor]) -> float:
+        run()
+        return taken[seen[-1][0]]
+
+    return seconds_of
+
+
+def test_each_shape_is_measured_by_itself(
+    ran: list[tuple[str, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = [weight(), weight(64), weight(seed=1)]
+    with caplog.at_level(logging.INFO, "manylora.engine"):
+        choices = choose_by_shape(weights, by_name(ran, {USUAL: 3.0, "dense": 2.0, OURS: 1.0}))
+    assert set(choices) == {(32, 128), (64, 128)}
+    assert all(choice.of(128) == OURS and choice.of(129) == "dense" for choice in choices.values())
+    assert "32 x 128: triton to 128 rows, dense to 512; 64 x 128: " in caplog.text
+    assert {rows for name, rows in ran if name == USUAL} == set(ROWS)
+
+
+@pytest.mark.parametrize("fault", ["raises", "is wrong", "is NaN"])
+def test_what_fails_or_errs_is_left_out_and_the_log_says_so(
+    fault: str, ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sound = PRODUCTS[OURS]
+
+    def faulty(of: Nf4Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+        if len(x) < 8:
+            return sound(of, x, bias)
+        if fault == "raises":
+            raise RuntimeError("out of shared memory")
+        return sound(of, x, bias) * (1.1 if fault == "is wrong" else torch.nan)
+
+    monkeypatch.setitem(PRODUCTS, OURS, faulty)
+    choice = choose([weight()], by_name(ran, {USUAL: 2.0, "dense": 3.0, OURS: 1.0}))
+    assert [choice.of(rows) for rows in (4, 8, 64, 512)] == [OURS, USUAL, USUAL, USUAL]
+    assert caplog.text.count("is not used") == 1
+
+
+def test_no_more_weights_are_read_than_needed_to_leave_the_cache(
+    ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = weight()
+    monkeypatch.setattr(product_timing, "_PAST_CACHE", 2 * one.packed.nbytes)
+    choose([one] * 5, by_name(ran, {USUAL: 1.0, "dense": 1.0, OURS: 1.0}))
+    assert ran.count((USUAL, 1)) == 2
+
+
+def test_nothing_is_measured_without_a_gpu() -> None:
+    assert stopwatch(torch.device("cpu"), graphs=True) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it times a GPU")
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_gpu_is_timed(graphs: bool) -> None:
+    gpu = torch.device("cuda")
+    x = torch.ones(4096, 4096, device=gpu)
+    timer = stopwatch(gpu, graphs)
+    assert timer is not None
+    small, large = timer(lambda: x[:64] @ x), timer(lambda: x @ x)
+    assert 0 < small < large < 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it measures on a GPU")
+def test_on_a_gpu_all_products_of_a_models_shape_are_right_and_one_is_chosen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu = torch.device("cuda")
+    dense = torch.randn(4096, 4096, device=gpu).to(torch.bfloat16)
+    packed, state = quantize_4bit(dense, quant_type="nf4", blocksize=64, compress_statistics=False)
+    of = Nf4Weight(packed, state.absmax, state.code, 4096, 4096, 64, "nf4")
+    timer = stopwatch(gpu, graphs=True)
+    assert timer is not None
+    assert len(choose([of] * 4, timer).names) == len(ROWS)
+    assert "is not used" not in caplog.text
