@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adapters.kernels import triton
-from server.engine.model import graphs, made_up
+from server.engine.kernels import nf4
+from server.engine.model import device, graphs, made_up
 from server.engine.model.graphs import DecodeGraphs
+from server.engine.model.products import OURS, ROWS, Choice, Nf4Weight
 from tests.server.engine.gpu_path import SEATS, pretend
 from tests.server.engine.recorded_graph import RecordedGraph
 from tests.server.engine.test_exactness import Plan, compare_with_peft
@@ -22,7 +26,7 @@ PLAN: Plan = [("everywhere", 2), (None, 5), ("attention", 3), ("mixed-ranks", 4)
 
 
 def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three adapters and the base in graphs that were recorded without any."""
+    """Three adapters and the base in graphs that were recorded without any, of our product of NF4 weights."""
     replays: list[tuple[int, bool]] = []
     replay = DecodeGraphs.replay
 
@@ -30,6 +34,21 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
         replays.append((seats, adapted))
         return replay(self, seats, adapted)
 
+    def ours(weights: Sequence[Nf4Weight], _: object) -> dict[tuple[int, int], Choice]:
+        return {(weight.outputs, weight.inputs): Choice([OURS] * len(ROWS)) for weight in weights}
+
+    multiplied: list[int] = []
+    product = nf4.product
+
+    def counted(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+        multiplied.append(len(x))
+        return product(x, *weight)
+
+    monkeypatch.setattr(nf4, "product", counted)
+    monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 8)  # K in parts
+    monkeypatch.setattr(nf4, "_FEWEST_TILES", 1)
+    monkeypatch.setattr(device, "stopwatch", lambda *_, **__: True)
+    monkeypatch.setattr(device, "choose_by_shape", ours)
     monkeypatch.setattr(DecodeGraphs, "replay", noted)
     monkeypatch.setattr(graphs, "seat_counts", lambda most: [most // 2, most])
     monkeypatch.setattr(made_up, "_WARM_TOKENS", 8)
@@ -37,3 +56,4 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     pretend(monkeypatch, RecordedGraph)
     compare_with_peft("llama", tmp_path, tolerance=0.15, plan=PLAN)
     assert replays.count((SEATS, True)) > 5
+    assert SEATS in multiplied, "the graphs were recorded with it"
