@@ -1,11 +1,13 @@
-"""Section ``nf4_products``: bitsandbytes' product of few rows against its dense one, by rows and shape.
+"""Section ``nf4_products``: the products of NF4 weights that a server chooses among, by rows and shape.
 
-Which of the two its operation takes is decided by a table that it was tuned with; this is what the card says.
+Each against weights decoded in plain torch; on a GPU also its time beside the floor, which of them a server
+would choose (``server/engine/model/products.py``), and where bitsandbytes by itself chooses badly. Ours needs
+Triton only, so that it is checked where bitsandbytes is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,65 +16,93 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from server.bench.gpu_check.context import Context
-from server.bench.gpu_check.rows import Row, Skip, Value
+from server.bench.gpu_check.context import Context, Gpu
+from server.bench.gpu_check.rows import Row, Skip, Value, skipped
 from server.bench.gpu_check.timing import seconds_of
+from server.bench.roofline import WEIGHT_BYTES, Work
+from server.engine.model.products import (
+    OURS,
+    PRODUCTS,
+    ROWS,
+    USUAL,
+    Choice,
+    Nf4Weight,
+    Product,
+    candidates,
+    quickest,
+)
 
-_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down": (4096, 14336)}
 """[out_features, in_features] of an 8B model's joined products."""
 
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""NF4's code book."""
+
+_BLOCKSIZE = 64
 _PAST_CACHE = 256e6
 """Bytes of copies of a weight that no cache holds."""
 
+_ROUNDS = 10
 _EXACT = 2e-2
 _SLACK = 1.05
 """What one may take more than the other and still be as quick."""
 
+_FUSED = "fused"
+"""bitsandbytes' kernel for few rows, which no server asks for by itself."""
+
 
 def run(context: Context) -> Iterator[Row]:
-    """By shape and rows: whether both agree and what each takes; then where the dense one is quicker."""
-    if find_spec("bitsandbytes") is None:
-        raise Skip("bitsandbytes is not installed")
-    shapes, counts = (_SHAPES, _ROWS) if context.gpu else ({"small": (256, 128)}, (1, 8))
+    """By shape and rows: whether all agree and what each takes; then what would be chosen."""
+    able = _able(context.gpu is not None)
+    if USUAL not in able:
+        yield skipped("products", "bitsandbytes is not installed")
+    if not able:
+        raise Skip("Triton is not installed or interpreted")
+    shapes, counts = (_SHAPES, ROWS) if context.gpu else ({"small": (256, 128)}, (1, 8))
     for name, (outputs, inputs) in shapes.items():
         copies = max(1, int(_PAST_CACHE / (outputs * inputs / 2))) if context.gpu else 1
-        weights = [_Weight(outputs, inputs, context.device) for _ in range(copies)]
+        weights = [random_weight(outputs, inputs, context.device) for _ in range(copies)]
+        dense = decoded(weights[0])
         rows = []
         for count in counts:
             context.check_time()
-            rows.append(_row(context, name, weights, count))
+            x = torch.randn(count, inputs, device=context.device).to(torch.bfloat16)
+            here = {form: able[form] for form in (*candidates(weights[0], count), _FUSED) if form in able}
+            wrong = _wrong(here, weights[0], x, linear(x, dense))
+            values: dict[str, Value] = {"product": name, "rows": count}
+            if context.gpu is not None:
+                right = {form: product for form, product in here.items() if form not in wrong}
+                values |= _times(context.gpu, right, weights, x)
+            rows.append(Row("products", values, "; ".join(f"{form}: {why}" for form, why in wrong.items())))
             yield rows[-1]
-        if context.gpu is not None:
-            yield _threshold(name, rows)
+        if all("chosen" in row.values for row in rows):
+            yield _summary(name, rows)
 
 
-class _Weight:
-    """NF4 with float32 scales, as the fused step keeps it."""
+def _able(gpu: bool) -> dict[str, Product]:
+    """What can run here, by name."""
+    able = {OURS: PRODUCTS[OURS]}
+    if find_spec("bitsandbytes") is not None:
+        import_module("bitsandbytes")  # makes its operations
+        able = dict(PRODUCTS)
+    if find_spec("triton") is None or not (gpu or _interpreted()):
+        del able[OURS]
+    if USUAL in able and gpu and (kernel := _fused_kernel()) is not None:
+        able[_FUSED] = lambda weight, x, bias: kernel(
+            x, weight.packed, weight.shape, weight.scales, weight.blocksize, weight.quant_type, bias
+        )
+    return able
 
-    def __init__(self, outputs: int, inputs: int, device: torch.device) -> None:
-        from bitsandbytes.functional import quantize_4bit
 
-        dense = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(torch.bfloat16)
-        self.packed, self.state = quantize_4bit(dense, quant_type="nf4", compress_statistics=False)
-        self.shape = [outputs, inputs]
+def _interpreted() -> bool:
+    from triton import knobs
 
-    def dispatched(self, x: Tensor) -> Tensor:
-        """The operation, which chooses by itself."""
-        return self._product(torch.ops.bitsandbytes.gemm_4bit, x)
-
-    def fused(self, x: Tensor) -> Tensor:
-        """The kernel that it takes for few rows."""
-        return self._product(_fused_kernel(), x)
-
-    def dense(self, x: Tensor) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return linear(x, dequantize_4bit(self.packed, self.state))
-
-    def _product(self, operation: Callable[..., Tensor], x: Tensor) -> Tensor:
-        state = self.state
-        return operation(x, self.packed, self.shape, state.absmax, state.blocksize, state.quant_type)
+    return bool(knobs.runtime.interpret)
 
 
 def _fused_kernel() -> Any:
@@ -80,29 +110,61 @@ def _fused_kernel() -> Any:
     return getattr(import_module("bitsandbytes.backends.cuda.ops"), "_gemm_4bit_kernel_impl", None)
 
 
-def _row(context: Context, name: str, weights: list[_Weight], count: int) -> Row:
-    x = torch.randn(count, weights[0].shape[1], device=context.device).to(torch.bfloat16)
-    got, expected = weights[0].dispatched(x).float(), weights[0].dense(x).float()
-    wrong = ((got - expected).abs() > _EXACT * (1 + expected.abs())).sum().item()
-    values: dict[str, Value] = {"product": name, "rows": count}
-    if context.gpu is not None:
-        forms = ["dispatched", "dense", *(["fused"] if _fused_kernel() else [])]
-        for form in forms:
-            took = seconds_of([lambda w=w, f=form: getattr(w, f)(x) for w in weights])  # type: ignore[misc]
-            values[f"{form} us"] = round(took * 1e6, 1)
-        best = min(float(values[f"{form} us"]) for form in forms)
-        values["chosen well"] = float(values["dispatched us"]) <= _SLACK * best
-    return Row("products", values, f"{wrong} of {got.numel()} values differ" if wrong else "")
+def random_weight(outputs: int, inputs: int, device: torch.device) -> Nf4Weight:
+    """As the fused step keeps one, of values about inputs^-0.5."""
+    packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=device)
+    scales = (1 + torch.rand(outputs * inputs // _BLOCKSIZE, device=device)) * inputs**-0.5
+    return Nf4Weight(packed, scales, torch.tensor(CODE, device=device), outputs, inputs, _BLOCKSIZE, "nf4")
 
 
-def _threshold(name: str, rows: list[Row]) -> Row:
-    """From how many rows on the dense product is the quicker one, and whether the choice was right."""
-    timed = [row.values for row in rows if "fused us" in row.values]
-    first = next((int(v["rows"]) for v in timed if float(v["dense us"]) < float(v["fused us"])), 0)
-    badly = [str(row.values["rows"]) for row in rows if not row.values["chosen well"]]
-    values: dict[str, Value] = {
-        "product": name,
-        "dense is quicker from": first or "no measured number of rows",
-        "badly chosen at": ", ".join(badly) or "none",
+def decoded(weight: Nf4Weight) -> Tensor:
+    """bf16 [outputs, inputs]."""
+    nibbles = torch.cat([weight.packed >> 4, weight.packed & 15], dim=1)
+    values = weight.code[nibbles.int()].view(-1, weight.blocksize) * weight.scales[:, None]
+    return values.to(torch.bfloat16).view(weight.shape)
+
+
+def _wrong(forms: Mapping[str, Product], weight: Nf4Weight, x: Tensor, expected: Tensor) -> dict[str, str]:
+    """By form, what is wrong with its result."""
+    found = {}
+    for form, product in forms.items():
+        try:
+            got = product(weight, x, None).float()
+        except (
+            Exception
+        ) as error:  # a compiler's or a driver's: anything, and the others are still of interest
+            found[form] = " ".join(str(error).split())[:300]
+            continue
+        close = (got - expected.float()).abs() <= _EXACT * (1 + expected.abs())  # NaN is not
+        if not close.all():
+            found[form] = f"{int((~close).sum())} of {expected.numel()} values differ"
+    return found
+
+
+def _times(
+    gpu: Gpu, forms: Mapping[str, Product], weights: Sequence[Nf4Weight], x: Tensor
+) -> dict[str, Value]:
+    """In microseconds, by form; the floor; what a server would choose."""
+    taken = {
+        form: seconds_of([lambda w=w, p=product: p(w, x, None) for w in weights], _ROUNDS)  # type: ignore[misc]
+        for form, product in forms.items()
     }
-    return Row("thresholds", values)
+    elements = weights[0].outputs * weights[0].inputs
+    work = Work(WEIGHT_BYTES["nf4, scales in float32"] * elements, 2 * len(x) * elements)
+    values: dict[str, Value] = {f"{form} us": round(taken[form] * 1e6, 1) for form in taken}
+    values["floor us"] = round(work.floor(gpu.machine) * 1e6, 1)
+    fused = taken.pop(_FUSED, None)
+    if USUAL in taken:
+        values["chosen"] = quickest(taken)
+    if USUAL in taken and "dense" in taken and fused is not None:
+        values["bitsandbytes chooses well"] = taken[USUAL] <= _SLACK * min(fused, taken["dense"])
+    return values
+
+
+def _summary(name: str, rows: Sequence[Row]) -> Row:
+    badly = [str(row.values["rows"]) for row in rows if not row.values.get("bitsandbytes chooses well", True)]
+    choice = Choice([str(row.values["chosen"]) for row in rows])
+    return Row(
+        "choices",
+        {"product": name, "chosen": str(choice), "bitsandbytes chooses badly at": ", ".join(badly) or "none"},
+    )

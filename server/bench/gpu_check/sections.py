@@ -30,7 +30,7 @@ SECTIONS = (
     Section("device", "the GPU and its limits", 0.03),
     Section("lora_kernels", "LoRA kernels against the reference", 0.14),
     Section("block_kernels", "a block's kernels against the reference", 0.05),
-    Section("nf4_products", "NF4 products: fused, and dequantised first", 0.05),
+    Section("nf4_products", "products of NF4 weights, and which is chosen", 0.05),
     Section("attention", "attention over pages against the reference", 0.06),
     Section("exactness", "whole models: CUDA graphs on and off, and PEFT", 0.17),
     Section("decode", "decoding beside its roofline", 0.25),

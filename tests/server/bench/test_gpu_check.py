@@ -74,6 +74,7 @@ def test_kernels_are_interpreted_and_equal_the_reference(report: dict[str, Any])
     pytest.importorskip("triton")
     assert len(rows(report, "lora_kernels", "equal to the reference")) == 3
     assert len(rows(report, "block_kernels", "equal to the reference")) == 14
+    assert [row["rows"] for row in rows(report, "nf4_products", "products")] == [1, 8]
     layers = [row["layer"] for row in rows(report, "attention", "equal to gathered pages")]
     assert layers == ["plain", "window", "softcap"]
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 
-from server.bench.gpu_check import conductor
+from server.bench.gpu_check import conductor, nf4_products
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
-from server.bench.gpu_check.context import Context
+from server.bench.gpu_check.context import Context, Gpu
 from server.bench.gpu_check.nf4_products import run as run_products
 from server.bench.gpu_check.random_adapters import RandomAdapters
 from server.bench.gpu_check.reach import figures
@@ -20,6 +21,8 @@ from server.bench.gpu_check.report import reach_text, section_text
 from server.bench.gpu_check.rows import Result, Row, Value, skipped
 from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.served import Answer
+from server.bench.roofline import Machine
+from server.engine.model.products import PRODUCTS, ROWS
 
 CPU = torch.device("cpu")
 THREE = [Section(name, name, 1.0) for name in ("one", "two", "three")]
@@ -145,3 +148,36 @@ def test_nf4_products_agree(tmp_path: Path) -> None:
     rows = list(run_products(Context(None, tmp_path, float("inf"))))
     assert [row.values["rows"] for row in rows] == [1, 8]
     assert not any(row.failed for row in rows)
+
+
+def test_random_nf4_weights_are_decoded_as_bitsandbytes_does() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = nf4_products.random_weight(8, 128, CPU)
+    assert torch.equal(weight.code, functional.get_4bit_type("nf4", device="cpu"))
+    theirs = PRODUCTS["dense"](weight, torch.eye(128, dtype=torch.bfloat16), None).T
+    assert torch.equal(nf4_products.decoded(weight), theirs)
+
+
+def test_nf4_products_are_timed_beside_their_floor_and_a_wrong_one_is_neither_timed_nor_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = PRODUCTS["dense"]
+    forms = dict.fromkeys(("bitsandbytes", "dense", "fused"), right)
+    monkeypatch.setattr(nf4_products, "_able", lambda _: forms | {"triton": lambda *of: 2 * right(*of)})
+    monkeypatch.setattr(nf4_products, "_SHAPES", {"small": (64, 128)})
+    monkeypatch.setattr(nf4_products, "_PAST_CACHE", 1.0)
+    monkeypatch.setattr(Context, "device", CPU)
+    seconds = cycle([4e-6, 3e-6, 2e-6])
+    monkeypatch.setattr(nf4_products, "seconds_of", lambda *_: next(seconds))
+    gpu = Gpu("", (9, 0), 132, 0, Machine(bandwidth=1e9, rate=1e15))
+    *rows, choice = run_products(Context(gpu, tmp_path, float("inf")))
+    assert len(rows) == len(ROWS)
+    for row in rows:
+        tried = int(row.values["rows"]) <= 128
+        assert row.failed.startswith("triton: ") if tried else not row.failed
+        assert row.values["floor us"] == round(64 * 128 * 0.5625 / 1e3, 1)
+        assert row.values["chosen"] == "dense"
+        assert row.values["bitsandbytes chooses well"] is False
+        assert "triton us" not in row.values
+    assert choice.values["chosen"] == "dense to 512 rows"
+    assert choice.values["bitsandbytes chooses badly at"] == ", ".join(map(str, ROWS))
