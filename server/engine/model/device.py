@@ -219,11 +219,12 @@ class DeviceModel:
         """Before anything is recorded: a graph keeps the products that it was recorded with."""
         products = [p for block in self._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
         weights = [product.nf4 for product in products if product.nf4 is not None]
-        timer = stopwatch(self._stock.device, graphs=self._graphs is not None)
-        if timer is not None and weights:
+        with stopwatch(self._stock.device, graphs=self._graphs is not None) as timer:
+            if timer is None or not weights:
+                return
             choices = choose_by_shape(weights, timer)
-            for product in products:
-                product.choose(choices)
+        for product in products:
+            product.choose(choices)
 
     @property
     def _eps(self) -> float:

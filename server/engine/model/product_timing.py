@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,14 +39,16 @@ _EXACT = 0.02
 """Of the largest value; bf16 rounds by 0.004."""
 
 
-def stopwatch(device: torch.device, graphs: bool) -> Timer | None:
+@contextmanager
+def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
     """None = nothing is measured on this device.
 
     Args:
-        graphs: time what is launched by a graph, as decode steps will be; else one by one, as without graphs.
+        graphs: time what a graph launches, as it will decode steps; else what is launched one by one.
     """
     if device.type != "cuda":
-        return None
+        yield None
+        return
     new_graph = cuda_graphs() if graphs else None
     kept: list[Graph] = []  # their memory is one pool, which lasts while one of them does
 
@@ -59,7 +62,11 @@ def stopwatch(device: torch.device, graphs: bool) -> Timer | None:
             again = kept[-1].replay
         return min(_between_events(again) for _ in range(_ROUNDS))
 
-    return seconds_of
+    try:
+        yield seconds_of
+    finally:
+        kept.clear()
+        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(nf4, "product", counted)
     monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 8)  # K in parts
     monkeypatch.setattr(nf4, "_FEWEST_TILES", 1)
-    monkeypatch.setattr(device, "stopwatch", lambda *_, **__: True)
+    monkeypatch.setattr(device, "stopwatch", lambda *_, **__: nullcontext(True))
     monkeypatch.setattr(device, "choose_by_shape", ours)
     monkeypatch.setattr(DecodeGraphs, "replay", noted)
     monkeypatch.setattr(graphs, "seat_counts", lambda most: [most // 2, most])

@@ -121,7 +121,8 @@ def test_no_more_weights_are_read_than_needed_to_leave_the_cache(
 
 
 def test_nothing_is_measured_without_a_gpu() -> None:
-    assert stopwatch(torch.device("cpu"), graphs=True) is None
+    with stopwatch(torch.device("cpu"), graphs=True) as timer:
+        assert timer is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it times a GPU")
@@ -129,9 +130,9 @@ def test_nothing_is_measured_without_a_gpu() -> None:
 def test_a_gpu_is_timed(graphs: bool) -> None:
     gpu = torch.device("cuda")
     x = torch.ones(4096, 4096, device=gpu)
-    timer = stopwatch(gpu, graphs)
-    assert timer is not None
-    small, large = timer(lambda: x[:64] @ x), timer(lambda: x @ x)
+    with stopwatch(gpu, graphs) as timer:
+        assert timer is not None
+        small, large = timer(lambda: x[:64] @ x), timer(lambda: x @ x)
     assert 0 < small < large < 1
 
 
@@ -143,7 +144,7 @@ def test_on_a_gpu_all_products_of_a_models_shape_are_right_and_one_is_chosen(
     dense = torch.randn(4096, 4096, device=gpu).to(torch.bfloat16)
     packed, state = quantize_4bit(dense, quant_type="nf4", blocksize=64, compress_statistics=False)
     of = Nf4Weight(packed, state.absmax, state.code, 4096, 4096, 64, "nf4")
-    timer = stopwatch(gpu, graphs=True)
-    assert timer is not None
-    assert len(choose([of] * 4, timer).names) == len(ROWS)
+    with stopwatch(gpu, graphs=True) as timer:
+        assert timer is not None
+        assert len(choose([of] * 4, timer).names) == len(ROWS)
     assert "is not used" not in caplog.text
