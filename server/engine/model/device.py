@@ -19,7 +19,7 @@ from adapters.rank_pool import RankPool
 from server.engine.attention import LayerAttention
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.kernels import BlockOps
-from server.engine.model.graphs import DecodeGraphs, Graph
+from server.engine.model.graphs import MOST_SEATS, DecodeGraphs, Graph
 from server.engine.model.joined import JoinedLinear, why_not_joined
 from server.engine.model.llama_like import (
     ACTIVATIONS,
@@ -83,7 +83,7 @@ class DeviceModel:
         stock: the same model as transformers runs it; its weights are joined in place.
         pool: the adapters' rank rows.
         ops: the fused operations of a block.
-        max_seqs: most sequences of a step that is a graph.
+        max_seqs: most sequences of a step; those with up to ``MOST_SEATS`` may be graphs.
         new_graph: makes an empty graph; None = every step is launched kernel by kernel.
     """
 
@@ -107,8 +107,11 @@ class DeviceModel:
         self._softcap: float = getattr(self._config, "final_logit_softcapping", None) or 0.0
         self._angles: tuple[Tensor, Tensor] | None = None
         self._sizes = 0, 0
-        self._seats = torch.zeros(2, max_seqs, dtype=torch.long, device=stock.device)
-        self._graphs = new_graph and DecodeGraphs(self._prepare_empty, self._run_seats, max_seqs, new_graph)
+        seats = min(max_seqs, MOST_SEATS) if new_graph else 0
+        words = self._model.get_output_embeddings().out_features
+        self._seats = torch.zeros(2, seats, dtype=torch.long, device=stock.device)
+        self._seats_logits = torch.empty(seats, words, dtype=torch.float32, device=stock.device)
+        self._graphs = new_graph and DecodeGraphs(self._prepare_empty, self._run_seats, seats, new_graph)
 
     @property
     def attention_name(self) -> str:
@@ -161,7 +164,7 @@ class DeviceModel:
     @torch.inference_mode()
     def _run_seats(self, seats: int, adapted: bool) -> Tensor:
         tokens, positions = self._seats[:, :seats]
-        return self._forward(tokens, positions, adapted, None)
+        return self._forward(tokens, positions, adapted, None, self._seats_logits[:seats])
 
     # -- one pass ---------------------------------------------------------------------------------
 
@@ -171,8 +174,15 @@ class DeviceModel:
         assert isinstance(attention, FlashPaged)
         return attention
 
-    def _forward(self, tokens: Tensor, positions: Tensor, adapted: bool, rows: Tensor | None) -> Tensor:
-        """float32 logits of ``rows``; None = of all."""
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        adapted: bool,
+        rows: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """float32 logits of ``rows`` (None = of all), in ``out`` if that is given."""
         x = self._model.model.embed_tokens(tokens[None])[0]
         delta = None
         for block in self._blocks:
@@ -181,8 +191,9 @@ class DeviceModel:
             x, delta = x[rows], None if delta is None else delta[rows]
         after = self._blocks[-1].norms.get("norm_after_mlp")
         normed = self._ops.add_norm(x, delta, self._final_norm, self._eps, after)
-        logits: Tensor = self._model.lm_head(normed[None])[0].float()
-        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+        rounded: Tensor = self._model.lm_head(normed[None])[0]
+        logits = rounded.float() if out is None else out.copy_(rounded)
+        return logits.div_(self._softcap).tanh_().mul_(self._softcap) if self._softcap else logits
 
     def _run_block(
         self, block: Block, x: Tensor, delta: Tensor | None, positions: Tensor, adapted: bool

@@ -11,12 +11,16 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("manylora.engine")
+
+MOST_SEATS = 512
+"""Of a graph. Larger steps take the device longer than launching them takes the host."""
 
 
 class Graph(Protocol):
@@ -29,24 +33,33 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """See ``Graph``. All of them share one pool of memory: one's result lasts until the next one runs."""
+    """See ``Graph``. All of them share one pool of memory: what a run makes lasts until the next one runs.
+
+    Its result is kept for good, though: let all runs bring theirs to one place.
+    """
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # a first run compiles and allocates what a recording may not
+        stream = _recording_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()
+            run()  # compiles and allocates what a recording may not, cuBLAS' workspace above all
         torch.cuda.current_stream().wait_stream(stream)
         # Another thread's allocations do not end the recording: adapters may be loading.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             return run()
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on an H100, for every stream that it ran on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def cuda_graphs() -> Callable[[], Graph]:

@@ -29,10 +29,12 @@ PLAN: Plan = [("everywhere", 2), (None, 5), ("attention", 3), ("mixed-ranks", 4)
 def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three adapters and the base in graphs that were recorded without any, of our product of NF4 weights."""
     replays: list[tuple[int, bool]] = []
+    places: set[int] = set()
     replay = DecodeGraphs.replay
 
     def noted(self: DecodeGraphs, seats: int, adapted: bool) -> torch.Tensor:
         replays.append((seats, adapted))
+        places.update(result.untyped_storage().data_ptr() for _, result in self._graphs.values())
         return replay(self, seats, adapted)
 
     def ours(weights: Sequence[Nf4Weight], _: object) -> dict[tuple[int, int], Choice]:
@@ -57,4 +59,5 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     pretend(monkeypatch, RecordedGraph)
     compare_with_peft("llama", tmp_path, tolerance=0.15, plan=PLAN)
     assert replays.count((SEATS, True)) > 5
+    assert len(places) == 1, "each graph keeps logits of its own"
     assert SEATS in multiplied, "the graphs were recorded with it"
