@@ -119,6 +119,7 @@ def split(tiles: int, warps: int, multiprocessors: int) -> tuple[int, int]:
     return triton.cdiv(tiles, part), part
 
 
+@cache
 def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, object]:
     """What is compiled in. Triton's interpreter knows no PTX, and multiplies bf16's bits as integers."""
     kind = _TYPES[dtype]
@@ -126,7 +127,7 @@ def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, objec
     return {
         "TYPE": kind,
         "DOT": tl.float32 if interpreted else kind,
-        "DECODE": None if interpreted else decode_ptx(dtype),
+        "PTX": not interpreted,
         "ROWS": form.rows,
         "BLOCK_N": form.n,
         "BLOCK_K": TILE_K,
@@ -154,7 +155,7 @@ def decode_ptx(dtype: torch.dtype) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-_DECODED = tl.constexpr("=r,=r,=r,=r,r,f,f,f,f,f,f,f,f")
+_TO_BF16, _TO_FP16 = (tl.constexpr(decode_ptx(dtype)) for dtype in (torch.bfloat16, torch.float16))
 
 _LANE_CODE = tl.constexpr("""{
 .reg .u32 lane;
@@ -179,7 +180,7 @@ def _multiprocessors(device: torch.device) -> int:
 @triton.jit(do_not_specialize=["M", "part_tiles"])
 def _multiply(
     sums, x, packed, scales, codes, bias, M, N, K, part_tiles,
-    TYPE: tl.constexpr, DOT: tl.constexpr, DECODE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    TYPE: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCKSIZE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sums[part, m, n] = bias[n] + sum over k in part of x[m, k] * W[n, k]
@@ -190,7 +191,7 @@ def _multiply(
         sums: float32 [parts, M, N], or y itself.
         x: its rows as int32 [M, K / 2], each an even column (low half) and the odd one after it.
         part_tiles: of BLOCK_K, in a part.
-        DECODE: PTX (``decode_ptx``); None = what it computes, in Triton.
+        PTX: decode by ``decode_ptx``; else in Triton, which gives the same.
     """
     HALF: tl.constexpr = BLOCK_K // 2
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,7 +203,7 @@ def _multiply(
     of_x = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * width + pair[:, None]
     of_scale = scales + row * (K // BLOCKSIZE)
     lane_code = 0.0
-    if DECODE is not None:
+    if PTX:
         lane_code = tl.inline_asm_elementwise(
             _LANE_CODE, "=f,l", [codes], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -214,19 +215,7 @@ def _multiply(
         values = tl.load(of_x + tile * HALF)
         scale = tl.load(of_scale + tile * BLOCK_K // BLOCKSIZE)[:, None]
         scale = tl.broadcast_to(scale, (BLOCK_N, HALF))
-        if DECODE is None:
-            high = (tl.load(codes + (weights >> 4)) * scale).to(TYPE)
-            low = (tl.load(codes + (weights & 15)) * scale).to(TYPE)
-        else:
-            high, low = tl.inline_asm_elementwise(
-                DECODE,
-                _DECODED,
-                [weights, scale, lane_code],
-                dtype=(tl.int16, tl.int16),
-                is_pure=True,
-                pack=4,
-            )
-            high, low = high.to(TYPE, bitcast=True), low.to(TYPE, bitcast=True)
+        high, low = _decode(weights, scale, codes, lane_code, TYPE, PTX)
         even = (values & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
         odd = (values >> 16).to(tl.int16).to(TYPE, bitcast=True)
         total = tl.dot(high.to(DOT), even.to(DOT), total, input_precision="ieee")
@@ -236,6 +225,21 @@ def _multiply(
         total += tl.load(bias + row).to(tl.float32)[:, None]
     at = sums + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(at, total.to(sums.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _decode(weights, scale, codes, lane_code, TYPE: tl.constexpr, PTX: tl.constexpr):
+    """The high and the low weights of bytes."""
+    if PTX:
+        high, low = tl.inline_asm_elementwise(
+            _TO_FP16 if TYPE.is_fp16() else _TO_BF16, "=r,=r,=r,=r,r,f,f,f,f,f,f,f,f",
+            [weights, scale, lane_code], dtype=(tl.int16, tl.int16), is_pure=True, pack=4,
+        )  # fmt: skip
+        high, low = high.to(TYPE, bitcast=True), low.to(TYPE, bitcast=True)
+    else:
+        high = (tl.load(codes + (weights >> 4)) * scale).to(TYPE)
+        low = (tl.load(codes + (weights & 15)) * scale).to(TYPE)
+    return high, low
 
 
 @triton.jit(do_not_specialize=["M", "parts"])

@@ -1,7 +1,7 @@
 """Which product of NF4 weights is the quickest here: each is tried once at the start, on the model's weights.
 
-Ours is left out for good if it fails or if its result is not the dequantised one's: a wrong kernel costs a
-line in the log and not an answer.
+Ours is left out if it fails or if its result is not the dequantised one's, for any number of rows: a wrong
+kernel costs a line in the log and not an answer.
 """
 
 from __future__ import annotations
@@ -73,15 +73,14 @@ def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
 def choose(weights: Sequence[Nf4Weight], seconds_of: Timer) -> Choice:
     """By row count, what multiplies these weights, all of one shape, in the least time."""
     some = _past_cache(weights)
-    names, trusted = [], True
-    for rows in ROWS:
-        x = torch.randn(rows, some[0].inputs, device=some[0].packed.device).to(torch.bfloat16)
-        able = candidates(some[0], rows)
-        if OURS in able:
-            trusted = trusted and _is_right(some[0], x)
-        taken = {name: seconds_of(_round(name, some, x)) for name in able if trusted or name != OURS}
-        names.append(quickest(taken))
-    return Choice(names)
+    xs = [torch.randn(rows, some[0].inputs, device=some[0].packed.device).to(torch.bfloat16) for rows in ROWS]
+    able = [candidates(some[0], rows) for rows in ROWS]
+    trusted = all(_is_right(some[0], x) for x, names in zip(xs, able, strict=True) if OURS in names)
+    chosen = []
+    for x, names in zip(xs, able, strict=True):
+        tried = [name for name in names if trusted or name != OURS]
+        chosen.append(quickest({name: seconds_of(_round(name, some, x)) for name in tried}))
+    return Choice(chosen)
 
 
 def choose_by_shape(weights: Sequence[Nf4Weight], seconds_of: Timer) -> dict[tuple[int, int], Choice]:
@@ -103,7 +102,9 @@ def _past_cache(weights: Sequence[Nf4Weight]) -> list[Nf4Weight]:
 
 def _round(name: str, weights: Sequence[Nf4Weight], x: Tensor) -> Callable[[], Tensor]:
     def run() -> Tensor:
-        return [PRODUCTS[name](weight, x, None) for weight in weights][-1]
+        for weight in weights:
+            y = PRODUCTS[name](weight, x, None)
+        return y
 
     return run
 
