@@ -63,9 +63,11 @@ def _run(section: Section, gpu: Any, ends: float, emit: Emit) -> bool:
         except Exception as error:
             traceback.print_exc()
             failed = f"{type(error).__name__}: {error}"[:500]
-    _forget(gpu)
     emit({"section": section.name, "seconds": time.monotonic() - began, "failed": failed})
-    return not (failed and gpu)
+    if failed and gpu:
+        return False  # nor can a GPU at fault be asked to give anything back
+    _forget(gpu)
+    return True
 
 
 def _emit_row(emit: Emit, section: Section, row: Row) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from server.bench.gpu_check import conductor, nf4_products
+from server.bench.gpu_check import child, conductor, nf4_products
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
 from server.bench.gpu_check.context import Context, Gpu
@@ -39,11 +41,27 @@ for name in json.loads(sys.stdin.readline())["ends"]:
 """
 
 
-def conduct(child: str, budget: float = 60.0) -> list[Result]:
+def conduct(script: str, budget: float = 60.0) -> list[Result]:
     seen: list[Result] = []
-    results = conductor.run(THREE, budget, seen.append, command=[sys.executable, "-c", child])
+    results = conductor.run(THREE, budget, seen.append, command=[sys.executable, "-c", script])
     assert seen == results
     return results
+
+
+def test_a_fault_of_the_gpu_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it every call to the GPU raises, and what those say is another thing."""
+
+    def section(_: Context) -> Iterator[Row]:
+        yield Row("t", {"a": 1})
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(Section, "load", lambda _: section)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: pytest.fail("the GPU was asked again"))
+    told: list[dict[str, Any]] = []
+    gpu = Gpu("a GPU", (9, 0), 132, 1 << 36, Machine(1.0, 1.0))
+    assert not child._run(THREE[0], gpu, math.inf, told.append), "its process goes on"
+    assert [set(message) - {"section"} for message in told] == [{"began"}, {"row"}, {"seconds", "failed"}]
+    assert told[-1]["failed"] == "RuntimeError: CUDA error: an illegal memory access"
 
 
 def test_sections_come_back_in_order() -> None:
