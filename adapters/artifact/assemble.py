@@ -133,11 +133,11 @@ def _weight(
 def _dora_scale(pair: SitePlan, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
     """g, float32 [out]. a: [rank, in]; b: float32 [rank, out], its scale folded in."""
     norms = torch.empty(pair.site.out_features)
-    a = a.float()
+    a, there = a.float().to(weight.device), b.to(weight.device)  # the base's rows are more than the adapter's
     for start in range(0, len(norms), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        adapted = torch.addmm(weight[rows].float().to(a.device), b[:, rows].t(), a)
-        norms[rows] = torch.linalg.vector_norm(adapted, dim=1)
+        adapted = torch.addmm(weight[rows].float(), there[:, rows].t(), a)
+        norms[rows] = torch.linalg.vector_norm(adapted, dim=1).cpu()
     scale = magnitude / norms
     if not bool(torch.isfinite(scale).all()):
         raise AdapterInvalid(f"DoRA at {pair.site.name} divides by the length of a row that is zero.")
