@@ -6,6 +6,7 @@ has norms, an embedding or a head of their own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from server.engine.model.graphs import MOST_SEATS, DecodeGraphs, Graph
 from server.engine.model.joined import JoinedLinear, why_not_joined
 from server.engine.model.llama_like import (
     ACTIVATIONS,
+    ALIKE,
     LINEARS,
+    distance,
     norm_weight,
     norms_of,
     rotary_angles,
@@ -35,6 +38,10 @@ from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
 from server.engine.transfer import resolve, send
+
+log = logging.getLogger("manylora.engine")
+
+_NAME = "fused on the device"
 
 _JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 """A block's products, and which linears each is of."""
@@ -95,7 +102,7 @@ class DeviceModel:
         max_seqs: int,
         new_graph: Callable[[], Graph] | None,
     ) -> None:
-        self.name = "fused on the device" + (", decoding in CUDA graphs" if new_graph else "")
+        self.name = _NAME + (", decoding in CUDA graphs" if new_graph else "")
         self.shapes = stock.shapes
         assert isinstance(stock.lora_kernel, TritonLora)
         self._stock, self._ops, self._kernel = stock, ops, stock.lora_kernel
@@ -126,10 +133,14 @@ class DeviceModel:
     def warm_up(self) -> None:
         self._stock.warm_up()
         self._choose_products()
-        for step in warming_steps(self._config, *self._sizes):
-            self(step)
+        prompt, token = warming_steps(self._config, *self._sizes)
+        self(prompt)
+        expected = self(token)
         if self._graphs is not None:
-            self._graphs.capture_all()
+            reason = self._record(self._graphs, token, expected)
+            if reason is not None:
+                log.warning("Decoding is slower than it could be, without CUDA graphs: %s.", reason)
+                self._graphs, self.name = None, _NAME
 
     @torch.inference_mode()
     def __call__(
@@ -154,6 +165,18 @@ class DeviceModel:
         return self._graphs.replay(seats, bool(segments))[: len(tokens)]
 
     # -- graphs -----------------------------------------------------------------------------------
+
+    def _record(self, graphs: DecodeGraphs, token: list[Chunk], expected: Tensor) -> str | None:
+        """Record all graphs; why they cannot be used, or None: one gives ``token`` its ``expected`` logits.
+
+        A guard against what some driver or library cannot do: it shall cost speed, not answers or a start.
+        """
+        try:
+            graphs.capture_all()
+            difference = distance(self(token), expected)
+        except RuntimeError as error:
+            return f"recording them raised {type(error).__name__} ({str(error).partition(chr(10))[0]})"
+        return None if difference < ALIKE else f"their logits are off by {difference:.2f}"
 
     @torch.inference_mode()
     def _prepare_empty(self, seats: int) -> None:

@@ -54,8 +54,8 @@ _PLUS_ONE = frozenset({"gemma", "gemma2"})
 _CHECK_TOKENS = 40
 """Length of the prompt on which two models are compared."""
 
-_ALIKE = 0.15
-"""Mean distance from transformers' own logits that bf16's rounding explains, in their standard deviations."""
+ALIKE = 0.15
+"""``distance`` that bf16's rounding explains."""
 
 
 def why_unlike_llama(model: Any) -> str | None:
@@ -103,5 +103,10 @@ def differs_from(
     for model in (ours, stock):
         model.allocate(-(-prompt.length // block_size), block_size)
     got, expected = ours([prompt]), stock([prompt])
-    difference = ((got - expected).square().mean().sqrt() / expected.std()).item()
-    return None if difference < _ALIKE else f"the fused step differs from them by {difference:.2f}"
+    difference = distance(got, expected)
+    return None if difference < ALIKE else f"the fused step differs from them by {difference:.2f}"
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Of logits: the mean one, in standard deviations of the expected ones."""
+    return float((got - expected).square().mean().sqrt() / expected.std())
