@@ -158,7 +158,7 @@ static int64_t cut(const Segment* segments, int64_t n, int64_t begin, int64_t en
 static void stack(const StackCall* call) {
     together([&](Team team) {
         const int64_t tokens = call->tokens->count;
-        team.by_rows = tokens >= ROWS_EACH * team.threads;
+        team.by_rows = best_by_rows(tokens, team.threads, call->hidden * call->intermediate / 2);
         static thread_local Buffer<Segment> kept;
         Segment* own = kept.at_least(call->n_segments);
         const int64_t count = cut(call->segments, call->n_segments, team.begin(tokens), team.end(tokens), own);

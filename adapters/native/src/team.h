@@ -3,10 +3,16 @@
 //   by columns: all threads take all tokens, each a part of every kernel's work, and wait for each other after it
 //   by rows:    each thread takes tokens of its own through whatever concerns a token alone, and waits for nobody
 //
-// By columns the weights are read once, which is what a step of few tokens costs. By rows nothing moves between the
-// processors' caches and nobody waits, which is what a step of many tokens gains from.
+// By columns the weights are read and decoded once, which is what a step of few tokens costs. By rows nothing moves
+// between the processors' caches and nobody waits, which is what a step of many tokens gains from.
 
-constexpr int64_t ROWS_EACH = 8;  // by rows from so many tokens a thread on
+constexpr int64_t ROWS_EACH = 8;         // by rows from so many tokens a thread on,
+constexpr int64_t ROWS_EACH_LARGE = 32;  // or so many, if a linear has more weights than a second cache holds
+constexpr int64_t LARGE = 1 << 20;       // bytes
+
+static bool best_by_rows(int64_t tokens, int64_t threads, int64_t largest) {
+    return tokens >= threads * (largest > LARGE ? ROWS_EACH_LARGE : ROWS_EACH);
+}
 
 struct Team {
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
