@@ -137,13 +137,15 @@ def _own(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list
     """Our server and the peers, on one prepared base and synthetic adapters."""
     from adapters.base import prepare_base
     from server.bench.synthetic import write_adapters
+    from server.config import from_args
 
     if arguments.model or arguments.api_key:
         raise BenchError("--model and --api-key go with --base-url; our own server needs neither")
     peers = [peer(name) for name in arguments.peers]
     for name in {name.partition(":")[0] for name in arguments.peers} & RECIPES.keys():
         Environment(name, arguments.home).require()
-    base = prepare_base(arguments.base, arguments.home)
+    asked = from_args(arguments.server_args).base
+    base = prepare_base(arguments.base, arguments.home, asked.quantization, asked.head_quantization)
     folder = scratch / "adapters"
     folder.mkdir()
     count = _most_adapters(arguments) if arguments.num_adapters is None else arguments.num_adapters
