@@ -1,7 +1,7 @@
 """Random adapters and steps on which a LoRA kernel is held against the reference.
 
-For the kernels' tests and for ``manylora bench gpu-check``: ranks 1 to 256, each site its own, DoRA's scales
-and biases' shifts, rows scattered over the pools, and steps of every popularity.
+For the kernels' tests, their trial on a GPU and ``manylora bench gpu-check``: ranks 1 to 256, each site its
+own, DoRA's scales and biases' shifts, rows scattered over the pools, and steps of every popularity.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def batch(world: World, tokens: int, x_type: torch.dtype, y_type: torch.dtype) -
 
 
 def expected(world: World, x: Tensor, ys: list[Tensor], segments: list[Segment]) -> list[Tensor]:
-    results = [y.float().cpu() for y in ys]
+    results = [y.float().cpu().clone() for y in ys]  # float32 on a CPU would be y itself
     for result, pool in zip(results, world.references, strict=True):
         reference_lora(result, x.cpu(), pool, segments)
     return results
