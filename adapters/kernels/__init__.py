@@ -14,6 +14,8 @@ The native and the Triton kernels also take several sites that share x in one ca
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from adapters.site_pool import SitePool
+
+log = logging.getLogger("manylora.adapters")
 
 
 class Segment(NamedTuple):
@@ -52,5 +56,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
     if device.type == "cuda" and find_spec("triton") is not None:
         from adapters.kernels.triton import TritonLora
 
-        return TritonLora(device)
+        reason = _against_triton(device, dtype)
+        if reason is None:
+            return TritonLora(device)
+        log.warning("Adapters are computed without Triton, several times slower: %s.", reason)
     return segmented_lora
+
+
+@cache
+def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with its kernel here; tried once."""
+    from adapters.kernels.trial import what_is_wrong
+    from adapters.kernels.triton import TILE, TritonLora
+
+    return what_is_wrong(TritonLora(device), device, dtype, TILE)

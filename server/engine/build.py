@@ -81,7 +81,8 @@ def assemble(
         config.engine.enforce_eager,
     )
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
-    model.warm_up()
+    with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
+        model.warm_up()
     info = _info(config, base, longest, model.attention_name)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)

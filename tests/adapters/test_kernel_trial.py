@@ -1,0 +1,47 @@
+"""The trial of a LoRA kernel, with kernels that pass it and that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapters.kernels import Segment
+from adapters.kernels.segmented import segmented_lora
+from adapters.kernels.trial import what_is_wrong
+from adapters.site_pool import SitePool
+
+CPU = torch.device("cpu")
+
+
+class Right:
+    def together(
+        self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
+    ) -> None:
+        for y, pool in zip(ys, pools, strict=True):
+            segmented_lora(y, x, pool, segments)
+
+
+class WrongInPrompts(Right):
+    def together(
+        self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
+    ) -> None:
+        super().together(ys, x, pools, [one for one in segments if one.stop - one.start < 16])
+
+
+class Broken:
+    def together(self, *_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+
+def test_a_kernel_is_relied_on_if_it_equals_the_reference() -> None:
+    assert what_is_wrong(Right(), CPU, torch.float32, 16) is None
+
+
+def test_a_kernel_that_is_wrong_in_some_steps_is_not() -> None:
+    assert (what_is_wrong(WrongInPrompts(), CPU, torch.float32, 16) or "").startswith("its results are wrong")
+
+
+def test_a_kernel_that_fails_is_not_and_says_why_in_a_line() -> None:
+    assert what_is_wrong(Broken(), CPU, torch.float32, 16) == "it fails: Failed to find C compiler."
