@@ -67,9 +67,12 @@ def test_every_option_named_exists() -> None:
     ours = re.sub(r"^docker .*$", "", README, flags=re.MULTILINE)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
     elsewhere = set()
-    for module in ("bench.options", "train.cli", "train.options", "evaluation.cli", "bench.gpu_check.command"):
-        source = Path("server", module.replace(".", "/") + ".py").read_text()
-        elsewhere |= set(re.findall(r'"(--[a-z-]+)"', source))
+    for path in [
+        *Path("server/bench").rglob("*.py"),
+        *Path("server/train").glob("*.py"),
+        Path("server/evaluation/cli.py"),
+    ]:
+        elsewhere |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     known = {option.flag for option in OPTIONS} | elsewhere | {"--help"}
     assert named <= known
 
