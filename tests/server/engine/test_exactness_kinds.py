@@ -23,6 +23,7 @@ from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
 from server.engine.model.device import DeviceModel
 from server.engine.model.stock import StockModel
+from server.engine.sequence import Chunk
 from tests.adapters.native_calls import threads
 from tests.server.engine.gpu_path import pretend
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
@@ -171,7 +172,12 @@ def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transf
     pretend(monkeypatch)
     steps: list[int] = []
     run = StockModel.__call__
-    monkeypatch.setattr(StockModel, "__call__", lambda *args: steps.append(len(args[1])) or run(*args))
+
+    def counted(self: StockModel, chunks: list[Chunk], *others: Any) -> Tensor:
+        steps.append(len(chunks))
+        return run(self, chunks, *others)
+
+    monkeypatch.setattr(StockModel, "__call__", counted)
     assert isinstance(_compare_with_peft(BASES[base], tmp_path, kinds).model, DeviceModel)
     guard = 1
     assert (len(steps) > guard) == (kinds is None)
