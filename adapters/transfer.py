@@ -43,6 +43,16 @@ class _CopyStream:
             done.synchronize()
 
 
+def pinned(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` where ``device`` copies from without anybody waiting for it."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on the device; on CUDA the copy is queued like a kernel and the caller goes on."""
+    return pinned(host, device).to(device, non_blocking=True)
+
+
 def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """1-D tensors of one type, on ``device``; on a GPU by one copy, which is waited for with its stream."""
     return list(tensors) if device.type == "cpu" or not tensors else joined(tensors, device)

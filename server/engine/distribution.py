@@ -10,10 +10,10 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from adapters.transfer import send
 from server.engine.random_draws import uniform
 from server.engine.request import SamplingParams
 from server.engine.sequence import Sequence
-from server.engine.transfer import send
 
 _HEAD = 512
 """Most probable tokens looked at before a truncated row is sorted whole."""

@@ -16,10 +16,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from adapters.transfer import send
 from server.engine.distribution import Distributions, is_truncated
 from server.engine.sequence import Sequence
 from server.engine.shaping import shape
-from server.engine.transfer import Download, send
+from server.engine.transfer import Download
 
 _RANKED = 20
 """Most likely tokens ranked for whoever asks for any: how many one ranks changes the order of equal ones."""

@@ -11,8 +11,9 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from adapters.transfer import send
 from server.engine.sequence import Sequence
-from server.engine.transfer import resolve, send
+from server.engine.transfer import resolve
 
 
 def shape(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None) -> Tensor:

@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 
-def send(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` on the device; on CUDA the copy is queued like a kernel and the caller goes on."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
 def resolve(tokens: Tensor, drawn: Tensor | None) -> Tensor:
     """``tokens`` with every negative id -1-i replaced by the i-th of ``drawn``; both int64, on one device.
 

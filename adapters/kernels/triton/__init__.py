@@ -21,6 +21,7 @@ from adapters.kernels.triton.gather import gather_expand, gather_shrink
 from adapters.kernels.triton.grouped import grouped_expand, grouped_shrink
 from adapters.kernels.triton.tiles import Tiles, cut, fitting
 from adapters.site_pool import SitePool
+from adapters.transfer import pinned, send
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -75,12 +76,12 @@ class TritonLora:
         self._segments = segments
         if graph_tokens is None:
             host = fitting(segments, TILE)
-            self._tiles = Tiles(self._sent(host.of), host.size)
+            self._tiles = Tiles(send(host.of, self._device), host.size)
             return
         if graph_tokens not in self._of_graphs:
-            self._of_graphs[graph_tokens] = self._sent(cut([], 1, graph_tokens))
+            self._of_graphs[graph_tokens] = send(cut([], 1, graph_tokens), self._device)
         self._tiles = Tiles(self._of_graphs[graph_tokens], 1)
-        self._tiles.of.copy_(self._pinned(cut(segments, 1, graph_tokens)), non_blocking=True)
+        self._tiles.of.copy_(pinned(cut(segments, 1, graph_tokens), self._device), non_blocking=True)
 
     def together(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
@@ -93,13 +94,6 @@ class TritonLora:
         if len(tiles):
             form = GATHER if size == 1 else GROUPED
             _launch(form, ys, x, pools, tiles)
-
-    def _sent(self, host: Tensor) -> Tensor:
-        return self._pinned(host).to(self._device, non_blocking=True)
-
-    def _pinned(self, host: Tensor) -> Tensor:
-        """Memory from which the device copies without anybody waiting for it."""
-        return host.pin_memory() if self._device.type == "cuda" else host
 
 
 def _launch(form: Form, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], tiles: Tensor) -> None:

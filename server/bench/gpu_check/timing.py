@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from server.engine.model.product_timing import between_events
+
 _WARM_UPS = 2
 
 
@@ -22,7 +24,7 @@ def seconds_of(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float
     if not torch.cuda.is_available():
         return min(_on_the_clock(calls) for _ in range(rounds)) / len(calls)
     replay = _recorded(calls)
-    return min(_between_events(replay) for _ in range(rounds)) / len(calls)
+    return min(between_events(replay) for _ in range(rounds)) / len(calls)
 
 
 def _on_the_clock(calls: Sequence[Callable[[], object]]) -> float:
@@ -40,12 +42,3 @@ def _recorded(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
             call()
     graph.replay()
     return graph.replay
-
-
-def _between_events(replay: Callable[[], object]) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    replay()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) / 1e3

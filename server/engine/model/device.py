@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters.kernels.triton import TritonLora
 from adapters.rank_pool import RankPool
+from adapters.transfer import send
 from server.engine.attention import LayerAttention
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.kernels import BlockOps
@@ -37,7 +38,7 @@ from server.engine.model.product_timing import choose_by_shape, stopwatch
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
-from server.engine.transfer import resolve, send
+from server.engine.transfer import resolve
 
 log = logging.getLogger("manylora.engine")
 

@@ -60,7 +60,7 @@ def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
             kept.append(new_graph())
             kept[-1].capture(run)
             again = kept[-1].replay
-        return min(_between_events(again) for _ in range(_ROUNDS))
+        return min(between_events(again) for _ in range(_ROUNDS))
 
     try:
         yield seconds_of
@@ -124,7 +124,8 @@ def _is_right(weight: Nf4Weight, x: Tensor) -> bool:
     return True
 
 
-def _between_events(run: Callable[[], object]) -> float:
+def between_events(run: Callable[[], object]) -> float:
+    """Seconds on the device of what ``run`` queues there."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
     run()

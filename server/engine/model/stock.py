@@ -15,12 +15,13 @@ from adapters.errors import BaseModelError
 from adapters.kernels import choose as choose_lora
 from adapters.lora import attach
 from adapters.rank_pool import RankPool
+from adapters.transfer import send
 from server.engine.attention import AttentionBackend, KvShape, LayerAttention, install
 from server.engine.attention.choice import choose as choose_attention
 from server.engine.model.made_up import warming_steps
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.sequence import Chunk
-from server.engine.transfer import resolve, send
+from server.engine.transfer import resolve
 
 
 class StockModel:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from adapters.training import RunFolder, TrainConfig
+from adapters.training import run as run_module
 from adapters.training.run import Trained, train
+from adapters.training.stop import Stop
+from adapters.training.trainer import QloraTrainer
 from tests.tiny_models import make_tiny_model
 
 QUESTIONS = 12
@@ -44,3 +51,18 @@ def run_in(folder: Path, task: dict[str, Any], resume: bool = False, **fields: A
         return train(TrainConfig(**{**task, **fields}), run)
     finally:
         run.close()
+
+
+@contextmanager
+def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs within are told to stop during the step after so many."""
+    stop, step = Stop(), QloraTrainer.training_step
+
+    def stopping(self: Any, *args: Any) -> Any:
+        stop.requested |= self.state.global_step == steps
+        return step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(QloraTrainer, "training_step", stopping)
+        patched.setattr(run_module, "Stop", lambda: stop)
+        yield

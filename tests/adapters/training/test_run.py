@@ -22,8 +22,7 @@ from adapters.training import trainer as trainer_module
 from adapters.training.export import pairs_of
 from adapters.training.progress import Throttle
 from adapters.training.run_folder import EventKind
-from adapters.training.stop import Stop
-from tests.adapters.training.tasks import QUESTIONS, run_in
+from tests.adapters.training.tasks import QUESTIONS, run_in, stopping_after
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -138,15 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_curve(
     """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/train``."""
     fields: dict[str, Any] = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
     run_in(tmp_path / "whole", task, **fields)
-    stop, step = Stop(), trainer_module.QloraTrainer.training_step
-
-    def stopping(self: Any, *args: Any) -> Any:
-        stop.requested |= self.state.global_step == 6
-        return step(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module.QloraTrainer, "training_step", stopping)
-        patched.setattr(run_module, "Stop", lambda: stop)
+    with stopping_after(6, monkeypatch):
         assert run_in(tmp_path / "halves", task, **fields).folder is None
     assert [event["step"] for event in events(tmp_path / "halves", "checkpoint")][-1] == 7
     assert run_in(tmp_path / "halves", task, resume=True, **fields).folder is not None

@@ -13,10 +13,7 @@ import torch
 
 from adapters.errors import TrainingOutOfResources
 from adapters.training import RunFolder
-from adapters.training import run as run_module
-from adapters.training import trainer as trainer_module
-from adapters.training.stop import Stop
-from tests.adapters.training.tasks import run_in
+from tests.adapters.training.tasks import run_in, stopping_after
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -72,15 +69,7 @@ def test_a_gpu_goes_on_where_it_was_stopped(
 ) -> None:
     fields: dict[str, Any] = {"device": GPU, "quantization": quantization}
     run_in(tmp_path / "whole", task, **fields)
-    stop, step = Stop(), trainer_module.QloraTrainer.training_step
-
-    def stopping(self: Any, *args: Any) -> Any:
-        stop.requested |= self.state.global_step == 6
-        return step(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(trainer_module.QloraTrainer, "training_step", stopping)
-        patched.setattr(run_module, "Stop", lambda: stop)
+    with stopping_after(6, monkeypatch):
         assert run_in(tmp_path / "halves", task, **fields).folder is None
     assert run_in(tmp_path / "halves", task, resume=True, **fields).folder is not None
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=0.1)
