@@ -8,6 +8,8 @@ from pathlib import Path
 from adapters.errors import AdapterNameInvalid
 
 MAX_NAME_LENGTH = 128
+UNFINISHED_SUFFIXES = (".tmp", ".partial")
+"""Folders that end so are still being written: nobody looks at them, so no adapter can be called so."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FINE_TUNED = re.compile(r"ft:[A-Za-z0-9._/:-]+")
 
@@ -19,6 +21,11 @@ def check_name(name: str) -> str:
         raise AdapterNameInvalid(
             f"{name!r:.140} cannot name an adapter; use letters, digits, '.', '_' and '-', beginning with a "
             f"letter or digit, at most {MAX_NAME_LENGTH} characters."
+        )
+    if folder.endswith(UNFINISHED_SUFFIXES):
+        raise AdapterNameInvalid(
+            f"{name!r:.140} cannot name an adapter: folders that end in '.tmp' or '.partial' are unfinished "
+            "ones, which are never served."
         )
     return name
 

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,27 +21,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
-from adapters.errors import AdapterError, AdapterNotFound
-from adapters.paths import check_name, folder_name, served_name
+from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
+from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, served_name
 from adapters.registry import Registry
+from adapters.signature import Signature, is_settled, signature_of, was_renamed
 
 logger = logging.getLogger("manylora.adapters")
 
 INTERVAL = 0.4
 SCAN_BUDGET = 0.8
 """Seconds after which the thread begins no further folder before it looks again (at removals above all)."""
-SETTLED_AGE = 1.0
-"""At the first look, files untouched for so many seconds count as finished."""
+MOST_LOOKS = 3
+"""How often ``look_at`` looks, ``INTERVAL`` apart, at files that may still be written to."""
 INCOMPLETE_AFTER = 30.0
 """Seconds that a folder without both files is waited for before it is listed as failed."""
-UNFINISHED_SUFFIXES = (".tmp", ".partial")
 READERS = 2
 ROUNDS = 2
 """Idle folders are spread over so many looks, so that thousands cost little; a renamed one is not idle."""
-
-FileSignature = tuple[int, int, int, int]
-Signature = tuple[FileSignature | None, ...]
 
 
 @dataclass(slots=True)
@@ -75,6 +72,7 @@ class Watcher:
         self._folders: dict[str, _Folder] = {}
         self._suppressed: dict[str, Signature] = {}
         self._suppressing = threading.Lock()
+        self._read: deque[_Folder] = deque()
         self._looks = 0
         self._unreadable = False
         self._stop = threading.Event()
@@ -96,16 +94,35 @@ class Watcher:
         Raises AdapterNameInvalid.
         """
         folder = folder_name(check_name(name))
-        signature = _signature(f"{self._root}/{folder}")
+        signature = signature_of(f"{self._root}/{folder}")
         if any(signature):
             with self._suppressing:
                 self._suppressed[folder] = signature
+
+    def look_at(self, name: str) -> None:
+        """Registers the folder of that name now if it is finished; a request that names it need not wait.
+
+        Blocks, for about a second if its files may still be written to. From any thread. Raises
+        AdapterNameInvalid.
+        """
+        folder = folder_name(check_name(name))
+        path = self._root / folder
+        signature = self._finished(str(path))
+        if signature is None or self._registry.serves(name) or _has_other_case(path):
+            return
+        self._heed_changes(folder, signature)
+        if self._is_suppressed(name) or self._was_read(folder, signature):
+            return
+        with suppress(AdapterExists):  # it was loaded by hand meanwhile
+            self._register(name, path, replace=False)
+            self._read.append(_Folder(path, -1, signature, time.monotonic(), still=True, done=True))
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
         """One look: registers, replaces and unregisters what has changed, and returns when that is done.
 
         ``progress`` shows a bar on a terminal; after ``budget`` seconds no further folder is begun.
         """
+        self._take_over_read()  # before listing: then what is not listed was removed since
         inodes = self._list()
         if inodes is None:
             return
@@ -122,6 +139,36 @@ class Watcher:
                 self.scan_once(budget=SCAN_BUDGET)
             except Exception:
                 logger.exception("Looking at the adapter folder failed; trying again.")
+
+    def _finished(self, path: str) -> Signature | None:
+        """The signature of a folder whose files are finished; None if there is none, or they are not."""
+        before = None
+        for _ in range(MOST_LOOKS):
+            signature = signature_of(path)
+            if None in signature:
+                return None
+            if signature == before or is_settled(signature) or was_renamed(path, signature):
+                return signature
+            before = signature
+            if self._stop.wait(INTERVAL):
+                break
+        return None
+
+    def _was_read(self, folder: str, signature: Signature) -> bool:
+        known = self._folders.get(folder)
+        return known is not None and known.done and known.signature == signature
+
+    def _heed_changes(self, folder: str, signature: Signature) -> None:
+        """An unloaded folder whose files have changed since is read again."""
+        with self._suppressing:
+            if self._suppressed.get(folder, signature) != signature:
+                del self._suppressed[folder]
+
+    def _take_over_read(self) -> None:
+        """Folders that ``look_at`` has read are not read again, and are seen to go."""
+        while self._read:
+            folder = self._read.popleft()
+            self._folders[folder.path.name] = folder
 
     def _list(self) -> dict[str, int] | None:
         """The candidates' names and inodes; None while the folder cannot be listed, which removes nobody."""
@@ -152,14 +199,12 @@ class Watcher:
         known = self._folders.get(name)
         if known is not None and known.done and known.inode == inode and (hash(name) + self._looks) % ROUNDS:
             return known
-        signature = _signature(f"{self._root}/{name}")
+        signature = signature_of(f"{self._root}/{name}")
         if known is not None and known.signature == signature:
             known.still, known.inode = True, inode
             return known
-        with self._suppressing:
-            if self._suppressed.get(name, signature) != signature:
-                del self._suppressed[name]
-        still = self._looks == 0 and _is_settled(signature)
+        self._heed_changes(name, signature)
+        still = self._looks == 0 and is_settled(signature)
         self._folders[name] = _Folder(self._root / name, inode, signature, time.monotonic(), still)
         return self._folders[name]
 
@@ -184,13 +229,18 @@ class Watcher:
             for _ in readers.map(load, due):
                 bar.update()
 
-    def _register(self, name: str, path: Path) -> None:
-        """Points the name at the folder, or lists why not: a bad folder fails alone."""
+    def _register(self, name: str, path: Path, replace: bool = True) -> None:
+        """Points the name at the folder, or lists why not: a bad folder fails alone.
+
+        Raises AdapterExists if the name means another folder, unless ``replace``.
+        """
         if self._is_suppressed(name):
             return
         try:
-            self._registry.register(name, path, replace=True)
+            self._registry.register(name, path, replace)
         except AdapterError as error:
+            if isinstance(error, AdapterExists) and not replace:
+                raise
             self._registry.fail(name, path, str(error))
         except Exception as error:
             logger.exception("Reading adapter %s failed.", name)
@@ -212,19 +262,9 @@ def _is_candidate(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith(".") and not entry.name.endswith(UNFINISHED_SUFFIXES) and entry.is_dir()
 
 
-def _signature(folder: str) -> Signature:
-    return tuple(_file_signature(f"{folder}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
-
-
-def _file_signature(path: str) -> FileSignature | None:
+def _has_other_case(path: Path) -> bool:
+    """Whether case does not count there: then only a listing tells how the folder is really spelt."""
     try:
-        status = os.stat(path)
+        return path.name != path.name.swapcase() and path.with_name(path.name.swapcase()).samefile(path)
     except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _is_settled(signature: Signature) -> bool:
-    """Whether nothing was written for ``SETTLED_AGE`` seconds, by change times: copying cannot set them."""
-    newest = max((file[3] for file in signature if file is not None), default=0)
-    return time.time() - newest / 1e9 >= SETTLED_AGE
+        return False

@@ -224,6 +224,9 @@ class Service(Protocol):
 
     def has_adapter(self, name: str) -> bool: ...
 
+    async def find_adapter(self, name: str) -> bool:
+        """As ``has_adapter``, but the folder of an unknown name is looked at first: it may have just come."""
+
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
         """Register the folder ``path`` (inside the adapter folder) under ``name``."""
 

@@ -22,6 +22,7 @@ from server.engine import threads
 from server.engine.answer import RunningGeneration
 from server.engine.engine import Engine, Output
 from server.engine.listing import AdapterListing
+from server.engine.lookup import AdapterLookup
 from server.engine.request import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
@@ -61,6 +62,7 @@ class EngineService:
         self._engine = engine
         self._registry = registry
         self._watcher = watcher
+        self._lookup = AdapterLookup(watcher.look_at)
         self._tokenizer = tokenizer
         self._listing = listing
         self._stats = stats
@@ -104,6 +106,7 @@ class EngineService:
         """End the thread at the next step's end and free everything."""
         self._stopping = True
         self._wake.set()
+        self._lookup.close()
         self._watcher.stop()
         if self._thread.ident is not None:
             self._thread.join()
@@ -157,6 +160,11 @@ class EngineService:
         return self._listing.all()
 
     def has_adapter(self, name: str) -> bool:
+        return self._listing.has(name)
+
+    async def find_adapter(self, name: str) -> bool:
+        if not self._listing.has(name):
+            await self._lookup.look_for(name)
         return self._listing.has(name)
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:

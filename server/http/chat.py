@@ -21,7 +21,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or streamed."""
     context, record = context_of(request), record_of(request)
     body = await read_body(request, ChatBody, context.config.max_body_bytes)
-    begin(record, context, body, "chatcmpl")
+    await begin(record, context, body, "chatcmpl")
     prompt = await context.service.render_chat([message.rendered() for message in body.messages])
     room = room_for_answer(len(prompt), body.asked_tokens, context.service.base.max_model_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None

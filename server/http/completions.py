@@ -25,7 +25,7 @@ async def completions(request: Request) -> Response:
     """Continue one prompt or several, whole or streamed."""
     context, record = context_of(request), record_of(request)
     body = await read_body(request, CompletionBody, context.config.max_body_bytes)
-    begin(record, context, body, "cmpl")
+    await begin(record, context, body, "cmpl")
     prompts = [await _tokens(context, prompt) for prompt in body.prompt]
     running = await submit(
         record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]

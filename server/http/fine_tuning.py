@@ -105,7 +105,7 @@ async def delete_model(request: Request) -> JSONResponse:
     context, training, model = context_of(request), training_of(request), request.path_params["model"]
     made = await asyncio.to_thread(lambda: training.jobs.makes(model) and training.has_folder(model))
     if not made:
-        resolve_adapter(context.service, model)
+        await resolve_adapter(context.service, model)
         raise InvalidRequest(f"{model!r} was not made by a fine-tuning job; only such are deleted.", "model")
     await training.delete_model(model)
     return JSONResponse({"id": model, "object": "model", "deleted": True})

@@ -40,13 +40,13 @@ def room_for_answer(prompt_tokens: int, asked: int | None, context: int) -> int:
     return room if asked is None else asked
 
 
-def begin(record: Record, context: Context, body: Generate, prefix: str) -> None:
+async def begin(record: Record, context: Context, body: Generate, prefix: str) -> None:
     """Note what is asked for, and which adapter ``model`` means, before any work is done for the prompt.
 
     Raises ``ModelNotFound`` or ``ModelUnavailable``.
     """
     record.model = body.model
-    record.adapter = resolve_adapter(context.service, body.model)
+    record.adapter = await resolve_adapter(context.service, body.model)
     record.completion_id = f"{prefix}-{uuid.uuid4().hex}"
     if body.user is not None:
         record.user = hashlib.sha256(body.user.encode()).hexdigest()[:16]

@@ -25,8 +25,10 @@ def base_names(base: BaseInfo) -> tuple[str, ...]:
     return base.served_names or (base.name,)
 
 
-def resolve_adapter(service: Service, model: str) -> str | None:
+async def resolve_adapter(service: Service, model: str) -> str | None:
     """The adapter that ``model`` names, or None for the base. Never falls back to the base.
+
+    A name that nobody knows is looked for in the adapter folder first.
 
     Raises:
         ModelUnavailable: the adapter failed to load, or is being unloaded.
@@ -34,7 +36,7 @@ def resolve_adapter(service: Service, model: str) -> str | None:
     """
     if model in base_names(service.base):
         return None
-    if service.has_adapter(model):
+    if await service.find_adapter(model):
         return model
     known = service.adapters()
     for status in known:
@@ -52,7 +54,7 @@ async def list_models(request: Request) -> JSONResponse:
 async def get_model(request: Request) -> JSONResponse:
     """One of them, by the name in the path."""
     service, model = context_of(request).service, request.path_params["model"]
-    resolve_adapter(service, model)
+    await resolve_adapter(service, model)
     card = next((card for card in _cards(service) if card["id"] == model), None)
     if card is None:
         raise _not_found(model, base_names(service.base))

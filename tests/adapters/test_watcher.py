@@ -10,50 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from adapters import signature
 from adapters import watcher as module
-from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, inspect_adapter
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
 from adapters.errors import AdapterInvalid, AdapterNameInvalid, AdapterNotFound
-from adapters.registry import Registry
-from adapters.watcher import Watcher
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
-
-
-class Room:
-    """An adapter folder, its registry and watcher, past the first look."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.reads: list[str] = []
-        self.registry = Registry(root, self._inspect, frozenset({"base"}))
-        self.watcher = Watcher(self.registry)
-
-    def _inspect(self, folder: Path) -> AdapterInfo:
-        self.reads.append(folder.name)
-        return inspect_adapter(folder, LAYOUT, LIMITS)
-
-    def write(self, name: str, seed: int = 0) -> Path:
-        return write_folder(self.root / name, weights=tensors(seed=seed))
-
-    def look(self, times: int = 4) -> None:
-        """Enough looks for any change to be seen, and seen again."""
-        for _ in range(times):
-            self.watcher.scan_once()
-
-    def states(self) -> dict[str, str]:
-        return {entry.name: entry.state for entry in self.registry.entries()}
-
-    def digest(self, name: str) -> str:
-        return self.registry.resolve(name).digest
-
-    def reason(self, name: str) -> str | None:
-        return next(entry.reason for entry in self.registry.entries() if entry.name == name)
-
-
-@pytest.fixture
-def room(tmp_path: Path) -> Room:
-    room = Room(tmp_path)
-    room.look(1)
-    return room
+from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, write_folder
+from tests.adapters.watched import Room
 
 
 def test_new_replaced_removed(room: Room) -> None:
@@ -111,7 +73,7 @@ def test_folders_renamed_into_place_replace_at_once(room: Room) -> None:
 
 
 def test_later_looks_take_nothing_on_trust(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SETTLED_AGE", 0.0)
+    monkeypatch.setattr(signature, "SETTLED_AGE", 0.0)
     room.write("a")
     room.look(1)
     assert room.reads == []
@@ -311,7 +273,7 @@ def test_the_first_look_takes_what_is_settled(tmp_path: Path, monkeypatch: pytes
     room.write("fresh")
     room.look(1)
     assert room.states() == {}
-    monkeypatch.setattr(module, "SETTLED_AGE", 0.0)
+    monkeypatch.setattr(signature, "SETTLED_AGE", 0.0)
     room = Room(tmp_path)
     room.watcher.scan_once(progress=True)
     assert room.states() == {"fresh": "ready"}

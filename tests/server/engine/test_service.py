@@ -185,6 +185,18 @@ async def test_loading_and_unloading_by_hand(service: EngineService, home: Path)
     await service.load_adapter("one", "one", replace=False)
 
 
+async def test_an_adapter_that_came_a_moment_ago_is_found(
+    service: EngineService, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service._watcher, "scan_once", lambda **_: None)  # its next look is far away
+    make_peft_adapter(home / "model", home / "adapters" / ".new", seed=7)
+    (home / "adapters" / ".new").rename(home / "adapters" / "new")
+    assert not service.has_adapter("new")
+    assert await service.find_adapter("new")
+    assert len(await _all(await _ask(service, adapter="new"))) == 5
+    assert not await service.find_adapter("newer")
+
+
 async def test_a_request_that_raises_fails_alone(service: EngineService) -> None:
     real = service._engine.model
 

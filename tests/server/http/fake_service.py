@@ -69,6 +69,8 @@ class FakeService:
 
     base: BaseInfo = BASE
     known: dict[str, AdapterStatus] = field(default_factory=dict)
+    on_disk: dict[str, AdapterStatus] = field(default_factory=dict)
+    looked_for: list[str] = field(default_factory=list)
     fail_at: int | None = None
     hang_at: int | None = None
     resume: asyncio.Event = field(default_factory=asyncio.Event)
@@ -111,6 +113,12 @@ class FakeService:
 
     def has_adapter(self, name: str) -> bool:
         return name in self.known and self.known[name].state == "ready"
+
+    async def find_adapter(self, name: str) -> bool:
+        self.looked_for.append(name)
+        if name in self.on_disk:
+            self.known[name] = self.on_disk.pop(name)
+        return self.has_adapter(name)
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
         if name in self.known and not replace:

@@ -66,3 +66,18 @@ def test_the_disk_is_not_shown_to_clients(client: TestClient, service: FakeServi
     text = client.get("/v1/models").text
     assert "secret" not in text
     assert '"root":"v2"' in text
+
+
+def test_an_unknown_name_is_looked_for_before_it_is_refused(client: TestClient, service: FakeService) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    for path, fields in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": messages})):
+        name = path.replace("/", "-")
+        service.on_disk[name] = adapter(name)
+        response = client.post(f"/v1/{path}", json={"model": name, "max_tokens": 1, **fields})
+        assert (response.status_code, service.requests[-1].adapter) == (200, name)
+    service.on_disk["new2"] = adapter("new2")
+    assert client.get("/v1/models/new2").json()["id"] == "new2"
+    assert client.get("/v1/models/new3").status_code == 404
+    service.looked_for.clear()
+    assert client.get("/v1/models/tiny").status_code == 200
+    assert service.looked_for == []

@@ -1,0 +1,53 @@
+"""An adapter's folder as seen from outside: what its two files look like, and whether they are finished.
+
+Opens nothing. A folder is read only when it is finished, so that half-written files never are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
+
+SETTLED_AGE = 1.0
+"""Files untouched for so many seconds count as finished."""
+
+FileSignature = tuple[int, int, int, int]
+Signature = tuple[FileSignature | None, ...]
+"""Inode, size in bytes, time of the last write and of the last change (ns) of each file; None = no file."""
+
+
+def signature_of(folder: str) -> Signature:
+    """Two equal ones mean that nothing was written in between."""
+    return tuple(_of_file(f"{folder}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
+
+
+def is_settled(signature: Signature) -> bool:
+    """Whether nothing was written for ``SETTLED_AGE`` seconds, by change times: copying cannot set them."""
+    return time.time() - _last_change(signature) / 1e9 >= SETTLED_AGE
+
+
+def was_renamed(folder: str, signature: Signature) -> bool:
+    """Whether the folder came by a rename after its files were written: then it came whole.
+
+    A rename sets the folder's change time alone. So it is later than the folder's last new file, and no file
+    has changed since.
+    """
+    try:
+        status = os.stat(folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return status.st_ctime_ns > status.st_mtime_ns and status.st_ctime_ns >= _last_change(signature)
+
+
+def _of_file(path: str) -> FileSignature | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _last_change(signature: Signature) -> int:
+    return max((file[3] for file in signature if file is not None), default=0)
