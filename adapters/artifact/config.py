@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from adapters.artifact.files import CONFIG_FILE
+from adapters.artifact.files import CONFIG_FILE, parse_object
 from adapters.artifact.refusals import check_supported
-from adapters.artifact.strict_json import parse_object
 from adapters.errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 2**20

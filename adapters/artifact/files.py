@@ -10,9 +10,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from adapters.strict_json import JsonInvalid, parse_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -76,6 +77,14 @@ def read_file(folder: int, name: str, max_bytes: int) -> bytes:
     """A whole small file; raises as ``open_file`` does."""
     with open_file(folder, name, max_bytes) as (stream, size):
         return bytes(read_exactly(stream, size, name))
+
+
+def parse_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
+    """The JSON object in ``data``; raises AdapterInvalid naming ``what``."""
+    try:
+        return parse_json_object(data)
+    except JsonInvalid as error:
+        raise AdapterInvalid(f"{what} {error}.") from error
 
 
 def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, BinaryIO
 
-from adapters.artifact.files import WEIGHTS_FILE, read_exactly
-from adapters.artifact.strict_json import parse_object
+from adapters.artifact.files import WEIGHTS_FILE, parse_object, read_exactly
 from adapters.errors import AdapterInvalid
+from adapters.sites import BaseLayout
 
-MAX_HEADER_BYTES = 16 * 2**20
 MAX_NAME_LENGTH = 512
+MAX_DIMENSIONS = 3
+MAX_LENGTH = 2**31 - 1
+"""Of one dimension. With at most three of them a product stays a small integer."""
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit."""
+_METADATA_BYTES = 2**20
+_MODULE_BYTES = 2048
+"""Four tensors of a module, each with a long name: FSDP's and torch.compile's prefixes take room."""
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -39,12 +47,26 @@ class Header:
     entries: tuple[TensorEntry, ...]
 
 
-def read_header(stream: BinaryIO, file_size: int) -> Header:
+def max_header_bytes(layout: BaseLayout) -> int:
+    """What an adapter of that base can need, and 1 MiB of metadata."""
+    modules = len(layout.sites) + len(layout.ends) + len(layout.norms)
+    return min(_MAX_HEADER_BYTES, _METADATA_BYTES + modules * _MODULE_BYTES)
+
+
+def read_header(stream: BinaryIO, file_size: int, max_bytes: int) -> Header:
     """Reads up to the first tensor byte. Raises AdapterInvalid."""
     prefix = read_exactly(stream, 8, WEIGHTS_FILE)
     length = int.from_bytes(prefix, "little")
-    if length > min(MAX_HEADER_BYTES, file_size - 8):
-        raise AdapterInvalid(f"{WEIGHTS_FILE} is not a safetensors file: its header claims {length} bytes.")
+    if length > file_size - 8:
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE} is not a whole safetensors file: its header claims {length} bytes, and the file "
+            f"has {file_size}; copy or save it again."
+        )
+    if length > max_bytes:
+        raise AdapterInvalid(
+            f"The header of {WEIGHTS_FILE} has {length} bytes; at most {max_bytes} are read, which is room "
+            "for every module of this base. Save the adapter's own tensors only, without metadata."
+        )
     text = read_exactly(stream, length, WEIGHTS_FILE)
     fields = parse_object(text, f"The header of {WEIGHTS_FILE}")
     fields.pop("__metadata__", None)
@@ -58,8 +80,19 @@ def _entry(name: str, value: Any) -> TensorEntry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
             numbers_fit = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
             if numbers_fit and len(name) <= MAX_NAME_LENGTH:
+                _check_shape(name, shape)
                 return _check_size(TensorEntry(name, dtype, tuple(shape), begin, end))
-    raise AdapterInvalid(f"{WEIGHTS_FILE}: the header's entry of tensor {name!r:.100} is malformed.")
+    raise AdapterInvalid(
+        f"{WEIGHTS_FILE}: the header's entry of tensor {name!r:.100} is malformed; save the adapter again."
+    )
+
+
+def _check_shape(name: str, shape: list[int]) -> None:
+    if len(shape) > MAX_DIMENSIONS or any(length > MAX_LENGTH for length in shape):
+        raise AdapterInvalid(
+            f"Tensor {name!r} has the shape {shape!s:.100}; at most {MAX_DIMENSIONS} dimensions of at most "
+            f"{MAX_LENGTH} are read, and no tensor of LoRA has more. Leave it out, or save the adapter again."
+        )
 
 
 def _check_size(entry: TensorEntry) -> TensorEntry:

@@ -17,7 +17,7 @@ from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
 from adapters.artifact.assemble import BaseWeights, assemble, without_copies
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
-from adapters.artifact.header import MAX_HEADER_BYTES, Header, TensorEntry, read_header
+from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.errors import AdapterChanged, AdapterInvalid
 from adapters.sites import BaseLayout
@@ -73,11 +73,12 @@ class _Read:
 def _read(
     folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype, base: BaseWeights | None
 ) -> _Read:
-    max_file = limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + MAX_HEADER_BYTES
+    max_header = max_header_bytes(layout)
+    max_file = limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + max_header
     with open_folder(folder) as descriptor:
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
-            header = read_header(stream, size)
+            header = read_header(stream, size, max_header)
             plan = plan_adapter(header.entries, settings, layout)
             check_limits(plan, limits, layout, dtype.itemsize)
             tensors, digest = _read_tensors(stream, header, plan, dtype)

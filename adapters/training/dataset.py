@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.errors import DatasetInvalid, LineProblem
+from adapters.strict_json import JsonInvalid, parse_json
 from adapters.training.formats import Format, Message, RowInvalid, detect, read_conversation
 
 __all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Message", "Row", "read_dataset"]
@@ -150,16 +151,6 @@ def _array(data: bytes) -> Iterator[tuple[int, Any]]:
 def _parsed(data: bytes) -> Any:
     """The JSON value in ``data``, or a RowInvalid."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        return RowInvalid(f"is not UTF-8 (byte {error.start})")
-    except (ValueError, RecursionError) as error:
-        return RowInvalid(f"is not JSON ({error})")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the field {twice!r:.60} occurs twice")
-    return row
+        return parse_json(data)
+    except JsonInvalid as error:
+        return RowInvalid(str(error))

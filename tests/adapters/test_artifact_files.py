@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,18 @@ def test_a_missing_or_linked_folder_is_refused(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "adapter_config.json is not valid JSON"),
+        ("{", "adapter_config.json is not JSON"),
         ("[1]", "adapter_config.json must hold one JSON object, not a list"),
-        ('{"r": NaN}', "NaN is not JSON"),
+        ('{"r": NaN}', "NaN is no number that JSON has"),
         ('{"r": 4, "r": 8}', "the key 'r' occurs twice"),
-        ("[" * 100_000, "adapter_config.json is not valid JSON"),
-        ('{"r": ' + "1" * 5000 + "}", "adapter_config.json is not valid JSON"),
+        ("[" * 100_000, "adapter_config.json is nested too deep; at most 128 levels"),
+        ('{"r": ' + "1" * 401 + "}", "adapter_config.json has a number of 401 digits in 'r'; at most 20"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "a number of 401 digits in 'lora_alpha'; at most 20"),
+        (
+            '{"lora_alpha": 1e400}',
+            "has the number 1e400 in 'lora_alpha'; that is more than a double can hold",
+        ),
+        ('{"revision": "\\ud800"}', r"has \\ud800 in a string, half of a surrogate pair"),
     ],
 )
 def test_configs_that_are_no_json_object(folder: Path, text: str, message: str) -> None:
@@ -99,6 +106,13 @@ def _entry(**changes: Any) -> dict[str, Any]:
         ({"t": {"dtype": "F32"}}, 128, "the header's entry of tensor 't' is malformed"),
         ({"t": _entry(shape=[-4, -8])}, 128, "is malformed"),
         ({"t": _entry(shape=[4.0, 8])}, 128, "is malformed"),
+        (
+            {"t": _entry(shape=[1, 1, 4, 8])},
+            128,
+            r"the shape \[1, 1, 4, 8\]; at most 3 dimensions of at most",
+        ),
+        ({"t": _entry(shape=[0, 2**31])}, 0, r"the shape \[0, 2147483648\]; at most 3 dimensions"),
+        ({"t": _entry(shape=[10**30])}, 128, r"has a number of 31 digits; at most 20 are read"),
         ({"t" * 513: _entry()}, 128, "is malformed"),
         ({"t": _entry(data_offsets=[0, 64])}, 64, "needs 128 bytes but has 64"),
         ({"t": _entry(data_offsets=[8, 136])}, 136, "without holes or overlaps"),
@@ -112,6 +126,30 @@ def test_headers_that_lie(folder: Path, header: dict[str, Any], body: int, messa
     (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * body)
     with pytest.raises(AdapterInvalid, match=message):
         _load(folder)
+
+
+def _written(folder: Path, header: bytes) -> None:
+    (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 128)
+
+
+def test_a_header_that_says_more_than_the_base_has_room_for_is_not_read(folder: Path) -> None:
+    header = json.dumps({"t": _entry(), "__metadata__": {"notes": "x" * 2**21}}).encode()
+    _written(folder, header)
+    with pytest.raises(AdapterInvalid, match=rf"has {len(header)} bytes; at most \d+ are read, .* Save the"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 1000, "9" * 4000, "1", str(2**31 - 1)])
+@pytest.mark.parametrize("dimensions", [3, 4, 10_000])
+def test_no_arithmetic_on_large_shapes(folder: Path, number: str, dimensions: int) -> None:
+    shape = ",".join([number] * dimensions)[:50_000].rstrip(",")
+    entry = '"t%d":{"dtype":"F32","shape":[%s],"data_offsets":[0,128]}'
+    count = max(1, 900_000 // len(shape + entry))
+    _written(folder, ("{" + ",".join(entry % (i, shape) for i in range(count)) + "}").encode())
+    begun = time.monotonic()
+    with pytest.raises(AdapterInvalid):
+        _load(folder)
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(

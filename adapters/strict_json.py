@@ -1,0 +1,145 @@
+"""JSON from outsiders, read strictly and within bounds: one reader for adapters' files and dataset rows.
+
+Python's reader lets pass what means two things to two readers, or costs more than its size: a key that occurs
+twice, NaN, numbers of any length, any nesting, half a surrogate pair. All of these are refused, in time and
+memory that grow with the size alone. The size in bytes is the caller's to bound, before reading.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+MAX_DEPTH = 128
+"""Levels of objects and arrays."""
+
+MAX_DIGITS = 20
+"""Characters of an integer: 64 bits and a sign. Converting longer ones costs their length squared."""
+
+MAX_FLOAT_LENGTH = 64
+"""Characters of a number with a fraction or an exponent; the longest that a double needs is 24."""
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class JsonInvalid(ValueError):
+    """Not JSON within these bounds. The message completes "the file …": "is not JSON (…)"."""
+
+
+def parse_json(data: bytes | bytearray) -> Any:
+    """The value that ``data`` holds; a byte order mark before it is skipped. Raises JsonInvalid."""
+    try:
+        value = json.loads(
+            data.decode("utf-8").removeprefix("\ufeff"),
+            object_pairs_hook=_object,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except UnicodeDecodeError as error:
+        raise JsonInvalid(f"is not UTF-8 (byte {error.start})") from None
+    except _LongNumber as error:
+        where = _field_of(error.text, data)
+        raise JsonInvalid(f"has {error.what}{where}; {error.limit}") from None
+    except json.JSONDecodeError as error:
+        raise JsonInvalid(f"is not JSON ({error})") from None
+    except RecursionError:
+        raise _too_deep() from None
+    _check_depth(data)
+    _check_text(value, data)
+    return value
+
+
+def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
+    """``parse_json`` of what must be one object. Raises JsonInvalid."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise JsonInvalid(f"must hold one JSON object, not a {type(value).__name__}")
+    return value
+
+
+class _LongNumber(ValueError):
+    def __init__(self, text: str, what: str, limit: str) -> None:
+        self.text, self.what, self.limit = text, what, limit
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise JsonInvalid(f"is not JSON with one meaning: the key {twice!r:.60} occurs twice")
+    return result
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise JsonInvalid(f"is not JSON ({text} is no number that JSON has)")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _LongNumber(text, f"a number of {len(text)} digits", f"at most {MAX_DIGITS} are read")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if len(text) > MAX_FLOAT_LENGTH:
+        limit = f"at most {MAX_FLOAT_LENGTH} are read"
+        raise _LongNumber(text, f"a number of {len(text)} characters", limit)
+    value = float(text)
+    if math.isinf(value):
+        raise _LongNumber(text, f"the number {text}", "that is more than a double can hold")
+    return value
+
+
+def _field_of(number: str, data: bytes | bytearray) -> str:
+    """Where the number is, for the error alone: the key before it, if it is a value of its own."""
+    found = re.search(rb'"([^"\\]{1,60})"\s*:\s*' + re.escape(number[:100].encode()), data)
+    return f" in {found[1].decode('utf-8', 'replace')!r}" if found else ""
+
+
+def _check_depth(data: bytes | bytearray) -> None:
+    """Takes the innermost brackets away, a level at a time; ``data`` is JSON, so they are balanced."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return
+    brackets = _STRING.sub(b"", data).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return
+    raise _too_deep()
+
+
+def _too_deep() -> JsonInvalid:
+    return JsonInvalid(f"is nested too deep; at most {MAX_DEPTH} levels of objects and arrays are read")
+
+
+def _check_text(value: Any, data: bytes | bytearray) -> None:
+    """Half a surrogate pair is no text: nothing that is UTF-8 could ever say it again."""
+    if _SURROGATE.search(data) is None:
+        return
+    for text in _texts(value):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise JsonInvalid(f"has {half} in a string, half of a surrogate pair, which is no text") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item
+            waiting += item.values()
