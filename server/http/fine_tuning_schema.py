@@ -17,7 +17,8 @@ def _auto_as_none(value: object) -> object:
 
 AutoOrCount = Annotated[Annotated[int, Field(ge=1, le=10_000)] | None, BeforeValidator(_auto_as_none)]
 AutoOrFactor = Annotated[Annotated[float, Field(ge=1e-3, le=1000)] | None, BeforeValidator(_auto_as_none)]
-Modules = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Module = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+Modules = Annotated[list[Module], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Key = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]
 

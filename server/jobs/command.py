@@ -74,5 +74,6 @@ def _words(flag: str, value: object) -> list[str]:
     if value is True:
         return [flag]
     if isinstance(value, list):
-        return [flag, ",".join(value)]
-    return [flag, f"{value:.12g}" if isinstance(value, float) else str(value)]
+        value = ",".join(value)
+    # As one word: a value that begins with a dash is a value all the same.
+    return [f"{flag}={value:.12g}" if isinstance(value, float) else f"{flag}={value}"]

@@ -10,14 +10,18 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from sqlalchemy import JSON, Connection, Engine, ForeignKey, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from server.jobs.errors import DISK_FULL, StateUnusable, StorageFull
+from server.jobs.reserve import Reserve
 
+T = TypeVar("T")
+
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 BUSY_SECONDS = 30
 """How long a transaction waits for another process's."""
 
@@ -122,7 +126,11 @@ MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables,)
 
 
 class Database:
-    """Transactions on one file. Thread-safe."""
+    """Transactions on one file. Thread-safe.
+
+    Attributes:
+        reserve: disk space beside the file, for ``freeing``.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens or creates it. Raises StateUnusable."""
@@ -130,10 +138,12 @@ class Database:
         event.listen(self._engine, "connect", _on_connect)
         event.listen(self._engine, "begin", _on_begin)
         self._writing = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+        self.reserve = Reserve(path.with_name("reserve"))
         try:
-            self._migrate(path)
+            self._open(path)
         except SQLAlchemyError as error:
             raise StateUnusable(f"The database {path} cannot be used: {error.args[0]}.") from error
+        self.reserve.keep()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -148,9 +158,22 @@ class Database:
             with self._session(self._writing) as session, session.begin():
                 yield session
         except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            if _is_full(error):
                 raise StorageFull(DISK_FULL) from error
             raise
+
+    def freeing(self, change: Callable[[Session], T]) -> T:
+        """``change`` in a transaction that ends or deletes something: on a full disk it takes the reserve.
+
+        Call ``reserve.keep`` once the room is free that it makes. Raises StorageFull, without a reserve.
+        """
+        try:
+            with self.write() as session:
+                return change(session)
+        except StorageFull:
+            self.reserve.give_up()
+            with self.write() as session:
+                return change(session)
 
     def close(self) -> None:
         """Give the connections back; the next transaction opens new ones."""
@@ -158,6 +181,15 @@ class Database:
 
     def _session(self, engine: Engine) -> Session:
         return Session(engine, expire_on_commit=False)
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._migrate(path)
+        except OperationalError as error:  # a server on a full disk must start: files are deleted through it
+            if not _is_full(error):
+                raise
+            self.reserve.give_up()
+            self._migrate(path)
 
     def _migrate(self, path: Path) -> None:
         with self._writing.begin() as connection:
@@ -170,6 +202,10 @@ class Database:
             for migrate in MIGRATIONS[version:]:
                 migrate(connection)
             connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _is_full(error: OperationalError) -> bool:
+    return getattr(error.orig, "sqlite_errorcode", None) in _FULL
 
 
 def _on_connect(connection: Any, _: object) -> None:

@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import or_, select
@@ -36,14 +36,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Upload:
     """Bytes on their way to the disk. ``size`` is how many there are so far."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_full: Callable[[], bool] = lambda: False) -> None:
+        """``is_full``: whether to stop before the disk itself says so."""
         self.path = path
         self.size = 0
+        self._is_full = is_full
         self._sha256 = hashlib.sha256()
         self._file = path.open("xb")
 
     def write(self, data: bytes) -> None:
         """Raises StorageFull."""
+        if self._is_full():
+            raise StorageFull(DISK_FULL)
         with _full_disk_named():
             self._file.write(data)
         self._sha256.update(data)
@@ -82,7 +86,9 @@ class Files:
     def begin(self) -> Upload:
         """An empty upload; end it with ``keep`` or ``discard``. Raises StorageFull."""
         with _full_disk_named():
-            return Upload(self._folder / f".upload-{secrets.token_hex(8)}")
+            return Upload(
+                self._folder / f".upload-{secrets.token_hex(8)}", self._database.reserve.is_endangered
+            )
 
     def keep(self, upload: Upload, filename: str, purpose: str) -> StoredFile:
         """Make the upload a file; training files are checked row by row first.
@@ -132,24 +138,20 @@ class Files:
             return page_of(session, wanted, StoredFile, after, limit, ascending)
 
     def delete(self, file_id: str) -> None:
-        """Raises FileNotKnown, or FileInUse while an unfinished job needs it."""
-        with self._database.write() as session:
-            file = find_file(session, file_id)
-            needs = or_(Job.training_file == file_id, Job.validation_file == file_id)
-            user = session.scalars(select(Job).where(needs, Job.status.in_(UNFINISHED))).first()
-            if user is not None:
-                raise FileInUse(f"Job {user.id} is {user.status} and needs {file_id}; cancel it first.")
-            session.delete(file)
+        """Works on a full disk. Raises FileNotKnown, or FileInUse while an unfinished job needs it."""
+        self._database.freeing(lambda session: _forget(session, file_id))
         self.path(file_id).unlink(missing_ok=True)
+        self._database.reserve.keep()
 
     def sweep(self) -> None:
         """Remove what a crash has left: bytes that no row speaks of and that nobody writes any more."""
         with self._database.read() as session:
             known = set(session.scalars(select(StoredFile.id)))
         for path in self._folder.iterdir():
-            if path.name not in known and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
-                logger.info("removing an abandoned upload", extra={"fields": {"file": path.name}})
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # it has just gone, or is no file of ours
+                if path.name not in known and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
+                    path.unlink()
+                    logger.info("removed an abandoned upload", extra={"fields": {"file": path.name}})
 
 
 def find_file(session: Session, file_id: str) -> StoredFile:
@@ -158,6 +160,15 @@ def find_file(session: Session, file_id: str) -> StoredFile:
     if file is None:
         raise FileNotKnown(f"There is no file {file_id!r:.100}; GET /v1/files lists them.")
     return file
+
+
+def _forget(session: Session, file_id: str) -> None:
+    file = find_file(session, file_id)
+    needs = or_(Job.training_file == file_id, Job.validation_file == file_id)
+    user = session.execute(select(Job.id, Job.status).where(needs, Job.status.in_(UNFINISHED))).first()
+    if user is not None:
+        raise FileInUse(f"Job {user.id} is {user.status} and needs {file_id}; cancel it first.")
+    session.delete(file)
 
 
 def training_file(session: Session, file_id: str, param: str) -> StoredFile:

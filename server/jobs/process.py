@@ -58,6 +58,11 @@ class Child:
         elif now >= self._kill_at:
             self._signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
     def _signal(self, number: int) -> None:
         if self._process.returncode is None:
             with suppress(ProcessLookupError):

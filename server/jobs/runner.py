@@ -12,22 +12,26 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from adapters.errors import ManyloraError
 from server.jobs import progress
 from server.jobs.database import Database, Job, JobEvent
 from server.jobs.ending import Ending, ending_of
+from server.jobs.errors import StorageFull
 from server.jobs.files import Files
 from server.jobs.metrics import Totals
 from server.jobs.process import Child, kill_leftover
-from server.jobs.store import count_jobs, find_job, tell
+from server.jobs.store import count_jobs, find_job, give_up, tell
 
 logger = logging.getLogger("manylora.jobs")
 
@@ -42,6 +46,8 @@ PAUSE_PATIENCE = 60.0
 CANCEL_PATIENCE = 5.0
 STOP_PATIENCE = 15.0
 """The same when the server ends."""
+MOST_FAILURES = 3
+"""At the third error of the system (a file that cannot be read, say) a running job has failed."""
 MOST_DEATHS = 3
 """At the third death without a checkpoint in between a job has failed."""
 
@@ -86,6 +92,7 @@ class Runner:
         self._models = models
         self._plan = plan
         self._children: dict[str, Child] = {}
+        self._failures: Counter[str] = Counter()
         self._lock: BinaryIO | None = None
         self.totals = Totals()
         self._wake = threading.Event()
@@ -133,9 +140,11 @@ class Runner:
             self.totals = count_jobs(session)
 
     def _look_after_jobs(self) -> None:
+        self._database.reserve.keep()
         self._set_right()
         for job_id, child in list(self._children.items()):
-            self._follow(job_id, child)
+            with self._alone(job_id):
+                self._follow(job_id, child)
         while len(self._children) < self._plan.most and not self._stopping.is_set() and self._start_next():
             pass
 
@@ -147,29 +156,61 @@ class Runner:
                 self._files.sweep()
         return self._lock is not None
 
+    @contextmanager
+    def _alone(self, job_id: str) -> Iterator[None]:
+        """Whatever fails in the block ends this one job, with the reason; the others are looked after.
+
+        What may pass is raised, to be tried again: a full or busy disk for ever, other errors of the system
+        ``MOST_FAILURES`` times.
+        """
+        try:
+            yield
+        except (StorageFull, OperationalError, FutureTimeout):
+            raise
+        except Exception as error:
+            self._failures[job_id] += 1
+            if isinstance(error, OSError) and self._failures[job_id] < MOST_FAILURES:
+                raise
+            logger.exception("a job cannot go on", extra={"fields": {"job": job_id}})
+            child = self._children.pop(job_id, None)
+            if child is not None:
+                child.kill()
+            ending = Ending("failed", "internal_error", f"The job cannot go on: {_said(error)}")
+            with self._database.write() as session:
+                give_up(session, job_id, ending.error())
+
     def _set_right(self) -> None:
         """End what others have left: a server that died, or a turn of ours that failed halfway."""
         with self._database.read() as session:
-            unended = session.scalars(select(Job).where(Job.child.is_not(None))).all()
-        for job in unended:
-            if job.child is not None and job.id not in self._children:
-                kill_leftover(job.child)
-                self._read_progress(job.id)
-                self._write_down(job.id, ending_of(self._folder(job.id), code=None), seconds=0.0)
+            unended = session.execute(select(Job.id, Job.child).where(Job.child.is_not(None))).all()
+        for job_id, child in unended:
+            if child is not None and job_id not in self._children:
+                with self._alone(job_id):
+                    kill_leftover(child)
+                    self._read_progress(job_id)
+                    self._write_down(job_id, ending_of(self._folder(job_id), code=None), seconds=0.0)
 
     def _start_next(self) -> bool:
         """Begin the job that has waited longest; False if none waits."""
+        waiting = select(Job.id).where(
+            Job.status == "queued", Job.child.is_(None), Job.model.in_(self._plan.bases)
+        )
+        with self._database.read() as session:
+            job_id = session.scalars(waiting.order_by(Job.seq).limit(1)).first()
+        if job_id is None:
+            return False
+        with self._alone(job_id):
+            self._start(job_id)
+        return True
+
+    def _start(self, job_id: str) -> None:
         with self._database.write() as session:
-            waiting = select(Job).where(
-                Job.status == "queued", Job.child.is_(None), Job.model.in_(self._plan.bases)
-            )
-            job = session.scalars(waiting.order_by(Job.seq).limit(1)).first()
-            if job is None:
-                return False
+            job = find_job(session, job_id)
+            if job.status != "queued":  # a client was quicker
+                return
             tell(session, job, "Fine-tuning job goes on" if job.metrics_read else "Fine-tuning job started")
             job.status, job.child = "running", ""
         self._begin(job)
-        return True
 
     def _begin(self, job: Job) -> None:
         folder = self._folder(job.id)
@@ -177,8 +218,10 @@ class Runner:
             folder.mkdir(exist_ok=True)
             (folder / progress.RESULT).unlink(missing_ok=True)  # of an attempt that was interrupted
             child = self._plan.begin(job, folder)
-        except OSError as error:
-            self._write_down(job.id, Ending("failed", "not_started", f"It could not start: {error}."), 0.0)
+        except Exception as error:  # the disk, the processes, or a word that no process takes
+            self._write_down(
+                job.id, Ending("failed", "not_started", f"It could not start: {_said(error)}"), 0.0
+            )
             return
         self._children[job.id] = child
         with self._database.write() as session:
@@ -270,6 +313,12 @@ def _add(add: Callable[[JobEvent], None], job: Job, line: progress.Line) -> None
         job.deaths = 0  # what was saved is not lost by dying
     if job.status == "running":
         job.estimated_finish = line.estimated_finish() or job.estimated_finish
+
+
+def _said(error: Exception) -> str:
+    """The error as a sentence that can be stored."""
+    text = str(error) if isinstance(error, OSError | ManyloraError) else repr(error)
+    return text.encode("ascii", "backslashreplace").decode()[:1000].rstrip(".") + "."
 
 
 def _conclude(job: Job, ending: Ending, results: list[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from adapters.errors import AdapterNameInvalid
@@ -133,7 +133,7 @@ class Jobs:
             return page_of(session, wanted, JobEvent, after, limit, ascending)
 
     def _move(self, job_id: str, to: Status, allowed: tuple[Status, ...], message: str) -> Job:
-        with self._database.write() as session:
+        def change(session: Session) -> Job:
             job = find_job(session, job_id)
             if job.status == to:
                 return job
@@ -145,6 +145,9 @@ class Jobs:
             if to == "cancelled":
                 job.finished_at = time.time()
             tell(session, job, message)
+            return job
+
+        job = self._database.freeing(change)  # the files of a job can be deleted once it is cancelled
         self._on_change()
         return job
 
@@ -157,6 +160,17 @@ def find_job(session: Session, job_id: str) -> Job:
     return job
 
 
+def give_up(session: Session, job_id: str, error: dict[str, Any]) -> None:
+    """End a job that cannot even be read, and make its row one that can be."""
+    for column, empty in _JSON.items():
+        damaged = update(Job).where(Job.id == job_id, func.json_valid(column) == 0)
+        session.execute(damaged.values({column: empty}))
+    ended = {"status": "failed", "error": error, "finished_at": time.time()}
+    session.execute(update(Job).where(Job.id == job_id, Job.status.in_(UNFINISHED)).values(ended))
+    session.execute(update(Job).where(Job.id == job_id).values(child=None, estimated_finish=None))
+    tell_by_id(session, job_id, f"Fine-tuning job failed: {error['message']}", "error")
+
+
 def count_jobs(session: Session) -> Totals:
     """All jobs, by status, and their seconds."""
     rows = session.execute(select(Job.status, func.count(), func.sum(Job.seconds)).group_by(Job.status)).all()
@@ -166,7 +180,22 @@ def count_jobs(session: Session) -> Totals:
 
 def tell(session: Session, job: Job, message: str, level: Level = "info") -> None:
     """Something happened to the job."""
-    session.add(JobEvent(job_id=job.id, created_at=time.time(), level=level, kind="message", message=message))
+    tell_by_id(session, job.id, message, level)
+
+
+def tell_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
+    """The same of a job that cannot be read."""
+    session.add(JobEvent(job_id=job_id, created_at=time.time(), level=level, kind="message", message=message))
+
+
+_JSON: dict[Any, Any] = {
+    Job.hyperparameters: {},
+    Job.recipe: {},
+    Job.tags: {},
+    Job.error: None,
+    Job.result_files: [],
+}
+"""The columns that only a whole JSON value may be in, and what they are when it is lost."""
 
 
 def _model_name(wanted: Wanted) -> str:

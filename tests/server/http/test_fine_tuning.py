@@ -250,6 +250,17 @@ def test_a_job_may_name_its_model_and_replace_it(openai_client: openai.OpenAI) -
         ({"name": "ft:tiny:a:b"}, "name"),
         ({"name": "a", "suffix": "b"}, "suffix"),
         ({"seed": -1}, "seed"),
+        ({"target_modules": ["a\0b"]}, "target_modules.0"),
+        ({"target_modules": "--help"}, "target_modules.0"),
+        ({"target_modules": ["q_proj", "a,b"]}, "target_modules.1"),
+        ({"target_modules": ["q" * 257]}, "target_modules.0"),
+        ({"target_modules": []}, "target_modules"),
+        ({"name": "a\0b"}, "name"),
+        ({"name": "--help"}, "name"),
+        ({"name": "a\n"}, "name"),
+        ({"suffix": "a\0b"}, "suffix"),
+        ({"suffix": "a\n"}, "suffix"),
+        ({"training_file": "file-\0"}, "training_file"),
     ],
 )
 def test_what_a_job_cannot_be_is_named(

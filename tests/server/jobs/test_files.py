@@ -82,3 +82,68 @@ def test_a_check_that_breaks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("server.jobs.check.__name__", "no.such.module")
     with pytest.raises(DatasetInvalid, match=r"could not be checked: .*No module named"):
         check(tmp_path / "stored", "train.jsonl")
+
+
+TINY_DISK = """
+import sys
+from pathlib import Path
+from server.jobs.check import Checked
+from server.jobs.database import Database
+from server.jobs.errors import StorageFull
+from server.jobs.files import TRAINING, Files
+from server.jobs.store import Jobs, Wanted
+
+home = Path(sys.argv[1])
+database = Database(home / "state.sqlite3")
+files = Files(database, home / "files", check=lambda *_: Checked("chat", 1))
+jobs = Jobs(database, lambda: None)
+upload = files.begin()
+upload.write(b"x" * 65536)
+kept = files.keep(upload, "a.jsonl", TRAINING)
+job = jobs.create(Wanted("base", kept.id))
+
+upload = files.begin()
+try:
+    while True:
+        upload.write(b"x" * 65536)
+except StorageFull:
+    upload.discard()
+    print("refused")
+with (home / "somebody's").open("wb", buffering=0) as other:
+    try:
+        while other.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+try:
+    while True:
+        jobs.create(Wanted("base", kept.id))
+except StorageFull:
+    print("full")
+database.close()
+database = Database(home / "state.sqlite3")
+files, jobs = Files(database, home / "files"), Jobs(database, lambda: None)
+for each in jobs.list(None, 10_000).rows:
+    jobs.cancel(each.id)
+files.delete(kept.id)
+print(len(files.list(None, 10, False, None).rows), "left")
+"""
+NAMESPACE = ["unshare", "--user", "--mount", "--map-root-user"]
+
+
+def _may_mount(folder: Path) -> bool:
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    try:
+        return subprocess.run([*NAMESPACE, *mount], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def test_on_a_full_disk_jobs_are_cancelled_and_files_deleted(tmp_path: Path) -> None:
+    if not _may_mount(tmp_path):
+        pytest.skip("a small disk cannot be mounted here")
+    script = f"mount -t tmpfs -o size=4m tmpfs {tmp_path} && exec {sys.executable} - {tmp_path}"
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-c", script], input=TINY_DISK, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["refused", "full", "0 left"], done.stderr

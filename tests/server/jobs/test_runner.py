@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from adapters.paths import folder_name
 from server.jobs import runner
 from server.jobs.database import Job
+from server.jobs.process import Child
 from server.jobs.runner import MOST_DEATHS
 from server.jobs.store import Wanted
 from tests.e2e.running_server import eventually
@@ -284,3 +286,67 @@ def test_what_is_large_goes_with_the_job(room: Room) -> None:
     run = room.home / "jobs" / job.id
     eventually(lambda: not (run / "checkpoints").exists(), 5)
     assert (run / "metrics.jsonl").exists()
+
+
+NUL = {"target_modules": ["a\0b"]}
+SURROGATE = {"target_modules": ["\ud800"]}
+LONG = {"target_modules": ["x" * (1 << 21)]}
+
+
+@pytest.mark.parametrize("recipe", [NUL, SURROGATE, LONG], ids=["NUL", "surrogate", "E2BIG"])
+def test_what_no_process_can_be_told_ends_the_job(room: Room, recipe: dict[str, list[str]]) -> None:
+    """Such words are refused when the job is posted; this is the net under it."""
+    bad, good = room.create(recipe=recipe), room.create()
+    room.begin_runner()
+    failed = room.wait(bad, "failed")
+    assert failed.error is not None
+    assert failed.error["code"] == "not_started"
+    assert failed.error["message"].startswith("It could not start: ")
+    room.wait(good, "succeeded")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "python"), MemoryError()])
+def test_a_process_that_cannot_be_made_ends_the_job(
+    room: Room, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    whole, failing = room._begin, iter([error])
+
+    def fail_once(job: Job, folder: Path) -> Child:
+        for each in failing:
+            raise each
+        return whole(job, folder)
+
+    monkeypatch.setattr(room, "_begin", fail_once)
+    bad, good = room.create(), room.create()
+    room.begin_runner()
+    assert room.wait(bad, "failed").finished_at is not None
+    room.wait(good, "succeeded")
+
+
+@pytest.mark.parametrize("damage", ["the folder", "metrics.jsonl", "result.json"])
+def test_a_damaged_run_folder_ends_its_job_alone(
+    room: Room, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(runner, "FAILED_INTERVAL", 0.01)
+    bad, good = room.create(), room.create()
+    folder = room.home / "jobs" / bad.id
+    folder.parent.mkdir()
+    if damage == "the folder":
+        folder.write_text("a file")
+    else:
+        (folder / damage).mkdir(parents=True)
+    room.begin_runner()
+    assert room.wait(bad, "failed").error
+    room.wait(good, "succeeded")
+
+
+@pytest.mark.parametrize("column", ["recipe", "hyperparameters", "tags", "result_files"])
+def test_a_damaged_row_ends_its_job_alone(room: Room, column: str) -> None:
+    bad, good = room.create(), room.create()
+    with sqlite3.connect(room.home / "state.sqlite3") as plain:
+        plain.execute(f"UPDATE jobs SET {column} = '{{' WHERE id = ?", (bad.id,))
+    plain.close()
+    room.begin_runner()
+    room.wait(good, "succeeded")
+    assert room.wait(bad, "failed").error
+    assert [job.id for job in room.jobs.list(None, 10).rows] == [good.id, bad.id]

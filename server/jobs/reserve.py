@@ -1,0 +1,49 @@
+"""Disk space kept back, so that on a full disk there is room to write down that something was deleted."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+RESERVE_BYTES = 1 << 20
+"""Far more than a transaction that deletes or ends something takes."""
+
+
+class Reserve:
+    """A file of ``RESERVE_BYTES`` that is given up on a full disk and made again as soon as there is room."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def keep(self) -> None:
+        """Have the space again, as far as the disk has it. Cheap while it is there."""
+        with suppress(OSError):
+            if self._allocated() < RESERVE_BYTES:
+                self._allocate()
+
+    def give_up(self) -> None:
+        """Let the space be free."""
+        with suppress(OSError):
+            os.truncate(self._path, 0)
+
+    def is_endangered(self) -> bool:
+        """Whether the disk has so little room that a large write should stop, to leave the reserve alone."""
+        try:
+            disk = os.statvfs(self._path.parent)
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize < RESERVE_BYTES
+
+    def _allocated(self) -> int:
+        try:
+            return self._path.stat().st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
+    def _allocate(self) -> None:
+        with self._path.open("r+b" if self._path.exists() else "x+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            else:
+                file.write(bytes(RESERVE_BYTES))
