@@ -57,7 +57,7 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
 
 async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
     """Answer on ``listener`` until SIGTERM or SIGINT, drain, and stop; a second signal ends at once."""
-    training = await asyncio.to_thread(Training, config, service)
+    training = Training(config, service)  # blocks, but nobody is served yet
     await service.start()
     try:
         training.start()

@@ -26,6 +26,7 @@ from server.engine.lookup import AdapterLookup
 from server.engine.request import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
+from server.pools import Pool
 
 log = logging.getLogger("manylora.engine")
 
@@ -78,6 +79,7 @@ class EngineService:
         self._failure: str | None = None
         self._running: dict[str, RunningGeneration] = {}
         self._ends: deque[float] = deque(maxlen=32)
+        self._tokenizing, self._loading = Pool("tokenizing"), Pool("adapters")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -110,6 +112,8 @@ class EngineService:
         self._watcher.stop()
         if self._thread.ident is not None:
             self._thread.join()
+        for pool in (self._tokenizing, self._loading):
+            pool.close()
         self._on_close()
 
     def wake(self) -> None:
@@ -132,10 +136,10 @@ class EngineService:
         return self._draining
 
     async def encode(self, text: str) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.encode, text)
+        return await self._tokenizing.run(self._tokenizer.encode, text)
 
     async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return await asyncio.to_thread(self._tokenizer.render_chat, messages)
+        return await self._tokenizing.run(self._tokenizer.render_chat, messages)
 
     async def submit(self, request: GenerationRequest) -> Generation:
         """See ``Service.submit``.
@@ -168,7 +172,7 @@ class EngineService:
         return self._listing.has(name)
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
-        await asyncio.to_thread(self._registry.register, name, path, replace)
+        await self._loading.run(self._registry.register, name, path, replace)
         return self._listing.one(name)
 
     async def unload_adapter(self, name: str) -> None:

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters import errors as adapter
+from adapters.errors import ManyloraError
 from server import errors as request
 from server.http.record import record_of
 from server.jobs import errors as jobs
@@ -109,6 +110,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     jobs.JobNotKnown: Shape(404, _INVALID, "fine_tuning_job_not_found"),
     jobs.JobConflict: Shape(400, _INVALID, "invalid_job_state"),
     jobs.StorageFull: Shape(507, "server_error", "disk_full"),
+    jobs.StateBusy: Shape(503, "server_error", "state_busy"),
     ClientDisconnected: Shape(499, _INVALID, "client_disconnected"),
     adapter.AdapterNotFound: Shape(404, _INVALID, "adapter_not_found"),
     adapter.AdapterNameInvalid: Shape(400, _INVALID, "adapter_name_invalid"),
@@ -119,6 +121,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     adapter.AdapterChanged: Shape(409, _INVALID, "adapter_changed"),
     adapter.AdapterOutOfMemory: Shape(503, "server_error", "adapter_out_of_memory"),
 }
+_SOON_OVER = (request.ShuttingDown, request.OutOfMemory, adapter.AdapterOutOfMemory, jobs.StateBusy)
 INTERNAL = Shape(500, "server_error", "internal_error")
 
 
@@ -128,9 +131,9 @@ def shape_of(error: BaseException) -> Shape:
 
 
 def code_of(error: BaseException) -> str | None:
-    """OpenAI's machine-readable code: the error's own, else its row's."""
-    code: str | None = getattr(error, "code", None) or shape_of(error).code
-    return code
+    """OpenAI's machine-readable code: the error's own, else its row's. (Libraries' errors have codes too.)"""
+    own: str | None = getattr(error, "code", None) if isinstance(error, ManyloraError) else None
+    return own or shape_of(error).code
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def error_body(error: BaseException) -> dict[str, Any]:
         "error": {
             "message": message,
             "type": shape.type,
-            "param": getattr(error, "param", None),
+            "param": getattr(error, "param", None) if isinstance(error, ManyloraError) else None,
             "code": code_of(error),
         }
     }
@@ -152,7 +155,7 @@ def error_response(error: BaseException) -> JSONResponse:
     headers = {}
     if isinstance(error, request.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, request.ShuttingDown | request.OutOfMemory | adapter.AdapterOutOfMemory):
+    if isinstance(error, _SOON_OVER):
         headers["Retry-After"] = "1"
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"

@@ -6,7 +6,6 @@ machine may (``app.py``): data to train on is more private than a chat, and fill
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -42,45 +41,47 @@ async def upload_file(request: Request) -> JSONResponse:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > most + _FORM_BYTES:
         raise _too_large(most)
-    upload = await asyncio.to_thread(training.files.begin)
+    upload = await training.disk.run(training.files.begin)
     try:
         async for block in file_blocks(request, form):
             if upload.size + len(block) > most:
                 raise _too_large(most)
-            await asyncio.to_thread(upload.write, block)
-        file = await asyncio.to_thread(_keep, training, upload, form)
+            await training.disk.run(upload.write, block)
+        file = await training.checks.run(_keep, training, upload, form)
     finally:
-        await asyncio.to_thread(upload.discard)
+        await training.disk.run(upload.discard)
     return JSONResponse(file_object(file))
 
 
 async def list_files(request: Request) -> JSONResponse:
     """A page of files, the newest first."""
     query = read_query(request, _LIST)
-    files = training_of(request).files
-    page = await asyncio.to_thread(
-        files.list, query["after"], query["limit"], query["order"] == "asc", query["purpose"]
+    training = training_of(request)
+    page = await training.read(
+        training.files.list, query["after"], query["limit"], query["order"] == "asc", query["purpose"]
     )
     return JSONResponse(list_object([file_object(file) for file in page.rows], page.has_more))
 
 
 async def get_file(request: Request) -> JSONResponse:
     """What is known of a file."""
-    file = await asyncio.to_thread(training_of(request).files.get, request.path_params["file"])
+    training = training_of(request)
+    file = await training.read(training.files.get, request.path_params["file"])
     return JSONResponse(file_object(file))
 
 
 async def get_content(request: Request) -> FileResponse:
     """The file's bytes, as they were sent."""
-    files = training_of(request).files
-    file = await asyncio.to_thread(files.get, request.path_params["file"])
-    return FileResponse(files.path(file.id), media_type="application/octet-stream", filename=file.filename)
+    training = training_of(request)
+    file = await training.read(training.files.get, request.path_params["file"])
+    path = training.files.path(file.id)
+    return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
 async def delete_file(request: Request) -> JSONResponse:
     """Forget a file that no unfinished job needs."""
-    file_id = request.path_params["file"]
-    await asyncio.to_thread(training_of(request).files.delete, file_id)
+    training, file_id = training_of(request), request.path_params["file"]
+    await training.write(training.files.delete, file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 

@@ -5,7 +5,8 @@ Open to the same people as files (``files.py``).
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -22,12 +23,9 @@ from server.http.models import base_names, resolve_adapter
 from server.http.query import read_query
 from server.http.record import record_of
 from server.http.sse import Chunks, EventStream
-from server.jobs.database import UNFINISHED, Job, JobEvent
+from server.jobs.database import Job, JobEvent
 from server.jobs.training import Training
 
-STREAM_INTERVAL = 0.25
-"""Seconds between two looks for new events."""
-_STREAM_PAGE = 100
 _PAGE = {"after": (text, None), "limit": (integer(1, 100), 20)}
 _CHECKPOINT_PAGE = {"after": (text, None), "limit": (integer(1, 100), 10)}
 _EVENTS = _PAGE | {"stream": (flag, False)}
@@ -43,7 +41,7 @@ async def create_job(request: Request) -> JSONResponse:
         raise InvalidRequest(f"Only the base can be fine-tuned here: 'model' must be {names[0]!r}.", "model")
     if body.name is not None:
         await _check_name(request, training, body.name)
-    job = await asyncio.to_thread(training.jobs.create, body.wanted())
+    job = await training.write(training.jobs.create, body.wanted())
     return JSONResponse(job_object(job))
 
 
@@ -53,57 +51,57 @@ async def list_jobs(request: Request) -> JSONResponse:
     tags = {key[len(prefix) : -1]: params[key] for key in params if key.startswith(prefix)}
     declared = _PAGE | {f"{prefix}{key}]": (str, None) for key in tags}
     query = read_query(request, declared)
-    page = await asyncio.to_thread(training_of(request).jobs.list, query["after"], query["limit"], tags)
+    training = training_of(request)
+    page = await training.read(training.jobs.list, query["after"], query["limit"], tags)
     return JSONResponse(list_object([job_object(job) for job in page.rows], page.has_more))
 
 
 async def get_job(request: Request) -> JSONResponse:
     """One job."""
-    return await _job(request, training_of(request).jobs.get)
+    training = training_of(request)
+    return JSONResponse(job_object(await training.read(training.jobs.get, request.path_params["job"])))
 
 
 async def cancel_job(request: Request) -> JSONResponse:
     """End a job for good."""
-    return await _job(request, training_of(request).jobs.cancel)
+    return await _changed(request, training_of(request).jobs.cancel)
 
 
 async def pause_job(request: Request) -> JSONResponse:
     """Let a job rest at a checkpoint."""
-    return await _job(request, training_of(request).jobs.pause)
+    return await _changed(request, training_of(request).jobs.pause)
 
 
 async def resume_job(request: Request) -> JSONResponse:
     """Queue a paused job again."""
-    return await _job(request, training_of(request).jobs.resume)
+    return await _changed(request, training_of(request).jobs.resume)
 
 
 async def list_events(request: Request) -> Response:
     """A page of a job's events, the newest first; or all of them in order, as they come (``stream=true``)."""
-    context, jobs = context_of(request), training_of(request).jobs
+    context, training = context_of(request), training_of(request)
     query, job_id = read_query(request, _EVENTS), request.path_params["job"]
     if query["stream"]:
         running = Running((), 0, record_of(request), context.metrics)  # nothing is generated for it
-        return EventStream(
-            _as_they_come(training_of(request), job_id, query["after"]), running, context.closing
-        )
-    page = await asyncio.to_thread(jobs.events, job_id, query["after"], query["limit"])
+        return EventStream(_as_they_come(training, job_id, query["after"]), running, context.closing)
+    page = await training.read(training.jobs.events, job_id, query["after"], query["limit"])
     return JSONResponse(list_object([event_object(event) for event in page.rows], page.has_more))
 
 
 async def list_checkpoints(request: Request) -> JSONResponse:
     """A page of a job's checkpoints, the newest first. They are for going on from; they are not served."""
-    jobs, job_id = training_of(request).jobs, request.path_params["job"]
+    training, job_id = training_of(request), request.path_params["job"]
     query = read_query(request, _CHECKPOINT_PAGE)
     after = query["after"] and query["after"].replace("ftckpt-", "ftevent-", 1)
-    job = await asyncio.to_thread(jobs.get, job_id)
-    page = await asyncio.to_thread(jobs.checkpoints, job_id, after, query["limit"])
+    job = await training.read(training.jobs.get, job_id)
+    page = await training.read(training.jobs.checkpoints, job_id, after, query["limit"])
     return JSONResponse(list_object([checkpoint_object(job, event) for event in page.rows], page.has_more))
 
 
 async def delete_model(request: Request) -> JSONResponse:
     """Serve a fine-tuned model no longer, and remove its adapter."""
     context, training, model = context_of(request), training_of(request), request.path_params["model"]
-    made = await asyncio.to_thread(lambda: training.jobs.makes(model) and training.has_folder(model))
+    made = await training.read(lambda: training.jobs.makes(model) and training.has_folder(model))
     if not made:
         await resolve_adapter(context.service, model)
         raise InvalidRequest(f"{model!r} was not made by a fine-tuning job; only such are deleted.", "model")
@@ -163,8 +161,8 @@ def checkpoint_object(job: Job, event: JobEvent) -> dict[str, Any]:
     }
 
 
-async def _job(request: Request, change: Any) -> JSONResponse:
-    job = await asyncio.to_thread(change, request.path_params["job"])
+async def _changed(request: Request, change: Callable[[str], Job]) -> JSONResponse:
+    job = await training_of(request).write(change, request.path_params["job"])
     return JSONResponse(job_object(job))
 
 
@@ -172,24 +170,16 @@ async def _check_name(request: Request, training: Training, name: str) -> None:
     """A client may replace what jobs have made, and nothing else."""
     service = context_of(request).service
     known = any(adapter.name == name for adapter in service.adapters())
-    taken = known or await asyncio.to_thread(training.has_folder, name)
-    if name in base_names(service.base) or (taken and not await asyncio.to_thread(training.jobs.makes, name)):
+    taken = known or await training.read(training.has_folder, name)
+    if name in base_names(service.base) or (taken and not await training.read(training.jobs.makes, name)):
         raise InvalidRequest(f"{name!r} is taken by a model that no fine-tuning job has made.", "name")
 
 
 async def _as_they_come(training: Training, job_id: str, after: str | None) -> Chunks:
     """Every event from ``after`` on, until the job has ended and all is told."""
-    while True:
-        job = await asyncio.to_thread(training.jobs.get, job_id)
-        page = await asyncio.to_thread(training.jobs.events, job_id, after, _STREAM_PAGE, True)
-        for event in page.rows:
-            after = event.id
+    async with aclosing(training.feed.follow(job_id, after)) as events:
+        async for event in events:
             yield event_object(event)
-        if page.has_more:
-            continue
-        if job.status not in UNFINISHED and job.child is None:
-            return
-        await asyncio.sleep(STREAM_INTERVAL)
 
 
 def _seconds(time: float | None) -> int | None:

@@ -16,7 +16,7 @@ from sqlalchemy import JSON, Connection, Engine, ForeignKey, create_engine, even
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
-from server.jobs.errors import DISK_FULL, StateUnusable, StorageFull
+from server.jobs.errors import DISK_FULL, StateBusy, StateUnusable, StorageFull
 from server.jobs.reserve import Reserve
 
 T = TypeVar("T")
@@ -153,13 +153,16 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """All or nothing, alone, and on the disk when it ends well. Raises StorageFull."""
+        """All or nothing, alone, and on the disk when it ends well. Raises StorageFull, StateBusy."""
         try:
             with self._session(self._writing) as session, session.begin():
                 yield session
         except OperationalError as error:
             if _is_full(error):
                 raise StorageFull(DISK_FULL) from error
+            if _code(error) == sqlite3.SQLITE_BUSY:
+                message = f"Another process has held the state database for {BUSY_SECONDS} s; try again."
+                raise StateBusy(message) from error
             raise
 
     def freeing(self, change: Callable[[Session], T]) -> T:
@@ -204,8 +207,14 @@ class Database:
             connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
+def _code(error: OperationalError) -> int | None:
+    """SQLite's own."""
+    code: int | None = getattr(error.orig, "sqlite_errorcode", None)
+    return code
+
+
 def _is_full(error: OperationalError) -> bool:
-    return getattr(error.orig, "sqlite_errorcode", None) in _FULL
+    return _code(error) in _FULL
 
 
 def _on_connect(connection: Any, _: object) -> None:

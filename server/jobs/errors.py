@@ -9,7 +9,8 @@
         ├── FileInUse           an unfinished job needs the file
         ├── JobNotKnown         no job has that id
         ├── JobConflict         the job's state does not allow it
-        └── StorageFull         the disk has no room for it
+        ├── StorageFull         the disk has no room for it
+        └── StateBusy           another process has held the database for too long
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class JobConflict(RequestError):
 
 class StorageFull(RequestError):
     """The disk has no room."""
+
+
+class StateBusy(RequestError):
+    """Another process holds the database; later it may not."""
 
 
 DISK_FULL = "The server's disk is full; delete files that nobody needs."

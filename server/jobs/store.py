@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from adapters.errors import AdapterNameInvalid
@@ -25,6 +25,7 @@ from server.jobs.metrics import Totals
 from server.jobs.paging import Page, page_of
 
 _ID_CHARACTERS = string.ascii_lowercase + string.digits
+_MOST_NEWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,23 @@ class Wanted:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has happened to jobs, as of one moment.
+
+    Attributes:
+        events: of all jobs, oldest first.
+        position: up to which events were looked at; the next news begin there.
+        more: there are more events than these.
+        live: ids of the jobs that may still have events after these.
+    """
+
+    events: list[JobEvent]
+    position: int
+    more: bool
+    live: frozenset[str]
 
 
 class Jobs:
@@ -104,6 +122,16 @@ class Jobs:
         """The events that tell of checkpoints, the newest first. Raises as ``events``."""
         wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "checkpoint")
         return self._events(wanted, job_id, after, limit, ascending=False)
+
+    def news(self, position: int | None) -> News:
+        """The events after ``position``; None = none, only where they begin from now on."""
+        with self._database.read() as session:
+            if position is None:
+                return News([], session.scalar(select(func.max(JobEvent.seq))) or 0, False, _live(session))
+            wanted = select(JobEvent).where(JobEvent.seq > position).order_by(JobEvent.seq)
+            events = list(session.scalars(wanted.limit(_MOST_NEWS)))
+            newest = events[-1].seq if events else position
+            return News(events, newest, len(events) == _MOST_NEWS, _live(session))
 
     def cancel(self, job_id: str) -> Job:
         """Ends it for good, and its model is not served. Raises JobNotKnown, or JobConflict after its end."""
@@ -169,6 +197,17 @@ def give_up(session: Session, job_id: str, error: dict[str, Any]) -> None:
     session.execute(update(Job).where(Job.id == job_id, Job.status.in_(UNFINISHED)).values(ended))
     session.execute(update(Job).where(Job.id == job_id).values(child=None, estimated_finish=None))
     tell_by_id(session, job_id, f"Fine-tuning job failed: {error['message']}", "error")
+
+
+def is_over(job: Job) -> bool:
+    """Whether nothing more can happen to it."""
+    return job.status not in UNFINISHED and job.child is None
+
+
+def _live(session: Session) -> frozenset[str]:
+    """The ids of all jobs that are not over."""
+    wanted = select(Job.id).where(or_(Job.status.in_(UNFINISHED), Job.child.is_not(None)))
+    return frozenset(session.scalars(wanted))
 
 
 def count_jobs(session: Session) -> Totals:

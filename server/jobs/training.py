@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from adapters.errors import AdapterNotFound
 from adapters.paths import folder_name
@@ -17,14 +17,19 @@ from server.jobs.command import train_command, train_environ
 from server.jobs.database import Database, Job
 from server.jobs.ending import LOG
 from server.jobs.errors import StateUnusable
+from server.jobs.feed import Feed
 from server.jobs.files import Files
 from server.jobs.metrics import TrainingCollector
 from server.jobs.process import Child
 from server.jobs.runner import Plan, Runner
 from server.jobs.store import Jobs
+from server.pools import Pool
 
 DATABASE = "state.sqlite3"
 _LOAD_SECONDS = 60.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Training:
@@ -32,7 +37,9 @@ class Training:
 
     Attributes:
         config: the limits.
-        files, jobs: what clients ask of; their methods block.
+        files, jobs: what clients ask of; their methods block, so await them through ``read`` and ``write``.
+        feed: the events of jobs as they come.
+        disk, checks: the threads that write uploads, and that wait for the check of one.
     """
 
     def __init__(self, config: ServerConfig, service: Service) -> None:
@@ -46,6 +53,9 @@ class Training:
         plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)
         self._runner = Runner(self._database, self.files, self._served, plan)
         self.jobs = Jobs(self._database, self._runner.wake)
+        self.disk, self.checks = Pool("disk"), Pool("file-checks")
+        self._readers, self._writers = Pool("database"), Pool("database-writes")
+        self.feed = Feed(self.jobs, self._readers)
 
     def start(self) -> None:
         """Run jobs from now on. Call it on the event loop of the service."""
@@ -59,8 +69,18 @@ class Training:
     async def stop(self) -> None:
         """Wait for that. The service must still run."""
         self.begin_stop()
-        await asyncio.to_thread(self._runner.join)
+        await self.disk.run(self._runner.join)
+        for pool in (self.disk, self.checks, self._readers, self._writers):
+            pool.close()
         self._database.close()
+
+    async def read(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a method of ``files`` or ``jobs`` that only looks."""
+        return await self._readers.run(ask, *args, **kwargs)
+
+    async def write(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of one that changes something; it may wait long for another server's transaction."""
+        return await self._writers.run(ask, *args, **kwargs)
 
     def collector(self) -> TrainingCollector:
         """What Prometheus is told."""
@@ -73,7 +93,7 @@ class Training:
     async def delete_model(self, model: str) -> None:
         """Serve it no longer and remove it from the disk."""
         await self._served.unload(model)
-        await asyncio.to_thread(self._served.remove, model)
+        await self.disk.run(self._served.remove, model)
 
     def _begin(self, job: Job, folder: Path) -> Child:
         command = train_command(job, folder, self.files, self._server)

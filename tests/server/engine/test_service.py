@@ -19,6 +19,7 @@ from server.engine.request import Delta, Generation, GenerationRequest, Sampling
 from server.engine.sequence import Chunk
 from server.engine.service import EngineService
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, RequestFailed, ShuttingDown
+from server.pools import Pool
 from tests.tiny_models import make_peft_adapter, make_tiny_model
 
 
@@ -106,7 +107,7 @@ async def test_only_the_engines_thread_computes_in_parallel(home: Path) -> None:
     service.stop()
     assert {threads for threads, _ in seen} == {3}
     assert torch.get_num_threads() == 1
-    assert await asyncio.to_thread(torch.get_num_threads) == 1
+    assert await Pool("tokenizing").run(torch.get_num_threads) == 1
 
 
 async def test_cancelling_frees_at_once(service: EngineService) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +316,23 @@ def test_metrics(openai_client: openai.OpenAI, server: TrainingServer) -> None:
     wait_until(lambda: value('jobs{status="succeeded"}') == 1)
     assert value('jobs{status="running"}') == 0
     assert value("seconds_total") > 0
+
+
+def test_a_held_database_delays_those_who_write_and_nobody_else(
+    openai_client: openai.OpenAI, server: TrainingServer
+) -> None:
+    job = create(openai_client, "steps=100000")
+    holder = sqlite3.connect(server.home / "state.sqlite3", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    cancel = f"{server.url}/v1/fine_tuning/jobs/{job.id}/cancel"
+    with ThreadPoolExecutor(12) as clients:
+        cancels = [clients.submit(httpx.post, cancel, timeout=30) for _ in range(12)]
+        with httpx.Client(base_url=server.url, timeout=5) as client:
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            assert client.get(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
+            assert client.get("/v1/files").status_code == 200
+        assert not any(each.done() for each in cancels)
+        holder.execute("ROLLBACK")
+        assert {each.result().json()["status"] for each in cancels} == {"cancelled"}
+    holder.close()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from server.jobs.database import MIGRATIONS, Database, StoredFile
-from server.jobs.errors import StateUnusable, StorageFull
+from server.jobs import database as database_module
+from server.jobs.database import MIGRATIONS, Database, Job, StoredFile
+from server.jobs.errors import StateBusy, StateUnusable, StorageFull
 
 
 def a_file(number: int, filename: str = "a") -> StoredFile:
@@ -24,6 +25,11 @@ def a_file(number: int, filename: str = "a") -> StoredFile:
         format=None,
         rows=None,
     )
+
+
+def add(database: Database, number: int) -> None:
+    with database.write() as session:
+        session.add(a_file(number))
 
 
 def count(database: Database) -> int:
@@ -106,3 +112,17 @@ def test_a_full_disk_is_named_and_loses_nothing(path: Path) -> None:
     with pytest.raises(StorageFull, match="full"), database.write() as session:
         session.add(a_file(2, filename="x" * 100_000))
     assert count(database) == 1
+
+
+def test_a_database_that_another_holds_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
+    path = tmp_path / "state.sqlite3"
+    database = Database(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StateBusy, match="try again"):
+        add(database, 1)
+    with database.read() as session:
+        assert session.scalars(select(Job)).all() == []
+    other.close()
+    database.close()
