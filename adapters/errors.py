@@ -18,6 +18,7 @@
     └── TrainingError               one training; its checkpoints stay
         ├── RecipeInvalid           an option, or two that do not go together
         ├── DatasetInvalid          rows that cannot be learnt from, line by line
+        │   └── DatasetUnreadable   a whole file: it is missing, or of another kind
         ├── RunFolderInvalid        a run folder that is taken, or not what is to be resumed
         ├── TrainingDiverged        the loss is no number any more
         └── TrainingOutOfResources  memory or disk ran out
@@ -105,6 +106,7 @@ class DatasetInvalid(TrainingError):
     Attributes:
         problems: in the order of the file, at most ``MAX_KEPT``.
         count: how many there are in all.
+        summary: the message without the rows.
     """
 
     MAX_KEPT = 500
@@ -116,7 +118,17 @@ class DatasetInvalid(TrainingError):
         shown = [f"line {problem.line} {problem.reason}" for problem in self.problems[: self._SHOWN]]
         more = [f"and {self.count - len(shown)} more"] if self.count > len(shown) else []
         rows = "1 row" if self.count == 1 else f"{self.count} rows"
-        super().__init__(f"{file} has {rows} that cannot be used: {'; '.join([*shown, *more])}.")
+        self.summary = f"{file} has {rows} that cannot be used."
+        super().__init__(f"{self.summary[:-1]}: {'; '.join([*shown, *more])}.")
+
+
+class DatasetUnreadable(DatasetInvalid):
+    """A file that holds no rows: it is missing, or of another kind. ``reason`` completes "train.csv …"."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        self.problems, self.count, self.reason = (), 0, reason
+        self.summary = f"{file} {reason}"
+        TrainingError.__init__(self, self.summary)
 
 
 class RunFolderInvalid(TrainingError):

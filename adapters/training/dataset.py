@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adapters.errors import DatasetInvalid, LineProblem
+from adapters.errors import DatasetInvalid, DatasetUnreadable, LineProblem
 from adapters.strict_json import JsonInvalid, parse_json
+from adapters.training.file_kind import EXAMPLE, HEAD_BYTES, not_json, unreadable
 from adapters.training.formats import Format, Message, RowInvalid, detect, read_conversation
 
 __all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Message", "Row", "read_dataset"]
@@ -87,20 +88,23 @@ def read_dataset(path: Path) -> Dataset:
     """Read and check every row.
 
     Raises:
-        DatasetInvalid: there are rows that cannot be used, or none at all, or the file cannot be read.
+        DatasetInvalid: there are rows that cannot be used.
+        DatasetUnreadable: there are no rows at all, the file is of another kind, or it cannot be read.
     """
     reading, digest = _Reading(), hashlib.sha256()
     try:
         with path.open("rb") as file:
+            if kind := not_json(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
+                raise DatasetUnreadable(path.name, f"is {kind}.")
             for line, row in _rows(_lines(file, digest.update)):
                 try:
                     reading.add(line, row)
                 except RowInvalid as problem:
                     reading.report(line, str(problem))
     except OSError as error:
-        raise DatasetInvalid(path.name, [LineProblem(1, f"cannot be read ({error.strerror})")]) from error
+        raise DatasetUnreadable(path.name, unreadable(error, path)) from error
     if reading.count == 0 and not reading.rows:
-        reading.report(1, "is missing: the file has no rows")
+        raise DatasetUnreadable(path.name, f"has no rows; give one JSON object a line, such as {EXAMPLE}.")
     if reading.problems or reading.format is None:
         raise DatasetInvalid(path.name, reading.problems, reading.count)
     return Dataset(path, reading.format.name, reading.rows, digest.hexdigest(), dict(reading.unused))

@@ -11,6 +11,7 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from adapters.errors import DatasetUnreadable
 from adapters.training.dataset import DatasetInvalid, LineProblem, read_dataset
 from server.jobs.child import wrapped
 
@@ -31,8 +32,10 @@ def check(path: Path, filename: str) -> Checked:
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["memory ran out, so give fewer rows"])[-1]
-        raise DatasetInvalid(filename, [LineProblem(1, f"could not be checked: {reason}")])
+        raise DatasetUnreadable(filename, f"could not be checked: {reason}.")
     found = json.loads(done.stdout)
+    if "unreadable" in found:
+        raise DatasetUnreadable(filename, found["unreadable"])
     if "problems" in found:
         raise DatasetInvalid(filename, [LineProblem(*each) for each in found["problems"]], found["count"])
     return Checked(found["format"], found["rows"])
@@ -41,6 +44,8 @@ def check(path: Path, filename: str) -> Checked:
 def _report(path: Path) -> dict[str, object]:
     try:
         dataset = read_dataset(path)
+    except DatasetUnreadable as error:
+        return {"unreadable": error.reason}
     except DatasetInvalid as error:
         return {"problems": [astuple(problem) for problem in error.problems], "count": error.count}
     return {"format": dataset.format, "rows": len(dataset.rows)}

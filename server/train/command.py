@@ -154,10 +154,10 @@ class Command:
 
 
 def _tell(error: ManyloraError, code: int) -> int:
-    """Every bad row on a line of its own, then the error."""
+    """Every bad row on a line of its own, once, then the error."""
     for problem in getattr(error, "problems", ()):
         _say(f"line {problem.line} {problem.reason}")
-    _say(f"manylora train: {error}")
+    _say(f"manylora train: {error.summary if isinstance(error, DatasetInvalid) else error}")
     return code
 
 

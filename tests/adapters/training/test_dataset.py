@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import DatasetInvalid
+from adapters.errors import DatasetInvalid, DatasetUnreadable
 from adapters.training.dataset import read_dataset
 
 USER = {"role": "user", "content": "Hello?"}
@@ -122,11 +123,42 @@ def test_every_bad_row_is_counted_and_the_first_are_shown(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
-    assert problems(written(tmp_path, content)) == [(1, "is missing: the file has no rows")]
+    with pytest.raises(DatasetUnreadable, match=r'train\.jsonl has no rows; .*"messages"'):
+        read_dataset(written(tmp_path, content))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert problems(tmp_path / "none.jsonl") == [(1, "cannot be read (No such file or directory)")]
+    with pytest.raises(DatasetUnreadable, match=r"^none\.jsonl does not exist \(.*none\.jsonl\)"):
+        read_dataset(tmp_path / "none.jsonl")
+    with pytest.raises(DatasetUnreadable, match="is a folder"):
+        read_dataset(tmp_path)
+
+
+ROW_BYTES = json.dumps(GOOD).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(ROW_BYTES), "compressed with gzip; unpack it"),
+        (b"PK\x03\x04...", "ZIP archive"),
+        (b"PAR1...", "Parquet .*to_json"),
+        (ROW_BYTES.decode().encode("utf-16"), "UTF-16 text; save it as UTF-8"),
+        (ROW_BYTES.decode().encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
+        (ROW_BYTES.decode().encode("utf-32"), "UTF-32 text; save it as UTF-8"),
+        (b"prompt,completion\nHello?,Hi.\n", 'CSV; give one JSON object a line, such as {"messages"'),
+        (b'\xef\xbb\xbf"Question";"Answer"\n', "CSV; "),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html>\n", "HTML"),
+        (json.dumps(GOOD, indent=1).encode(), "spread over several lines"),
+        (b"\0" * 5000, "binary data"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, content: bytes, what: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DatasetUnreadable, match=rf"^train\.jsonl is .*{what}"):
+        read_dataset(path)
 
 
 def test_empty_lines_at_the_end_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:

@@ -138,9 +138,11 @@ def test_files(openai_client: openai.OpenAI) -> None:
     [
         (b"", "no rows"),
         (rows() + b"{not json\n" + rows() + b'{"messages": []}\n', "line 3 .*; line 6 "),
-        (b"\xff\xfe\n", "line 1 "),
+        (b"\xff\xfe\n", "UTF-16"),
+        (b"\xff\n", "line 1 "),
+        (b"prompt,completion\n1,2\n", "bad.jsonl is CSV"),
         (b'{"a": 1}\n' * 20, "20 rows .* and 10 more"),
-        (b"\0" * 1000, "line 1 "),
+        (b"\0" * 1000, "binary data"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_lines(

@@ -75,7 +75,7 @@ def test_bad_rows_are_all_named_before_anything_is_trained(
     assert cli.main([*words, "--data", str(bad), "--run-dir", str(tmp_path / "run")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines[:-1]] == [str(number) for number in range(1, 31)]
-    assert lines[-1].startswith("manylora train: bad.jsonl has 30 rows that cannot be used")
+    assert lines[-1] == "manylora train: bad.jsonl has 30 rows that cannot be used."
     assert (result(tmp_path / "run")["status"], result(tmp_path / "run")["error_type"]) == (
         "failed",
         "DatasetInvalid",
