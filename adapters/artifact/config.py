@@ -1,6 +1,6 @@
 """``adapter_config.json`` → ``LoraSettings``: the fields that decide what an adapter computes.
 
-The meaning of each is PEFT's (``peft.LoraConfig``); what cannot be served is refused in ``refusals.py``.
+The meaning of each is PEFT's (``peft.LoraConfig``); ``fields.py`` refuses what cannot be served.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from adapters.artifact.fields import check_fields
 from adapters.artifact.files import CONFIG_FILE, parse_object
-from adapters.artifact.refusals import check_supported
 from adapters.errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 2**20
@@ -23,7 +23,10 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Where modules are chosen, a string is a regular expression and a tuple has names and suffixes."""
+    """Where modules are chosen, a string is a regular expression and a tuple has names and suffixes.
+
+    ``warnings`` are whole sentences about fields that decide nothing.
+    """
 
     r: int
     lora_alpha: float
@@ -40,6 +43,7 @@ class LoraSettings:
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
+    warnings: tuple[str, ...] = ()
 
     def scale(self, rank: int, alpha: float) -> float:
         """What ``lora_B(lora_A(x))`` is multiplied by."""
@@ -49,10 +53,10 @@ class LoraSettings:
 def parse_config(data: bytes) -> LoraSettings:
     """Raises AdapterInvalid (a field is malformed) or AdapterUnsupported (it cannot be served exactly)."""
     config = parse_object(data, CONFIG_FILE)
-    check_supported(config)
+    warnings = check_fields(config)
     _check_together(config)
     return LoraSettings(
-        r=_required(config, "r", _rank),
+        r=_optional(config, "r", _rank, 8),
         lora_alpha=_optional(config, "lora_alpha", _number, 8.0),
         target_modules=_required(config, "target_modules", _text_or_names),
         use_rslora=_optional(config, "use_rslora", _flag, False),
@@ -67,6 +71,7 @@ def parse_config(data: bytes) -> LoraSettings:
         bias=_optional(config, "bias", _bias, "none"),
         modules_to_save=_optional(config, "modules_to_save", _names, ()),
         ensure_weight_tying=_optional(config, "ensure_weight_tying", _flag, False),
+        warnings=warnings,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
 from adapters.artifact.assemble import BaseWeights, assemble, without_copies
+from adapters.artifact.base_names import same_base
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
@@ -24,6 +25,11 @@ from adapters.sites import BaseLayout
 
 _TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WIDEST_BYTES = 4
+_COPIES = 3
+"""Of one module in a file: ``modules_to_save`` with ``save_embedding_layers`` (see ``names.py``)."""
+_PIECE_BYTES = 2**20
+_ROUNDING = 1e-12
+"""Of what is summed in float64: less is no change but the rounding of terms that cancel."""
 _DIGEST_VERSION = b"manylora adapter 1\n"
 
 
@@ -74,7 +80,7 @@ def _read(
     folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype, base: BaseWeights | None
 ) -> _Read:
     max_header = max_header_bytes(layout)
-    max_file = limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + max_header
+    max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + max_header
     with open_folder(folder) as descriptor:
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
@@ -91,7 +97,7 @@ def _read(
         ranks=MappingProxyType({p.site.name: p.rank for p in plan.sites}),
         nbytes=nbytes,
         base_model=settings.base_model,
-        warnings=_warnings(settings, layout),
+        warnings=(*_warnings(settings, layout), *plan.warnings),
         extra_bytes=extra,
     )
     return _Read(plan, tensors, info)
@@ -107,13 +113,22 @@ def _read_tensors(
     digest = hashlib.sha256(
         _DIGEST_VERSION + json.dumps(scales, sort_keys=True).encode() + b"\n" + header.raw
     )
-    tensors = {}
+    tensors, used = {}, plan.used
     for entry in header.entries:
+        if entry.name not in used:
+            _digest_unread(stream, entry, digest)
+            continue
         data = read_exactly(stream, entry.end - entry.begin, WEIGHTS_FILE)
         digest.update(data)
         wanted = torch.float32 if entry.name in kept_wide else dtype
         tensors[entry.name] = _as_served(entry, data, scales.get(entry.name), wanted)
     return tensors, digest.hexdigest()
+
+
+def _digest_unread(stream: BinaryIO, entry: TensorEntry, digest: hashlib._Hash) -> None:
+    """A tensor that is not served may be large; a few bytes of it are held at a time."""
+    for begin in range(entry.begin, entry.end, _PIECE_BYTES):
+        digest.update(read_exactly(stream, min(_PIECE_BYTES, entry.end - begin), WEIGHTS_FILE))
 
 
 def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: torch.dtype) -> torch.Tensor:
@@ -137,21 +152,26 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """An untrained adapter is the base under another name: surely a mistake."""
     own = plan.own.matrices or plan.own.norms or plan.own.biases
-    if own or any(pair.magnitude or pair.bias for pair in plan.pairs):
+    if own or any(pair.magnitude or (pair.bias and tensors[pair.bias.name].any()) for pair in plan.pairs):
         return
-    if not any(bool(tensors[p.a.name].any()) and bool(tensors[p.b.name].any()) for p in plan.pairs):
+    if not any(_changes(tensors[pair.a.name], tensors[pair.b.name]) for pair in plan.pairs):
         raise AdapterInvalid(
-            "Every site has lora_B (times the scale) or lora_A all zeros: it would be the base, untrained."
+            "At every site lora_B (times the scale) times lora_A is zero: it would be the base, untrained."
         )
 
 
+def _changes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the product of a [rank, in] and b [rank, out] is not zero: it is tried on one random input."""
+    rows = a.any(dim=1) & b.any(dim=1)
+    if not bool(rows.any()):
+        return False
+    probe = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inner, b = a[rows].double() @ probe, b[rows].double()
+    return bool(((inner @ b).abs() > _ROUNDING * (inner.abs() @ b.abs())).any())
+
+
 def _warnings(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
-    if settings.base_model is None or _short(settings.base_model) == _short(layout.name_or_path):
-        return ()
-    return (f"It was trained on {settings.base_model!r}, but the base is {layout.name_or_path!r}.",)
-
-
-def _short(name_or_path: str) -> str:
-    """The model's own name: no owner, no folder, no mark of how it was quantised for training."""
-    last = name_or_path.rstrip("/").rpartition("/")[2].casefold()
-    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+    if not settings.base_model or same_base(settings.base_model, layout.name_or_path):
+        return settings.warnings
+    other = f"It was trained on {settings.base_model!r}, but the base is {layout.name_or_path!r}."
+    return (other, *settings.warnings)

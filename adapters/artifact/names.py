@@ -14,6 +14,11 @@ from adapters.sites import BaseLayout
 Role = Literal["lora_A", "lora_B", "lora_B.bias", "magnitude", "weight", "bias"]
 """``lora_A`` and ``lora_B`` are the embedding's pair too, ``weight`` and ``bias`` the module's own."""
 
+Copy = Literal["saved", "wrapped", "original"]
+"""Which of a module's own parameters a name means. PEFT's ``modules_to_save`` wraps the module: the trained
+one is saved under the module's name, and with ``save_embedding_layers`` again under the wrapper's, beside the
+original, which is the base's."""
+
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAME = r"(?:\.(?P<adapter>[^.]+))?"
@@ -27,11 +32,21 @@ _FORMS: dict[re.Pattern[str], Role] = {
         "magnitude"
     ),
 }
+_WRAPPER = rf"(?:\.base_layer|(?P<wrapped>\.modules_to_save{_NAME})|(?P<original>\.original_module))?"
 _OWN: dict[re.Pattern[str], Role] = {
-    re.compile(rf"(?P<module>.+?)(?:\.base_layer|\.modules_to_save{_NAME})?\.weight"): "weight",
-    re.compile(rf"(?P<module>.+?)(?:\.base_layer|\.modules_to_save{_NAME})?\.bias"): "bias",
+    re.compile(rf"(?P<module>.+?){_WRAPPER}\.weight"): "weight",
+    re.compile(rf"(?P<module>.+?){_WRAPPER}\.bias"): "bias",
 }
 _FOREIGN = {
+    re.compile(
+        r"\.lora_[ab]$"
+    ): "mlx-lm, which keeps its pairs turned round; convert the adapter to PEFT's format",
+    re.compile(
+        r"lora_(?:down|up|unet|te\d?)"
+    ): "a diffusion model's LoRA; this server serves language models",
+    re.compile(r"^(?:base_model\.model\.)?(?:score|classifier|qa_outputs|v_head)\."): (
+        "the head of a classifier or a reward model, which a causal language model has no place for"
+    ),
     re.compile(r"token_adapter|trainable_tokens"): "trained rows of an embedding (trainable_token_indices)",
     re.compile(r"lora_[A-Za-z_]+"): "a kind of LoRA that this server does not know",
 }
@@ -44,6 +59,7 @@ class TensorName:
     module: str
     role: Role
     adapter: str | None
+    copy: Copy = "saved"
 
 
 def parse_name(name: str, layout: BaseLayout) -> TensorName:
@@ -64,7 +80,11 @@ def parse_name(name: str, layout: BaseLayout) -> TensorName:
 def _match(name: str, forms: Mapping[re.Pattern[str], Role]) -> TensorName | None:
     for form, role in forms.items():
         if match := form.fullmatch(name):
-            return TensorName(match["module"].removeprefix(_PREFIX), role, match["adapter"])
+            groups = match.groupdict()
+            copy: Copy = (
+                "wrapped" if groups.get("wrapped") else "original" if groups.get("original") else "saved"
+            )
+            return TensorName(groups["module"].removeprefix(_PREFIX), role, groups["adapter"], copy)
     return None
 
 

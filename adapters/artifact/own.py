@@ -14,7 +14,7 @@ from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.names import Role
 from adapters.errors import AdapterInvalid, AdapterUnsupported
-from adapters.sites import BaseLayout
+from adapters.sites import BaseLayout, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,13 @@ class OwnPlan:
         matrices: [vocabulary, hidden], by the name of the embedding or the head.
         norms: by norm and parameter.
         biases: of linears, by name.
+        warnings: whole sentences about what the config names and the file does not have.
     """
 
     matrices: Mapping[str, TensorEntry]
     norms: Mapping[str, Mapping[str, TensorEntry]]
     biases: Mapping[str, TensorEntry]
+    warnings: tuple[str, ...] = ()
 
 
 def saved_modules(settings: LoraSettings, modules: Iterable[str]) -> frozenset[str]:
@@ -48,11 +50,11 @@ def plan_own(
     Raises AdapterInvalid or AdapterUnsupported.
     """
     saved = saved_modules(settings, layout.modules)
-    _check_saved(saved, found, settings, layout)
+    _check_saved(saved, found, layout)
     weights = {name: tensors["weight"] for name, tensors in found.items() if "weight" in tensors}
     biases = {name: tensors["bias"] for name, tensors in found.items() if "bias" in tensors}
     _check_weights(weights, saved, layout)
-    _check_biases(biases, saved, adapted, settings, layout)
+    absent = _check_biases(biases, saved, adapted, settings, layout)
     norms = {
         norm: {role: found[norm][role] for role in ("weight", "bias") if role in found[norm]}
         for norm in layout.norms
@@ -64,19 +66,15 @@ def plan_own(
         _both_if_shared(matrices, saved, layout),
         norms,
         {name: entry for name, entry in biases.items() if name not in layout.norms},
+        (*_not_there(settings, layout), *absent),
     )
 
 
 def _check_saved(
     saved: frozenset[str],
     found: Mapping[str, Mapping[Role, TensorEntry]],
-    settings: LoraSettings,
     layout: BaseLayout,
 ) -> None:
-    if settings.modules_to_save and not saved:
-        raise AdapterInvalid(
-            f"modules_to_save {list(settings.modules_to_save)} matches no module of the base."
-        )
     for module in sorted(saved - layout.norms.keys() - layout.ends.keys()):
         raise AdapterUnsupported(
             f"modules_to_save: {module!r} of the base is neither a norm nor the embedding nor the output "
@@ -85,6 +83,14 @@ def _check_saved(
     missing = sorted(module for module in saved if "weight" not in found.get(module, {}))
     if missing:
         raise AdapterInvalid(f"modules_to_save names {missing[0]}, but the file has no weight of it.")
+
+
+def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
+    """PEFT adds the names of classifiers' heads to every SEQ_CLS config, and looks for no match."""
+    names = [name for name in settings.modules_to_save if not any(m.endswith(name) for m in layout.modules)]
+    if not names:
+        return ()
+    return (f"modules_to_save names {', '.join(names)}, which the base does not have.",)
 
 
 def _check_weights(weights: Mapping[str, TensorEntry], saved: frozenset[str], layout: BaseLayout) -> None:
@@ -101,7 +107,8 @@ def _check_biases(
     adapted: frozenset[str],
     settings: LoraSettings,
     layout: BaseLayout,
-) -> None:
+) -> tuple[str, ...]:
+    """A warning of trained biases that the file lacks: PEFT warns too, and leaves the base's."""
     trained = {"none": frozenset(), "lora_only": adapted, "all": layout.biases}[settings.bias]
     expected = layout.biases & (trained | saved)
     if extra := sorted(biases.keys() - expected):
@@ -109,8 +116,15 @@ def _check_biases(
             f"Tensor {biases[extra[0]].name!r} is there, but bias={settings.bias!r} of the config and the "
             "base do not make it one of the trained biases."
         )
-    if missing := sorted(expected - biases.keys()):
-        raise AdapterInvalid(f"bias is {settings.bias!r}, but the file has no bias of {missing[0]}.")
+    missing = sorted(expected - biases.keys())
+    if lost := sorted(saved.intersection(missing)):
+        raise AdapterInvalid(f"modules_to_save names {lost[0]}, but the file has no bias of it.")
+    if not missing:
+        return ()
+    return (
+        f"bias is {settings.bias!r}, but the file lacks {len(missing)} biases, which stay as in the base: "
+        f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}.",
+    )
 
 
 def _check_sizes(
@@ -133,9 +147,27 @@ def _check_sizes(
         expected[f"{name}.bias"] = biases[name], (place.out_features,)
     for parameter, (entry, shape) in expected.items():
         if entry.shape != shape:
+            check_vocabulary(entry, shape, layout.ends.get(parameter.removesuffix(".weight")), layout)
             raise AdapterInvalid(
                 f"Tensor {entry.name!r} has shape {list(entry.shape)}, but the base's {parameter} has "
-                f"{list(shape)}; a base with another vocabulary is another base."
+                f"{list(shape)}; the adapter was trained on another base."
+            )
+
+
+def check_vocabulary(
+    entry: TensorEntry, shape: tuple[int, ...], place: Site | None, layout: BaseLayout
+) -> None:
+    """Raises AdapterUnsupported if it is the vocabulary alone that makes another shape than ``shape``."""
+    end = layout.ends.get(place.name) if place is not None else None
+    if end is None or len(entry.shape) != len(shape):
+        return
+    size = end.in_features if end is layout.embedding else end.out_features
+    match [(there, wanted) for there, wanted in zip(entry.shape, shape, strict=True) if there != wanted]:
+        case [(there, wanted)] if wanted == size:
+            raise AdapterUnsupported(
+                f"Tensor {entry.name!r} is for a vocabulary of {there} tokens, but the base has {size}: the "
+                "vocabulary was resized in training (resize_token_embeddings). Train with the base's own "
+                "tokens, or resize the base in the same way, save it, and serve that."
             )
 
 

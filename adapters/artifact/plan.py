@@ -12,7 +12,7 @@ from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.names import Role, not_adaptable, parse_name
-from adapters.artifact.own import OwnPlan, plan_own, saved_modules
+from adapters.artifact.own import OwnPlan, check_vocabulary, plan_own, saved_modules
 from adapters.artifact.targets import Target, resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from adapters.sites import BaseLayout, Site
@@ -53,15 +53,25 @@ class AdapterPlan:
         sites: the pairs at linears inside the blocks, in the layout's order.
         ends: the pairs at the embedding and the output head, by name.
         own: what replaces parts of the base.
+        warnings: whole sentences about what the config names and the file does not have.
     """
 
     sites: tuple[SitePlan, ...]
     ends: Mapping[str, SitePlan]
     own: OwnPlan
+    warnings: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[SitePlan, ...]:
         return (*self.sites, *self.ends.values())
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The names of the tensors that are served; the file may have the base's own beside them."""
+        pairs = (entry for pair in self.pairs for entry in (pair.a, pair.b, pair.magnitude, pair.bias))
+        norms = (entry for own in self.own.norms.values() for entry in own.values())
+        own = (*self.own.matrices.values(), *norms, *self.own.biases.values())
+        return frozenset(entry.name for entry in (*pairs, *own) if entry is not None)
 
 
 def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout) -> AdapterPlan:
@@ -69,17 +79,19 @@ def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout:
     found = _by_module(entries, layout)
     targeted = _targets(settings, layout)
     pairs = {module: tensors for module, tensors in found.items() if tensors.keys() - {"weight", "bias"}}
-    _check_same_modules(pairs, targeted)
+    absent = _check_same_modules(pairs, targeted)
     places = {**layout.sites, **layout.ends}
     plans = {
-        name: _plan_pair(places[name], pairs[name], targeted[name], settings)
+        name: _plan_pair(places[name], pairs[name], targeted[name], settings, layout)
         for name in places
         if name in pairs
     }
+    own = plan_own(found, frozenset(pairs), settings, layout)
     return AdapterPlan(
         tuple(plan for name, plan in plans.items() if name in layout.sites),
         {name: plan for name, plan in plans.items() if name in layout.ends},
-        plan_own(found, frozenset(pairs), settings, layout),
+        own,
+        (*absent, *own.warnings),
     )
 
 
@@ -130,20 +142,26 @@ def _pair_size(pair: SitePlan) -> int:
 
 def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, Tensors]:
     found: dict[str, Tensors] = {}
+    wrapped: dict[str, Tensors] = {}
     adapter_names: set[str] = set()
     for entry in entries:
         name = parse_name(entry.name, layout)
         if name.role not in ("weight", "bias", "magnitude"):
             adapter_names.add(name.adapter or "default")
-        if name.role in found.setdefault(name.module, {}):
+        if name.copy == "original":
+            continue
+        tensors = (wrapped if name.copy == "wrapped" else found).setdefault(name.module, {})
+        if name.role in tensors:
             raise AdapterInvalid(
-                f"{entry.name!r} and {found[name.module][name.role].name!r} are the same tensor's names."
+                f"{entry.name!r} and {tensors[name.role].name!r} are the same tensor's names."
             )
-        found[name.module][name.role] = entry
+        tensors[name.role] = entry
     if len(adapter_names) > 1:
         raise AdapterInvalid(
             f"The file mixes the tensors of several adapters: {', '.join(sorted(adapter_names))}."
         )
+    for module, tensors in wrapped.items():  # the same again, which PEFT leaves aside as well
+        found[module] = {**tensors, **found.get(module, {})}
     return found
 
 
@@ -163,22 +181,30 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
     return resolve_targets(settings, targeted)
 
 
-def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> None:
-    if missing := [name for name in targeted if name not in pairs]:
-        raise AdapterInvalid(
-            f"{len(missing)} of the modules that target_modules names have no tensors: {_some(missing)}."
-        )
+def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> tuple[str, ...]:
+    """A warning of modules without tensors: PEFT warns too, and leaves their lora_B at zero."""
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
             f"{len(extra)} modules have tensors, but target_modules does not name them: {_some(extra)}."
         )
+    missing = [name for name in targeted if name not in pairs]
+    if len(missing) == len(targeted):
+        raise AdapterInvalid(f"None of the modules that target_modules names has tensors: {_some(missing)}.")
+    if not missing:
+        return ()
+    return (
+        f"{len(missing)} of the modules that target_modules names have no tensors and stay as in the base: "
+        f"{_some(missing)}.",
+    )
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _plan_pair(site: Site, tensors: Tensors, target: Target, settings: LoraSettings) -> SitePlan:
+def _plan_pair(
+    site: Site, tensors: Tensors, target: Target, settings: LoraSettings, layout: BaseLayout
+) -> SitePlan:
     wanted = {"lora_A", "lora_B"}
     wanted |= {"magnitude"} if settings.use_dora else set()
     wanted |= {"lora_B.bias"} if settings.lora_bias else set()
@@ -191,14 +217,14 @@ def _plan_pair(site: Site, tensors: Tensors, target: Target, settings: LoraSetti
         role = sorted(extra)[0]
         option = "use_dora" if role == "magnitude" else "lora_bias"
         raise AdapterInvalid(f"{tensors[role].name!r} is there, but {option} is false in the config.")
-    _check_shapes(site, tensors, target.rank)
+    _check_shapes(site, tensors, target.rank, layout)
     return SitePlan(
         site, tensors["lora_A"], tensors["lora_B"], target.scale,
         tensors.get("magnitude"), tensors.get("lora_B.bias"),
     )  # fmt: skip
 
 
-def _check_shapes(site: Site, tensors: Tensors, rank: int) -> None:
+def _check_shapes(site: Site, tensors: Tensors, rank: int, layout: BaseLayout) -> None:
     expected: dict[Role, tuple[int, ...]] = {
         "lora_A": (rank, site.in_features),
         "lora_B": (site.out_features, rank),
@@ -207,6 +233,7 @@ def _check_shapes(site: Site, tensors: Tensors, rank: int) -> None:
     }
     for role, shape in expected.items():
         if role in tensors and tensors[role].shape != shape:
+            check_vocabulary(tensors[role], shape, site, layout)
             raise AdapterInvalid(
                 f"Tensor {tensors[role].name!r} has shape {list(tensors[role].shape)}; rank {rank} of the "
                 f"config and the base's {site.name} ({site.in_features} → {site.out_features}) make it "

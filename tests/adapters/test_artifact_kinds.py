@@ -36,6 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "biases of lora_B": {"target_modules": ["k_proj", "up_proj"], "lora_bias": True},
     "both ends": {"target_modules": [EMBED, HEAD], "use_dora": True},
     "own modules": {"target_modules": ["q_proj"], "modules_to_save": ["norm", HEAD, EMBED]},
+    "own modules saved thrice": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": [HEAD, EMBED],
+        "save_embedding_layers": True,
+    },
 }
 
 
@@ -155,6 +160,64 @@ def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of
     own = _load(base, make_peft_adapter(base, tmp_path / "b", 3, ["q_proj"], modules_to_save=[EMBED]))
     assert own.extras.embedding is not None
     assert own.extras.head is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_trained_module_is_taken_from_beside_its_original(tmp_path: Path) -> None:
+    base = _model()
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": [HEAD, EMBED]}
+    folder = make_peft_adapter(base, tmp_path / "a", r=3, save_embedding_layers=True, **fields)
+    weights = load_file(folder / WEIGHTS_FILE)
+    name = "base_model.model.lm_head"
+    copies = {f"{name}.weight", f"{name}.modules_to_save.weight", f"{name}.original_module.weight"}
+    assert copies <= weights.keys()
+    trained = weights[f"{name}.weight"]
+    assert not torch.equal(trained, weights[f"{name}.original_module.weight"])
+    for kept in ("weight", "modules_to_save.weight", "modules_to_save.default.weight"):
+        rest = {key: tensor for key, tensor in weights.items() if key not in copies}
+        rest |= {f"{name}.{kept}": trained, f"{name}.original_module.weight": base.lm_head.weight.detach()}
+        save_file(rest, folder / WEIGHTS_FILE)
+        head = _load(base, folder).extras.head
+        assert head is not None
+        assert head.matrix is not None
+        assert torch.equal(head.matrix, trained)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("rows", [37, 43])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": [HEAD]},
+        {"target_modules": ["q_proj"], "save_embedding_layers": True},
+        {"target_modules": [EMBED]},
+        {"target_modules": [HEAD]},
+    ],
+    ids=["modules_to_save", "embedding layers", "LoRA of the embedding", "LoRA of the head"],
+)
+def test_a_resized_vocabulary_has_its_own_reason(fields: dict[str, Any], rows: int, tmp_path: Path) -> None:
+    resized = _model()
+    resized.resize_token_embeddings(rows, mean_resizing=False)
+    folder = make_peft_adapter(resized, tmp_path / "a", r=3, **fields)
+    with pytest.raises(AdapterUnsupported, match=rf"for a vocabulary of {rows} tokens, but the base has 40"):
+        _load(_model(), folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_bias_that_the_file_lacks_stays_as_in_the_base(tmp_path: Path) -> None:
+    base = _model()
+    folder = make_peft_adapter(base, tmp_path / "a", r=3, target_modules=["q_proj"], bias="all")
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file({k: v for k, v in weights.items() if "k_proj" not in k}, folder / WEIGHTS_FILE)
+    adapter = _load(base, folder)
+    (warning,) = adapter.info.warnings
+    assert warning.startswith(
+        "bias is 'all', but the file lacks 1 biases, which stay as in the base: model.lay"
+    )
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval().base_model.model
+    with torch.inference_mode():
+        for name in layout_of(base).sites:
+            _check_module(name, base, peft.get_submodule(name), adapter)
 
 
 def _with_head_apart(tied: Any) -> Any:

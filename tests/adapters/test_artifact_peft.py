@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-from adapters.artifact import Adapter, load_adapter
+from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter
+from adapters.base.weights import BaseWeights
 from tests.adapters.artifact_folders import LIMITS, layout_of, tiny_llama
 from tests.tiny_models import make_peft_adapter
 
@@ -84,6 +88,50 @@ def test_what_peft_saved_is_what_peft_computes(case: str, model: Any, tmp_path: 
     _check_equal(adapter, _expected(model, folder), torch.bfloat16)
     assert adapter.info.nbytes == sum(p.a.nbytes + p.b.nbytes for p in adapter.weights.values())
     assert adapter.info.rank == max(adapter.info.ranks.values())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"task_type": "SEQ_2_SEQ_LM"},
+        {"task_type": None},
+        {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 8, "scale": 2.0}},
+        {"merge_weights": True, "enable_lora": None, "inference_mode": False},
+        {"r": None, "lora_alpha": None},
+    ],
+    ids=", ".join,
+)
+def test_labels_change_nothing(labels: dict[str, Any], model: Any, tmp_path: Path) -> None:
+    folder = make_peft_adapter(model, tmp_path / "a", target_modules=["q_proj", "up_proj"])
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    changed = {k: v for k, v in {**config, **labels}.items() if k == "task_type" or v is not None}
+    (folder / CONFIG_FILE).write_text(json.dumps(changed))
+    _check_equal(load_adapter(folder, layout_of(model), LIMITS), _expected(model, folder), torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_layers_without_tensors_stay_as_in_the_base(
+    fields: dict[str, Any], model: Any, tmp_path: Path
+) -> None:
+    folder = make_peft_adapter(model, tmp_path / "a", **fields)
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file({name: t for name, t in weights.items() if ".layers.0." not in name}, folder / WEIGHTS_FILE)
+    layout = layout_of(model)
+    adapter = load_adapter(folder, layout, LIMITS, torch.float32, base=BaseWeights(model, layout))
+    assert set(adapter.info.ranks) == {name for name in layout.sites if ".layers.1." in name}
+    assert adapter.extras.adjustments.keys() <= adapter.info.ranks.keys()
+    (warning,) = adapter.info.warnings
+    assert warning.startswith("7 of the modules that target_modules names have no tensors and stay as in the")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval().base_model.model
+    with torch.inference_mode():
+        for name, site in layout.sites.items():
+            x = torch.randn(3, site.in_features)
+            if name in adapter.info.ranks:
+                assert not torch.allclose(theirs.get_submodule(name)(x), model.get_submodule(name)(x))
+            else:
+                torch.testing.assert_close(theirs.get_submodule(name)(x), model.get_submodule(name)(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
