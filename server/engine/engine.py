@@ -25,7 +25,7 @@ from server.engine.random_draws import answer_seed
 from server.engine.request import FinishReason, GenerationRequest
 from server.engine.sampler import Draw, RankedLogprobs, draw
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Chunk, Sequence
+from server.engine.sequence import Chunk, Sequence, Shared
 from server.errors import RequestFailed
 
 log = logging.getLogger("manylora.engine")
@@ -100,10 +100,11 @@ class Engine:
         Of several answers the first runs alone until its prompt is computed: the others then find the
         prompt in the prefix cache.
         """
+        shared = Shared()
         answers = [
             Sequence(
                 request.request_id, index, request.prompt, adapter, request.sampling,
-                answer_seed(seed, index), next(self._arrivals), self._eos,
+                answer_seed(seed, index), next(self._arrivals), self._eos, shared,
             )
             for index in range(request.sampling.n)
         ]  # fmt: skip

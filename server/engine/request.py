@@ -19,9 +19,9 @@ class SamplingParams:
 
     Attributes:
         max_tokens: most tokens to generate, at least 1.
-        temperature: 0 means greedy.
-        top_p, top_k, min_p: keep the smallest set with that mass; that many (0 = all); that share of
-            the largest probability (0 = all).
+        temperature: below 1e-5 means greedy.
+        top_p, top_k, min_p: keep the smallest set with that mass (0 = greedy); that many (0 = all); that
+            share of the largest probability (0 = all).
         presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
         repetition_penalty: Hugging Face's, over prompt and generated tokens; 1 = none.
         logit_bias: added to the logits, by token id.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.transfer import send
-from server.engine.distribution import Distributions, is_truncated
+from server.engine.distribution import Distributions, is_greedy, is_truncated
 from server.engine.sequence import Sequence
 from server.engine.shaping import shape
 from server.engine.transfer import Download
@@ -58,19 +58,26 @@ def draw(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None 
     """
     shaped = shape(logits, sequences, unread)
     best, tokens = shaped.max(dim=-1)
-    random = [i for i, s in enumerate(sequences) if s.params.temperature > 0]
+    random = [i for i, s in enumerate(sequences) if not is_greedy(s.params)]
     truncated = [i for i in random if is_truncated(sequences[i].params)]
     whole = [i for i in random if not is_truncated(sequences[i].params)]
     if whole:
-        rows = Distributions(_pick(shaped, whole), [sequences[i] for i in whole])
-        _put(tokens, whole, rows.draw())
+        _put(tokens, whole, _distributions(shaped, best, tokens, sequences, whole).draw())
     unsure = None
     if truncated:
-        rows = Distributions(_pick(shaped, truncated), [sequences[i] for i in truncated])
+        rows = _distributions(shaped, best, tokens, sequences, truncated)
         drawn, enough = rows.draw_from_head()
         _put(tokens, truncated, drawn)
         unsure = _Unsure(truncated, rows, enough)
     return Drawn(tokens, best, unsure, _rank(logits, sequences, tokens))
+
+
+def _distributions(
+    logits: Tensor, best: Tensor, best_tokens: Tensor, sequences: SequenceOf[Sequence], rows: list[int]
+) -> Distributions:
+    return Distributions(
+        _pick(logits, rows), _pick(best, rows), _pick(best_tokens, rows), [sequences[i] for i in rows]
+    )
 
 
 class Drawn:

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from adapters.registry import Version
 from server.engine.kv_cache import BlockTable
 from server.engine.request import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from server.engine.shaping import LogitBias
+    from server.engine.token_counts import TokenCounts
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the answers of one request share.
+
+    Attributes:
+        bias: its ``logit_bias`` on the device; None before the first draw.
+    """
+
+    bias: LogitBias | None = None
 
 
 class Sequence:
@@ -29,11 +45,14 @@ class Sequence:
         started: clock at the first step that took it up; None before.
         not_before: clock before which admission need not be tried again.
         attempts: how often admission found the adapter's content changed.
+        shared: with the request's other answers.
+        counts: what its penalties go by; None before the first draw, or without penalties.
     """
 
     __slots__ = (
-        "adapter", "arrival", "attempts", "eos", "in_flight", "index", "not_before", "num_cached",
-        "num_computed", "num_prompt", "params", "request_id", "seed", "slot", "started", "table", "tokens",
+        "adapter", "arrival", "attempts", "counts", "eos", "in_flight", "index", "not_before", "num_cached",
+        "num_computed", "num_prompt", "params", "request_id", "seed", "shared", "slot", "started", "table",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +65,7 @@ class Sequence:
         seed: int,
         arrival: int,
         eos: frozenset[int],
+        shared: Shared | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -64,6 +84,8 @@ class Sequence:
         self.started: float | None = None
         self.not_before = 0.0
         self.attempts = 0
+        self.shared = shared if shared is not None else Shared()
+        self.counts: TokenCounts | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -97,6 +119,11 @@ class Sequence:
         if token in self.params.stop_token_ids:
             return True
         return token in self.eos and not self.params.ignore_eos
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end the answer."""
+        return set(self.params.stop_token_ids) | (set() if self.params.ignore_eos else self.eos)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
+from server.engine import distribution
 from server.engine.random_draws import answer_seed, uniform
 from server.engine.request import SamplingParams
 from server.engine.sampler import Draw, draw
 from server.engine.sequence import Sequence
+from server.engine.shaping import shape
+from server.errors import InvalidRequest
+from server.http.schema import CompletionBody
 
 
 def _sequence(
@@ -57,6 +64,13 @@ def test_draws_follow_the_distribution() -> None:
         ({"min_p": 0.3}, [2, 1]),
         ({"top_k": 3, "top_p": 0.75}, [2, 1]),  # top_p counts within what top_k left
         ({"top_p": 1e-9}, [2]),
+        ({"top_p": 1e-300}, [2]),  # 0 in float32
+        ({"top_p": 0.0}, [2]),
+        ({"top_k": 1}, [2]),
+        ({"min_p": 1.0}, [2]),
+        ({"temperature": 1e-38}, [2]),  # by which a logit becomes infinite
+        ({"temperature": 1e-300}, [2]),
+        ({"temperature": 1e-5}, [2]),
     ],
 )
 def test_truncation_keeps_and_renormalises(params: dict[str, Any], kept: list[int]) -> None:
@@ -141,6 +155,101 @@ def test_random_numbers_come_from_seed_and_position_alone() -> None:
     assert all(0 <= number < 1 for number in numbers)
     assert abs(sum(numbers) / 1600 - 0.5) < 0.03
     assert answer_seed(5, 0) != answer_seed(5, 1)
+
+
+EDGES = [0.0, 5e-324, 1e-300, 2.0**-25, 1 - 2.0**-24, 1 - 2.0**-25, 1 - 1e-8, math.nextafter(1.0, 0.0)]
+"""Of [0, 1); from the sixth on they are 1 in float32."""
+
+TRUNCATIONS: list[dict[str, object]] = [
+    {},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 700},
+    {"top_p": 1e-300},
+    {"top_p": 0.5},
+    {"top_p": 0.999999},
+    {"min_p": 1e-9},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("params", TRUNCATIONS)
+@pytest.mark.parametrize("peak", [0.0, 0.01, 4.0, 60.0])
+def test_the_ends_of_the_random_numbers_range_draw_tokens_that_have_a_probability(
+    monkeypatch: pytest.MonkeyPatch, edge: float, params: dict[str, object], peak: float
+) -> None:
+    """The first and the last 300 of 2,000 words have none; within 512, more or all of the others count."""
+    logits = torch.linspace(0.0, peak, 2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
+    logits[:300] = logits[-300:] = -1e9
+    monkeypatch.setattr(distribution, "uniform", lambda *_: edge)
+    token = sample(logits[None], [_sequence(**params)])[0].token  # type: ignore[arg-type]
+    assert token in allowed(logits, **params)  # type: ignore[arg-type]
+
+
+def allowed(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> set[int]:
+    """Every token that these may leave, generous where float32 rounds and where logits are equal."""
+    if temperature < 1e-5 or top_p == 0.0 or top_k == 1:
+        return set((logits == logits.max()).nonzero()[:, 0].tolist())
+    probs = ((logits.double() - logits.max()) / temperature).softmax(-1)
+    ordered = probs.sort(descending=True).values
+    floor = ordered[min(top_k, len(ordered)) - 1] if top_k else ordered[-1]
+    floor = torch.maximum(floor, min_p * ordered[0])
+    kept = ordered[ordered >= floor * (1 - 1e-5)]
+    above = kept.cumsum(0) - kept  # of those that are more probable
+    last = kept[above <= (top_p + 1e-6) * kept.sum()][-1]
+    return set(((probs >= last * (1 - 1e-5)) & (probs > 0)).nonzero()[:, 0].tolist())
+
+
+def test_the_number_that_was_one_in_float32_draws_the_best_at_top_k_1() -> None:
+    """One in thirty million draws; this is the 20th of a request's seed."""
+    number = uniform(answer_seed(14120141, 0), 20)
+    assert number < 1.0 == torch.tensor(number, dtype=torch.float32).item()
+    logits = torch.linspace(3.0, -200.0, 1000)
+    for params in ({"top_k": 1}, {"top_k": 2, "top_p": 1e-9}, {"top_p": 0.01}, {"min_p": 0.99}):
+        sequence = _sequence(tuple(range(20)), seed=answer_seed(14120141, 0), **params)
+        assert sample(logits[None], [sequence])[0].token == 0
+    sequence = _sequence(tuple(range(20)), seed=answer_seed(14120141, 0))
+    last = sample(logits[None], [sequence])[0].token
+    assert last is not None
+    assert logits.softmax(-1)[last] > 0
+
+
+EXTREMES = st.fixed_dictionaries(
+    {"model": st.just("m"), "prompt": st.just("p")},
+    optional={
+        "temperature": st.floats(-0.1, 2.1) | st.sampled_from([0.0, 5e-324, 1e-38, 1e-5, 9e-6, 2.0, 1e30]),
+        "top_p": st.floats(-0.1, 1.1) | st.sampled_from([0.0, 5e-324, 1e-300, 1e-45, 1 - 1e-16, 1.0]),
+        "top_k": st.integers(-2, 2**31) | st.sampled_from([-1, 0, 1, 2**31 - 1]),
+        "min_p": st.floats(-0.1, 1.1) | st.sampled_from([0.0, 5e-324, 1e-38, 1.0]),
+        "repetition_penalty": st.floats(0, 101) | st.sampled_from([1e-38, 0.01, 100.0, 1e300]),
+        "presence_penalty": st.floats(-2.1, 2.1) | st.sampled_from([-2.0, 5e-324, 2.0]),
+        "frequency_penalty": st.floats(-2.1, 2.1) | st.sampled_from([-2.0, 5e-324, 2.0]),
+        "logit_bias": st.dictionaries(st.integers(0, 699).map(str), st.floats(-101, 101), max_size=5),
+        "min_tokens": st.sampled_from([0, 16, 17]),
+        "stop_token_ids": st.lists(st.integers(0, 699), max_size=3),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+    },
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(EXTREMES, st.integers(0, 20), st.sampled_from([0.01, 3.0, 1e4, 1e30]))
+def test_whatever_a_client_asks_for_is_refused_or_gives_a_token_with_a_probability(
+    fields: dict[str, Any], seed: int, scale: float
+) -> None:
+    try:
+        params = CompletionBody.model_validate(fields).sampling(16, None)
+    except (ValidationError, InvalidRequest):
+        return
+    sequence = _sequence((1, 2, 3), (1, 1, 5), **{**asdict(params), "seed": seed})
+    logits = torch.randn(1, 700, generator=torch.Generator().manual_seed(seed)) * scale
+    token = sample(logits, [sequence])[0].token
+    kept = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    assert token in allowed(shape(logits, [sequence], None)[0], **kept)
 
 
 def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
