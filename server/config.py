@@ -103,6 +103,7 @@ class HttpConfig:
         admin_key: the key of the admin routes; None = they are open to loopback peers only.
         shutdown_timeout: seconds that running requests have to finish after SIGTERM.
         max_body_bytes: a larger request body is answered 413.
+        allowed_hosts: what the Host header may be besides loopback names and ``host`` where no key is needed.
     """
 
     host: str
@@ -111,6 +112,33 @@ class HttpConfig:
     admin_key: str | None = field(repr=False)
     shutdown_timeout: float
     max_body_bytes: int
+    allowed_hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionConfig:
+    """What one connection may cost before, while and after it is served. Times are seconds.
+
+    Attributes:
+        limit_concurrency: most connections with a request; those without one give way to newer ones.
+        timeout_keep_alive: how long a connection may be idle after an answer.
+        keep_alive_max_requests: requests after which a connection is closed.
+        max_url_bytes, max_header_bytes, max_header_count: more is answered 414 or 431.
+        header_timeout: for all headers of a request, and for a new connection's first byte.
+        body_timeout, write_timeout: a client that sends, or reads, fewer than ``min_data_rate`` bytes a
+            second for so long is given up.
+    """
+
+    limit_concurrency: int
+    timeout_keep_alive: int
+    keep_alive_max_requests: int
+    max_url_bytes: int
+    max_header_bytes: int
+    max_header_count: int
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float
+    min_data_rate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +181,7 @@ class ServerConfig:
     adapters: AdapterConfig
     engine: EngineConfig
     http: HttpConfig
+    connections: ConnectionConfig
     training: TrainingConfig
     log: LogConfig
 
@@ -169,6 +198,7 @@ def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Server
         adapters=AdapterConfig(**groups["adapters"]),
         engine=EngineConfig(**groups["engine"]),
         http=HttpConfig(**groups["http"]),
+        connections=ConnectionConfig(**groups["connections"]),
         training=TrainingConfig(**groups["training"]),
         log=LogConfig(**groups["log"]),
     )

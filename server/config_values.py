@@ -34,6 +34,13 @@ def key(value: str) -> str:
     return value
 
 
+def host_pattern(value: str) -> str:
+    """A host's name or address without its port, ``*.`` before a name's end, or ``*``; lower case."""
+    if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[?[0-9A-Fa-f:.]+\]?", value):
+        raise ValueError("must be a host's name or address without a port, such as *.example.com, or *")
+    return value.strip("[]").lower()
+
+
 def gpu(value: str) -> str:
     """``auto``, ``none``, or one GPU as CUDA_VISIBLE_DEVICES names it: 1, GPU-…, MIG-…."""
     if not re.fullmatch(r"auto|none|[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{4,80}", value):
@@ -89,6 +96,18 @@ def seconds(value: str) -> float:
     if not 0 <= number < math.inf:
         raise ValueError("must be a number of seconds, 0 or more")
     return number
+
+
+def some_seconds(value: str) -> float:
+    """A duration in seconds, at least a hundredth."""
+    if (number := seconds(value)) < 0.01:
+        raise ValueError("must be a number of seconds, at least 0.01")
+    return number
+
+
+def whole_seconds(value: str) -> int:
+    """A duration in whole seconds, at most a day."""
+    return integer(1, 86_400)(value)
 
 
 def share(value: str) -> float:

@@ -13,13 +13,16 @@ from server.config_values import (
     flag,
     fraction,
     gpu,
+    host_pattern,
     integer,
     key,
     name,
     seconds,
     share,
     size,
+    some_seconds,
     text,
+    whole_seconds,
 )
 
 
@@ -128,6 +131,31 @@ OPTIONS: tuple[Option, ...] = (
     Option("--max-body-bytes", "http.max_body_bytes", size(1024), "8MiB", "SIZE",
            "answer 413 to a larger body"),
 
+    Option("--allowed-hosts", "http.allowed_hosts", host_pattern, None, "NAME",
+           "more names that the Host header may have where no key is needed; *.example.com, or * for any "
+           "(may be repeated)", several=True),
+
+    Option("--limit-concurrency", "connections.limit_concurrency", integer(1, 1 << 20), "1024", "N",
+           "requests answered at once; one more is answered 503, except on health, metrics and admin routes"),
+    Option("--timeout-keep-alive", "connections.timeout_keep_alive", whole_seconds, "75", "SECONDS",
+           "close a connection that has been idle for so long"),
+    Option("--keep-alive-max-requests", "connections.keep_alive_max_requests", integer(1, 1 << 30), "1000",
+           "N", "close a connection after so many requests"),
+    Option("--max-url-bytes", "connections.max_url_bytes", size(256), "8KiB", "SIZE",
+           "answer 414 to a longer URL"),
+    Option("--max-header-bytes", "connections.max_header_bytes", size(1024), "64KiB", "SIZE",
+           "answer 431 to more bytes of headers"),
+    Option("--max-header-count", "connections.max_header_count", integer(16, 65536), "256", "N",
+           "answer 431 to more headers"),
+    Option("--header-timeout", "connections.header_timeout", some_seconds, "20", "SECONDS",
+           "answer 408 to a client that takes longer to send a request's headers"),
+    Option("--body-timeout", "connections.body_timeout", some_seconds, "30", "SECONDS",
+           "answer 408 to a client whose body comes slower than --min-data-rate for so long"),
+    Option("--write-timeout", "connections.write_timeout", some_seconds, "30", "SECONDS",
+           "give up on a client that reads its answer slower than --min-data-rate for so long"),
+    Option("--min-data-rate", "connections.min_data_rate", size(1), "1KiB", "SIZE",
+           "bytes a second below which a client is too slow, in both directions"),
+
     Option("--max-training-jobs", "training.max_jobs", integer(0, 64), "1", "N",
            "fine-tuning jobs that run at once; 0: none, they wait"),
     Option("--train-threads", "training.threads", auto_or(integer(1, 1024)), "auto", "N",
@@ -158,6 +186,7 @@ HEADINGS = {
     "adapters": "adapters",
     "engine": "engine",
     "http": "http",
+    "connections": "connections",
     "training": "fine-tuning",
     "log": "logging",
 }

@@ -16,7 +16,8 @@ import uvloop
 from adapters.errors import ManyloraError
 from server.config import ServerConfig
 from server.engine.request import Service
-from server.http.app import create_app
+from server.http.app import WHEN_FULL, create_app
+from server.http.connection import bounded
 from server.http.disconnect import Closing
 from server.jobs.training import Training
 from server.logs import configure
@@ -78,6 +79,9 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=bounded(config.connections, WHEN_FULL),
+                ws="none",
+                timeout_keep_alive=config.connections.timeout_keep_alive,
                 log_config=None,
                 access_log=False,
                 lifespan="off",

@@ -20,7 +20,9 @@ from server.http.auth import Keyring, RequireKey, RequireLoopback
 from server.http.chat import chat_completions
 from server.http.completions import completions
 from server.http.context import Context
-from server.http.errors import UnexpectedErrors, on_error, on_http_exception
+from server.http.errors import UnexpectedErrors, on_error
+from server.http.hosts import RequireKnownHost
+from server.http.urls import IgnoreLastSlash, on_http_exception
 from server.jobs.training import Training
 from server.metrics import Metrics
 
@@ -61,6 +63,9 @@ ADMINS: Rows = (
     ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter),
 )
 
+WHEN_FULL = frozenset(path for _, path, _ in (*OPEN, *ADMINS)) | {"/metrics"}
+"""What is answered even when all places are taken: what an operator finds out and mends it with."""
+
 
 def create_app(service: Service, config: HttpConfig, training: Training | None = None) -> Starlette:
     """The application that serves ``service``. It neither starts nor stops it.
@@ -77,7 +82,12 @@ def create_app(service: Service, config: HttpConfig, training: Training | None =
             *(_routes(TRAINERS, _trainer_guard(config)) if training is not None else ()),
             *_routes(ADMINS, _admin_guard(config)),
         ],
-        middleware=[Middleware(AccessLog, metrics), Middleware(UnexpectedErrors)],
+        middleware=[
+            Middleware(AccessLog, metrics),
+            Middleware(UnexpectedErrors),
+            Middleware(RequireKnownHost, config),
+            Middleware(IgnoreLastSlash),
+        ],
         exception_handlers={ManyloraError: on_error, HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False

@@ -8,6 +8,13 @@ HTTP's own errors are here too::
         ├── ModelUnavailable        an adapter of that name is there, but cannot be served; with its reason
         ├── NotAuthenticated        no key, or an unknown one
         ├── NotAllowed              an admin route, from somewhere that may not use it
+        ├── BadRequest              not HTTP, or not by its rules
+        ├── HostNotAllowed          asked for by a name that is not this server's
+        ├── OriginNotAllowed        asked by a page of another site
+        ├── UrlTooLong              more bytes than ``--max-url-bytes``
+        ├── HeadersTooLarge         more than ``--max-header-bytes`` or ``--max-header-count``
+        ├── RequestTooSlow          not sent within ``--header-timeout`` or ``--body-timeout``
+        ├── TooManyConnections      more requests at once than ``--limit-concurrency``
         ├── BodyTooLarge            more bytes than ``--max-body-bytes``
         ├── BodyNotJson             the body is declared as something else than JSON
         ├── BodyNotMultipart        an upload is declared as something else than a form
@@ -20,7 +27,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -60,6 +66,34 @@ class NotAuthenticated(HttpError):
 
 class NotAllowed(HttpError):
     """The route is for administrators, and this peer is not one."""
+
+
+class BadRequest(HttpError):
+    """What was sent is not HTTP, or breaks one of its rules."""
+
+
+class HostNotAllowed(HttpError):
+    """The Host header has a name that is not this server's: a page may have had it rebound to us."""
+
+
+class OriginNotAllowed(HttpError):
+    """A browser sent this for a page of another site."""
+
+
+class UrlTooLong(HttpError):
+    """The request's URL has more bytes than allowed."""
+
+
+class HeadersTooLarge(HttpError):
+    """The headers are too many, or have more bytes than allowed."""
+
+
+class RequestTooSlow(HttpError):
+    """The client took too long to send its request."""
+
+
+class TooManyConnections(HttpError):
+    """All places are taken."""
 
 
 class BodyTooLarge(HttpError):
@@ -102,6 +136,13 @@ SHAPES: dict[type[BaseException], Shape] = {
     ModelUnavailable: Shape(404, _INVALID, "model_unavailable"),
     NotAuthenticated: Shape(401, "authentication_error", "invalid_api_key"),
     NotAllowed: Shape(403, "permission_error", "admin_only"),
+    BadRequest: Shape(400, _INVALID, "bad_request"),
+    HostNotAllowed: Shape(403, "permission_error", "host_not_allowed"),
+    OriginNotAllowed: Shape(403, "permission_error", "origin_not_allowed"),
+    UrlTooLong: Shape(414, _INVALID, "url_too_long"),
+    HeadersTooLarge: Shape(431, _INVALID, "headers_too_large"),
+    RequestTooSlow: Shape(408, _INVALID, "request_timeout"),
+    TooManyConnections: Shape(503, "server_error", "too_many_connections"),
     BodyTooLarge: Shape(413, _INVALID, "body_too_large"),
     BodyNotJson: Shape(415, _INVALID, "unsupported_media_type"),
     BodyNotMultipart: Shape(415, _INVALID, "unsupported_media_type"),
@@ -121,7 +162,13 @@ SHAPES: dict[type[BaseException], Shape] = {
     adapter.AdapterChanged: Shape(409, _INVALID, "adapter_changed"),
     adapter.AdapterOutOfMemory: Shape(503, "server_error", "adapter_out_of_memory"),
 }
-_SOON_OVER = (request.ShuttingDown, request.OutOfMemory, adapter.AdapterOutOfMemory, jobs.StateBusy)
+_SOON_OVER = (
+    request.ShuttingDown,
+    request.OutOfMemory,
+    adapter.AdapterOutOfMemory,
+    jobs.StateBusy,
+    TooManyConnections,
+)
 INTERNAL = Shape(500, "server_error", "internal_error")
 
 
@@ -166,14 +213,6 @@ async def on_error(http: Request, error: Exception) -> JSONResponse:
     """Starlette's handler for every ``ManyloraError``."""
     record_of(http).error = code_of(error)
     return error_response(error)
-
-
-async def on_http_exception(http: Request, error: Exception) -> JSONResponse:
-    """Starlette's own refusals (no such path, wrong method) in OpenAI's shape."""
-    assert isinstance(error, HTTPException)
-    message = f"{http.method} {http.url.path}: {error.detail}. The README lists the routes."
-    body = {"error": {"message": message, "type": _INVALID, "param": None, "code": None}}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
 class UnexpectedErrors:

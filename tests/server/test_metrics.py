@@ -23,7 +23,7 @@ def service() -> FakeService:
 
 @pytest.fixture
 def client(service: FakeService) -> TestClient:
-    return TestClient(create_app(service, from_args([], {}).http))
+    return TestClient(create_app(service, from_args([], {}).http), base_url="http://localhost")
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig, from_args
-from server.http.app import create_app
+from server.http.app import WHEN_FULL, create_app
+from server.http.connection import bounded
 from tests.server.http.fake_service import FakeService, adapter
 
 MakeClient = Callable[..., TestClient]
@@ -37,7 +39,8 @@ def make_client(service: FakeService, config: HttpConfig) -> Iterator[MakeClient
     opened: list[TestClient] = []
 
     def make(host: str = "127.0.0.1", **changes: Any) -> TestClient:
-        client = TestClient(create_app(service, replace(config, **changes)), client=(host, 1234))
+        app = create_app(service, replace(config, **changes))
+        client = TestClient(app, base_url="http://localhost", client=(host, 1234))
         opened.append(client)
         return client
 
@@ -54,8 +57,19 @@ def client(make_client: MakeClient) -> TestClient:
 @pytest.fixture
 def live(service: FakeService, config: HttpConfig) -> Iterator[str]:
     """The address of a real server on a real socket, in a thread."""
+    with live_server(service, config) as address:
+        yield address
+
+
+@contextmanager
+def live_server(service: FakeService, config: HttpConfig, **limits: Any) -> Iterator[str]:
+    """The same with other limits on connections."""
+    connection = bounded(replace(from_args([], {}).connections, **limits), WHEN_FULL)
+    app = create_app(service, config)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(service, config), port=0, log_config=None, access_log=False, lifespan="off")
+        uvicorn.Config(
+            app, port=0, http=connection, ws="none", log_config=None, access_log=False, lifespan="off"
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -19,9 +19,8 @@ TEXT: dict[str, Any] = {"model": "poet", "prompt": ["a", "b", "c"]}
 def open_request(address: str, path: str, body: dict[str, Any]) -> socket.socket:
     content = json.dumps(body).encode()
     connection = socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=5)
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
-    )
+    fields = f"Content-Type: application/json\r\nContent-Length: {len(content)}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{fields}"
     connection.sendall(head.encode() + b"\r\n\r\n" + content)
     return connection
 

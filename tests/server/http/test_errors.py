@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from starlette.testclient import TestClient
 
 from adapters.errors import AdapterError, AdapterOutOfMemory
 from server.errors import InvalidRequest, OutOfMemory, RequestError, ShuttingDown
@@ -50,3 +51,29 @@ def test_an_error_own_code_goes_first() -> None:
 def test_who_may_succeed_later_is_told_to_try_again(kind: type[Exception]) -> None:
     response = error_response(kind("not now"))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "code", "hint"),
+    [
+        ("POST", "/v1/embeddings", "unknown_url", "README"),
+        ("POST", "/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
+        ("POST", "/v1/v1/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
+        ("POST", "//v1/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
+        ("GET", "/v1/health", "unknown_url", "Did you mean /health?"),
+        ("GET", "/", "unknown_url", "README"),
+        ("GET", "/v1/chat/completions", "method_not_supported", "POST"),
+        ("POST", "/v1/models/tiny", "method_not_supported", "GET"),
+    ],
+)
+def test_a_url_that_does_not_exist_is_no_missing_model(
+    client: TestClient, method: str, path: str, code: str, hint: str
+) -> None:
+    error = client.request(method, f"http://localhost{path}").json()["error"]
+    assert (error["code"], error["type"]) == (code, "invalid_request_error")
+    assert hint in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/poet", "/health", "/v1/adapters"])
+def test_a_last_slash_makes_no_difference(client: TestClient, path: str) -> None:
+    assert client.get(f"{path}/").json() == client.get(path).json()

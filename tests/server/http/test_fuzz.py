@@ -26,7 +26,10 @@ plausible = st.sampled_from(
 )
 bodies = st.dictionaries(st.sampled_from(names), plausible | json_values, max_size=6)
 start: dict[str, Any] = {"model": "tiny", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
-client = TestClient(create_app(FakeService(known={"poet": adapter("poet")}), from_args([], {}).http))
+client = TestClient(
+    create_app(FakeService(known={"poet": adapter("poet")}), from_args([], {}).http),
+    base_url="http://localhost",
+)
 
 
 @pytest.mark.parametrize(

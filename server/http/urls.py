@@ -1,0 +1,56 @@
+"""URLs that no route has: told as such, so that no client takes them for a missing model or adapter."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.http.record import record_of
+
+_CODES = {404: "unknown_url", 405: "method_not_supported"}
+"""OpenAI's."""
+
+
+class IgnoreLastSlash:
+    """Middleware: ``/v1/models/`` is ``/v1/models``. A redirect would cost clients their POST's body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.endswith("/") and len(path) > 1:
+            scope["path"] = path[:-1]
+        await self.app(scope, receive, send)
+
+
+async def on_http_exception(http: Request, error: Exception) -> JSONResponse:
+    """Starlette's own refusals (no such path, wrong method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    code = _CODES.get(error.status_code)
+    record_of(http).error = code
+    body = {"message": _message(http, error), "type": "invalid_request_error", "param": None, "code": code}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
+def _message(http: Request, error: HTTPException) -> str:
+    asked = f"{http.method} {http.url.path[:200]}"
+    if error.status_code == 404:
+        return f"Unknown request URL: {asked}. {_hint(http)}"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{asked} is not supported; this URL takes {allowed}."
+    return f"{asked}: {error.detail}."
+
+
+def _hint(http: Request) -> str:
+    """The usual slips with a client's ``base_url``: without ``/v1``, with it twice, with a slash too many."""
+    path = "/" + "/".join(part for part in http.url.path.split("/") if part and part != "v1")
+    routes = {route.path for route in http.app.routes if isinstance(route, Route)}
+    meant = next((each for each in (f"/v1{path}", path) if each in routes), None)
+    if meant is None:
+        return "The README lists the URLs."
+    return f"Did you mean {meant}? A client's base URL ends in /v1, without a slash after it."
