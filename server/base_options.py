@@ -14,15 +14,24 @@ def add_served(parser: argparse._ActionsContainer, flags: Sequence[str]) -> None
     """Declare those of the server's options; their values stay text until ``served_config``."""
     for option in _named(flags):
         shown = "" if option.default is None else f" (default: {option.default})"
-        parser.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
+        if option.metavar is None:
+            parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help + shown)
+        else:
+            parser.add_argument(option.flag, metavar=option.metavar, help=option.help + shown)
 
 
 def served_config(arguments: argparse.Namespace, flags: Sequence[str]) -> ServerConfig:
     """The server's own config, from the same flags and variables. Raises ConfigError."""
     typed = [(option.flag, getattr(arguments, option.dest)) for option in _named(flags)]
-    return from_args(
-        [word for flag, value in typed if value is not None for word in (flag, value)], os.environ
-    )
+    return from_args([word for flag, value in typed for word in _words(flag, value)], os.environ)
+
+
+def _words(flag: str, value: str | bool | None) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, value]
 
 
 def _named(flags: Sequence[str]) -> list[Option]:

@@ -31,12 +31,14 @@ class BaseConfig:
     Attributes:
         base: a known name, a local transformers folder, a local GGUF file or a hub id.
         served_names: names clients may ask for the base by; empty = the base's own name.
+        allow_special_tokens: in messages special tokens are such; False = they are text.
     """
 
     base: str
     quantization: Quantization
     head_quantization: Quantization
     served_names: tuple[str, ...]
+    allow_special_tokens: bool
     device: Device
 
 

@@ -77,6 +77,8 @@ OPTIONS: tuple[Option, ...] = (
            "third faster and costs the default base 0.2 nats of loss, an adapter trained on it 0.02"),
     Option("--served-model-name", "base.served_names", name, None, "NAME",
            "what clients call the base (may be repeated)", several=True),
+    Option("--allow-special-tokens", "base.allow_special_tokens", flag, "false", None,
+           "read special tokens in messages (<|im_end|>) as tokens, not as text: users may then forge turns"),
     Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
            "where to compute; auto: cuda if there is one"),
 

@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 
 from adapters.errors import DatasetInvalid, DatasetUnreadable, LineProblem
 from adapters.strict_json import JsonInvalid, parse_json
+from adapters.text.messages import Message
 from adapters.training.file_kind import EXAMPLE, HEAD_BYTES, not_json, unreadable
-from adapters.training.formats import Format, Message, RowInvalid, detect, read_conversation
+from adapters.training.formats import Format, RowInvalid, detect, read_conversation
 
-__all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Message", "Row", "read_dataset"]
+__all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Row", "read_dataset"]
 
 
 @dataclass(frozen=True, slots=True)

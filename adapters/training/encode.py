@@ -1,17 +1,19 @@
-"""Conversations → token ids, with the assistant's tokens marked. Knows a tokenizer; imports no torch.
+"""Conversations → token ids, with the assistant's tokens marked. Imports no torch.
 
-A prompt and its answer are tokenised apart, as they are when the model is served: no token ever spans the
-place where generation begins.
+How a conversation becomes tokens is ``adapters.text``'s, as for serving: an answer is learnt behind the very
+tokens that are served as its prompt, and no token spans the place where generation begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from adapters.errors import DatasetInvalid, LineProblem, RecipeInvalid
-from adapters.training.dataset import Dataset, Message, Row
+from adapters.text.messages import Message
+from adapters.text.renderer import ChatRenderer, Turn
+from adapters.text.template import TemplateRefused
+from adapters.training.dataset import Dataset, Row
 
 Tick = Callable[[int], object]
 
@@ -76,12 +78,16 @@ class _Unrenderable(Exception):
 
 
 def encode_dataset(
-    dataset: Dataset, tokenizer: Any, eos: frozenset[int], max_length: int, tick: Tick = lambda _: None
+    dataset: Dataset,
+    renderer: ChatRenderer | None,
+    eos: frozenset[int],
+    max_length: int,
+    tick: Tick = lambda _: None,
 ) -> Encoded:
     """Every row of ``dataset`` as examples of at most ``max_length`` tokens.
 
     Args:
-        tokenizer: the base's fast tokenizer.
+        renderer: the base's; None = it has no chat template.
         eos: the token ids that end an answer.
         tick: called after each row, with 1.
 
@@ -89,14 +95,14 @@ def encode_dataset(
         RecipeInvalid: the base has no chat template.
         DatasetInvalid: the template refuses rows, or cutting them leaves nothing to learn.
     """
-    if not tokenizer.chat_template:
+    if renderer is None:
         raise RecipeInvalid("The base has no chat template; train on its instruction-tuned version.")
     examples: list[Example] = []
     problems: list[LineProblem] = []
     truncated = 0
     for row in dataset.rows:
         try:
-            for example in _checked(encode_row(row, tokenizer, eos), max_length):
+            for example in _checked(encode_row(row, renderer, eos), max_length):
                 truncated += len(example.ids) > max_length
                 examples.append(example.truncated(max_length))
         except _Unrenderable as problem:
@@ -117,49 +123,36 @@ def _checked(examples: Iterator[Example], max_length: int) -> Iterator[Example]:
         yield example
 
 
-def encode_row(row: Row, tokenizer: Any, eos: frozenset[int]) -> Iterator[Example]:
-    """The row's examples: one, unless the template shows earlier turns otherwise than they were answered.
+def encode_row(row: Row, renderer: ChatRenderer, eos: frozenset[int]) -> Iterator[Example]:
+    """The row's examples: one, if each prompt is served as the turns before it were learnt.
 
-    (Templates of thinking models take the thoughts out of earlier turns: then each answer is an example of
-    its own, behind the prompt that the server would render for it.)
+    Else each answer is an example of its own, behind its prompt: templates of thinking models take the
+    thoughts out of earlier turns, and templates that end no turn show earlier answers without their end.
     """
-    example, done = Example(), ""
-    for turn, message in enumerate(row.messages):
+    example = Example()
+    for place, message in enumerate(row.messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, row.messages[:turn], add_generation_prompt=True)
-        whole = _render(tokenizer, row.messages[: turn + 1]).rstrip("\n")
-        if not whole.startswith(prompt):
-            raise _Unrenderable("is rendered by the base's chat template so that the answer has no place")
-        if not prompt.startswith(done):
+        turn = _turn(renderer, row.messages[: place + 1])
+        if turn.prompt[: len(example.ids)] != example.ids:
             if any(example.learnt):
                 yield example
-            example, done = Example(), ""
-        example.add(_ids(tokenizer, prompt[len(done) :]), False)
-        example.add(_answer(tokenizer, whole[len(prompt) :], message, eos), turn not in row.unlearnt)
-        done = whole
+            example = Example()
+        example.add(turn.prompt[len(example.ids) :], False)
+        example.add(_answer(turn, eos), place not in row.unlearnt)
     if any(example.learnt):
         yield example
 
 
-def _answer(tokenizer: Any, text: str, message: Message, eos: frozenset[int]) -> list[int]:
-    """The answer's tokens; a template that ends no turn gets the end that generation needs."""
-    ids = _ids(tokenizer, text)
-    if ids[-1] not in eos and text.endswith(message["content"].rstrip()):
-        ids.append(min(eos))
-    return ids
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
+def _turn(renderer: ChatRenderer, messages: list[Message]) -> Turn:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates raise what they like (jinja2's raise_exception)
+        return renderer.turn(messages)
+    except TemplateRefused as error:
         raise _Unrenderable(f"is refused by the base's chat template ({error})") from error
-    return text
+
+
+def _answer(turn: Turn, eos: frozenset[int]) -> list[int]:
+    """The answer's tokens; one that the template does not end gets the end that generation needs."""
+    if turn.ended or (turn.answer and turn.answer[-1] in eos):
+        return turn.answer
+    return [*turn.answer, min(eos)]

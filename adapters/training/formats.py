@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
-"""``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+from adapters.text.messages import Message, join_parts
 
 _CHAT_ROLES = {role: role for role in ("system", "user", "assistant")}
 _SHAREGPT_ROLES = {
@@ -158,7 +157,7 @@ def _list(value: Any, field: str) -> list[Any]:
 def _text(value: Any, field: str) -> str:
     """A text, or OpenAI's list of text parts, with something in it that a tokenizer can take."""
     if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        value = "".join(part["text"] for part in value)
+        value = join_parts(part["text"] for part in value)
     if not isinstance(value, str):
         raise RowInvalid(f"{field} must be a text, not {_kind(value)}")
     if not value.strip():

@@ -27,6 +27,7 @@ class TrainConfig:
         eval_data: held-out rows for the loss after each epoch; None = no evaluation.
         base: as ``manylora serve --base``.
         home: where the 4-bit base is kept; the same as the server's, so that it is the same file.
+        allow_special_tokens: special tokens that a message writes are such; else they are text.
         device: auto = CUDA if there is one.
         target_modules: ``("all-linear",)``, or module names or their endings.
         method: LoRA, rank-stabilised LoRA, DoRA, or AdaLoRA.
@@ -60,6 +61,7 @@ class TrainConfig:
     home: Path = Path(".manylora")
     quantization: Quantization = "nf4"
     head_quantization: Quantization = "none"
+    allow_special_tokens: bool = False
     device: Device = "auto"
     target_modules: tuple[str, ...] = ("all-linear",)
     method: Method = "lora"

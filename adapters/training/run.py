@@ -21,6 +21,7 @@ from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.quiet import quiet_libraries
 from adapters.errors import RecipeInvalid
+from adapters.text.renderer import ChatRenderer, base_renderer
 from adapters.training.arguments import training_arguments
 from adapters.training.attention import use_packed_attention
 from adapters.training.card import write_card
@@ -124,16 +125,24 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
     base = load_base(prepared, device, progress=bars)
-    encoded = [_encode(one, config, base, run, show) for one in (data, held_out) if one is not None]
+    renderer = base_renderer(base.tokenizer, config.allow_special_tokens)
+    encoded = [_encode(one, config, base, renderer, run, show) for one in (data, held_out) if one is not None]
     return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
 
 
-def _encode(data: Dataset, config: TrainConfig, base: LoadedBase, run: RunFolder, show: bool) -> Encoded:
+def _encode(
+    data: Dataset,
+    config: TrainConfig,
+    base: LoadedBase,
+    renderer: ChatRenderer | None,
+    run: RunFolder,
+    show: bool,
+) -> Encoded:
     longest = min(config.max_seq_len, base.model.config.get_text_config().max_position_embeddings)
     eos = base.model.generation_config.eos_token_id
     ends = frozenset(eos if isinstance(eos, list) else [base.tokenizer.eos_token_id if eos is None else eos])
     with tqdm(total=len(data.rows), desc="Rows", delay=1, disable=None if show else True) as bar:
-        encoded = encode_dataset(data, base.tokenizer, ends, longest, bar.update)
+        encoded = encode_dataset(data, renderer, ends, longest, bar.update)
     _note(run, f"{data.path.name}: {encoded.summary(data.format)}.", show)
     for name, count in data.unused_fields.items():
         _note(run, f"{data.path.name}: the field {name!r} of {count} rows is not used.", show)

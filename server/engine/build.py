@@ -19,6 +19,7 @@ from adapters.native import isa
 from adapters.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
+from adapters.text.renderer import base_renderer
 from adapters.transfer import copying_for
 from adapters.watcher import Watcher
 from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
@@ -87,7 +88,7 @@ def assemble(
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
-    tokenizer = _tokenizer(base)
+    tokenizer = _tokenizer(base, config.base.allow_special_tokens)
     engine = Engine(model, scheduler, gate, registry, tokenizer.eos, _runs_ahead(config.engine, base))
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
@@ -199,11 +200,12 @@ def _adapters(
     return registry, residency
 
 
-def _tokenizer(base: LoadedBase) -> Tokenizer:
+def _tokenizer(base: LoadedBase, allow_special_tokens: bool) -> Tokenizer:
     configured = base.model.generation_config.eos_token_id
     eos = set(configured if isinstance(configured, list) else [configured]) | {base.tokenizer.eos_token_id}
     vocab_size = base.model.get_output_embeddings().out_features
-    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}))
+    renderer = base_renderer(base.tokenizer, allow_special_tokens)
+    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}), renderer)
 
 
 def _stats(engine: Engine, residency: Residency) -> EngineStats:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: encoding, the chat template, and text that grows token by token."""
+"""Text to tokens and back: encoding, conversations, and text that grows token by token."""
 
 from __future__ import annotations
 
@@ -8,45 +8,51 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from adapters.text.messages import Message
+from adapters.text.renderer import ChatRenderer
+from adapters.text.template import TemplateRefused
 from server.errors import InvalidRequest
 
 _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """The base's own tokenizer and chat template.
+    """The base's own tokenizer, and what renders conversations.
 
     Args:
-        fast: a transformers fast tokenizer; also an attribute, for whoever encodes as training does.
+        fast: a transformers fast tokenizer.
         vocab_size: of the model's logits (may exceed the tokenizer's).
         eos: the generation config's end-of-sequence tokens.
+        renderer: None = the base has no chat template.
     """
 
-    def __init__(self, fast: Any, vocab_size: int, eos: frozenset[int]) -> None:
+    def __init__(
+        self, fast: Any, vocab_size: int, eos: frozenset[int], renderer: ChatRenderer | None = None
+    ) -> None:
         self.vocab_size = vocab_size
         self.eos = eos
-        self.fast = fast
+        self.renderer = renderer
+        self._fast = fast
         self._backend = fast.backend_tokenizer
         self._byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.fast(text)["input_ids"]
+        """Token ids of a raw prompt; special tokens that are written in it count as such, as in vLLM."""
+        ids: list[int] = self._fast(text)["input_ids"]
         return ids
 
-    def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def render_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation, ready for the answer.
 
         Raises:
             InvalidRequest: there is no template, or it refuses these messages (it says why).
         """
-        if not self.fast.chat_template:
+        if self.renderer is None:
             raise InvalidRequest("The base has no chat template; use /v1/completions.", param="messages")
         try:
-            text: str = self.fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise what they like (jinja2's raise_exception)
+            return self.renderer.prompt(messages)
+        except TemplateRefused as error:
             raise InvalidRequest(f"The base's chat template refuses it: {error}", param="messages") from error
-        ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def stream(self, skip_special_tokens: bool) -> TextStream:
         return TextStream(self, skip_special_tokens)

@@ -49,7 +49,7 @@ def make_passages(data: Dataset, tokenizer: Tokenizer, max_model_len: int) -> li
     Raises:
         TrainingError: rows that the base's chat template refuses, or none of whose answers fit.
     """
-    encoded = encode_dataset(data, tokenizer.fast, tokenizer.eos, max_model_len)
+    encoded = encode_dataset(data, tokenizer.renderer, tokenizer.eos, max_model_len)
     return [_passage(example) for example in encoded.examples]
 
 

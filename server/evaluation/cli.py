@@ -33,6 +33,7 @@ _SHARED = (
     "--base",
     "--quantization",
     "--head-quantization",
+    "--allow-special-tokens",
     "--device",
     "--adapter-dir",
     "--kv-cache-memory",

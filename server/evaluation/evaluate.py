@@ -32,13 +32,14 @@ def evaluate_adapter(
     threads: int | None = None,
     progress: bool = False,
     head_quantization: str = "none",
+    allow_special_tokens: bool = False,
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
 
     It takes no more of a GPU than it needs: a server that has taken its share may be running there.
 
     Args:
-        base, home, quantization, head_quantization, device: as for ``manylora serve``.
+        base, home, quantization, head_quantization, device, allow_special_tokens: as for ``manylora serve``.
         data: held-out conversations.
         adapter, replaced: PEFT folders, anywhere.
         threads: of the CPU kernels; None = as many as this process may run on.
@@ -53,6 +54,7 @@ def evaluate_adapter(
     flags = ["--base", base, "--home", str(home), "--device", device]
     flags += ["--quantization", quantization, "--head-quantization", head_quantization]
     flags += [] if threads is None else ["--threads", str(threads)]
+    flags += ["--allow-special-tokens"] if allow_special_tokens else []
     flags += _FRUGAL
     return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress)
 

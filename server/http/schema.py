@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from adapters.text.messages import Message as Conversed
+from adapters.text.messages import join_parts
 from server.engine.request import SamplingParams
 from server.errors import InvalidRequest
 
@@ -202,10 +204,10 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_text_as_parts), Field(min_length=1)]
 
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> Conversed:
         """As chat templates take it; ``developer`` is OpenAI's newer word for ``system``."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+        return {"role": role, "content": join_parts(part.text for part in self.content)}
 
 
 class ChatBody(Generate):

@@ -44,6 +44,7 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--base": config.base.base,
         "--quantization": config.base.quantization,
         "--head-quantization": config.base.head_quantization,
+        "--allow-special-tokens": config.base.allow_special_tokens,
         "--device": "cpu" if config.training.gpu == "none" else config.base.device,
         "--gpu-memory": config.training.gpu_memory,
         "--home": config.home,

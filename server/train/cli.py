@@ -24,7 +24,15 @@ assistant's tokens alone. The run folder keeps the metrics, the loss curve and t
 stopped or killed goes on with --resume. Exit codes: 0 done (result.json says whether it was published), 1 it
 failed, 2 wrong options or data, 130 stopped, with a checkpoint.
 """
-_SHARED = ("--home", "--base", "--quantization", "--head-quantization", "--device", "--adapter-dir")
+_SHARED = (
+    "--home",
+    "--base",
+    "--quantization",
+    "--head-quantization",
+    "--allow-special-tokens",
+    "--device",
+    "--adapter-dir",
+)
 
 
 def add_parser(commands: SubParsers) -> None:

@@ -109,6 +109,7 @@ class Command:
             config.threads or None,
             progress=sys.stderr.isatty(),
             head_quantization=config.head_quantization,
+            allow_special_tokens=config.allow_special_tokens,
         )
         decision = decide(evaluation)
         _say(f"{table(evaluation)}\n{decision.reason}")
@@ -122,6 +123,7 @@ class Command:
             home=self._server.home,
             quantization=self._server.base.quantization,
             head_quantization=self._server.base.head_quantization,
+            allow_special_tokens=self._server.base.allow_special_tokens,
             device=self._server.base.device,
             **chosen(self._arguments),
         )

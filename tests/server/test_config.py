@@ -32,6 +32,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--kv-cache-memory": ("256MiB", 256 << 20),
     "--gpu-memory-utilization": ("0.5", 0.5),
     "--block-size": ("32", 32),
+    "--allow-special-tokens": ("true", True),
     "--enable-prefix-caching": ("false", False),
     "--enforce-eager": ("true", True),
     "--async-scheduling": ("true", True),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adapters.base import load_base, prepare_base
 from adapters.errors import AdapterInvalid
+from adapters.text.renderer import base_renderer
 from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import encode_row
 from server.config import ServerConfig
@@ -71,7 +72,9 @@ def peft_loss(home: Path, data: Dataset, adapter: str | None) -> float:
     base = load_base(prepare_base(str(home / "model"), home / "state", progress=False))
     model: Any = PeftModel.from_pretrained(base.model, home / adapter).eval() if adapter else base.model
     losses: list[float] = []
-    for example in (e for row in data.rows for e in encode_row(row, base.tokenizer, frozenset({2}))):
+    renderer = base_renderer(base.tokenizer)
+    assert renderer is not None
+    for example in (e for row in data.rows for e in encode_row(row, renderer, frozenset({2}))):
         with torch.inference_mode():
             logprobs = model(torch.tensor([example.ids])).logits[0].float().log_softmax(-1)
         learnt = [i for i, learnt in enumerate(example.learnt) if learnt]

@@ -1,0 +1,16 @@
+"""What a conversation is before it is rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Message = dict[str, str]
+"""``role`` (``system``, ``user`` or ``assistant``), ``content``, and possibly ``reasoning_content``."""
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which files and clients give an assistant's reasoning, the usual one first."""
+
+
+def join_parts(texts: Iterable[str]) -> str:
+    """The content of a message that came in text parts; vLLM joins them like this for templates of text."""
+    return "\n".join(texts)

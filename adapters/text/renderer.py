@@ -1,0 +1,82 @@
+"""From a conversation to the tokens of its prompt, and of the answer that is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.text.messages import Message
+from adapters.text.special import SpecialTokens, unmarked
+from adapters.text.template import ChatTemplate, TemplateRefused
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer and what it answers, in tokens.
+
+    Attributes:
+        prompt: as it is served.
+        answer: as it follows the prompt, without line breaks at its end.
+        ended: whether the template writes something behind the answer's text.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    ended: bool
+
+
+class ChatRenderer:
+    """Renders conversations through one template. Immutable, for any thread.
+
+    Args:
+        special: the tokenizer's.
+        allow_special_tokens: let people write special tokens in messages.
+    """
+
+    def __init__(
+        self, special: SpecialTokens, template: ChatTemplate, allow_special_tokens: bool = False
+    ) -> None:
+        self._special = special
+        self.template = template
+        self._marker = None if allow_special_tokens else special.marker(template.literals)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the conversation, ready for the answer. Raises TemplateRefused."""
+        messages, marked = self._mark(messages)
+        text = self.template.render(messages, add_generation_prompt=True)
+        try:
+            return self._special.encode(text, marked)
+        except ValueError as error:
+            raise TemplateRefused(str(error)) from error
+
+    def turn(self, messages: Sequence[Message]) -> Turn:
+        """The last message, which is the assistant's, as the answer to all before it.
+
+        Raises:
+            TemplateRefused: by the template, or because it shows no place where the answer begins.
+        """
+        said = messages[-1]["content"].rstrip()
+        messages, marked = self._mark(messages)
+        prompt = self.template.render(messages[:-1], add_generation_prompt=True)
+        whole = self.template.render(messages, add_generation_prompt=False).rstrip("\n")
+        if not whole.startswith(prompt):
+            raise TemplateRefused("it renders the conversation so that the answer has no place")
+        answer = whole[len(prompt) :]
+        try:
+            head = self._special.encode(prompt, marked)
+            tail = self._special.encode_after(prompt, head, answer, marked)
+        except ValueError as error:
+            raise TemplateRefused(str(error)) from error
+        return Turn(head, tail, ended=not unmarked(answer).endswith(said))
+
+    def _mark(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
+        return (messages, False) if self._marker is None else self._marker.mark(messages)
+
+
+def base_renderer(fast: Any, allow_special_tokens: bool = False) -> ChatRenderer | None:
+    """By a tokenizer's own template for conversations without tools; None = it has no template."""
+    if not fast.chat_template:
+        return None
+    template = ChatTemplate(fast.get_chat_template(), dict(fast.special_tokens_map))
+    return ChatRenderer(SpecialTokens(fast), template, allow_special_tokens)

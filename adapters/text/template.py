@@ -1,0 +1,80 @@
+"""A chat template: Jinja as transformers runs it, in its sandbox and with its filters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from adapters.text.messages import REASONING_FIELDS, Message
+
+
+class TemplateRefused(Exception):
+    """The template raised an error on a conversation; the message is the template's own."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the variables that it may read beside the messages.
+
+    Attributes:
+        source: Jinja.
+        variables: the special tokens by name (``bos_token``, …).
+    """
+
+    source: str
+    variables: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The conversation as text. Raises TemplateRefused."""
+        aliased = [_with_aliases(message) for message in messages]
+        try:
+            texts, _ = render_jinja_template(
+                conversations=[aliased],
+                chat_template=self.source,
+                add_generation_prompt=add_generation_prompt,
+                **self.variables,
+            )
+        except Exception as error:  # templates raise what they like (jinja2's raise_exception)
+            raise TemplateRefused(str(error)) from error
+        text: str = texts[0]
+        return text
+
+    @cached_property
+    def literals(self) -> str:
+        """The texts that the template itself can write, with null characters between them."""
+        return "\0".join(value for kind, value in self._lexed if kind in ("data", "string"))
+
+    @cached_property
+    def takes_reasoning(self) -> bool:
+        """Whether it reads an assistant's reasoning."""
+        words = {value for kind, value in self._lexed if kind in ("name", "string")}
+        return not words.isdisjoint(REASONING_FIELDS)
+
+    @cached_property
+    def _lexed(self) -> tuple[tuple[str, str], ...]:
+        try:
+            return tuple(_lex(self.source))
+        except jinja2.TemplateError:  # rendering it will say what is wrong
+            return ()
+
+
+def _lex(source: str) -> Iterator[tuple[str, str]]:
+    """Each piece of the template as (kind, text), strings without their quotes and escapes."""
+    for _, kind, value in jinja2.Environment().lex(source):
+        yield kind, _unquoted(value) if kind == "string" else value
+
+
+def _unquoted(literal: str) -> str:
+    """As jinja2's own lexer reads a string."""
+    return literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
+
+
+def _with_aliases(message: Message) -> Message:
+    """Reasoning under each name that templates read it by (gpt-oss reads ``thinking``)."""
+    if "reasoning_content" not in message:
+        return message
+    return message | {"thinking": message["reasoning_content"]}
