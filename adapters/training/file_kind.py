@@ -44,10 +44,11 @@ def not_json(head: bytes) -> str | None:
     if b"\0" in head:
         half = head[1::2].count(0) > len(head) // 4 or head[::2].count(0) > len(head) // 4
         return "UTF-16 text; save it as UTF-8" if half and head.strip(b"\0") else f"binary data; {_ROWS}"
-    first = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0].decode("utf-8", "replace").strip()
+    line, line_ends, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    first = line.decode("utf-8", "replace").strip()
     if first.startswith("<"):
         return f"HTML or XML; {_ROWS}"
-    if first.startswith("{") and first.endswith(("{", "[", ",")):
+    if line_ends and first.startswith("{") and first.endswith(("{", "[", ",")):
         return f"JSON that is spread over several lines; {_ROWS} (jq -c . FILE writes it so)"
     return f"CSV; {_ROWS}" if _is_table(first) else None
 

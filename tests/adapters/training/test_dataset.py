@@ -14,6 +14,7 @@ import pytest
 
 from adapters.errors import DatasetInvalid, DatasetUnreadable
 from adapters.training.dataset import read_dataset
+from adapters.training.file_kind import HEAD_BYTES
 
 USER = {"role": "user", "content": "Hello?"}
 ASSISTANT = {"role": "assistant", "content": "Hi."}
@@ -159,6 +160,11 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, content: by
     path.write_bytes(content)
     with pytest.raises(DatasetUnreadable, match=rf"^train\.jsonl is .*{what}"):
         read_dataset(path)
+
+
+def test_a_first_row_that_is_longer_than_what_is_looked_at_is_a_row(tmp_path: Path) -> None:
+    row = json.dumps({"messages": [USER, {"role": "assistant", "content": "," * 2 * HEAD_BYTES}]})
+    assert len(read_dataset(written(tmp_path, row.encode())).rows) == 1
 
 
 def test_empty_lines_at_the_end_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
