@@ -8,6 +8,7 @@
     │   └── BaseCorrupt             a digest differs, or a file is not what it claims
     ├── AdapterError                one adapter; the server and the others go on
     │   ├── AdapterNotFound         no adapter has that name
+    │   ├── AdapterNotReady         its folder is still being written, or was not read yet
     │   ├── AdapterNameInvalid      the name or its path is not allowed
     │   ├── AdapterExists           the name is taken, and replacing was not asked for
     │   ├── AdapterInvalid          the folder is broken (shapes, NaN, missing tensors, …)
@@ -56,8 +57,12 @@ class AdapterNotFound(AdapterError):
     """No adapter has that name."""
 
 
+class AdapterNotReady(AdapterError):
+    """Its folder is still being written, or was not read yet; soon it may be served."""
+
+
 class AdapterNameInvalid(AdapterError):
-    """The name is not ``[A-Za-z0-9][A-Za-z0-9._-]*``, or its path leaves the adapter folder."""
+    """The name is not one that ``adapters.paths`` allows, or its path leaves the adapter folder."""
 
 
 class AdapterExists(AdapterError):

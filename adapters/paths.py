@@ -15,7 +15,7 @@ _FINE_TUNED = re.compile(r"ft:[A-Za-z0-9._/:-]+")
 
 
 def check_name(name: str) -> str:
-    """The name itself, if it may name an adapter. Raises AdapterNameInvalid."""
+    """The name itself, if it may name an adapter; every way in asks here. Raises AdapterNameInvalid."""
     folder = folder_name(name)
     if len(folder) > MAX_NAME_LENGTH or not _NAME.fullmatch(folder):
         raise AdapterNameInvalid(
@@ -27,6 +27,8 @@ def check_name(name: str) -> str:
             f"{name!r:.140} cannot name an adapter: folders that end in '.tmp' or '.partial' are unfinished "
             "ones, which are never served."
         )
+    if served_name(name) != name:
+        raise AdapterNameInvalid(f"{name!r} is the folder of {served_name(name)!r}; call it that.")
     return name
 
 
@@ -48,6 +50,14 @@ def served_name(folder: str) -> str:
     return name if folder_name(name) == folder else folder
 
 
+def name_of_folder(folder: str) -> str:
+    """The name of the adapter in the sub-folder ``folder``. Raises AdapterNameInvalid: none can be there."""
+    name = check_name(served_name(folder))
+    if folder_name(name) != folder:
+        raise AdapterNameInvalid(f"The folder of adapter {name!r} must be called {folder_name(name)!r}.")
+    return name
+
+
 def resolve_under(root: Path, path_or_name: str | Path) -> Path:
     """The path, absolute and below ``root``; a relative one is taken from ``root``.
 
@@ -56,13 +66,13 @@ def resolve_under(root: Path, path_or_name: str | Path) -> Path:
     """
     root = root.absolute()
     wanted = Path(path_or_name)
-    refused = f"{str(path_or_name)!r:.300} is not a path below the adapter folder"
+    refused = f"{str(path_or_name)!r:.300} is not a path below the adapter folder"  # clients see: not where
     if ".." in wanted.parts:
         raise AdapterNameInvalid(f"{refused}: '..' is not allowed.")
     try:
         relative = (root / wanted).relative_to(root)
     except ValueError:
-        raise AdapterNameInvalid(f"{refused} ({root}).") from None
+        raise AdapterNameInvalid(f"{refused}.") from None
     if not relative.parts:
         raise AdapterNameInvalid(f"{refused}: it is that folder itself.")
     steps = [*relative.parents[-2::-1], relative]

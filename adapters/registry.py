@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,17 +19,17 @@ from adapters.errors import (
     AdapterError,
     AdapterExists,
     AdapterInvalid,
-    AdapterNameInvalid,
     AdapterNotFound,
+    AdapterNotReady,
 )
-from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under, served_name
+from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
 
 if TYPE_CHECKING:
     from adapters.artifact import AdapterInfo
 
 logger = logging.getLogger("manylora.adapters")
 
-State = Literal["ready", "draining", "failed"]
+State = Literal["ready", "draining", "waiting", "failed"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +53,8 @@ class Version:
 class Entry:
     """One line of the list of adapters.
 
-    A ``ready`` entry with a ``reason`` serves on, but the newest content of its folder was refused.
+    A ``ready`` entry with a ``reason`` serves on, but the newest content of its folder was refused. A
+    ``waiting`` one will be read once its files are finished.
     ``last_used`` and ``created`` are seconds of Unix time.
     """
 
@@ -74,10 +75,11 @@ class _Use:
 
 
 @dataclass(frozen=True, slots=True)
-class _Failure:
+class _Unserved:
+    state: Literal["waiting", "failed"]
     path: Path
     reason: str
-    created: float
+    created: float = field(default_factory=time.time, compare=False)
 
 
 class Registry:
@@ -106,7 +108,17 @@ class Registry:
         self._lock = threading.Lock()
         self._current: dict[str, Version] = {}
         self._uses: dict[Version, _Use] = {}
-        self._failures: dict[str, _Failure] = {}
+        self._unserved: dict[str, _Unserved] = {}
+
+    def check(self, name: str, path: str | Path) -> Path:
+        """The folder, absolute, if it may be served under the name; it is not looked at.
+
+        Raises AdapterNameInvalid, or AdapterExists if the name means the base.
+        """
+        check_name(name)
+        if name in self._reserved:
+            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
+        return resolve_under(self.root, path)
 
     def register(self, name: str, path: str | Path, replace: bool) -> Version:
         """Reads the folder and points the name at it; the same content again changes nothing.
@@ -116,7 +128,7 @@ class Registry:
             AdapterExists: the name means the base, or is taken by another content and not ``replace``.
             AdapterError: what ``inspect`` raises. A version already served under the name goes on.
         """
-        folder = self._check(name, path)
+        folder = self.check(name, path)
         try:
             info = self.inspect(folder)
         except AdapterError as error:
@@ -129,9 +141,9 @@ class Registry:
         """Forgets the name; requests under way end on their version. Raises AdapterNotFound."""
         with self._lock:
             old = self._current.pop(name, None)
-            failure = self._failures.pop(name, None)
+            unserved = self._unserved.pop(name, None)
             gone = self._forget_if_idle(old)
-        if old is None and failure is None:
+        if old is None and unserved is None:
             raise self._not_found(name)
         if old is not None:
             logger.info("Adapter %s is no longer served.", name)
@@ -181,49 +193,43 @@ class Registry:
 
     def fail(self, name: str, path: Path, reason: str) -> None:
         """Lists the folder as not served; a name that serves goes on, the reason beside it. Logged once."""
-        with self._lock:
-            known = self._failures.get(name)
-            if known is not None and (known.path, known.reason) == (path, reason):
-                return
-            self._failures[name] = _Failure(path, reason, time.time())
+        if self._list_unserved(name, _Unserved("failed", path, reason)):
             serving = name in self._current
-        logger.warning("Adapter %s is %s: %s", name, "not replaced" if serving else "not served", reason)
+            logger.warning("Adapter %s is %s: %s", name, "not replaced" if serving else "not served", reason)
+
+    def wait(self, name: str, path: Path, reason: str) -> None:
+        """Lists the folder as one that will be read later; a name that serves goes on."""
+        self._list_unserved(name, _Unserved("waiting", path, reason))
 
     def entries(self) -> list[Entry]:
-        """Every adapter by name: served, failed, and the versions that are draining."""
+        """Every adapter by name: served, waiting, failed, and the versions that are draining."""
         with self._lock:
             served = [self._entry(version) for version in self._uses]
-            failed = [
-                Entry(name, "failed", None, 0, None, failure.path, failure.reason, failure.created)
-                for name, failure in self._failures.items()
+            unserved = [
+                Entry(name, each.state, None, 0, None, each.path, each.reason, each.created)
+                for name, each in self._unserved.items()
                 if name not in self._current
             ]
-        return sorted(served + failed, key=lambda entry: (entry.name, entry.state != "ready", entry.created))
+        return sorted(
+            served + unserved, key=lambda entry: (entry.name, entry.state != "ready", entry.created)
+        )
 
     def names_by_path(self) -> dict[Path, set[str]]:
-        """Folder → the names that are served from it, or failed because of it."""
+        """Folder → the names that are served from it, or wait for it, or failed because of it."""
         with self._lock:
             pairs = [(version.path, name) for name, version in self._current.items()]
-            pairs += [(f.path, name) for name, f in self._failures.items() if name not in self._current]
+            pairs += [(each.path, name) for name, each in self._unserved.items() if name not in self._current]
         names: dict[Path, set[str]] = {}
         for path, name in pairs:
             names.setdefault(path, set()).add(name)
         return names
-
-    def _check(self, name: str, path: str | Path) -> Path:
-        check_name(name)
-        if name in self._reserved:
-            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
-        if served_name(name) != name:
-            raise AdapterNameInvalid(f"{name!r} is the folder of {served_name(name)!r}; call it that.")
-        return resolve_under(self.root, path)
 
     def _point(self, new: Version, replace: bool) -> Version:
         with self._lock:
             old = self._current.get(new.name)
             if old is not None and old.digest != new.digest and not replace:
                 raise AdapterExists(f"{new.name!r} is served already, and replacing was not asked for.")
-            self._failures.pop(new.name, None)
+            self._unserved.pop(new.name, None)
             if old is not None and (old.digest, old.path) == (new.digest, new.path):
                 return old
             self._current[new.name] = new
@@ -234,6 +240,14 @@ class Registry:
             logger.warning("Adapter %s: %s", new.name, warning)
         self._tell(gone)
         return new
+
+    def _list_unserved(self, name: str, new: _Unserved) -> bool:
+        """Whether that is news."""
+        with self._lock:
+            if self._unserved.get(name) == new or (new.state == "waiting" and name in self._current):
+                return False
+            self._unserved[name] = new
+            return True
 
     def _forget_if_idle(self, version: Version | None) -> tuple[Version, bool] | None:
         """The version and whether its digest is retired too, if it has gone now. Needs the lock."""
@@ -254,7 +268,7 @@ class Registry:
 
     def _entry(self, version: Version) -> Entry:
         use, current = self._uses[version], self._is_current(version)
-        failure = self._failures.get(version.name) if current else None
+        newest = self._unserved.get(version.name) if current else None
         return Entry(
             name=version.name,
             state="ready" if current else "draining",
@@ -262,7 +276,7 @@ class Registry:
             in_flight=use.in_flight,
             last_used=use.last_used,
             path=version.path,
-            reason=failure.reason if failure else None,
+            reason=newest.reason if newest else None,
             created=version.created,
         )
 
@@ -272,9 +286,11 @@ class Registry:
         use.last_used = time.time()
 
     def _why_not(self, name: str) -> AdapterError:
-        failure = self._failures.get(name)
-        if failure is not None:
-            return AdapterInvalid(f"Adapter {name!r} cannot be served: {failure.reason}")
+        known = self._unserved.get(name)
+        if known is not None and known.state == "waiting":
+            return AdapterNotReady(f"Adapter {name!r} is not served yet: {known.reason}")
+        if known is not None:
+            return AdapterInvalid(f"Adapter {name!r} cannot be served: {known.reason}")
         return self._not_found(name)
 
     def _not_found(self, name: str) -> AdapterNotFound:

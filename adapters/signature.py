@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
 
 SETTLED_AGE = 1.0
 """Files untouched for so many seconds count as finished."""
 
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FileSignature = tuple[int, int, int, int]
 Signature = tuple[FileSignature | None, ...]
 """Inode, size in bytes, time of the last write and of the last change (ns) of each file; None = no file."""
@@ -20,7 +22,24 @@ Signature = tuple[FileSignature | None, ...]
 
 def signature_of(folder: str) -> Signature:
     """Two equal ones mean that nothing was written in between."""
-    return tuple(_of_file(f"{folder}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE))
+    return tuple(_of_file(f"{folder}/{name}") for name in FILES)
+
+
+def size_of(signature: Signature) -> int:
+    """Bytes of both files."""
+    return sum(file[1] for file in signature if file is not None)
+
+
+def why_not_finished(folder: Path, signature: Signature) -> str:
+    """What the folder is waited for, as a sentence."""
+    missing = [name for name, file in zip(FILES, signature, strict=True) if file is None]
+    if not missing:
+        return "Its files may still be written to; they are read once they stand still."
+    try:
+        with os.scandir(folder):
+            return f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not there yet."
+    except OSError as error:
+        return f"The folder cannot be opened ({error.strerror})."
 
 
 def is_settled(signature: Signature) -> bool:

@@ -2,7 +2,8 @@
 
 A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its two files, and reads it
 only when that signature stood still for two looks, so that half-written files are never read. Renaming a
-finished folder into place is the safest way to deploy, and as quick.
+finished folder into place is the safest way to deploy, and as quick. Each folder is judged on its own: what
+is wrong with one, or slow, is no other's business.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from adapters.artifact.regex import OutOfPatience
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
-from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, served_name
+from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, name_of_folder
+from adapters.printable import printable, shown_name
+from adapters.readers import Readers
 from adapters.registry import Registry
-from adapters.signature import Signature, is_settled, signature_of, was_renamed
+from adapters.signature import Signature, is_settled, signature_of, size_of, was_renamed, why_not_finished
 
 logger = logging.getLogger("manylora.adapters")
 
 INTERVAL = 0.4
+REST = 4
+"""The thread rests at least so many times as long as it took to list the folder."""
 SCAN_BUDGET = 0.8
 """Seconds after which the thread begins no further folder before it looks again (at removals above all)."""
-MOST_LOOKS = 3
-"""How often ``look_at`` looks, ``INTERVAL`` apart, at files that may still be written to."""
 INCOMPLETE_AFTER = 30.0
 """Seconds that a folder without both files is waited for before it is listed as failed."""
-READERS = 2
+MOST_LOOKS = 3
+"""How often ``look_at`` looks, ``INTERVAL`` apart, at files that may still be written to."""
 ROUNDS = 2
 """Idle folders are spread over so many looks, so that thousands cost little; a renamed one is not idle."""
 
@@ -45,17 +47,23 @@ class _Folder:
     """One folder as last seen.
 
     Attributes:
+        name: of its adapter.
         since: when this signature was first seen (monotonic seconds).
         still: whether it was seen twice, or was old already at the first look.
-        done: whether this signature has been read, well or badly.
+        done: whether this signature has been read, well or badly, or need not be.
+        slow: whether reading it took longer than a look has time for.
+        refused: whether nothing there could be served, whatever the files are.
     """
 
+    name: str
     path: Path
     inode: int
     signature: Signature
     since: float
     still: bool
     done: bool = False
+    slow: bool = False
+    refused: bool = False
 
     def is_due(self, now: float) -> bool:
         """Whether to read it now; one without both files is read late, to find the reason to list."""
@@ -72,9 +80,11 @@ class Watcher:
         self._folders: dict[str, _Folder] = {}
         self._suppressed: dict[str, Signature] = {}
         self._suppressing = threading.Lock()
+        self._readers = Readers()
         self._read: deque[_Folder] = deque()
         self._looks = 0
         self._unreadable = False
+        self._pause = INTERVAL
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adapter-watcher", daemon=True)
 
@@ -83,10 +93,11 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Begins no further folder, and waits for those that the thread is reading."""
+        """Begins no further folder, and waits for those that are being read."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._readers.join()
 
     def suppress(self, name: str) -> None:
         """Leaves the adapter's folder unregistered until its files change; call it before ``unregister``.
@@ -115,26 +126,30 @@ class Watcher:
             return
         with suppress(AdapterExists):  # it was loaded by hand meanwhile
             self._register(name, path, replace=False)
-            self._read.append(_Folder(path, -1, signature, time.monotonic(), still=True, done=True))
+            self._read.append(_Folder(name, path, -1, signature, time.monotonic(), still=True, done=True))
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
-        """One look: registers, replaces and unregisters what has changed, and returns when that is done.
+        """One look: registers, replaces and unregisters what has changed.
 
-        ``progress`` shows a bar on a terminal; after ``budget`` seconds no further folder is begun.
+        ``progress`` shows a bar on a terminal. After ``budget`` seconds no further folder is begun, and those
+        under way are not waited for; nor are ever those whose patterns are slow to match.
         """
+        began = time.monotonic()
         self._take_over_read()  # before listing: then what is not listed was removed since
         inodes = self._list()
         if inodes is None:
             return
-        now = time.monotonic()
         self._drop_removed(inodes.keys())
-        due = [folder for name, inode in inodes.items() if (folder := self._look(name, inode)).is_due(now)]
+        folders = [self._look(name, inode) for name, inode in inodes.items()]
+        now = time.monotonic()
+        self._pause = max(INTERVAL, REST * (now - began))
+        due = [folder for folder in folders if folder.is_due(now)]
         self._looks += 1
         if due:
-            self._load_all(due, progress, now + budget)
+            self._read_all(due, progress, budget)
 
     def _run(self) -> None:
-        while not self._stop.wait(INTERVAL):
+        while not self._stop.wait(self._pause):
             try:
                 self.scan_once(budget=SCAN_BUDGET)
             except Exception:
@@ -165,7 +180,7 @@ class Watcher:
                 del self._suppressed[folder]
 
     def _take_over_read(self) -> None:
-        """Folders that ``look_at`` has read are not read again, and are seen to go."""
+        """What was read since the last look: it is not read again, and is seen to change and to go."""
         while self._read:
             folder = self._read.popleft()
             self._folders[folder.path.name] = folder
@@ -200,39 +215,61 @@ class Watcher:
         if known is not None and known.done and known.inode == inode and (hash(name) + self._looks) % ROUNDS:
             return known
         signature = signature_of(f"{self._root}/{name}")
-        if known is not None and known.signature == signature:
+        if known is not None and known.signature == signature and not known.refused:
             known.still, known.inode = True, inode
             return known
         self._heed_changes(name, signature)
-        still = self._looks == 0 and is_settled(signature)
-        self._folders[name] = _Folder(self._root / name, inode, signature, time.monotonic(), still)
+        self._folders[name] = self._first_seen(name, inode, signature)
         return self._folders[name]
 
-    def _load_all(self, due: list[_Folder], progress: bool, deadline: float) -> None:
+    def _first_seen(self, folder: str, inode: int, signature: Signature) -> _Folder:
+        """A folder with a new signature: listed as waiting, or as failed if nothing can be served there."""
+        path, refusal = self._root / folder, None
+        try:
+            name = name_of_folder(folder)
+            self._registry.check(name, folder)
+        except AdapterError as error:
+            name, refusal = shown_name(folder), str(error)
+        still = self._looks == 0 and is_settled(signature)
+        seen = _Folder(name, path, inode, signature, time.monotonic(), still)
+        if refusal is not None:
+            seen.done = seen.refused = True
+            self._registry.fail(name, path, refusal)
+        elif not seen.is_due(seen.since) and not self._is_suppressed(name):
+            self._registry.wait(name, path, why_not_finished(path, signature))
+        return seen
+
+    def _read_all(self, due: list[_Folder], progress: bool, budget: float) -> None:
         served = self._registry.names_by_path()
         taken = {name: path for path, names in served.items() for name in names}
 
-        def load(folder: _Folder) -> None:
-            if time.monotonic() >= deadline or self._stop.is_set():
-                return
-            folder.done = True
-            own = served_name(folder.path.name)
-            if taken.get(own, folder.path) != folder.path:
-                logger.warning("Folder %s is not served: %s goes by its name.", own, taken[own])
-            for name in served.get(folder.path, set()) | ({own} - taken.keys()):
-                self._register(name, folder.path)
+        def read(folder: _Folder) -> None:
+            if not self._stop.is_set():
+                self._load(folder, served.get(folder.path, set()), taken)
 
-        with (
-            ThreadPoolExecutor(READERS, "adapter-reader") as readers,
-            tqdm(total=len(due), desc="Adapters", unit="", disable=None if progress else True) as bar,
-        ):
-            for _ in readers.map(load, due):
-                bar.update()
+        due.sort(key=lambda folder: size_of(folder.signature))
+        self._readers.read([folder for folder in due if not folder.slow], read, budget, progress)
+        slow = [folder for folder in due if folder.slow]
+        if slow:
+            self._readers.read_behind(slow[0], read)
+
+    def _load(self, folder: _Folder, served: set[str], taken: dict[str, Path]) -> None:
+        """Reads the folder for every name it has, and says so to the next look."""
+        folder.done = True
+        if taken.get(folder.name, folder.path) != folder.path:
+            logger.warning("Folder %s is not served: %s goes by its name.", folder.name, taken[folder.name])
+        try:
+            for name in served | ({folder.name} - taken.keys()):
+                self._register(name, folder.path)
+        except OutOfPatience:
+            folder.slow, folder.done = True, False
+            return
+        self._read.append(folder)
 
     def _register(self, name: str, path: Path, replace: bool = True) -> None:
         """Points the name at the folder, or lists why not: a bad folder fails alone.
 
-        Raises AdapterExists if the name means another folder, unless ``replace``.
+        Raises AdapterExists if the name means another folder, unless ``replace``; and OutOfPatience.
         """
         if self._is_suppressed(name):
             return
@@ -242,9 +279,12 @@ class Watcher:
             if isinstance(error, AdapterExists) and not replace:
                 raise
             self._registry.fail(name, path, str(error))
+        except OutOfPatience:
+            self._registry.wait(name, path, "Its patterns are slow to match, so others are read first.")
+            raise
         except Exception as error:
             logger.exception("Reading adapter %s failed.", name)
-            self._registry.fail(name, path, f"Reading it failed: {type(error).__name__}: {error}.")
+            self._registry.fail(name, path, printable(f"Reading it failed: {type(error).__name__}: {error}."))
         if self._is_suppressed(name):  # unloaded while it was read
             self._unregister(name)
 
@@ -258,8 +298,16 @@ class Watcher:
 
 
 def _is_candidate(entry: os.DirEntry[str]) -> bool:
-    """A link to a folder is one too: it is refused with its reason, where skipping it would puzzle people."""
-    return not entry.name.startswith(".") and not entry.name.endswith(UNFINISHED_SUFFIXES) and entry.is_dir()
+    """Whatever may be meant as an adapter. If it cannot be one people learn why; skipping would puzzle them.
+
+    So a link to a folder is one, and so is a link that leads nowhere, or round.
+    """
+    if entry.name.startswith(".") or entry.name.endswith(UNFINISHED_SUFFIXES):
+        return False
+    try:
+        return entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
 
 
 def _has_other_case(path: Path) -> bool:

@@ -1,4 +1,8 @@
-"""Logs: to stderr, one JSON object a line, or text for people. What clients chose is always quoted."""
+"""Logs: to stderr, one JSON object a line, or text for people.
+
+Names and texts come from outside, so here, in one place, whatever does not print is spelt out: nobody's
+folder can forge a line.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from adapters.printable import printable
 from server.config import LogConfig
 
 
@@ -39,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``time LEVEL logger: message key=value …``."""
+    """``time LEVEL logger: message key=value …``, and tracebacks indented: only a record begins a line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -48,7 +53,11 @@ class TextFormatter(logging.Formatter):
         fields = "".join(
             f" {name}={json.dumps(value, default=str)}" for name, value in _fields(record).items()
         )
-        return super().formatMessage(record) + fields
+        return printable(super().formatMessage(record)) + fields
+
+    def formatException(self, ei: Any) -> str:
+        lines = super().formatException(ei).splitlines()
+        return "\n".join(f"    {printable(line)}" for line in lines)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

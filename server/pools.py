@@ -15,13 +15,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Kind = Literal[
-    "bodies", "tokenizing", "long-texts", "adapters", "database", "database-writes", "disk", "file-checks"
+    "bodies",
+    "tokenizing",
+    "long-texts",
+    "adapters",
+    "adapter-lookups",
+    "database",
+    "database-writes",
+    "disk",
+    "file-checks",
 ]
 POOLS: dict[Kind, int] = {
     "bodies": 1,  # parsing large bodies: Python holds one lock over it anyway
     "tokenizing": 2,
     "long-texts": 1,  # tokenising takes memory in proportion: one long text at a time
     "adapters": 2,
+    "adapter-lookups": 2,
     "database": 2,
     "database-writes": 1,  # SQLite has one writer; whoever waits for it must not keep readers waiting
     "disk": 2,

@@ -50,9 +50,13 @@ def open_file(folder: int, name: str, max_bytes: int) -> Iterator[tuple[BinaryIO
         descriptor = os.open(name, _FLAGS, dir_fd=folder)
     except OSError as error:
         raise _cannot_open(folder, name, error) from error
-    with open(descriptor, "rb", buffering=0) as stream:
-        before = os.fstat(descriptor)
+    before = os.fstat(descriptor)
+    try:
         _check_file(name, before, max_bytes)
+    except AdapterError:
+        os.close(descriptor)
+        raise
+    with open(descriptor, "rb", buffering=0) as stream:
         yield stream, before.st_size
         after = os.fstat(descriptor)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

@@ -12,7 +12,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,6 +36,47 @@ class Pattern(NamedTuple):
     core: str
     text: str
     full: bool
+
+
+class OutOfPatience(Exception):
+    """The time that ``Patience`` gave did not suffice, which says nothing against the patterns."""
+
+
+class Patience:
+    """Less time than ``TIMEOUT``, and shared by the patterns of several configs. Thread-safe."""
+
+    def __init__(self, together: float, each: float) -> None:
+        """Seconds: for all that is matched, and for one call."""
+        self._left = together
+        self._each = each
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, in this thread, ``match_names`` may raise OutOfPatience."""
+        token = _patience.set(self)
+        try:
+            yield
+        finally:
+            _patience.reset(token)
+
+    @contextmanager
+    def taken(self) -> Iterator[float]:
+        """Seconds for one call; what it leaves goes back. Raises OutOfPatience if nothing is left."""
+        with self._lock:
+            seconds = min(self._each, self._left)
+            self._left -= seconds
+        if seconds <= 0:
+            raise OutOfPatience
+        began = time.monotonic()
+        try:
+            yield seconds
+        finally:
+            with self._lock:
+                self._left += max(0.0, seconds - (time.monotonic() - began))
+
+
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
 
 
 @lru_cache(maxsize=256)
@@ -54,19 +99,32 @@ def _hits(text: str, full: bool, names: Sequence[str]) -> Hits:
 
 
 def _in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Hits]:
+    """Raises as ``match_names``."""
+    patience = _patience.get()
+    if patience is None:
+        try:
+            return _asked(patterns, names, TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise ValueError(
+                f"its patterns take longer than {TIMEOUT:g} seconds to match; simplify them"
+            ) from None
+    with patience.taken() as seconds:
+        try:
+            return _asked(patterns, names, seconds)
+        except subprocess.TimeoutExpired:
+            raise OutOfPatience from None
+
+
+def _asked(patterns: Sequence[Pattern], names: Sequence[str], timeout: float) -> list[Hits]:
     question = json.dumps({"patterns": [(p.text, p.full) for p in patterns], "names": names})
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-S", "-W", "ignore", __file__],
             input=question.encode(),
             capture_output=True,
-            timeout=TIMEOUT,
+            timeout=timeout,
             check=True,
         )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"its patterns take longer than {TIMEOUT:g} seconds to match; simplify them"
-        ) from None
     except (subprocess.CalledProcessError, OSError) as error:
         raise ValueError(f"its patterns could not be matched ({error})") from None
     answer = json.loads(child.stdout)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from adapters.errors import AdapterNotFound
+from adapters.printable import printable
 from adapters.registry import Entry, Registry
 from adapters.residency import Residency
 from server.engine.request import AdapterStatus
 
 
 class AdapterListing:
-    """Reads; changes nothing."""
+    """Reads; changes nothing. What comes from outside is told in characters that print."""
 
     def __init__(self, registry: Registry, residency: Residency) -> None:
         self._registry = registry
@@ -40,8 +41,8 @@ class AdapterListing:
             in_flight=entry.in_flight,
             last_used=entry.last_used,
             created=entry.created,
-            path=str(entry.path),
-            base_model=info.base_model if info else None,
-            warnings=info.warnings if info else (),
-            reason=entry.reason,
+            path=printable(str(entry.path)),
+            base_model=printable(info.base_model) if info and info.base_model is not None else None,
+            warnings=tuple(map(printable, info.warnings)) if info else (),
+            reason=printable(entry.reason) if entry.reason is not None else None,
         )

@@ -12,11 +12,11 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from adapters.errors import AdapterNameInvalid
 from adapters.paths import check_name
+from server.pools import Pool
 
 log = logging.getLogger("manylora.engine")
 
@@ -27,7 +27,6 @@ MAX_LOOKS = 64
 """Names that are looked at, or wait for it, at once."""
 PATIENCE = 5.0
 """Seconds that a request waits for a look, which may have to read a large adapter."""
-LOOKERS = 2
 
 
 class AdapterLookup:
@@ -37,9 +36,9 @@ class AdapterLookup:
         """``look`` registers the adapter of that name if its folder is there; it blocks."""
         self._look = look
         self._clock = clock
-        self._under_way: dict[str, asyncio.Future[None]] = {}
+        self._under_way: dict[str, asyncio.Task[None]] = {}
         self._remembered: OrderedDict[str, float] = OrderedDict()  # name -> end of its look, oldest first
-        self._lookers = ThreadPoolExecutor(LOOKERS, "adapter-lookup")
+        self._pool = Pool("adapter-lookups")
 
     async def look_for(self, name: str) -> None:
         """Returns once the folder was looked at, or need not be; nobody learns here what was found."""
@@ -48,14 +47,14 @@ class AdapterLookup:
             await asyncio.wait((look,), timeout=PATIENCE)
 
     def close(self) -> None:
-        """Begin no further look."""
-        self._lookers.shutdown(wait=False, cancel_futures=True)
+        """Begin no further look, and wait for those under way."""
+        self._pool.close()
 
-    def _begin(self, name: str) -> asyncio.Future[None] | None:
+    def _begin(self, name: str) -> asyncio.Task[None] | None:
         """A look, under way from now on; None if the name is not allowed, or was looked at just now."""
         if len(self._under_way) >= MAX_LOOKS or self._is_remembered(name) or not _is_allowed(name):
             return None
-        look = asyncio.get_running_loop().run_in_executor(self._lookers, self._look_safely, name)
+        look = asyncio.create_task(self._pool.run(self._look_safely, name))
         self._under_way[name] = look
         look.add_done_callback(lambda _: self._end(name))
         return look

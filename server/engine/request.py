@@ -135,16 +135,17 @@ class AdapterStatus:
     """One registered (or refused) adapter, for ``GET /v1/adapters`` and metrics.
 
     Attributes:
-        state: ``ready``, ``draining`` (unloaded, requests still running) or ``failed``.
+        state: ``ready``, ``draining`` (unloaded, requests still running), ``waiting`` (its files are not
+            finished, or not read yet) or ``failed``.
         tier: where its weights are now: ``device``, ``host`` or ``disk``.
         rank: the largest rank of any of its modules.
         nbytes: bytes of its weights as served.
         last_used: UNIX seconds, or None.
-        reason: why it failed; None otherwise.
+        reason: why it failed, or what it waits for; None otherwise.
     """
 
     name: str
-    state: Literal["ready", "draining", "failed"]
+    state: Literal["ready", "draining", "waiting", "failed"]
     digest: str | None
     rank: int | None
     nbytes: int | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from adapters.errors import AdapterNotFound
 from adapters.registry import Registry
 from adapters.watcher import Watcher
 from server.engine import threads
@@ -108,8 +110,8 @@ class EngineService:
         """End the thread at the next step's end and free everything."""
         self._stopping = True
         self._wake.set()
-        self._lookup.close()
         self._watcher.stop()
+        self._lookup.close()
         if self._thread.ident is not None:
             self._thread.join()
         for pool in (self._tokenizing, self._loading):
@@ -172,12 +174,17 @@ class EngineService:
         return self._listing.has(name)
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
-        await self._loading.run(self._registry.register, name, path, replace)
+        await self._loading.run(self._register, name, path, replace)
         return self._listing.one(name)
 
     async def unload_adapter(self, name: str) -> None:
         self._watcher.suppress(name)  # its folder is still there; do not load it again
         self._registry.unregister(name)
+
+    def _register(self, name: str, path: str, replace: bool) -> None:
+        if not os.path.lexists(self._registry.check(name, path)):
+            raise AdapterNotFound(f"There is no {path!r:.300} in the adapter folder.")
+        self._registry.register(name, path, replace)
 
     # -- event loop -------------------------------------------------------------------------------
 

@@ -154,6 +154,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     jobs.StateBusy: Shape(503, "server_error", "state_busy"),
     ClientDisconnected: Shape(499, _INVALID, "client_disconnected"),
     adapter.AdapterNotFound: Shape(404, _INVALID, "adapter_not_found"),
+    adapter.AdapterNotReady: Shape(503, "server_error", "adapter_not_ready"),
     adapter.AdapterNameInvalid: Shape(400, _INVALID, "adapter_name_invalid"),
     adapter.AdapterExists: Shape(400, _INVALID, "adapter_exists"),
     adapter.AdapterInvalid: Shape(400, _INVALID, "adapter_invalid"),
@@ -165,6 +166,7 @@ SHAPES: dict[type[BaseException], Shape] = {
 _SOON_OVER = (
     request.ShuttingDown,
     request.OutOfMemory,
+    adapter.AdapterNotReady,
     adapter.AdapterOutOfMemory,
     jobs.StateBusy,
     TooManyConnections,

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from adapters.errors import AdapterNotReady, ManyloraError
 from adapters.paths import served_name
 from server.engine.request import AdapterStatus, BaseInfo, Service
 from server.http.context import context_of
@@ -32,6 +33,7 @@ async def resolve_adapter(service: Service, model: str) -> str | None:
 
     Raises:
         ModelUnavailable: the adapter failed to load, or is being unloaded.
+        AdapterNotReady: its folder is not finished; soon it may be.
         ModelNotFound: there is no such name; the message lists near ones.
     """
     if model in base_names(service.base):
@@ -61,11 +63,13 @@ async def get_model(request: Request) -> JSONResponse:
     return JSONResponse(card)
 
 
-def _unavailable(status: AdapterStatus) -> ModelUnavailable:
+def _unavailable(status: AdapterStatus) -> ManyloraError:
     if status.state == "draining":
         return ModelUnavailable(
             f"Adapter '{status.name}' is being unloaded and takes no more requests.", "model"
         )
+    if status.state == "waiting":
+        return AdapterNotReady(f"Adapter '{status.name}' is not served yet: {status.reason}")
     return ModelUnavailable(f"Adapter '{status.name}' could not be loaded: {status.reason}", "model")
 
 

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import AdapterError, AdapterExists, AdapterInvalid, AdapterNameInvalid, AdapterNotFound
+from adapters.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterInvalid,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterNotReady,
+)
 from adapters.registry import Registry, Version
 
 ROOT = Path("/nowhere/adapters")
@@ -267,3 +274,17 @@ def _step(registry: Registry, dice: random.Random, names: list[str]) -> None:
             registry.release(version)
     except AdapterError as error:
         assert isinstance(error, AdapterNotFound)  # noqa: PT017  another thread unregistered it
+
+
+def test_a_folder_that_is_waited_for_is_listed_until_it_is_read(world: World) -> None:
+    world.registry.wait("a", ROOT / "a", "It is not finished.")
+    assert world.states() == [("a", "waiting", 0)]
+    with pytest.raises(AdapterNotReady, match="'a' is not served yet: It is not finished"):
+        world.registry.resolve("a")
+    assert world.registry.names_by_path() == {ROOT / "a": {"a"}}
+    world.register("a", "one")
+    world.registry.wait("a", ROOT / "a", "It is not finished.")
+    assert [(entry.state, entry.reason) for entry in world.registry.entries()] == [("ready", None)]
+    world.registry.wait("b", ROOT / "b", "It is not finished.")
+    world.registry.unregister("b")
+    assert world.states() == [("a", "ready", 0)]

@@ -168,7 +168,8 @@ def test_an_incomplete_folder_is_waited_for_then_listed(room: Room, monkeypatch:
     folder = room.write("a")
     (folder / WEIGHTS_FILE).rename(room.root / ".weights")
     room.look()
-    assert room.states() == {}
+    assert room.states() == {"a": "waiting"}
+    assert room.reason("a") == f"{WEIGHTS_FILE} is not there yet."
     monkeypatch.setattr(module, "INCOMPLETE_AFTER", 0.0)
     room.look()
     assert (
@@ -272,7 +273,7 @@ def test_the_first_look_takes_what_is_settled(tmp_path: Path, monkeypatch: pytes
     room = Room(tmp_path)
     room.write("fresh")
     room.look(1)
-    assert room.states() == {}
+    assert room.states() == {"fresh": "waiting"}
     monkeypatch.setattr(signature, "SETTLED_AGE", 0.0)
     room = Room(tmp_path)
     room.watcher.scan_once(progress=True)
@@ -283,7 +284,7 @@ def test_a_spent_budget_leaves_the_rest_to_the_next_look(room: Room) -> None:
     room.write("a")
     room.look(1)
     room.watcher.scan_once(budget=0.0)
-    assert room.states() == {}
+    assert room.states() == {"a": "waiting"}
     room.look(1)
     assert room.states() == {"a": "ready"}
 

@@ -43,3 +43,14 @@ def test_an_exception_stays_in_its_line() -> None:
 def test_text_quotes_what_clients_chose() -> None:
     line = TextFormatter().format(record(model="a\nERROR forged"))
     assert line.endswith('manylora.x: hello model="a\\nERROR forged"')
+
+
+def test_no_name_forges_a_line_of_text() -> None:
+    made = record("Adapter a\n2026-01-01 ERROR forged\x1b[2K is not served")
+    try:
+        raise ValueError("bad\n2026-01-01 ERROR forged")
+    except ValueError:
+        made.exc_info = sys.exc_info()
+    first, *rest = TextFormatter().format(made).splitlines()
+    assert first.endswith("Adapter a\\n2026-01-01 ERROR forged\\x1b[2K is not served")
+    assert all(line.startswith("    ") for line in rest)

@@ -12,7 +12,7 @@ import pytest_asyncio
 import torch
 from torch import Tensor
 
-from adapters.errors import AdapterExists, AdapterNotFound
+from adapters.errors import AdapterExists, AdapterNameInvalid, AdapterNotFound
 from server.config import from_args
 from server.engine.build import build_service
 from server.engine.request import Delta, Generation, GenerationRequest, SamplingParams
@@ -177,6 +177,13 @@ async def test_loading_and_unloading_by_hand(service: EngineService, home: Path)
     assert (status.name, status.state) == ("alias", "ready")
     with pytest.raises(AdapterExists):
         await service.load_adapter("alias", "one", replace=False)
+    for nowhere in ("three", "two/three", str(home / "adapters" / "three")):
+        with pytest.raises(AdapterNotFound) as caught:
+            await service.load_adapter("alias", nowhere, replace=True)
+        assert str(caught.value) == f"There is no {nowhere!r} in the adapter folder."
+    with pytest.raises(AdapterNameInvalid) as refused:
+        await service.load_adapter("alias", "/etc", replace=True)
+    assert str(home) not in str(refused.value)
     await service.load_adapter("alias", "one", replace=True)
     await service.unload_adapter("alias")
     assert not service.has_adapter("alias")

@@ -81,3 +81,15 @@ def test_an_unknown_name_is_looked_for_before_it_is_refused(client: TestClient, 
     service.looked_for.clear()
     assert client.get("/v1/models/tiny").status_code == 200
     assert service.looked_for == []
+
+
+def test_an_adapter_that_is_waited_for_is_asked_for_again(client: TestClient, service: FakeService) -> None:
+    reason = "adapter_model.safetensors is not there yet."
+    service.known["new"] = adapter("new", state="waiting", digest=None, tier=None, reason=reason)
+    response = client.post("/v1/completions", json={"model": "new", "prompt": "a"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "adapter_not_ready")
+    assert response.headers["retry-after"] == "1"
+    assert response.json()["error"]["message"] == f"Adapter 'new' is not served yet: {reason}"
+    assert "new" not in [card["id"] for card in client.get("/v1/models").json()["data"]]
+    listed = client.get("/v1/adapters").json()["data"][-1]
+    assert (listed["state"], listed["reason"]) == ("waiting", reason)

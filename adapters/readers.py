@@ -1,0 +1,85 @@
+"""The threads that read adapters' folders: a look's in its time, and the slow ones behind them.
+
+Knows nothing of what reading means.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from adapters.artifact.regex import Patience
+
+logger = logging.getLogger("manylora.adapters")
+
+READERS = 2
+MAX_LATE = 4
+"""Folders that may still be read after their look; while there are so many, a look begins no other."""
+PATTERNS_TOGETHER = 0.5
+"""Seconds that all patterns of a look may take; what needs longer is slow."""
+PATTERNS_EACH = 0.25
+
+T = TypeVar("T")
+
+
+class Readers:
+    """Called by one thread."""
+
+    def __init__(self) -> None:
+        self._late: set[Future[None]] = set()
+        self._behind: threading.Thread | None = None
+
+    def read(
+        self, folders: Sequence[T], read: Callable[[T], None], budget: float, progress: bool = False
+    ) -> None:
+        """Calls ``read`` for each folder, in this order, for so many seconds.
+
+        One that takes longer goes on while the caller does. With an infinite budget all are waited for.
+        Where patterns are slow to match, ``read`` gets OutOfPatience.
+        """
+        self._late = {late for late in self._late if not late.done()}
+        if len(self._late) >= MAX_LATE:
+            return
+        deadline = time.monotonic() + budget
+        patience = Patience(PATTERNS_TOGETHER, PATTERNS_EACH)
+
+        def read_in_time(folder: T) -> None:
+            if time.monotonic() < deadline:
+                with patience.applied():
+                    _read_safely(read, folder)
+
+        readers = ThreadPoolExecutor(READERS, "adapter-reader")
+        with tqdm(total=len(folders), desc="Adapters", unit="", disable=None if progress else True) as bar:
+            futures = [readers.submit(read_in_time, folder) for folder in folders]
+            for future in futures:
+                future.add_done_callback(lambda _: bar.update())
+            self._late |= wait(futures, None if budget == math.inf else budget).not_done
+        readers.shutdown(wait=False)
+
+    def read_behind(self, folder: T, read: Callable[[T], None]) -> None:
+        """Calls ``read`` without the caller, and with all the time that it takes; one at a time."""
+        if self._behind is None or not self._behind.is_alive():
+            self._behind = threading.Thread(
+                target=_read_safely, args=(read, folder), name="slow-adapter-reader", daemon=True
+            )
+            self._behind.start()
+
+    def join(self) -> None:
+        """Waits for what is being read."""
+        wait(self._late)
+        if self._behind is not None:
+            self._behind.join()
+
+
+def _read_safely(read: Callable[[T], None], folder: T) -> None:
+    try:
+        read(folder)
+    except Exception:
+        logger.exception("Reading an adapter's folder failed.")
