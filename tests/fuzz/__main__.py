@@ -1,0 +1,81 @@
+"""``python -m tests.fuzz TARGET``: fuzz for a while, and merge what reaches new code into the corpus.
+
+A fault ends it with its traceback, and leaves its input in the working directory. Put that into the corpus
+with the fix (``--add FILE``). Needs atheris (https://github.com/google/atheris).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from peft import LoraConfig
+
+from tests.fuzz import seeds
+
+TARGETS = ("header", "config", "names", "multipart", "rows")
+MAX_INPUT = 4096
+INPUT_SECONDS = 5
+MEMORY_MB = 2048
+JSON_WORDS = """
+{ } [ ] , : null true 1e400 NaN \\ud800
+"dtype": "shape": "data_offsets": "BF16" lora_A lora_B .default modules_to_save
+"messages": "conversations": "role": "content": "assistant" "weight": "tool_calls": (a+)+$ .* --boundary
+"""
+WORDS = (*JSON_WORDS.split(), *(f'"{field.name}":' for field in dataclasses.fields(LoraConfig)))
+"""What bytes alone seldom hit upon."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--keep", action="store_true", help="merge what was found into the corpus")
+    parser.add_argument("--add", type=Path, help="add one input to the corpus, and do nothing else")
+    options = parser.parse_args()
+    if options.add:
+        seeds.write(options.target, [*seeds.read(options.target), options.add.read_bytes()])
+        return 0
+    with tempfile.TemporaryDirectory() as found:
+        return fuzz(options.target, options.seconds, Path(found), options.keep)
+
+
+def fuzz(target: str, seconds: int, found: Path, keep: bool = False) -> int:
+    """Fuzz in a process of its own, with new inputs in ``found``; its exit code (0: no fault)."""
+    for number, each in enumerate(seeds.read(target)):
+        (found / f"seed{number}").write_bytes(each)
+    code = _libfuzzer(target, f"-max_total_time={seconds}", str(found))
+    if keep and code == 0:
+        with tempfile.TemporaryDirectory() as merged:
+            code = _libfuzzer(target, "-merge=1", merged, str(found))
+            seeds.write(target, [path.read_bytes() for path in Path(merged).iterdir()])
+    return code
+
+
+def _dictionary(folder: Path) -> str:
+    path = folder / "words.dict"
+    path.write_text("".join(f'"{_escaped(word)}"\n' for word in WORDS))
+    return str(path)
+
+
+def _escaped(word: str) -> str:
+    return word.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _libfuzzer(target: str, *arguments: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(_command(target, _dictionary(Path(folder)), *arguments), check=False).returncode
+
+
+def _command(target: str, dictionary: str, *arguments: str) -> list[str]:
+    limits = [f"-max_len={MAX_INPUT}", f"-timeout={INPUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
+    options = [*limits, f"-dict={dictionary}", "-verbosity=0"]
+    return [sys.executable, "-m", "tests.fuzz.fuzzer", target, *options, *arguments]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
