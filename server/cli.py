@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 it failed, 2 it was asked for wrongly."""
     words = sys.argv[1:] if argv is None else list(argv)
     _choose_waiting(training=words[:1] == ["train"])
+    # It warns of an optional package whenever it is imported, which is by many others and at many places.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = _parser(bench=words[:1] == ["bench"]).parse_args(words)
     run: Callable[[argparse.Namespace], int | None] = arguments.run
     try:

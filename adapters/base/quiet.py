@@ -1,8 +1,8 @@
-"""Keeps the libraries' chatter off the console while a base is read; their bars stay if asked for."""
+"""Keeps the libraries' chatter off the console while a base is read; their bars stay on a terminal."""
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,20 +16,16 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries(progress: bool) -> Iterator[None]:
-    """Only errors from transformers and bitsandbytes; bars only with ``progress``. Restored at the end."""
+    """Only errors from transformers; bars only with ``progress``, on a terminal. Restored at the end."""
+    progress = progress and sys.stderr.isatty()
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    # bitsandbytes warns about an optional kernel package when it is first imported.
-    bitsandbytes_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = bitsandbytes_logger.level
     transformers_logging.set_verbosity_error()
-    bitsandbytes_logger.setLevel(logging.ERROR)
     _show_bars(progress, progress)
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        bitsandbytes_logger.setLevel(level)
         _show_bars(*had_bars)
 
 

@@ -1,13 +1,30 @@
-"""How far a run has come and how fast: the bar on stderr, and the pauses that keep to a share of the time."""
+"""How far a run has come and how fast: a bar or lines on stderr, and pauses that keep to a share of time."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 
 from tqdm import tqdm
 
 _WINDOW = 20
+LINE_SECONDS = 10.0
+"""Where there is no terminal for a bar: seconds between two lines."""
+
+
+class Pace:
+    """Says when it is time for another line: at once, and then every ``LINE_SECONDS``."""
+
+    def __init__(self) -> None:
+        self._next = -1.0
+
+    def is_due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + LINE_SECONDS
+        return True
 
 
 class Throttle:
@@ -24,7 +41,7 @@ class Throttle:
 
 
 class Progress:
-    """Counts tokens by step; the bar shows only on a terminal."""
+    """Counts tokens by step. Shows a bar on a terminal, and elsewhere a line now and then."""
 
     def __init__(self, total_steps: int, done: int, show: bool) -> None:
         self._total, self._done = total_steps, done
@@ -32,6 +49,8 @@ class Progress:
         self._bar = tqdm(
             total=total_steps, initial=done, desc="Training", unit="step", disable=None if show else True
         )
+        self._lines = show and not sys.stderr.isatty()
+        self._pace = Pace()
         self.tokens = 0
 
     def step(self, step: int, loss: float) -> tuple[float, float]:
@@ -43,7 +62,11 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
         self._bar.update(step - self._done)
         self._done = step
-        return speed, (self._total - step) * seconds / (len(self._recent) - 1)
+        left = (self._total - step) * seconds / (len(self._recent) - 1)
+        if self._lines and (self._pace.is_due() or step == self._total):
+            text = f"Step {step} of {self._total}: loss {loss:.3f}, {speed:.0f} tokens/s, {left:.0f} s left."
+            print(text, file=sys.stderr, flush=True)
+        return speed, left
 
     def close(self) -> None:
         self._bar.close()

@@ -23,7 +23,7 @@ from adapters.training.methods import ADAPTER
 from adapters.training.packing import Pack
 from adapters.training.progress import Throttle
 from adapters.training.recipe import TrainConfig
-from adapters.training.trainer import held_out_loss
+from adapters.training.trainer import held_out_figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def prune(
 
     def loss_without(count: int) -> float:
         _install(model, without(count))
-        return held_out_loss(model.get_base_model(), packs, config.batch_size, throttle)
+        return held_out_figures(model.get_base_model(), packs, config.batch_size, throttle)[0]
 
     loss_before = loss_without(0)
     allowed = loss_before + (config.prune_rank or 0.0)

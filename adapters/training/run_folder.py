@@ -25,7 +25,9 @@ from typing import Any, Literal, TextIO
 
 from adapters.errors import RunFolderInvalid
 
-EventKind = Literal["start", "step", "eval", "checkpoint", "pruned", "end", "note"]
+EventKind = Literal[
+    "start", "step", "eval", "checkpoint", "pruned", "end", "note", "warning", "evaluating", "evaluated"
+]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

@@ -60,6 +60,8 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         self._held_out, self._throttle, self._show, self._stop = held_out, throttle, show, stop
         self._saving_to: Path | None = None
         self._progress: Progress | None = None
+        self._hits: list[torch.Tensor] = []
+        self._last: dict[str, Any] = {}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """One forward and backward pass. Raises TrainingDiverged before a bad gradient is applied."""
@@ -75,16 +77,24 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         self._throttle.pause()
         return loss
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, and counts which of the learnt tokens were the likeliest."""
+        loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
+        self._hits.append(_hits(outputs.logits.detach(), inputs["labels"]))
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Events go to the run folder alone: the Trainer's history would be in every checkpoint again."""
         del start_time
         if "loss" not in logs or self._progress is None:
             return
         speed, eta = self._progress.step(self.state.global_step, logs["loss"])
+        self._last = {"loss": logs["loss"], "accuracy": _share(torch.cat(self._hits))}
+        self._hits.clear()
         self._run.event(
             "step",
             **self._place(),
-            loss=logs["loss"],
+            **self._last,
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             tokens_per_second=round(speed, 1),
@@ -93,10 +103,11 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The held-out loss, a mean over tokens."""
-        loss = held_out_loss(
+        loss, accuracy = held_out_figures(
             self.model.get_base_model(), self._held_out, self.args.train_batch_size, self._throttle
         )
-        self._run.event("eval", **self._place(), loss=loss)
+        self._run.event("eval", **self._place(), loss=loss, accuracy=accuracy)
+        self._last |= {"eval_loss": loss, "eval_accuracy": accuracy}
         return {"eval_loss": loss}
 
     def finish(self) -> None:
@@ -119,7 +130,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             self._saving_to = folder
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-        self._run.event("checkpoint", **self._place(), path=self._run.checkpoints / name)
+        self._run.event("checkpoint", **self._place(), **self._last, path=self._run.checkpoints / name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A PEFT folder that can be served, and the exact state to go on from."""
@@ -144,42 +155,70 @@ class Moments(TrainerCallback):  # type: ignore[misc]
     def __init__(self, stop: Stop, every: int, evaluates: bool) -> None:
         self._stop, self._every, self._evaluates = stop, every, evaluates
         self._saved_at, self._saved_time = -1, time.monotonic()
+        self._evaluated_at = -1
 
     def on_step_end(
         self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         due = state.global_step % self._every == 0 if self._every else self._is_late()
-        control.should_save = due or self._stop.requested or state.global_step >= state.max_steps
+        is_last = state.global_step >= state.max_steps
+        control.should_save = due or self._stop.requested or is_last
+        control.should_evaluate = is_last and self._may_evaluate(
+            state
+        )  # before it is saved, with the figures
         control.should_training_stop |= self._stop.requested
 
     def on_epoch_end(
         self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         control.should_save = not self._every and state.global_step != self._saved_at
-        control.should_evaluate = self._evaluates and not self._stop.requested
+        control.should_evaluate = self._may_evaluate(state)
+
+    def on_evaluate(
+        self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
+    ) -> None:
+        self._evaluated_at = state.global_step
 
     def on_save(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any
     ) -> None:
         self._saved_at, self._saved_time = state.global_step, time.monotonic()
 
+    def _may_evaluate(self, state: TrainerState) -> bool:
+        return self._evaluates and not self._stop.requested and state.global_step != self._evaluated_at
+
     def _is_late(self) -> bool:
         return time.monotonic() - self._saved_time >= _SAVE_AFTER
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, packs: Sequence[Pack], batch_size: int, throttle: Throttle) -> float:
-    """The mean loss over all trained tokens of ``packs``, in nats; not a number if there are none."""
-    total, count = 0.0, 0
+def held_out_figures(
+    model: Any, packs: Sequence[Pack], batch_size: int, throttle: Throttle
+) -> tuple[float, float]:
+    """Over all trained tokens of ``packs``: the mean loss, in nats, and the share that was the likeliest.
+
+    Not numbers if there are none.
+    """
+    total, count, hits = 0.0, 0, 0
     device = next(model.parameters()).device
     batches = (collate(packs[begin : begin + batch_size]) for begin in range(0, len(packs), batch_size))
     with evaluating(model), torch.autocast(device.type, torch.bfloat16):
         for batch in batches:
-            trained = batch["labels"].numel()
-            loss = model(**_on(device, batch)).loss
-            total, count = total + loss.item() * trained, count + trained
+            there, trained = _on(device, batch), batch["labels"].numel()
+            outputs = model(**there)
+            total, count = total + outputs.loss.item() * trained, count + trained
+            hits += int(_hits(outputs.logits, there["labels"]).sum())
             throttle.pause()
-    return total / count if count else math.nan
+    return (total / count, hits / count) if count else (math.nan, math.nan)
+
+
+def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[tokens], for each label whether it is the likeliest token."""
+    return (logits.argmax(-1) == labels).flatten()
+
+
+def _share(hits: torch.Tensor) -> float | None:
+    return round(hits.float().mean().item(), 5) if hits.numel() else None
 
 
 def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from adapters.artifact.files import CONFIG_FILE, open_folder, read_file
 from adapters.training.dataset import Dataset
 from server.config import ServerConfig, from_args
 from server.engine.build import build_parts
-from server.evaluation.examiner import Examiner
+from server.evaluation.examiner import Examiner, Tick
 from server.evaluation.result import Evaluation, Model
 
 _FRUGAL = ("--kv-cache-memory", "1GiB", "--enforce-eager")
@@ -33,6 +33,7 @@ def evaluate_adapter(
     progress: bool = False,
     head_quantization: str = "none",
     allow_special_tokens: bool = False,
+    tick: Tick = lambda *_: None,
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
 
@@ -44,6 +45,7 @@ def evaluate_adapter(
         adapter, replaced: PEFT folders, anywhere.
         threads: of the CPU kernels; None = as many as this process may run on.
         progress: a bar on stderr.
+        tick: called in every step.
 
     Raises:
         ConfigError, BaseModelError: the base cannot be served like that.
@@ -56,7 +58,7 @@ def evaluate_adapter(
     flags += [] if threads is None else ["--threads", str(threads)]
     flags += ["--allow-special-tokens"] if allow_special_tokens else []
     flags += _FRUGAL
-    return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress)
+    return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress, tick)
 
 
 def evaluate(
@@ -65,6 +67,7 @@ def evaluate(
     adapter: Path,
     replaced: Path | None = None,
     progress: bool = False,
+    tick: Tick = lambda *_: None,
 ) -> Evaluation:
     """See ``evaluate_adapter``. ``config`` is a server's: its sizes count, its adapter folder does not."""
     folders: dict[Model, Path] = {"adapter": adapter.resolve()}
@@ -73,7 +76,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as empty:
         parts = build_parts(_sized_for(config, folders.values(), Path(empty)))
     try:
-        return Examiner(parts, folders, progress).examine(data)
+        return Examiner(parts, folders, progress, tick).examine(data)
     finally:
         parts.residency.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -27,6 +27,9 @@ from server.evaluation.scoring import PromptScorer
 Drawn = dict[str, list[int]]
 """By request id, the tokens drawn."""
 
+Tick = Callable[[int, int], object]
+"""Told how many requests are done, and of how many."""
+
 _POLL_SECONDS = 0.002
 
 
@@ -37,14 +40,21 @@ class Examiner:
         parts: an engine without a prefix cache, which would hide tokens.
         folders: the adapters to examine beside the base, by what the result calls them.
         progress: a bar on stderr.
+        tick: called in every step.
 
     Raises:
         AdapterError: a folder is no adapter of this base that can be served.
     """
 
-    def __init__(self, parts: Parts, folders: Mapping[Model, Path], progress: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        folders: Mapping[Model, Path],
+        progress: bool = False,
+        tick: Tick = lambda *_: None,
+    ) -> None:
         self._parts = parts
-        self._progress = progress
+        self._progress, self._tick = progress, tick
         self._versions: dict[Model, Version | None] = {"base": None}
         for model, folder in folders.items():
             info = parts.registry.inspect(folder)
@@ -85,10 +95,15 @@ class Examiner:
                 self._add(model, _passage_id(model, i), passage.tokens, 1, drawn)
             for i, question in enumerate(questions):
                 self._add(model, _question_id(model, i), question.prompt, question.max_tokens, drawn)
-        with tqdm(total=len(drawn), desc="Evaluating", unit="request", disable=not self._progress) as bar:
+        done = 0
+        hidden = None if self._progress else True  # None: without a terminal
+        with tqdm(total=len(drawn), desc="Evaluating", unit="request", disable=hidden) as bar:
             while engine.busy:
                 self._step(drawn)
-                bar.update(len(engine.take_ended()))
+                ended = len(engine.take_ended())
+                bar.update(ended)
+                done += ended
+                self._tick(done, len(drawn))
         return scorer, drawn
 
     def _add(

@@ -58,6 +58,17 @@ class Evaluation:
     replaced: Scores | None
     answers: tuple[Answers, ...]
 
+    def figures(self) -> dict[str, float]:
+        """What is known of every model, flat: the adapter's under plain names, ``base_exact_match``, …"""
+        models = {"": self.adapter, "base_": self.base, "replaced_": self.replaced}
+        flat = {
+            f"{prefix}{name}": value
+            for prefix, scores in models.items()
+            if scores is not None
+            for name, value in asdict(scores).items()
+        }
+        return {name: value for name, value in flat.items() if value is not None}
+
     def as_json(self) -> dict[str, Any]:
         """All figures, without the answers."""
         fields = asdict(self)

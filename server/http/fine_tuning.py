@@ -29,7 +29,16 @@ from server.jobs.training import Training
 _PAGE = {"after": (text, None), "limit": (integer(1, 100), 20)}
 _CHECKPOINT_PAGE = {"after": (text, None), "limit": (integer(1, 100), 10)}
 _EVENTS = _PAGE | {"stream": (flag, False)}
-_METRICS = ("train_loss", "full_valid_loss", "step")
+_METRICS = {
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_mean_token_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "full_valid_loss",
+    "valid_mean_token_accuracy": "full_valid_mean_token_accuracy",
+    "full_valid_loss": "full_valid_loss",
+    "full_valid_mean_token_accuracy": "full_valid_mean_token_accuracy",
+}
+"""OpenAI's metrics of a checkpoint, from ours: we never measure a part of the validation file."""
 
 
 async def create_job(request: Request) -> JSONResponse:
@@ -157,7 +166,7 @@ def checkpoint_object(job: Job, event: JobEvent) -> dict[str, Any]:
         "fine_tuning_job_id": job.id,
         "fine_tuned_model_checkpoint": f"{job.fine_tuned_model}:ckpt-step-{step}",
         "step_number": step,
-        "metrics": {name: event.data[name] for name in _METRICS if name in event.data},
+        "metrics": {name: event.data[ours] for name, ours in _METRICS.items() if ours in event.data},
     }
 
 

@@ -25,12 +25,14 @@ class Ending:
         code: OpenAI's machine-readable code of a failure.
         message: a whole sentence.
         trained_tokens: None if it did not say.
+        evaluation: the figures on the validation file, beside the base's; None without such a file.
     """
 
     outcome: Outcome
     code: str | None = None
     message: str = ""
     trained_tokens: int | None = None
+    evaluation: dict[str, Any] | None = None
 
     def error(self) -> dict[str, Any]:
         """OpenAI's ``error`` of a job."""
@@ -65,11 +67,13 @@ def ending_of(folder: Path, code: int | None) -> Ending:
 
 def _published(result: progress.Result) -> Ending:
     tokens = result.metrics.get("trained_tokens")
-    return Ending("published", trained_tokens=int(tokens) if isinstance(tokens, int | float) else None)
+    count = int(tokens) if isinstance(tokens, int | float) else None
+    return Ending("published", trained_tokens=count, evaluation=result.evaluation)
 
 
 def _kept(result: progress.Result) -> Ending:
-    return Ending("failed", "not_improved", result.reason or "The adapter was not published.")
+    reason = result.reason or "The adapter was not published."
+    return Ending("failed", "not_improved", reason, evaluation=result.evaluation)
 
 
 def _failed(result: progress.Result) -> Ending:

@@ -20,7 +20,11 @@ logger = logging.getLogger("manylora.jobs")
 METRICS, RESULT = "metrics.jsonl", "result.json"
 _MOST = 1 << 20
 """Bytes taken at once, so that no transaction grows with how long nobody has looked."""
-_RENAMED = {"loss": "train_loss", "eval_loss": "full_valid_loss"}
+_TRAIN = {"loss": "train_loss", "accuracy": "train_mean_token_accuracy"}
+_VALID = {"loss": "full_valid_loss", "accuracy": "full_valid_mean_token_accuracy"}
+_BOTH = _TRAIN | {f"eval_{name}": told for name, told in _VALID.items()}
+_RENAMED = {"step": _TRAIN, "eval": _VALID, "checkpoint": _BOTH}
+"""By event: the run's words, and OpenAI's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +44,17 @@ class Line:
 
     def as_event(self, job_id: str) -> JobEvent:
         """What clients are told of it."""
+        renamed = _RENAMED.get(self.event, {})
         numbers = {
-            _RENAMED.get(name, name): value
+            renamed.get(name, name): value
             for name, value in self.values.items()
             if isinstance(value, int | float) and name != "time"
         }
-        if self.event == "eval":
-            numbers = {"full_valid_loss" if name == "train_loss" else name: n for name, n in numbers.items()}
         kind = {"step": "metrics", "eval": "metrics", "checkpoint": "checkpoint"}.get(self.event, "message")
         return JobEvent(
             job_id=job_id,
             created_at=self.time,
-            level="info",
+            level="warn" if self.event == "warning" else "info",
             kind=kind,
             message=self._message(numbers),
             data=numbers,
@@ -81,6 +84,7 @@ class Result:
     reason: str | None
     error_type: str | None
     metrics: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
 
 
 def read_lines(folder: Path, offset: int) -> tuple[list[Line], int]:
@@ -106,7 +110,9 @@ def read_result(folder: Path) -> Result | None:
     try:
         values = json.loads((folder / RESULT).read_text("utf-8"))
         metrics = dict(values.get("metrics") or {})
-        return Result(str(values["status"]), values.get("reason"), values.get("error_type"), metrics)
+        evaluation = dict(values["evaluation"]) if values.get("evaluation") else None
+        reason, error_type = values.get("reason"), values.get("error_type")
+        return Result(str(values["status"]), reason, error_type, metrics, evaluation)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -117,7 +123,7 @@ def read_result(folder: Path) -> Result | None:
 def as_csv(events: Iterable[JobEvent]) -> str:
     """The numbers of every ``metrics`` event, one a row."""
     text = io.StringIO()
-    columns = ["step", "epoch", "train_loss", "full_valid_loss", "learning_rate"]
+    columns = ["step", "epoch", *_TRAIN.values(), *_VALID.values(), "learning_rate"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(event.data for event in events)

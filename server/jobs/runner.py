@@ -8,6 +8,7 @@ and queues the rest again, which goes on from its last checkpoint.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import shutil
 import threading
@@ -260,7 +261,7 @@ class Runner:
             job = find_job(session, job_id)
         if job.status != "cancelled" and ending.outcome == "published":
             ending = self._publish(job, ending)
-        results = self._keep_results(job) if ending.outcome == "published" else []
+        results = self._keep_results(job, ending) if job.status != "cancelled" else []
         with self._database.write() as session:
             job = find_job(session, job_id)
             if job.status != "cancelled":
@@ -291,12 +292,18 @@ class Runner:
         if job.fine_tuned_model.startswith("ft:"):
             self._models.retract(job.fine_tuned_model)
 
-    def _keep_results(self, job: Job) -> list[str]:
-        """OpenAI's result file: the metrics of every step, as CSV."""
-        with self._database.read() as session:
-            wanted = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "metrics")
-            events = session.scalars(wanted.order_by(JobEvent.seq)).all()
-        return [self._files.add_results("step_metrics.csv", progress.as_csv(events)).id]
+    def _keep_results(self, job: Job, ending: Ending) -> list[str]:
+        """OpenAI's result file, the metrics of every step as CSV; and how it did on the validation file."""
+        results = []
+        if ending.outcome == "published":
+            with self._database.read() as session:
+                wanted = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "metrics")
+                events = session.scalars(wanted.order_by(JobEvent.seq)).all()
+            results.append(self._files.add_results("step_metrics.csv", progress.as_csv(events)).id)
+        if ending.evaluation is not None:
+            text = json.dumps(ending.evaluation, indent=2)
+            results.append(self._files.add_results("evaluation.json", text).id)
+        return results
 
     def _tidy(self, job_id: str) -> None:
         """Nobody goes on from here: what is large can go."""
@@ -323,8 +330,9 @@ def _said(error: Exception) -> str:
 
 def _conclude(job: Job, ending: Ending, results: list[str]) -> None:
     job.deaths += ending.outcome == "died"
+    job.result_files = results
     if ending.outcome == "published":
-        job.status, job.error, job.result_files = "succeeded", None, results
+        job.status, job.error = "succeeded", None
         job.trained_tokens = ending.trained_tokens
     elif ending.outcome == "failed" or job.deaths >= MOST_DEATHS:
         job.status, job.error = "failed", ending.error()

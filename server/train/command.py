@@ -20,10 +20,13 @@ from adapters.paths import check_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
 from adapters.training.gpu import release_memory
+from adapters.training.progress import Pace
 from adapters.training.run import Trained
+from adapters.training.run_folder import EventKind
 from adapters.training.stop import on_signals
 from server.config import ServerConfig
 from server.evaluation.evaluate import evaluate_adapter
+from server.evaluation.examiner import Tick
 from server.evaluation.gate import decide
 from server.evaluation.table import table
 from server.train.options import chosen
@@ -83,7 +86,7 @@ class Command:
             _say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
             return STOPPED
         release_memory()  # the model that was trained: the engine brings its own
-        evaluation, better, reason = self._evaluate(config, trained.folder)
+        evaluation, better, reason = self._evaluate(config, run, trained.folder)
         if self._arguments.require_improvement and not better:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
             _say(f"Not published, but kept in {trained.folder}. {reason}")
@@ -93,27 +96,49 @@ class Command:
         _say(f"Published {path}.")
         return DONE
 
-    def _evaluate(self, config: TrainConfig, folder: Path) -> tuple[dict[str, Any] | None, bool, str | None]:
+    def _evaluate(
+        self, config: TrainConfig, run: RunFolder, folder: Path
+    ) -> tuple[dict[str, Any] | None, bool, str | None]:
         """Through the serving engine: the figures, whether they are better, and why."""
         if config.eval_data is None:
             return None, True, None
+        data = read_dataset(config.eval_data)
         replaced = self._output_dir / self._arguments.name
+        self._tell(run, "evaluating", f"Evaluating {len(data.rows)} rows through the serving engine.")
         evaluation = evaluate_adapter(
             config.base,
             config.home,
             config.quantization,
             config.device,
-            read_dataset(config.eval_data),
+            data,
             folder,
             replaced if replaced.is_dir() else None,
             config.threads or None,
             progress=sys.stderr.isatty(),
             head_quantization=config.head_quantization,
             allow_special_tokens=config.allow_special_tokens,
+            tick=self._ticking(run),
         )
         decision = decide(evaluation)
+        run.event("evaluated", message=decision.reason, **evaluation.figures())
         _say(f"{table(evaluation)}\n{decision.reason}")
         return evaluation.as_json(), decision.publish, decision.reason
+
+    def _ticking(self, run: RunFolder) -> Tick:
+        """Tells of the evaluation now and then."""
+        pace = Pace()
+
+        def tick(done: int, total: int) -> None:
+            if pace.is_due():
+                self._tell(run, "evaluating", f"Evaluating: {done} of {total} requests are done.")
+
+        return tick
+
+    def _tell(self, run: RunFolder, kind: EventKind, message: str) -> None:
+        """To whoever follows the events, and on stderr where no bar tells it."""
+        run.event(kind, message=message)
+        if not sys.stderr.isatty():
+            _say(message)
 
     def _config(self) -> TrainConfig:
         return TrainConfig(

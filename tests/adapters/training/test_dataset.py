@@ -138,6 +138,11 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 ROW_BYTES = json.dumps(GOOD).encode() + b"\n"
 
 
+def test_a_long_first_row_is_not_taken_for_several_lines(tmp_path: Path) -> None:
+    long = {"messages": [USER, {"role": "assistant", "content": ", " * 5000}]}
+    assert len(read_dataset(written(tmp_path, long)).rows) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "what"),
     [

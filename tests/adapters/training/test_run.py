@@ -16,11 +16,12 @@ from transformers import Trainer
 from adapters.artifact import Limits, inspect_adapter
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.errors import RunFolderInvalid, TrainingDiverged, TrainingOutOfResources
-from adapters.training import RunFolder
+from adapters.training import RunFolder, TrainConfig, progress
 from adapters.training import run as run_module
 from adapters.training import trainer as trainer_module
 from adapters.training.export import pairs_of
 from adapters.training.progress import Throttle
+from adapters.training.run import train
 from adapters.training.run_folder import EventKind
 from tests.adapters.training.tasks import QUESTIONS, run_in, stopping_after
 
@@ -214,3 +215,26 @@ def test_a_duty_leaves_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", slept.append)
     Throttle(0.25).pause()
     assert slept == [3.0]  # one second of work, three of rest
+
+
+def test_a_checkpoint_says_how_good_it_is(task: dict[str, Any], tmp_path: Path) -> None:
+    run_in(tmp_path, task)
+    kinds: tuple[EventKind, ...] = ("checkpoint", "step", "eval")
+    last, step, held_out = (events(tmp_path, kind)[-1] for kind in kinds)
+    assert last["step"] == step["step"] == held_out["step"]
+    assert (last["loss"], last["accuracy"]) == (step["loss"], step["accuracy"])
+    assert (last["eval_loss"], last["eval_accuracy"]) == (held_out["loss"], held_out["accuracy"])
+    accuracies = [event["accuracy"] for event in events(tmp_path, "step")]
+    assert accuracies[0] < accuracies[-1] <= 1
+
+
+def test_without_a_terminal_progress_is_lines(
+    task: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    run = RunFolder(tmp_path / "run")
+    train(TrainConfig(**{**task, "max_steps": 3}), run, show=True)
+    run.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Step ")]
+    assert [line.partition(":")[0] for line in lines] == [f"Step {step} of 3" for step in (1, 2, 3)]
+    assert lines[-1].endswith("0 s left.")

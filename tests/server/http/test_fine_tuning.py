@@ -94,8 +94,17 @@ def test_from_a_file_to_a_model_and_away(openai_client: openai.OpenAI, server: T
     listed = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
     assert [event.message for event in reversed(listed)] == messages
     assert {event.type for event in listed} == {"message", "metrics"}
-    steps = [each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
-    assert steps == [2, 1]
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [each.step_number for each in checkpoints] == [2, 1]
+    assert checkpoints[0].metrics.to_dict() == {
+        "step": 2,
+        "train_loss": 0.5,
+        "train_mean_token_accuracy": 0.25,
+        "valid_loss": 0.5,
+        "valid_mean_token_accuracy": 0.75,
+        "full_valid_loss": 0.5,
+        "full_valid_mean_token_accuracy": 0.75,
+    }
     assert "step,epoch,train_loss" in client.files.content(done.result_files[0]).text
 
     assert client.models.delete(model).deleted

@@ -97,7 +97,9 @@ class Room:
 
     def steps(self, job: Job) -> list[int]:
         events = self.jobs.events(job.id, None, 1000, ascending=True).rows
-        return [event.data["step"] for event in events if "train_loss" in event.data]
+        return [
+            event.data["step"] for event in events if event.kind == "metrics" and "train_loss" in event.data
+        ]
 
     def _begin(self, job: Job, folder: Path) -> Child:
         return Child(

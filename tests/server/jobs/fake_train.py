@@ -56,12 +56,16 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % int(orders.get("every", 1)) == 0:
                 (checkpoints / f"checkpoint-{step}").mkdir(exist_ok=True)
-                tell("checkpoint", step=step, path=str(checkpoints / f"checkpoint-{step}"))
-        tell("eval", step=step, total_steps=total, loss=0.5)
+                figures = {"loss": 1 / step, "accuracy": 0.25, "eval_loss": 0.5, "eval_accuracy": 0.75}
+                tell("checkpoint", step=step, path=str(checkpoints / f"checkpoint-{step}"), **figures)
+        tell("eval", step=step, total_steps=total, loss=0.5, accuracy=0.75)
+        if options.eval:
+            tell("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
     return finish(options, orders)
 
 
 def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
+    evaluation = {"adapter": {"exact_match": 1.0}} if options.eval else None
     if "crash" in orders:
         print("manylora train: it broke", file=sys.stderr)
         return 1
@@ -70,14 +74,15 @@ def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
             end(options.run_dir, "failed", reason="There is no memory left.", error_type="OutOfMemory") or 1
         )
     if "kept" in orders:
-        return end(options.run_dir, "kept", reason="It is no better than the base.")
+        return end(options.run_dir, "kept", reason="It is no better than the base.", evaluation=evaluation)
     folder: Path = options.output_dir / options.name
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "adapter_config.json").write_text(json.dumps(vars(options), default=str))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return end(options.run_dir, "published", metrics={"trained_tokens": 123, "train_loss": 0.5})
+    metrics = {"trained_tokens": 123, "train_loss": 0.5}
+    return end(options.run_dir, "published", metrics=metrics, evaluation=evaluation)
 
 
 def end(run: Path, status: str, **fields: Any) -> int:

@@ -66,10 +66,11 @@ def test_a_job_trains_and_its_model_is_served(room: Room) -> None:
     assert (given["epochs"], given["duty"], given["seed"]) == (None, "1", str(job.seed))
     (results,) = done.result_files
     assert room.files.path(results).read_text().splitlines() == [
-        "step,epoch,train_loss,full_valid_loss,learning_rate",
-        "1,0.5,1.0,,",
-        "2,1.0,0.5,,",
-        "2,,,0.5,",
+        "step,epoch,train_loss,train_mean_token_accuracy,full_valid_loss,full_valid_mean_token_accuracy,"
+        "learning_rate",
+        "1,0.5,1.0,,,,",
+        "2,1.0,0.5,,,,",
+        "2,,,,0.5,0.75,",
     ]
 
 
@@ -350,3 +351,15 @@ def test_a_damaged_row_ends_its_job_alone(room: Room, column: str) -> None:
     room.wait(good, "succeeded")
     assert room.wait(bad, "failed").error
     assert [job.id for job in room.jobs.list(None, 10).rows] == [good.id, bad.id]
+
+
+@pytest.mark.parametrize(("orders", "status", "files"), [("", "succeeded", 2), ("kept", "failed", 1)])
+def test_the_evaluation_is_told_and_kept(room: Room, orders: str, status: str, files: int) -> None:
+    job = room.create(orders, validation_file=room.upload().id)
+    room.begin_runner()
+    done = room.wait(job, "succeeded", "failed")
+    assert (done.status, len(done.result_files)) == (status, files)
+    assert json.loads(room.files.path(done.result_files[-1]).read_text()) == {"adapter": {"exact_match": 1.0}}
+    events = room.jobs.events(job.id, None, 100).rows
+    (told,) = [event for event in events if "exact_match" in event.data]
+    assert (told.message, told.data) == ("It is better.", {"exact_match": 1.0, "base_exact_match": 0.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,3 +141,23 @@ def test_killed_and_stopped_it_goes_on_to_the_same_curve(words: list[str], tmp_p
     curves = [RunFolder(path, resume=True).curve("step") for path in (run, tmp_path / "whole")]
     assert curves[0] == curves[1]
     assert os.listdir(tmp_path / "out") == ["acme"]
+
+
+def test_a_command_says_nothing_but_its_own(words: list[str], tmp_path: Path) -> None:
+    """Other packages warn and show bars when they are imported and used; without a terminal all is lines."""
+    options = [*places(words, tmp_path), "--max-steps", "2"]
+    trained = [sys.executable, "-m", "server.cli", *words, *options]
+    done = subprocess.run(trained, capture_output=True, text=True, check=True)
+    ours = re.compile(
+        r"(train|eval)\.jsonl: |4-bit weights |lora, rank |Step \d|Evaluating|base |adapter |loss over |"
+        r"The adapter is |Published | +loss  exact match"
+    )
+    assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
+    assert "Evaluating 4 rows through the serving engine." in done.stderr
+    measured = [sys.executable, "-m", "server.cli", "eval", "--adapter", str(tmp_path / "out" / "acme")]
+    measured += ["--data", str(words[2]), *words[3:7]]
+    assert subprocess.run(measured, capture_output=True, text=True, check=True).stderr == ""
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = [event for event in told if event["event"] == "evaluated"]
+    assert evaluated["exact_match"] == result(tmp_path / "run")["evaluation"]["adapter"]["exact_match"]
+    assert any(event["event"] == "evaluating" for event in told)
