@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterTooLarge
 from adapters.strict_json import JsonInvalid, parse_json_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -49,7 +48,7 @@ def open_file(folder: int, name: str, max_bytes: int) -> Iterator[tuple[BinaryIO
     try:
         descriptor = os.open(name, _FLAGS, dir_fd=folder)
     except OSError as error:
-        raise _cannot_open(folder, name, error) from error
+        raise _cannot_open(name, error) from error
     before = os.fstat(descriptor)
     try:
         _check_file(name, before, max_bytes)
@@ -98,26 +97,13 @@ def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
         raise AdapterTooLarge(f"{name} has {status.st_size} bytes; at most {max_bytes} are read.")
 
 
-def _cannot_open(folder: int, name: str, error: OSError) -> AdapterError:
-    if not isinstance(error, FileNotFoundError):
-        return AdapterInvalid(
-            f"{name} cannot be opened ({_reason(error)}); it must be a regular file, not a link."
-        )
-    pickles = [pickle for pickle in PICKLE_FILES if _exists(folder, pickle)]
-    if name == WEIGHTS_FILE and pickles:
-        return AdapterUnsupported(
-            f"{pickles[0]} is a pickle, which can run code, so it is never loaded; convert it: "
-            f'safetensors.torch.save_file(torch.load("{pickles[0]}", weights_only=True), "{WEIGHTS_FILE}").'
-        )
-    return AdapterInvalid(f"{name} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}.")
-
-
-def _exists(folder: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+def _cannot_open(name: str, error: OSError) -> AdapterInvalid:
+    if isinstance(error, FileNotFoundError):
+        return AdapterInvalid(f"{name} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    return AdapterInvalid(
+        f"{name} cannot be opened ({_reason(error)}); it must be a regular file, not a link. Copy what links "
+        "point to (cp -rL), or fetch it with 'hf download … --local-dir <folder>'."
+    )
 
 
 def _reason(error: OSError) -> str:

@@ -20,6 +20,7 @@ from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_confi
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
+from adapters.artifact.recognise import naming_what_it_is
 from adapters.errors import AdapterChanged, AdapterInvalid
 from adapters.sites import BaseLayout
 
@@ -81,7 +82,7 @@ def _read(
 ) -> _Read:
     max_header = max_header_bytes(layout)
     max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + max_header
-    with open_folder(folder) as descriptor:
+    with open_folder(folder) as descriptor, naming_what_it_is(descriptor):
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
             header = read_header(stream, size, max_header)

@@ -14,7 +14,7 @@ import torch
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits, load_adapter
 from adapters.artifact.plan import plan_adapter
-from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
 from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
 
 
@@ -32,12 +32,6 @@ def test_other_files_are_ignored(folder: Path) -> None:
     (folder / "optimizer.pt").write_bytes(b"\x80not a pickle")
     (folder / "adapter_model.bin").write_bytes(b"\x80never read beside the safetensors")
     assert _load(folder).info.rank == 4
-
-
-def test_a_pickle_alone_is_refused_with_the_way_to_convert_it(folder: Path) -> None:
-    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
-    with pytest.raises(AdapterUnsupported, match=r"adapter_model.bin is a pickle.*convert it.*save_file"):
-        _load(folder)
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])

@@ -1,0 +1,199 @@
+"""What a folder is that is no PEFT adapter, and what to do about it: by first bytes and names, never by more.
+
+Called when a folder cannot be read, or lacks a file; it opens no link and reads a few bytes a file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+
+from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly
+from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge, AdapterUnsupported
+from adapters.strict_json import JsonInvalid, parse_json
+
+MAX_ENTRIES = 2000
+"""Entries of a folder that are looked at."""
+
+_HEAD_BYTES = 512
+_CONFIG_BYTES = 2**20
+
+_CONVERT = (
+    "which can run code when it is read, so it never is; convert it where you trust it: "
+    f'safetensors.torch.save_file(torch.load({{}}, weights_only=True), "{WEIGHTS_FILE}")'
+)
+_BY_BYTES: dict[re.Pattern[bytes], str] = {
+    re.compile(rb"\Z"): "is empty; copy it again",
+    re.compile(rb"\0{8}"): "begins with zeros: its copy or download was not finished; copy it again",
+    re.compile(rb"version https://git-lfs"): (
+        "is a Git LFS pointer, not the file itself; run 'git lfs pull' in the clone that it comes from, or "
+        "fetch the adapter with 'hf download', and copy it again"
+    ),
+    re.compile(rb"/annex/objects/"): (
+        "is a git-annex pointer, not the file itself; run 'git annex get' in its clone, and copy it again"
+    ),
+    re.compile(rb"\s*(?:<!doctype|<html|<head|<\?xml|<!--)", re.IGNORECASE): (
+        "is a web page: the download was refused, or its address is the page's and not the file's "
+        "(…/resolve/…, not …/blob/…); fetch it again with 'hf download'"
+    ),
+    re.compile(rb"GGUF"): (
+        "is a GGUF file of llama.cpp; deploy the PEFT folder that it was made of, or train one"
+    ),
+    re.compile(rb"PK\x03\x04"): f"is a ZIP archive, and if torch.save wrote it a pickle, {_CONVERT}",
+    re.compile(rb"\x80[\x02-\x05]"): f"is a pickle, {_CONVERT}",
+    re.compile(rb"\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!|(?s:.{257})ustar"): (
+        "is a compressed file or an archive; unpack it"
+    ),
+}
+_TEXT = re.compile(rb"[\t\r\n -~]{1,64}")
+_JSON = re.compile(rb"\s*[{\[\"]")
+
+_MLX = (
+    "an mlx-lm adapter ({}). Convert it to a PEFT folder: transpose each lora_a and lora_b, name them "
+    "base_model.model.<module>.lora_A.weight and lora_B.weight, and set lora_alpha to scale times rank"
+)
+_BY_NAMES: dict[re.Pattern[str], str] = {
+    re.compile(r"(?:\d+_)?adapters\.(?:safetensors|npz)"): _MLX,
+    re.compile(r"adapter_model-\d+-of-\d+\.safetensors|adapter_model\.safetensors\.index\.json"): (
+        "an adapter in several parts ({}). Load it with PEFT and save it with save_pretrained as one file"
+    ),
+    re.compile(r"adapter_model\.(?:bin|pth?)"): (
+        "an adapter saved as a pickle ({0}), " + _CONVERT.replace("{}", "{0}")
+    ),
+    re.compile(r"(?s:.+)\.gguf"): (
+        "a GGUF adapter or model of llama.cpp ({}). Deploy the PEFT folder that it was made of, or train one"
+    ),
+    re.compile(r"pytorch_model_fsdp.*|.+\.distcp|global_step\d+|zero_to_fp32\.py|mp_rank_.+"): (
+        "a checkpoint of FSDP or DeepSpeed ({}). Gather its shards (accelerate merge-weights or "
+        "zero_to_fp32.py), then save the adapter with PEFT's save_pretrained"
+    ),
+    re.compile(
+        r"(?:model|pytorch_model|consolidated)(?:[-.]\d+(?:-of-\d+)?)?\.(?:safetensors|bin|pth)(\.index\.json)?"
+    ): (
+        "a whole model ({}), not an adapter. Save the adapter before it is merged (no merge_and_unload), or "
+        "serve the model itself with --base"
+    ),
+    re.compile(r"(?s:.+)\.(?:zip|tar|tgz|tar\.\w+|7z|rar|zst)"): "an archive ({}). Unpack it into the folder",
+    re.compile(r"(?s:.+)\.safetensors"): (
+        f"without {WEIGHTS_FILE}, but with {{}}. If PEFT's save_pretrained wrote that, rename it"
+    ),
+}
+
+
+def recognise(folder: Path) -> AdapterError | None:
+    """What the folder is, if it plainly is no PEFT adapter; None if it is one, or may still become one."""
+    with suppress(AdapterError), open_folder(folder) as descriptor:
+        return _recognise(descriptor)
+    return None
+
+
+@contextmanager
+def naming_what_it_is(folder: int) -> Iterator[None]:
+    """Raises what ``recognise`` says of the opened folder in the place of what was raised inside."""
+    try:
+        yield
+    except (AdapterInvalid, AdapterUnsupported, AdapterTooLarge) as error:
+        known = _recognise(folder)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _recognise(folder: int) -> AdapterError | None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if (kind := _kind_of(folder, name)) is not None:
+            return AdapterInvalid(f"{name} {kind}.")
+    config = _config(folder)
+    if config is not None and not config.get("peft_type"):
+        if config.keys() & {"fine_tune_type", "lora_parameters", "lora_layers", "adapter_path"}:
+            return _unsupported(_MLX, CONFIG_FILE)
+        if config.keys() & {"architectures", "model_type"}:
+            return _unsupported("without PEFT's config: {} is a model's. Save it with PEFT", CONFIG_FILE)
+    if _exists(folder, CONFIG_FILE) and _exists(folder, WEIGHTS_FILE):
+        return None
+    return _by_names(folder)
+
+
+def _by_names(folder: int) -> AdapterError | None:
+    entries = _entries(folder)
+    names = sorted({name for name, _ in entries} - {WEIGHTS_FILE})
+    if not _exists(folder, CONFIG_FILE):
+        folders = (name for name, is_folder in entries if is_folder)
+        if deeper := [name for name in folders if _exists(folder, f"{name}/{CONFIG_FILE}")]:
+            return _one_deeper(sorted(deeper, key=_numbers))
+        if {"blobs", "snapshots"}.issubset(names):
+            return AdapterInvalid(
+                "The folder is the hub's cache, whose files are links; fetch the adapter with "
+                "'hf download … --local-dir <folder>'."
+            )
+    for pattern, kind in _BY_NAMES.items():
+        if found := next((name for name in names if pattern.fullmatch(name)), None):
+            return _unsupported(kind, found)
+    return None
+
+
+def _one_deeper(folders: list[str]) -> AdapterInvalid:
+    if len(folders) == 1:
+        return AdapterInvalid(
+            f"The adapter is one folder deeper, in {folders[0]!r:.100}; put that folder itself into the "
+            "adapter folder."
+        )
+    shown = ", ".join(f"{name!r:.100}" for name in folders[-3:])
+    return AdapterInvalid(
+        f"The folder is no adapter but holds {len(folders)}, one folder deeper ({'…, ' * (len(folders) > 3)}"
+        f"{shown}); put the one that is to be served itself into the adapter folder."
+    )
+
+
+def _unsupported(kind: str, name: str) -> AdapterUnsupported:
+    return AdapterUnsupported(f"The folder is {kind.format(f'{name!r:.100}')}.")
+
+
+def _kind_of(folder: int, name: str) -> str | None:
+    """What the file is instead, as "is a …", or None: it is what its name says, or it cannot be opened."""
+    head = _head(folder, name)
+    if head is None or (name == WEIGHTS_FILE and head[8:9] == b"{" and head[7] == 0):
+        return None
+    for pattern, kind in _BY_BYTES.items():
+        if pattern.match(head):
+            return kind.format(repr(name))
+    if _TEXT.fullmatch(head[:64]) and (name == WEIGHTS_FILE or not _JSON.match(head)):
+        what = "tensors" if name == WEIGHTS_FILE else "JSON"
+        return f"is text, not {what}; perhaps it is the error of a download, so fetch it again"
+    return None
+
+
+def _head(folder: int, name: str) -> bytes | None:
+    with suppress(AdapterError), open_file(folder, name, 2**63) as (stream, size):
+        return bytes(read_exactly(stream, min(size, _HEAD_BYTES), name))
+    return None
+
+
+def _config(folder: int) -> dict[str, object] | None:
+    with suppress(AdapterError, JsonInvalid), open_file(folder, CONFIG_FILE, _CONFIG_BYTES) as (stream, size):
+        value = parse_json(read_exactly(stream, size, CONFIG_FILE))
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _entries(folder: int) -> list[tuple[str, bool]]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in islice(entries, MAX_ENTRIES)]
+    return []
+
+
+def _exists(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _numbers(name: str) -> tuple[list[int], str]:
+    """So that ``checkpoint-1000`` comes behind ``checkpoint-200``."""
+    return [int(number) for number in re.findall(r"\d{1,18}", name)], name
