@@ -37,10 +37,30 @@ class InvalidRequest(RequestError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt does not fit into the context."""
+    """The prompt, or with it the answer that is asked for, does not fit into the context.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param=param, code="context_length_exceeded")
+    The words are OpenAI's: gateways and agents look for them, to shorten the conversation by themselves.
+
+    Args:
+        field: ``messages`` or ``prompt``.
+        context: tokens of prompt and answer together, at most.
+        prompt: tokens of the prompt.
+        answer: tokens that were asked for; None = as many as fit, at least one.
+        at_least: the prompt was not counted to its end.
+    """
+
+    def __init__(
+        self, field: str, context: int, prompt: int, answer: int | None = None, at_least: bool = False
+    ) -> None:
+        if answer is None:
+            needs = f"your {field} resulted in {'at least ' * at_least}{prompt} tokens"
+            remedy = f"Please reduce the length of the {field}."
+        else:
+            parts = f"{prompt} in the {field}, {answer} in the completion"
+            needs = f"you requested {prompt + answer} tokens ({parts})"
+            remedy = f"Please reduce the length of the {field} or completion."
+        message = f"This model's maximum context length is {context} tokens. However, {needs}. {remedy}"
+        super().__init__(message, field, "context_length_exceeded")
 
 
 class QueueFull(RequestError):

@@ -18,7 +18,7 @@ from server.config import ServerConfig
 from server.engine.request import Service
 from server.http.app import WHEN_FULL, create_app
 from server.http.connection import bounded
-from server.http.disconnect import Closing
+from server.http.context import Context
 from server.jobs.training import Training
 from server.logs import configure
 from server.version import VERSION
@@ -64,7 +64,10 @@ async def serve(service: RunningService, config: ServerConfig, listener: socket.
         training.start()
         server = _Server(service, training, config)
         _announce(service, config, listener)
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            server.context.close()
     finally:
         await training.stop()
         service.stop()
@@ -92,7 +95,7 @@ class _Server(uvicorn.Server):
         )
         self.service = service
         self.training = training
-        self.closing: Closing = app.state.context.closing
+        self.context: Context = app.state.context
         self.drain_seconds = config.http.shutdown_timeout
         self.draining: asyncio.Task[None] | None = None
         self.loop = asyncio.get_running_loop()
@@ -113,7 +116,7 @@ class _Server(uvicorn.Server):
             complete = await self.service.drain(self.drain_seconds)
             logger.info("drained", extra={"fields": {"complete": complete}})
         finally:
-            self.closing.close()
+            self.context.closing.close()
             self.should_exit = True
 
 

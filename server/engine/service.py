@@ -212,10 +212,7 @@ class EngineService:
         if not request.prompt:
             raise InvalidRequest("The prompt is empty; it needs at least one token.", param="prompt")
         if len(request.prompt) >= limit:
-            raise PromptTooLong(
-                f"The prompt has {len(request.prompt)} tokens; with at least one to generate, this server's "
-                f"limit is {limit} (--max-model-len)."
-            )
+            raise PromptTooLong("prompt", limit, len(request.prompt))
         params = request.sampling
         self._check_vocabulary("prompt", request.prompt)
         self._check_vocabulary("logit_bias", params.logit_bias)

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import PlainTextResponse
 
 from server.engine.request import AdapterStatus
 from server.errors import InvalidRequest
 from server.http.context import context_of
+from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.models import base_names
 from server.http.schema import LoadAdapter, UnloadAdapter

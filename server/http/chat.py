@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.engine.request import Delta, TokenLogprob
 from server.http.context import context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
+from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.record import record_of
-from server.http.schema import ChatBody
+from server.http.schema import ChatBody, UsageInStream
 from server.http.sse import Chunks, EventStream
 
 
@@ -23,11 +24,11 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatBody, context.config.max_body_bytes)
     await begin(record, context, body, "chatcmpl")
     prompt = await context.service.render_chat([message.rendered() for message in body.messages])
-    room = room_for_answer(len(prompt), body.asked_tokens, context.service.base.max_model_len)
+    room = room_for_answer("messages", len(prompt), body.asked_tokens, context.service.base.max_model_len)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     running = await submit(record, context, [(tuple(prompt), body.sampling(room, logprobs))])
     if body.stream:
-        return EventStream(_chunks(running, body.include_usage), running, context.closing)
+        return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:
         answers = await until_disconnect(request.receive, context.closing, collect(running))
     finally:
@@ -49,19 +50,17 @@ def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str,
     return running.envelope("chat.completion") | {"choices": choices, "usage": running.usage()}
 
 
-async def _chunks(running: Running, include_usage: bool) -> Chunks:
-    envelope = running.envelope("chat.completion.chunk")
-    if include_usage:
-        envelope["usage"] = None
-    started = False
+async def _chunks(running: Running, usage: UsageInStream) -> Chunks:
+    envelope, started = running.envelope("chat.completion.chunk"), False
     async for delta in running.deltas():
+        chunk = envelope | running.usage_so_far(usage)
         if not started:
             started = True
             for index in range(running.choices):
-                yield envelope | {"choices": [_choice(index, {"role": "assistant", "content": ""})]}
+                yield chunk | {"choices": [_choice(index, {"role": "assistant", "content": ""})]}
         if delta.text or delta.logprobs or delta.finish_reason:
-            yield envelope | {"choices": [_delta_choice(delta)]}
-    if include_usage:
+            yield chunk | {"choices": [_delta_choice(delta)]}
+    if usage != "none":
         yield envelope | {"choices": [], "usage": running.usage()}
 
 

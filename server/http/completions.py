@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.engine.request import SamplingParams, TokenLogprob
 from server.errors import InvalidRequest
 from server.http.context import Context, context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
+from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.record import record_of
-from server.http.schema import CompletionBody, Prompt
+from server.http.schema import CompletionBody, Prompt, UsageInStream
 from server.http.sse import Chunks, EventStream
 
 DEFAULT_MAX_TOKENS = 16
@@ -31,7 +32,7 @@ async def completions(request: Request) -> Response:
         record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
     )
     if body.stream:
-        return EventStream(_chunks(running, body.include_usage), running, context.closing)
+        return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:
         answers = await until_disconnect(request.receive, context.closing, collect(running))
     finally:
@@ -47,7 +48,7 @@ async def _tokens(context: Context, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _sampling(context: Context, body: CompletionBody, prompt: tuple[int, ...]) -> SamplingParams:
-    room = room_for_answer(len(prompt), body.asked_tokens, context.service.base.max_model_len)
+    room = room_for_answer("prompt", len(prompt), body.asked_tokens, context.service.base.max_model_len)
     limit = room if body.asked_tokens is not None else min(room, DEFAULT_MAX_TOKENS)
     return body.sampling(limit, body.logprobs)
 
@@ -66,10 +67,8 @@ def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str,
     return running.envelope("text_completion") | {"choices": choices, "usage": running.usage()}
 
 
-async def _chunks(running: Running, include_usage: bool) -> Chunks:
+async def _chunks(running: Running, usage: UsageInStream) -> Chunks:
     envelope = running.envelope("text_completion")
-    if include_usage:
-        envelope["usage"] = None
     offsets = [0] * running.choices
     async for delta in running.deltas():
         if not (delta.text or delta.logprobs or delta.finish_reason):
@@ -85,8 +84,8 @@ async def _chunks(running: Running, include_usage: bool) -> Chunks:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        yield envelope | {"choices": [choice]}
-    if include_usage:
+        yield envelope | running.usage_so_far(usage) | {"choices": [choice]}
+    if usage != "none":
         yield envelope | {"choices": [], "usage": running.usage()}
 
 

@@ -11,6 +11,7 @@ from server.engine.request import Service
 from server.http.disconnect import Closing
 from server.jobs.training import Training
 from server.metrics import Metrics
+from server.pools import Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Context:
     Attributes:
         training: what files and fine-tuning jobs are asked of; None = this server has neither.
         closing: closed when the time to drain is over; answers that still run end with an error.
+        bodies: parses large bodies.
     """
 
     service: Service
@@ -27,6 +29,11 @@ class Context:
     metrics: Metrics
     training: Training | None
     closing: Closing = field(default_factory=Closing)
+    bodies: Pool = field(default_factory=lambda: Pool("bodies"))
+
+    def close(self) -> None:
+        """End its threads, when nothing is served any more."""
+        self.bodies.close()
 
 
 def context_of(request: Request) -> Context:

@@ -28,12 +28,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters import errors as adapter
 from adapters.errors import ManyloraError
 from server import errors as request
+from server.http.json_response import JSONResponse
 from server.http.record import record_of
 from server.jobs import errors as jobs
 

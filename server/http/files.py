@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import FileResponse
 
 from adapters.errors import DatasetInvalid
 from server.config_values import choice, integer, text
 from server.errors import InvalidRequest
 from server.http.context import training_of
 from server.http.errors import BodyTooLarge
+from server.http.json_response import JSONResponse
 from server.http.multipart import Form, file_blocks, form_of
 from server.http.query import read_query
 from server.jobs.database import StoredFile

@@ -10,14 +10,15 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.config_values import flag, integer, text
 from server.errors import InvalidRequest
 from server.http.context import context_of, training_of
 from server.http.files import list_object
-from server.http.fine_tuning_schema import CreateJob, recipe_of
+from server.http.fine_tuning_schema import MAX_TAGS, CreateJob, recipe_of
 from server.http.generation import Running
+from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.models import base_names, resolve_adapter
 from server.http.query import read_query
@@ -58,6 +59,10 @@ async def list_jobs(request: Request) -> JSONResponse:
     """A page of jobs, the newest first; ``metadata[key]=value`` filters."""
     prefix, params = "metadata[", request.query_params
     tags = {key[len(prefix) : -1]: params[key] for key in params if key.startswith(prefix)}
+    if len(tags) > MAX_TAGS:
+        raise InvalidRequest(
+            f"'metadata' filters by {len(tags)} keys; at most {MAX_TAGS} are allowed.", "metadata"
+        )
     declared = _PAGE | {f"{prefix}{key}]": (str, None) for key in tags}
     query = read_query(request, declared)
     training = training_of(request)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.http.schema import Body, Name
 from server.jobs.store import Wanted
+
+MAX_TAGS = 16
+"""Most keys of a job's ``metadata``, as at OpenAI."""
 
 
 def _auto_as_none(value: object) -> object:
@@ -70,6 +73,8 @@ class CreateJob(Recipe):
     ``name`` is ours too: what the result is called instead of ``ft:…``; a later job of that name replaces it.
     """
 
+    longest: ClassVar = {"metadata": MAX_TAGS, "target_modules": 64}
+
     model: Name
     training_file: Name
     validation_file: Name | None = None
@@ -78,7 +83,7 @@ class CreateJob(Recipe):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    metadata: Annotated[dict[Key, Value], Field(max_length=16)] = Field(default_factory=dict)
+    metadata: Annotated[dict[Key, Value], Field(max_length=MAX_TAGS)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> CreateJob:

@@ -19,24 +19,18 @@ from server.errors import PromptTooLong
 from server.http.context import Context
 from server.http.models import resolve_adapter
 from server.http.record import Record
-from server.http.schema import Generate
+from server.http.schema import Generate, UsageInStream
 from server.metrics import Metrics
 
 
-def room_for_answer(prompt_tokens: int, asked: int | None, context: int) -> int:
-    """Tokens the answer may have: as asked for, else all that is left. Raises ``PromptTooLong``."""
+def room_for_answer(field: str, prompt_tokens: int, asked: int | None, context: int) -> int:
+    """Tokens the answer may have: as asked for, else all that is left. Raises ``PromptTooLong``.
+
+    ``field`` is the one that holds the prompt.
+    """
     room = context - prompt_tokens
-    if room < 1:
-        raise PromptTooLong(
-            f"The prompt has {prompt_tokens} tokens, but the model's context is {context} tokens, "
-            "of which the answer needs at least one. Shorten the prompt.",
-        )
-    if asked is not None and asked > room:
-        raise PromptTooLong(
-            f"The prompt has {prompt_tokens} tokens and the answer may take {asked}, but the model's context "
-            f"is {context} tokens. Shorten the prompt or lower 'max_tokens' to {room}.",
-            "max_tokens",
-        )
+    if room < (asked or 1):
+        raise PromptTooLong(field, context, prompt_tokens, asked)
     return room if asked is None else asked
 
 
@@ -89,6 +83,12 @@ class Running:
     @property
     def choices(self) -> int:
         return len(self.generations) * self.n
+
+    def usage_so_far(self, wanted: UsageInStream) -> dict[str, Any]:
+        """The field ``usage`` of a chunk that goes out now, if it has one."""
+        if wanted == "none":
+            return {}
+        return {"usage": self.usage() if wanted == "every chunk" else None}
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every delta as it comes, its index counted over all prompts. Raises what a generation raises."""

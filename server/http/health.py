@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from server.http.context import context_of
+from server.http.json_response import JSONResponse
 from server.version import VERSION
 
 

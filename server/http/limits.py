@@ -1,23 +1,27 @@
-"""Bodies: refused early if too large, not JSON, not UTF-8 or too deep; then checked against their schema."""
+"""Bodies: refused early if too large, not JSON, not UTF-8 or too many values; then checked by their schema.
+
+Large ones are looked at off the event loop, one at a time, in pieces that let other threads run between.
+"""
 
 from __future__ import annotations
 
-import re
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import InvalidRequest
+from server.http.context import context_of
 from server.http.errors import BodyNotJson, BodyTooLarge, ClientDisconnected
+from server.http.schema import MAX_VALUES
 
-MAX_DEPTH = 32
+SMALL_BODY = 64 << 10
+"""Bytes up to which a body is parsed at once: a millisecond or two."""
+_PIECE = 256 << 10
+_MAX_NAME, _MAX_MESSAGE = 100, 1000
+"""Characters of a client's text that an error repeats."""
 
 Model = TypeVar("Model", bound=BaseModel)
-
-# Possessive, and content with a missing last quote: linear in the body, whatever it holds.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
@@ -26,7 +30,22 @@ async def read_body(request: Request, model: type[Model], max_bytes: int) -> Mod
     if media_type != "application/json":
         raise BodyNotJson("The body must be JSON: send the header 'Content-Type: application/json'.")
     body = await _read(request, max_bytes)
-    _check_text(body)
+    if len(body) <= SMALL_BODY:
+        return parse_body(body, model)
+    return await context_of(request).bodies.run(parse_body, body, model)
+
+
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """The JSON text as ``model``. Raises InvalidRequest for the first thing that is wrong.
+
+    How deep it nests, pydantic's parser bounds (200 levels).
+    """
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
+    if _has_many_values(body):
+        raise InvalidRequest(f"The body has more than {MAX_VALUES} values; send fewer.")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -52,33 +71,34 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"The body has more than {max_bytes} bytes; send less, or raise --max-body-bytes.")
 
 
-def _check_text(body: bytes) -> None:
-    try:
-        body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
-    if not _is_shallow(body):
-        raise InvalidRequest(f"The body nests brackets deeper than {MAX_DEPTH}, or does not close them.")
+def _has_many_values(body: bytes) -> bool:
+    """Whether more than ``MAX_VALUES`` commas and opening brackets stand outside strings."""
+    if _separators(body) <= MAX_VALUES:  # even with those inside
+        return False
+    # Without escapes, every second piece between quotes is outside.
+    text, inside, count = body.replace(rb"\\", b"").replace(rb"\"", b""), False, 0
+    for start in range(0, len(text), _PIECE):
+        pieces = text[start : start + _PIECE].split(b'"')
+        count += _separators(b"".join(pieces[inside::2]))
+        inside ^= len(pieces) % 2 == 0
+    return count > MAX_VALUES
 
 
-def _is_shallow(body: bytes) -> bool:
-    """Whether brackets outside strings are balanced within ``MAX_DEPTH``: each round strips the innermost."""
-    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        if not brackets:
-            return True
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return not brackets
+def _separators(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
-    kind, message = first["type"], first["msg"].removeprefix("Value error, ")
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, context = first["type"], first.get("ctx", {})
+    place = [*first["loc"], *([context["field"]] if "field" in context else [])]
+    param = ".".join(str(part)[:_MAX_NAME] for part in place) or None
+    message = first["msg"].removeprefix("Value error, ")[:_MAX_MESSAGE]
     if kind == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}.")
-    if kind == "extra_forbidden":
-        return InvalidRequest(f"'{param}' is not supported; leave it out.", param, "unsupported_parameter")
+    if kind == "unsupported":
+        return InvalidRequest(f"'{param}' is not supported; {message}.", param, "unsupported_parameter")
     if kind == "missing":
         return InvalidRequest(f"'{param}' is required.", param, "missing_required_parameter")
-    return InvalidRequest(f"'{param}': {message}." if param else f"{message}.", param, "invalid_value")
+    code = kind if kind.endswith("_above_max_length") else "invalid_value"
+    return InvalidRequest(f"'{param}': {message}." if param else f"The body: {message}.", param, code)

@@ -10,13 +10,13 @@ from pathlib import PurePath
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from adapters.errors import AdapterNotReady, ManyloraError
 from adapters.paths import served_name
 from server.engine.request import AdapterStatus, BaseInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
+from server.http.json_response import JSONResponse
 
 MAX_COMPARED = 200
 

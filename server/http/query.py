@@ -9,6 +9,8 @@ from starlette.requests import Request
 
 from server.errors import InvalidRequest
 
+MAX_PARAMETERS = 64
+
 Parse = Callable[[str], Any]
 """Turns the text into the value; raises ``ValueError("must be …")``."""
 
@@ -16,6 +18,8 @@ Parse = Callable[[str], Any]
 def read_query(request: Request, declared: Mapping[str, tuple[Parse, Any]]) -> dict[str, Any]:
     """The declared parameters, each as its parser has it or its default. Raises InvalidRequest naming one."""
     given = request.query_params
+    if len(given) > MAX_PARAMETERS:
+        raise InvalidRequest(f"The query has {len(given)} parameters; at most {MAX_PARAMETERS} are allowed.")
     for name in given:
         if name not in declared:
             raise InvalidRequest(f"'{name[:100]}' is not supported; leave it out.", name[:100])

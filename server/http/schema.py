@@ -1,37 +1,40 @@
 """The bodies that clients send, as strict models: what is not declared is refused by name, never dropped.
 
-A null counts as absent, as OpenAI's clients mean it. Fields that are not supported are taken at the one value
-that asks for nothing (``HARMLESS``).
+``fields.py`` says which fields are accepted beside those declared here. Everything is bounded before it is
+looked at, and the first error is the last: a body of a million wrong items costs what one costs.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from adapters.text.messages import Message as Conversed
 from adapters.text.messages import join_parts
 from server.engine.request import SamplingParams
 from server.errors import InvalidRequest
+from server.http import fields
+from server.http.fields import Rules
 
 MAX_CHOICES = 64
 MAX_TOKEN_ID = (1 << 31) - 1
-
-HARMLESS: dict[str, Any] = {
-    "store": False,
-    "echo": False,
-    "best_of": 1,
-    "suffix": "",
-    "tools": [],
-    "tool_choice": "none",
-    "functions": [],
-    "function_call": "none",
-    "parallel_tool_calls": False,
-    "modalities": ["text"],
-    "response_format": {"type": "text"},
-    "service_tier": "auto",
-}
+MAX_ITEMS = 2048
+"""Most items of a list or an object, where nothing smaller is declared; OpenAI's limit for messages."""
+MAX_PARTS = 8192
+"""Most parts of all messages together."""
+MAX_BIASES = 1024
+MAX_VALUES = 1 << 19
+"""Most values (numbers, texts, lists, …) of a whole body; token ids are what there may be many of."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -39,28 +42,58 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Prompt = str | tuple[int, ...]
-
-
-def _harmless(field: str, value: object) -> bool:
-    return value is None or (field in HARMLESS and value == HARMLESS[field])
+UsageInStream = Literal["none", "at the end", "every chunk"]
 
 
 class Body(BaseModel):
-    """A JSON object that holds only what it declares."""
+    """A JSON object that holds only what it declares, or what its ``rules`` accept.
+
+    Attributes:
+        rules: of the fields; without a row, only what is declared is accepted.
+        longest: most items of a field, where it is not ``MAX_ITEMS``.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    rules: ClassVar[Rules] = {}
+    longest: ClassVar[dict[str, int]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _without_harmless(cls, data: object) -> object:
+    def _only_what_is_declared(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        fields = cls.model_fields
-        return {
-            key: value
-            for key, value in data.items()
-            if not (_harmless(key, value) if key not in fields else value is None)
-        }
+        if len(data) > MAX_ITEMS:
+            raise PydanticCustomError("too_many", f"has {len(data)} fields; at most {MAX_ITEMS} are allowed")
+        cls._prepare(data)
+        return {key: value for key, value in data.items() if value is not None and cls._declared(key, value)}
+
+    @classmethod
+    def _prepare(cls, data: dict[str, Any]) -> None:
+        """Change ``data`` in place to what it means."""
+
+    @classmethod
+    def _declared(cls, key: str, value: object) -> bool:
+        """Whether the field is one to look at; False: it asks for nothing."""
+        if key in cls.model_fields:
+            _check_length(key, value, cls.longest.get(key, MAX_ITEMS))
+            return True
+        rule = cls.rules.get(key)
+        if rule is None or not rule.accepts(value):
+            remedy = "leave it out" if rule is None else rule.remedy
+            raise PydanticCustomError("unsupported", "{remedy}", {"field": key, "remedy": remedy})
+        return False
+
+
+def _check_length(field: str, value: object, most: int) -> None:
+    if not isinstance(value, list | dict) or len(value) <= most:
+        return
+    kind = "array" if isinstance(value, list) else "object"
+    message = (  # OpenAI's words
+        f"{kind} too long. Expected an {kind} with maximum length {most}, "
+        f"but got an {kind} with length {len(value)} instead"
+    )
+    context = {"field": field, "message": message}
+    raise PydanticCustomError(f"{kind}_above_max_length", "{message}", context)
 
 
 def _one_as_list(value: object) -> object:
@@ -86,9 +119,10 @@ def _biases(value: object) -> dict[int, float]:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value
-    )
+    """Whether it is a list of token ids. No loop of ours: there may be a million."""
+    if not isinstance(value, list) or set(map(type, value)) - {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) <= MAX_TOKEN_ID)
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
@@ -99,6 +133,8 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
         raise ValueError("must be a text, a list of texts, a list of token ids or a list of such lists")
     if isinstance(value[0], int):
         value = [value]
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"holds {len(value)} prompts; at most {MAX_CHOICES} are allowed")
     if all(isinstance(prompt, str) for prompt in value):
         return tuple(value)
     if all(_is_ids(prompt) for prompt in value):
@@ -107,13 +143,18 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
 
 
 class StreamOptions(Body):
-    """OpenAI's ``stream_options``."""
+    """OpenAI's ``stream_options``, and vLLM's ``continuous_usage_stats``: the usage so far in every chunk."""
+
+    rules = fields.STREAM_OPTIONS
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class Generate(Body):
     """What chat and plain completions have in common."""
+
+    longest: ClassVar = {"logit_bias": MAX_BIASES, "metadata": 16}
 
     model: Name
     max_tokens: Count | None = None
@@ -127,10 +168,10 @@ class Generate(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[list[StopString], BeforeValidator(_one_as_list), Field(max_length=16)] = Field(
-        default_factory=list
+    stop: Annotated[list[StopString], FailFast(), BeforeValidator(_one_as_list), Field(max_length=16)] = (
+        Field(default_factory=list)
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=64)] = Field(default_factory=list)
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] = 0
     skip_special_tokens: bool = True
@@ -160,8 +201,11 @@ class Generate(Body):
         return self.max_tokens or self.max_completion_tokens
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in_stream(self) -> UsageInStream:
+        options = self.stream_options
+        if options is None or not options.include_usage:  # as in vLLM, the one needs the other
+            return "none"
+        return "every chunk" if options.continuous_usage_stats else "at the end"
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """These fields as the engine takes them, for an answer of at most ``max_tokens``."""
@@ -194,6 +238,8 @@ class Generate(Body):
 class TextPart(Body):
     """A piece of a message."""
 
+    rules = fields.PART
+
     type: Literal["text"]
     text: str
 
@@ -201,8 +247,16 @@ class TextPart(Body):
 class Message(Body):
     """One turn of a conversation; ``content`` is always a list of parts here."""
 
+    rules = fields.MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_text_as_parts), Field(min_length=1)]
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_text_as_parts), Field(min_length=1)]
+
+    @classmethod
+    def _prepare(cls, data: dict[str, Any]) -> None:
+        """An assistant's turn without text, as clients keep it: ``"content": null``."""
+        if data.get("role") == "assistant" and data.get("content", "") is None:
+            data["content"] = ""
 
     def rendered(self) -> Conversed:
         """As chat templates take it; ``developer`` is OpenAI's newer word for ``system``."""
@@ -210,22 +264,42 @@ class Message(Body):
         return {"role": role, "content": join_parts(part.text for part in self.content)}
 
 
+def _few_parts(messages: object) -> object:
+    """Refuses what is no conversation by its size and its first item, before a message is looked at."""
+    if not isinstance(messages, list):
+        return messages
+    parts = 0
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"item {number} is not an object with 'role' and 'content'")
+        content = message.get("content")
+        parts += len(content) if isinstance(content, list) else 1
+    if parts > MAX_PARTS:
+        raise ValueError(f"the messages have {parts} parts; at most {MAX_PARTS} are allowed")
+    return messages
+
+
 class ChatBody(Generate):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    rules = fields.CHAT
+
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(_few_parts), Field(min_length=1)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         return self
 
 
 class CompletionBody(Generate):
     """``POST /v1/completions``."""
+
+    rules = fields.COMPLETION
+    longest: ClassVar = Generate.longest | {"prompt": MAX_VALUES}  # ids; ``_prompts`` bounds texts
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from adapters.errors import ManyloraError
 from server.http.disconnect import Closing, until_disconnect
 from server.http.errors import ClientDisconnected, code_of, error_body, shape_of
 from server.http.generation import Running
+from server.http.json_response import json_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class EventStream(Response):
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json_bytes(data) + b"\n\n"
 
 
 async def _send_body(send: Send, body: bytes, more: bool = True) -> None:

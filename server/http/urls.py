@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.http.json_response import JSONResponse
 from server.http.record import record_of
 
 _CODES = {404: "unknown_url", 405: "method_not_supported"}

@@ -77,6 +77,17 @@ def test_a_stream_with_usage_ends_with_it(client: TestClient) -> None:
     assert last["usage"]["completion_tokens"] == 3
 
 
+def test_usage_in_every_chunk(client: TestClient) -> None:
+    """vLLM's option, which needs ``include_usage`` there too."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = stream(client, stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {3}
+    assert (last["choices"], last["usage"]["total_tokens"]) == ([], 6)
+    alone = stream(client, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in alone)
+
+
 def test_several_answers(client: TestClient) -> None:
     answer = chat(client, n=3)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -77,3 +78,20 @@ def test_a_url_that_does_not_exist_is_no_missing_model(
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/poet", "/health", "/v1/adapters"])
 def test_a_last_slash_makes_no_difference(client: TestClient, path: str) -> None:
     assert client.get(f"{path}/").json() == client.get(path).json()
+
+
+def test_half_of_a_surrogate_pair_can_be_told() -> None:
+    """Names on the disk and rows of files may hold one; UTF-8 has no bytes for it, JSON has an escape."""
+    response = error_response(InvalidRequest("Row 1 has \ud800 in it.", "file\udcff"))
+    told = json.loads(bytes(response.body))["error"]
+    assert (told["message"], told["param"]) == ("Row 1 has \ud800 in it.", "file\udcff")
+
+
+def test_codes_are_ours_alone() -> None:
+    """SQLAlchemy's errors have codes of their own, which mean nothing to clients."""
+
+    class LibraryError(Exception):
+        code, param = "e3q8", "insides"
+
+    assert error_body(LibraryError())["error"]["code"] == "internal_error"
+    assert error_body(LibraryError())["error"]["param"] is None

@@ -347,3 +347,25 @@ def test_a_held_database_delays_those_who_write_and_nobody_else(
         holder.execute("ROLLBACK")
         assert {each.result().json()["status"] for each in cancels} == {"cancelled"}
     holder.close()
+
+
+def test_filters_are_bounded(server: TrainingServer) -> None:
+    jobs = f"{server.url}/v1/fine_tuning/jobs"
+    filters = {f"metadata[{number}]": "x" for number in range(16)}
+    assert httpx.get(jobs, params=filters).json()["data"] == []
+    response = httpx.get(jobs, params=filters | {"metadata[more]": "x"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "metadata")
+    assert httpx.get(jobs, params={f"metadata[{number}]": "x" for number in range(1200)}).status_code == 400
+    assert httpx.get(f"{server.url}/v1/files", params={str(n): "x" for n in range(1200)}).status_code == 400
+
+
+def test_a_row_with_half_of_a_surrogate_pair(server: TrainingServer) -> None:
+    for row in (b'{"\\ud800": 1}', b'{"messages": "\\udfff"}', b'{"prompt": "a", "completion": "\\ud800"}'):
+        answer = httpx.post(
+            f"{server.url}/v1/files",
+            files={"file": ("a.jsonl", row)},
+            data={"purpose": "fine-tune"},
+            timeout=60,
+        )
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["code"] == "invalid_training_file"

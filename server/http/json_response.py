@@ -1,0 +1,21 @@
+"""Answers in JSON. Text from outside may hold half of a surrogate pair, which UTF-8 has no bytes for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette import responses
+
+
+def json_bytes(content: object) -> bytes:
+    """``content`` as compact JSON in UTF-8; half of a surrogate pair is escaped, so that it can be sent."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")  # ``\udc80`` is JSON's escape too
+
+
+class JSONResponse(responses.JSONResponse):
+    """starlette's, for any text."""
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)

@@ -1,0 +1,145 @@
+"""Bodies that cost more than they say: the first error ends it, and nothing grows with how much is wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from starlette.testclient import TestClient
+
+from server.errors import InvalidRequest
+from server.http import limits
+from server.http.fine_tuning_schema import CreateJob
+from server.http.limits import SMALL_BODY, parse_body
+from server.http.schema import MAX_ITEMS, MAX_PARTS, MAX_VALUES, ChatBody, CompletionBody, LoadAdapter
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
+JOB: dict[str, Any] = {"model": "tiny", "training_file": "file-1"}
+LOAD: dict[str, Any] = {"lora_name": "a", "lora_path": "a"}
+MANY = 100_000
+
+
+def refused(model: type[BaseModel], body: dict[str, Any]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_body(json.dumps(body).encode(), model)
+    assert len(str(caught.value)) < 2000
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (ChatBody, CHAT | {"messages": [0] * MANY}, "messages"),
+        (ChatBody, CHAT | {"messages": [0] * MAX_ITEMS}, "messages"),
+        (ChatBody, CHAT | {"messages": [{}] * MAX_ITEMS}, "messages.0"),
+        (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MANY}]}, "messages"),
+        (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MAX_ITEMS}]}, "messages.0.content"),
+        (ChatBody, CHAT | {"messages": [{str(number): 1 for number in range(MANY)}]}, "messages.0"),
+        (ChatBody, CHAT | {str(number): 1 for number in range(MANY)}, None),
+        (ChatBody, CHAT | {str(number): 1 for number in range(1000)}, "0"),
+        (ChatBody, CHAT | {"stop": [1] * MANY}, "stop"),
+        (ChatBody, CHAT | {"stop_token_ids": ["x"] * MANY}, "stop_token_ids"),
+        (ChatBody, CHAT | {"logit_bias": {str(number): "x" for number in range(MANY)}}, "logit_bias"),
+        (ChatBody, CHAT | {"metadata": {str(number): 1 for number in range(MANY)}}, "metadata"),
+        (ChatBody, CHAT | {"stream_options": {str(number): 1 for number in range(MANY)}}, "stream_options"),
+        (CompletionBody, TEXT | {"prompt": [[]] * MANY}, "prompt"),
+        (CompletionBody, TEXT | {"prompt": [-1] * MANY}, "prompt"),
+        (CreateJob, JOB | {"metadata": {str(number): 1 for number in range(MANY)}}, "metadata"),
+        (CreateJob, JOB | {"target_modules": [0] * MANY}, "target_modules"),
+        (LoadAdapter, LOAD | {"lora_path": [0] * MANY}, "lora_path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_one_wrong_item_costs_as_much_as_many(
+    model: type[BaseModel], body: dict[str, Any], param: str
+) -> None:
+    data = json.dumps(body).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as caught:
+            parse_body(data, model)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value.param or "").startswith(param or "")
+    assert len(str(caught.value)) < 2000
+    assert peak < 30 * len(data) + 1_000_000  # the values themselves; an error for each took hundreds
+
+
+def test_the_largest_conversation_is_served() -> None:
+    messages = [{"role": "user", "content": "x"}] * MAX_ITEMS
+    assert len(parse_body(json.dumps(CHAT | {"messages": messages}).encode(), ChatBody).messages) == MAX_ITEMS
+    parts = [{"type": "text", "text": "x"}] * (MAX_PARTS // 4)
+    parse_body(json.dumps(CHAT | {"messages": [{"role": "user", "content": parts}] * 4}).encode(), ChatBody)
+    error = refused(ChatBody, CHAT | {"messages": [{"role": "user", "content": parts}] * 5})
+    assert (error.param, str(MAX_PARTS) in str(error)) == ("messages", True)
+
+
+def test_too_long_a_list_is_refused_in_openais_words() -> None:
+    error = refused(ChatBody, CHAT | {"messages": CHAT["messages"] * (MAX_ITEMS + 1)})
+    assert error.code == "array_above_max_length"
+    assert str(error) == (
+        "'messages': array too long. Expected an array with maximum length 2048, "
+        "but got an array with length 2049 instead."
+    )
+
+
+class TestValues:
+    def test_too_many_are_refused_before_they_are_parsed(self) -> None:
+        data = b'{"model":"tiny","prompt":[' + b"0," * (MAX_VALUES + 1) + b"0]}"
+        with pytest.raises(InvalidRequest, match=f"more than {MAX_VALUES} values"):
+            parse_body(data, CompletionBody)
+
+    def test_as_many_token_ids_as_allowed(self) -> None:
+        ids = [7] * (MAX_VALUES - 10)
+        (prompt,) = parse_body(json.dumps(TEXT | {"prompt": ids}).encode(), CompletionBody).prompt
+        assert prompt == tuple(ids)
+
+    @pytest.mark.parametrize("text", [",", '",', "\\\\,", '\\",{[', 'a"b,[{\\'])
+    def test_those_in_texts_are_none(self, text: str) -> None:
+        body = TEXT | {"prompt": text * (MAX_VALUES // max(1, text.count(",")) + 7)}
+        assert parse_body(json.dumps(body).encode(), CompletionBody).prompt == (body["prompt"],)
+
+    @pytest.mark.parametrize("item", ['"",', '"\\\\",', '"\\"",', '{"a":"["},', '"' + "x" * 30 + '",'])
+    def test_texts_between_are_told_apart(self, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Pieces are cut anywhere: inside of texts, and beside their quotes."""
+        monkeypatch.setattr(limits, "MAX_VALUES", 1000)
+        monkeypatch.setattr(limits, "_PIECE", 7)
+        values = item.count(",") + item.count("{")
+        for count, many in ((1000 // values - 2, False), (1000 // values + 3, True)):
+            data = b"[" + item.encode() * count + b'",,,,[[[[' + b"," * 1000 + b'"]'
+            assert limits._has_many_values(data) is many
+
+    def test_unclosed_quotes_and_escapes_take_no_longer(self) -> None:
+        """Careless patterns are quadratic here: this would take minutes."""
+        for data in (rb'"' + rb"\"" * 2_000_000, b"[]{}" * 1_000_000, b'"",' * 2_000_000, b"\\" * 8_000_000):
+            with pytest.raises(InvalidRequest):
+                parse_body(data, ChatBody)
+
+
+@pytest.mark.parametrize(("size", "on_the_loop"), [(SMALL_BODY // 2, True), (SMALL_BODY * 2, False)])
+def test_large_bodies_are_parsed_off_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, size: int, on_the_loop: bool
+) -> None:
+    threads: list[str] = []
+    real: Callable[..., Any] = parse_body
+
+    def noting(body: bytes, model: type[BaseModel]) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(body, model)
+
+    monkeypatch.setattr(limits, "parse_body", noting)
+    client.post("/v1/chat/completions", json=CHAT | {"user": "x" * size})
+    assert [name.startswith("bodies") for name in threads] == [not on_the_loop]
+
+
+def test_a_name_of_any_length_is_repeated_shortened() -> None:
+    assert len(str(refused(ChatBody, CHAT | {"x" * 100_000: 1}))) < 300
+    assert len(str(refused(ChatBody, CHAT | {"metadata": {"x" * 100_000: 1}}))) < 300
+    assert len(str(refused(ChatBody, CHAT | {"logit_bias": {"x" * 100_000: 1}}))) < 300
