@@ -6,10 +6,14 @@
 "not yet", so a cold adapter delays nobody but its own requests. A pinned adapter stays until it is
 unpinned as often as it was pinned.
 
-If every row is pinned, the adapter waits in line as a *claim*. For the first claim in line the cheapest
-sufficient set of residents is *closed*: they go on serving, but accept no new pins, so they drain and the
-claim gets its rows. Without that, popular adapters would be re-pinned forever and a cold one starve.
-Whoever wants an adapter asks again every step; a claim that nobody has asked for lately is dropped.
+Whoever asks is an *asker*, until its ``pin`` succeeds or raises, or it withdraws. An adapter that was loaded
+stays until one of its askers has pinned it, and why loading failed is told to those who asked by then, and to
+nobody else.
+
+If every row is pinned, the adapter waits in line as a *claim*, as long as it has askers. For the first claim
+in line the cheapest sufficient set of residents is *closed*: they go on serving, but accept no new pins, so
+they drain and the claim gets its rows. Without that, popular adapters would be re-pinned forever and a cold
+one starve.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -40,23 +44,16 @@ Tier = Literal["device", "host", "disk"]
 MAX_LOADS = 4
 """Loads under way or in line; more would only churn the host tier."""
 
-PATIENCE = 2.0
-"""Seconds that a claim outlives its last asker, and that a new resident is kept for its first pin."""
-
 
 @dataclass(slots=True)
 class _Resident:
+    """``fresh``: not pinned since it was loaded."""
+
     slot: int
     needs: Mapping[str, int]
-    keep_until: float
+    fresh: bool = True
     pins: int = 0
     retired: bool = False
-
-
-@dataclass(slots=True)
-class _Claim:
-    needs: Mapping[str, int]
-    asked: float
 
 
 @dataclass(slots=True)
@@ -100,32 +97,42 @@ class Residency:
         self._device: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._loading: set[str] = set()
         self._unwanted: set[str] = set()  # forgotten while loading
-        self._claims: OrderedDict[str, _Claim] = OrderedDict()
+        self._askers: dict[str, dict[Hashable, Version]] = {}  # by digest, which version each asks for
+        self._claims: OrderedDict[str, Mapping[str, int]] = OrderedDict()  # the room that each needs
         self._closed: set[str] = set()
-        self._errors: dict[str, AdapterError] = {}
+        self._errors: dict[Hashable, AdapterError] = {}  # by asker
         # It copies alone: workers of its own would make OpenMP put everybody's to sleep between regions.
         self._loader = ThreadPoolExecutor(1, "adapter-loader", torch.set_num_threads, (1,))
 
-    def pin(self, version: Version) -> int | None:
+    def pin(self, version: Version, asker: Hashable = None) -> int | None:
         """The adapter's slot, pinned; or None = not yet: ask again on the next step.
+
+        Args:
+            asker: who asks; None = the version itself, for those who ask until they have it.
 
         Raises:
             AdapterError: why loading it failed. The next ``pin`` tries afresh.
         """
+        asker = version if asker is None else asker
         with self._lock:
-            self._settle()
-            digest = version.digest
-            resident = self._device.get(digest)
-            if resident is not None and digest not in self._closed:
-                resident.pins += 1
-                resident.retired = False
-                resident.keep_until = 0.0
-                self._device.move_to_end(digest)
-                return resident.slot
-            if digest in self._errors:
-                raise self._errors.pop(digest)
-            self._want(version)
-            return None
+            resident = self._ready(version, asker)
+            if resident is None:
+                return None
+            resident.pins += 1
+            resident.retired = resident.fresh = False
+            self._device.move_to_end(version.digest)
+            self._forget_asker(version.digest, asker)
+            return resident.slot
+
+    def prepare(self, version: Version, asker: Hashable) -> bool:
+        """Whether ``pin`` would succeed now; if not, see that it will. Raises as ``pin`` does."""
+        with self._lock:
+            return self._ready(version, asker) is not None
+
+    def withdraw(self, digest: str, asker: Hashable) -> None:
+        """``asker`` asks no more; harmless if it did not."""
+        with self._lock:
+            self._forget_asker(digest, asker)
 
     def unpin(self, digest: str) -> None:
         with self._lock:
@@ -139,7 +146,6 @@ class Residency:
         """No name points at ``digest`` any more: free its host copy now, its rows with the last pin."""
         with self._lock:
             self.host.drop(digest)
-            self._errors.pop(digest, None)
             self._claims.pop(digest, None)
             if digest in self._loading:
                 self._unwanted.add(digest)
@@ -177,18 +183,41 @@ class Residency:
 
     # -- the line for room (the lock is held) -----------------------------------------------------
 
+    def _ready(self, version: Version, asker: Hashable) -> _Resident | None:
+        """The resident, if it may be pinned now; else ``asker`` is remembered."""
+        error = self._errors.pop(asker, None)
+        if error is not None:
+            self._forget_asker(version.digest, asker)
+            raise error
+        self._settle()
+        resident = self._device.get(version.digest)
+        if resident is not None and version.digest not in self._closed:
+            return resident
+        self._askers.setdefault(version.digest, {})[asker] = version
+        self._want(version)
+        return None
+
+    def _forget_asker(self, digest: str, asker: Hashable) -> None:
+        self._errors.pop(asker, None)
+        askers = self._askers.get(digest)
+        if askers is None:
+            return
+        askers.pop(asker, None)
+        if not askers:
+            del self._askers[digest]
+            self._claims.pop(digest, None)
+
     def _want(self, version: Version) -> None:
         """Start loading ``version``, or see that it stands in line."""
         digest = version.digest
         if digest in self._loading:
             return
-        claim = self._claims.get(digest)
-        if claim is not None:
-            claim.asked = self._clock()
-            if digest != self._first_claim() or not self._fits(claim.needs):
+        needs = self._claims.get(digest)
+        if needs is not None:
+            if digest != self._first_claim() or not self._fits(needs):
                 return
         elif digest in self._device:  # closed for the first claim: get in line behind it
-            self._claims[digest] = _Claim(needs_of(version.info), self._clock())
+            self._claims[digest] = needs_of(version.info)
             return
         elif len(self._loading) + len(self._claims) >= MAX_LOADS:
             return
@@ -196,13 +225,12 @@ class Residency:
         self._loader.submit(self._bring, version)
 
     def _settle(self) -> None:
-        """Drop claims that are served or forgotten, and choose anew who must drain for the first one."""
-        oldest = self._clock() - PATIENCE
-        for digest, claim in list(self._claims.items()):
-            if claim.asked < oldest:
-                del self._claims[digest]
+        """Drop claims that are served, and choose anew who must drain for the first one."""
+        if not self._claims:
+            self._closed = set()
+            return
         first = self._first_claim()
-        self._closed = self._who_must_drain(self._claims[first].needs) if first else set()
+        self._closed = self._who_must_drain(self._claims[first]) if first else set()
         for digest in [d for d in self._claims if d in self._device and d not in self._closed]:
             del self._claims[digest]
 
@@ -213,11 +241,11 @@ class Residency:
         """The residents with the fewest pins, as many as it takes until ``needs`` would fit.
 
         Those that wait for their first pin are spared: closing them would undo a load for nothing. Nobody
-        drains if that leaves too few; it is a matter of moments.
+        drains if that leaves too few, as long as they wait.
         """
         missing = self.pool.missing(needs)
         chosen: set[str] = set()
-        used = [(d, r) for d, r in self._device.items() if not self._is_fresh(r)]
+        used = [(d, r) for d, r in self._device.items() if not self._is_awaited(d, r)]
         for digest, resident in sorted(used, key=lambda item: item[1].pins):
             if not missing:
                 break
@@ -227,10 +255,10 @@ class Residency:
 
     def _evictable(self) -> list[str]:
         """Residents that may go, least recently used first."""
-        return [d for d, r in self._device.items() if r.pins == 0 and not self._is_fresh(r)]
+        return [d for d, r in self._device.items() if r.pins == 0 and not self._is_awaited(d, r)]
 
-    def _is_fresh(self, resident: _Resident) -> bool:
-        return resident.keep_until > self._clock()
+    def _is_awaited(self, digest: str, resident: _Resident) -> bool:
+        return resident.fresh and digest in self._askers
 
     def _fits(self, needs: Mapping[str, int]) -> bool:
         missing = self.pool.missing(needs)
@@ -259,6 +287,8 @@ class Residency:
         """Disk -> host -> device; or into the line of claims; or into the errors."""
         began = self._clock()
         try:
+            if version.digest not in self._askers:  # they have gone since
+                return
             if self._to_device(version, self._to_host(version)):
                 self.stats.loads += 1
                 self.stats.load_seconds += self._clock() - began
@@ -288,7 +318,9 @@ class Residency:
     def _fail(self, version: Version, error: AdapterError) -> None:
         with self._lock:
             self._claims.pop(version.digest, None)
-            self._errors[version.digest] = error
+            for asker, asked in self._askers.get(version.digest, {}).items():
+                if asked is version:
+                    self._errors[asker] = error
 
     def _to_host(self, version: Version) -> Adapter:
         with self._lock:
@@ -329,7 +361,8 @@ class Residency:
         with self._lock:
             slot = self._reserve(needs)
             if slot is None:
-                self._claims.setdefault(digest, _Claim(needs, self._clock()))
+                if digest in self._askers:
+                    self._claims.setdefault(digest, needs)
                 return False
         try:
             with self._copying():
@@ -340,7 +373,7 @@ class Residency:
             raise
         with self._lock:
             self._claims.pop(digest, None)
-            self._device[digest] = _Resident(slot, needs, keep_until=self._clock() + PATIENCE)
+            self._device[digest] = _Resident(slot, needs)
         return True
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from adapters.errors import AdapterChanged, AdapterError
 from adapters.registry import Registry
 from adapters.residency import Residency
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, Shared
 
 _REBIND_EVERY = 0.25
 _REBIND_TRIES = 20
@@ -17,8 +17,9 @@ _REBIND_TRIES = 20
 class ResidencyGate:
     """Pins a sequence's adapter when it starts and unpins it when it ends.
 
-    A sequence that has not started yet moves on to the new version of its adapter if the old one's
-    content is gone from disk; one that has started keeps the version that it began with.
+    A request of which no answer has started moves on to the new version of its adapter, all its answers at
+    once, if the old one's content is gone from disk. One that has started keeps its version; an answer of it
+    that cannot have that version any more fails.
 
     Attributes:
         failures: sequences that cannot be admitted and why, for the engine to collect.
@@ -32,45 +33,68 @@ class ResidencyGate:
         self._registry = registry
         self._clock = clock
 
+    def prepare(self, sequence: Sequence) -> bool:
+        if sequence.adapter is None:
+            return True
+        if not self._may_try(sequence.shared):
+            return False
+        try:
+            return self._residency.prepare(sequence.adapter, sequence)
+        except AdapterError as error:
+            self._refused(sequence, error)
+        return False
+
     def admit(self, sequence: Sequence) -> bool:
         if sequence.adapter is None:
             return True
-        if sequence.not_before > self._clock():
+        if not self._may_try(sequence.shared):
             return False
         try:
-            slot = self._residency.pin(sequence.adapter)
-            if slot is not None:
-                sequence.slot = slot
-            return slot is not None
-        except AdapterChanged as error:
-            self._rebind(sequence, error)
+            slot = self._residency.pin(sequence.adapter, sequence)
         except AdapterError as error:
-            self.failures.append((sequence, error))
-        return False
+            self._refused(sequence, error)
+            return False
+        if slot is not None:
+            sequence.slot = slot
+        return slot is not None
 
     def leave(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0 and sequence.adapter is not None:
+        if sequence.adapter is None:
+            return
+        if sequence.slot >= 0:
             self._residency.unpin(sequence.adapter.digest)
+        else:
+            self._residency.withdraw(sequence.adapter.digest, sequence)
         sequence.slot = -1
 
     def take_failures(self) -> list[tuple[Sequence, AdapterError]]:
         failures, self.failures = self.failures, []
         return failures
 
+    def _may_try(self, shared: Shared) -> bool:
+        return shared.not_before <= self._clock()
+
+    def _refused(self, sequence: Sequence, error: AdapterError) -> None:
+        if isinstance(error, AdapterChanged) and not sequence.shared.started:
+            self._rebind(sequence, error)
+        else:
+            self.failures.append((sequence, error))
+
     def _rebind(self, sequence: Sequence, error: AdapterChanged) -> None:
         """Take the name's present version; it may be a moment until the watcher has seen it."""
-        old = sequence.adapter
+        shared, old = sequence.shared, sequence.adapter
         assert old is not None
         try:
             new = self._registry.resolve(old.name)
         except AdapterError as gone:
             self.failures.append((sequence, gone))
             return
-        if new.digest != old.digest:
+        if new is not old:
             self._registry.acquire(new)
-            sequence.adapter = new
+            shared.version = new
             self._registry.release(old)
-        sequence.attempts += 1
-        sequence.not_before = self._clock() + _REBIND_EVERY
-        if sequence.attempts > _REBIND_TRIES:
+        else:
+            shared.not_before = self._clock() + _REBIND_EVERY
+        shared.attempts += 1
+        if shared.attempts > _REBIND_TRIES:
             self.failures.append((sequence, error))

@@ -100,7 +100,7 @@ class Engine:
         Of several answers the first runs alone until its prompt is computed: the others then find the
         prompt in the prefix cache.
         """
-        shared = Shared()
+        shared = Shared(adapter)
         answers = [
             Sequence(
                 request.request_id, index, request.prompt, adapter, request.sampling,
@@ -108,9 +108,6 @@ class Engine:
             )
             for index in range(request.sampling.n)
         ]  # fmt: skip
-        for _ in answers[1:]:
-            if adapter is not None:
-                self._registry.acquire(adapter)
         self._live[request.request_id] = answers
         if answers[1:]:
             self._held[request.request_id] = answers[1:]
@@ -142,7 +139,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait to start or to come back; may be read from any thread."""
-        return len(self.scheduler.waiting) + len(self.scheduler.preempted)
+        return self.scheduler.num_waiting
 
     def take_ended(self) -> list[str]:
         """Requests that have ended, in whichever way, since the last call."""
@@ -303,5 +300,5 @@ class Engine:
         if not answers:
             del self._live[sequence.request_id]
             self._ended_ids.append(sequence.request_id)
-        if sequence.adapter is not None:
-            self._registry.release(sequence.adapter)
+            if sequence.adapter is not None:
+                self._registry.release(sequence.adapter)

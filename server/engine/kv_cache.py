@@ -128,6 +128,10 @@ class BlockManager:
         table.blocks.clear()
         table.names.clear()
 
+    def held_alone(self, table: BlockTable) -> int:
+        """Blocks that would come free with ``table``: nobody shares them."""
+        return sum(self._refs[block] == 1 for block in table.blocks)
+
     def check_integrity(self, tables: Sequence[BlockTable]) -> None:
         """Assert that the books agree with the live ``tables`` (for tests)."""
         refs = [0] * self.num_blocks

@@ -1,9 +1,9 @@
 """What the next step computes. Integers only: no tensors, no clock of its own, no threads.
 
 A step is a list of chunks under a token budget: first one token for every sequence that decodes, then
-the prompts that are under way, then new sequences as seats, KV blocks and adapters allow. When blocks
-run out the youngest running sequence gives its blocks back and is computed again later, so the oldest
-always advances; preempted sequences come back before anything new is let in.
+prompts, lane by lane in turns: those under way, then those that start, as places, KV blocks and adapters
+allow. When blocks run out a running sequence gives its blocks back and is computed again later; the oldest
+always advances. Which lane is next, and who gives way, is ``fairness``'s to say.
 
 A step may be scheduled while the one before is in flight: launched, and its tokens not read yet. What a step
 in flight may still read, blocks and adapters, is kept until it has landed.
@@ -11,14 +11,23 @@ in flight may still read, blocks and adapters, is kept until it has landed.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.engine.fairness import Fairness, RoundRobin
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
+from server.engine.lanes import Lane, Lanes, insert_by_age
 from server.engine.request import FinishReason
 from server.engine.sequence import Chunk, Sequence
-from server.engine.waiting import RoundRobinQueue, WaitingQueue
+
+_LOOK_AHEAD = 8
+"""Lanes whose next sequence is looked at before there is a place for it."""
+
+_QUANTUM = 512
+"""Most prompt tokens of a lane's turn; of a step's budget it is half at most, so that two lanes share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +48,14 @@ class SchedulerLimits:
 class AdapterGate(Protocol):
     """Whether a sequence's adapter is on the device."""
 
+    def prepare(self, sequence: Sequence) -> bool:
+        """Have its adapter loaded, as it starts soon; whether ``admit`` would pass now."""
+
     def admit(self, sequence: Sequence) -> bool:
         """Pin its adapter and set its slot; False = not yet. Base sequences always pass."""
 
     def leave(self, sequence: Sequence) -> None:
-        """Undo ``admit`` when the sequence ends."""
+        """It has ended, or does not start yet: undo ``admit`` and ``prepare``. Harmless without either."""
 
 
 class Scheduler:
@@ -61,27 +73,36 @@ class Scheduler:
         limits: SchedulerLimits,
         blocks: BlockManager,
         gate: AdapterGate,
-        waiting: WaitingQueue | None = None,
     ) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.waiting: WaitingQueue = waiting if waiting is not None else RoundRobinQueue()
+        self.lanes = Lanes()
+        self.fairness: Fairness = RoundRobin(self.lanes, min(_QUANTUM, limits.max_num_batched_tokens // 2))
         self.running: list[Sequence] = []  # oldest first
-        self.preempted: list[Sequence] = []  # oldest first
         self.leaving: list[Sequence] = []
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._gate = gate
         self._in_flight = 0  # chunks
+        self._short: Lane | None = None  # its head could start, but for a place or for blocks
 
     def __len__(self) -> int:
-        return len(self.running) + len(self.preempted) + len(self.waiting)
+        return len(self.running) + self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait to start or to come back; may be read from any thread."""
+        return self.lanes.num_queued
 
     @property
     def num_decoding(self) -> int:
         return sum(sequence.num_pending == 1 for sequence in self.running)
 
+    @property
+    def _free_places(self) -> int:
+        return self.limits.max_num_seqs - len(self.running)
+
     def add(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence)
+        self.lanes.push(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, those that share an adapter side by side.
@@ -89,13 +110,13 @@ class Scheduler:
         Empty if somebody must be preempted while a step is in flight, which may read what would be taken, and
         may give back enough by itself: it has to land first.
         """
+        if not self._make_way():
+            return []
         step = _Step(self.limits.max_num_batched_tokens)
         for sequence in [s for s in self.running if s.num_pending == 1]:
-            self._continue(sequence, step)
-        for sequence in [s for s in self.running if s.num_pending > 1]:
-            self._continue(sequence, step)
-        self._resume(step)
-        self._admit(step)
+            self._compute(sequence, step, 0, min(1, step.budget))
+        self._share_out(step)
+        self._look_ahead(step)
         self.steps += bool(step.chunks)
         return sorted(step.chunks.values(), key=lambda chunk: chunk.sequence.slot)
 
@@ -148,89 +169,201 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> bool:
         """Forget a sequence wherever it stands; False if it is not here any more."""
-        for place in (self.running, self.preempted):
-            if sequence in place:
-                place.remove(sequence)
-                if sequence.in_flight:
-                    self.leaving.append(sequence)
-                else:
-                    self._release(sequence)
-                return True
-        return self.waiting.remove(sequence)
+        if not self.lanes.remove(sequence):
+            return False
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence.in_flight:
+            self.leaving.append(sequence)
+        else:
+            self._release(sequence)
+        return True
 
     def check_integrity(self) -> None:
         """Assert the books (for tests)."""
         holders = [*self.running, *self.leaving]
         self.blocks.check_integrity([s.table for s in holders if s.table is not None])
         assert all(s.in_flight for s in self.leaving), "an ended sequence holds what no step reads"
-        assert all(s.table is None for s in self.preempted), "a preempted sequence holds blocks"
+        assert all(s.table is None for lane in self.lanes for s in lane.preempted), (
+            "blocks of a preempted one"
+        )
         arrivals = [s.arrival for s in self.running]
         assert arrivals == sorted(arrivals), "running sequences are out of order"
+        placed = sorted((s for lane in self.lanes for s in lane.running), key=lambda s: s.arrival)
+        assert placed == self.running, "the lanes' running sequences are others"
+        assert self.num_waiting == sum(lane.queued for lane in self.lanes), "miscounted"
 
-    def _continue(self, sequence: Sequence, step: _Step) -> None:
-        length = min(sequence.num_pending, step.budget)
-        if length == 0 or sequence.table is None:  # no budget left, or preempted earlier in this step
-            return
-        while not self.blocks.grow(sequence.table, sequence.num_computed + length):
+    # -- sharing out ------------------------------------------------------------------------------
+
+    def _share_out(self, step: _Step) -> None:
+        """The tokens that are left go to prompts, in turns."""
+        for sequence in self.running:
+            if sequence.num_pending > 1:
+                step.prompts[self.lanes.of(sequence)].append(sequence)
+        may_start = self.num_waiting > 0 and self._free_places > 0
+        turns = deque(
+            lane for lane in self.fairness.turns() if lane in step.prompts or (may_start and lane.queued)
+        )
+        while turns and step.budget > 0:
+            lane = turns.popleft()
+            if self._turn(lane, step):
+                turns.append(lane)
+        self._give_what_nobody_took(step)
+
+    def _turn(self, lane: Lane, step: _Step) -> int:
+        """One lane's share: prompts under way, then new ones. Says how many tokens it took."""
+        left = allowance = self.fairness.allowance(lane)
+        for sequence in step.prompts[lane]:
+            left -= self._continue(sequence, step, left)
+        while left > 0 and (length := self._admit(lane, step, left)):
+            left -= length
+        self.fairness.charge(lane, allowance - left)
+        return allowance - left
+
+    def _give_what_nobody_took(self, step: _Step) -> None:
+        """Places were kept for poorer lanes that cannot use them yet."""
+        while step.refused and step.budget > 0:
+            lane = min(step.refused, key=lambda lane: lane.places)
+            length = self._admit(lane, step, step.budget, kept=False)
+            self.fairness.charge(lane, length)
+            if not length:
+                step.refused.remove(lane)
+
+    def _continue(self, sequence: Sequence, step: _Step, limit: int) -> int:
+        """Compute more of a running sequence, at most ``limit`` tokens; says how many."""
+        given = step.given(sequence)
+        return self._compute(sequence, step, given, min(sequence.num_pending - given, limit, step.budget))
+
+    def _compute(self, sequence: Sequence, step: _Step, given: int, length: int) -> int:
+        """``length`` tokens more than the ``given`` ones, if there are blocks for them; says how many."""
+        if length <= 0 or sequence.table is None:  # nothing left, or preempted earlier in this step
+            return 0
+        while not self.blocks.grow(sequence.table, sequence.num_computed + given + length):
             if self._in_flight:
                 step.give_up()
-                return
-            victim = self.running[-1]
-            self._preempt(victim, step)
+                return 0
+            victim = self.fairness.youngest_to_spare()
+            step.cancel(victim)
+            self._preempt(victim)
             if victim is sequence:
-                return
-        step.add(Chunk(sequence, sequence.num_computed, length))
+                return 0
+        step.give(Chunk(sequence, sequence.num_computed, given + length), length)
+        return length
 
-    def _preempt(self, victim: Sequence, step: _Step) -> None:
+    def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
-        step.cancel(victim)
+        self.lanes.preempt(victim)
         self._drop_blocks(victim)
         self.preemptions += 1
-        _insert_by_age(self.preempted, victim)
 
-    def _resume(self, step: _Step) -> None:
-        while self.preempted and self._has_seat(step):
-            if not self._start(self.preempted[0], step):
-                return
-            _insert_by_age(self.running, self.preempted.pop(0))
+    # -- starting ---------------------------------------------------------------------------------
 
-    def _admit(self, step: _Step) -> None:
-        if self.preempted:
-            return
-        for sequence in self.waiting.candidates():
-            if not self._has_seat(step):
-                return
-            if not self._gate.admit(sequence):
-                continue
-            if not self._start(sequence, step):
-                self._gate.leave(sequence)
-                return
-            self.waiting.admitted(sequence, step.chunks[sequence.key].length)
-            _insert_by_age(self.running, sequence)
+    def _admit(self, lane: Lane, step: _Step, limit: int, kept: bool = True) -> int:
+        """Start the lane's head with at most ``limit`` tokens; says with how many, 0 = not now.
 
-    def _has_seat(self, step: _Step) -> bool:
-        return step.budget > 0 and len(self.running) < self.limits.max_num_seqs
+        Args:
+            kept: places are kept for lanes that have fewer.
+        """
+        head = lane.head
+        if head is None or step.budget <= 0 or not self._free_places or lane.places >= step.blocked_from:
+            return 0
+        if kept and not self.fairness.may_take(lane, self._free_places):
+            step.refused.append(lane)
+            return 0
+        if not head.has_started and not self._gate.admit(head):
+            step.not_ready.add(lane)
+            return 0
+        length = self._start(head, step, limit)
+        if not length:
+            if not head.has_started:
+                self._gate.leave(head)
+            step.blocked_from = lane.places  # blocks are gathered for it, unless somebody holds less
+            self._is_short(lane)
+            return 0
+        self.lanes.start(head)
+        insert_by_age(self.running, head)
+        step.prompts[lane].append(head)
+        return length
 
-    def _start(self, sequence: Sequence, step: _Step) -> bool:
+    def _start(self, sequence: Sequence, step: _Step, limit: int) -> int:
         """Give blocks for the first chunk, if there is room for the whole sequence as it stands now."""
         table = BlockTable(chain_root(sequence.digest))
         cached = self.blocks.match(table, sequence.tokens)
-        wanted = self.blocks.blocks_for(len(sequence.tokens) + 1) - len(table.blocks)
-        spare = len(self.running)  # a block for each of the others to grow into, lest they be preempted
-        length = min(len(sequence.tokens) - cached, step.budget)
-        if wanted + spare > self.blocks.num_free and self.running:
+        length = min(len(sequence.tokens) - cached, step.budget, limit)
+        lacking = self._lacking(sequence, table) if self.running else 0
+        if lacking > 0 or not self.blocks.grow(table, cached + length):
             self.blocks.release(table)
-            return False
-        if not self.blocks.grow(table, cached + length):
-            self.blocks.release(table)
-            return False
+            return 0
         sequence.table, sequence.num_computed = table, cached
+        sequence.num_at_start = len(sequence.tokens)
         if sequence.num_cached is None:
             sequence.num_cached = cached
+            sequence.shared.started = True
             self.prompt_tokens += sequence.num_prompt
             self.cached_tokens += cached
-        step.add(Chunk(sequence, cached, length))
+        step.give(Chunk(sequence, cached, length), length)
+        return length
+
+    def _lacking(self, sequence: Sequence, table: BlockTable) -> int:
+        """Blocks too few for all of it beside ``table``'s, and for each of the others to grow by one."""
+        wanted = self.blocks.blocks_for(len(sequence.tokens) + 1) - len(table.blocks)
+        return wanted + len(self.running) - self.blocks.num_free
+
+    # -- making way -------------------------------------------------------------------------------
+
+    def _look_ahead(self, step: _Step) -> None:
+        """Have the adapters of those who are next loaded, and note who could start if somebody made way."""
+        if not self.num_waiting:
+            return
+        for lane in self.fairness.next_in_line(_LOOK_AHEAD):
+            head = lane.head
+            assert head is not None
+            if lane in step.not_ready or not (head.has_started or self._gate.prepare(head)):
+                continue
+            if not self._free_places:
+                self._is_short(lane)
+
+    def _is_short(self, lane: Lane) -> None:
+        if self._short is None or lane.places < self._short.places:
+            self._short = lane
+
+    def _make_way(self) -> bool:
+        """Preempt for a lane that came short in the step before; False = not before a step has landed."""
+        lane, self._short = self._short, None
+        if lane is None or lane.head is None:
+            return True
+        victims = self._victims(lane, lane.head)
+        if victims and self._in_flight:
+            self._short = lane
+            return False
+        for victim in victims:
+            self._preempt(victim)
+            self.fairness.made_way(lane, victim)
         return True
+
+    def _victims(self, lane: Lane, head: Sequence) -> list[Sequence]:
+        """Whom it takes until ``head`` can start; nobody if that is not enough, or not needed any more."""
+        victims: list[Sequence] = []
+        lacking: int | None = None
+        for victim in self.fairness.who_gives_way(lane):
+            if lacking is None:
+                lacking = self._lacking_now(head)
+            if lacking <= 0 and len(victims) + self._free_places > 0:
+                break
+            assert victim.table is not None
+            victims.append(victim)
+            lacking -= self.blocks.held_alone(victim.table) + 1
+        enough = lacking is not None and lacking <= 0
+        return victims if enough else []
+
+    def _lacking_now(self, sequence: Sequence) -> int:
+        table = BlockTable(chain_root(sequence.digest))
+        self.blocks.match(table, sequence.tokens)
+        lacking = self._lacking(sequence, table)
+        self.blocks.release(table)
+        return lacking
+
+    # -- letting go -------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
         self._drop_blocks(sequence)
@@ -243,29 +376,40 @@ class Scheduler:
 
 
 class _Step:
-    """The chunks gathered so far and the tokens left to give."""
+    """The chunks gathered so far and the tokens left to give.
+
+    Attributes:
+        prompts: those under way, by lane, oldest first.
+        refused: lanes that left a place to others.
+        not_ready: lanes whose head's adapter is not there.
+        blocked_from: nobody starts in a lane that holds so many places or more.
+    """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.chunks: dict[tuple[str, int], Chunk] = {}
+        self.prompts: defaultdict[Lane, list[Sequence]] = defaultdict(list)
+        self.refused: list[Lane] = []
+        self.not_ready: set[Lane] = set()
+        self.blocked_from: float = math.inf
 
-    def add(self, chunk: Chunk) -> None:
+    def given(self, sequence: Sequence) -> int:
+        chunk = self.chunks.get(sequence.key)
+        return chunk.length if chunk else 0
+
+    def give(self, chunk: Chunk, more: int) -> None:
+        """``more`` tokens than its sequence had."""
+        self.budget -= more
         self.chunks[chunk.sequence.key] = chunk
-        self.budget -= chunk.length
 
     def cancel(self, sequence: Sequence) -> None:
+        """It is preempted; its blocks are for those that run, so nobody starts in this step."""
         chunk = self.chunks.pop(sequence.key, None)
         if chunk is not None:
             self.budget += chunk.length
+        self.blocked_from = 0
 
     def give_up(self) -> None:
         """End with nothing."""
         self.chunks.clear()
         self.budget = 0
-
-
-def _insert_by_age(place: list[Sequence], sequence: Sequence) -> None:
-    index = len(place)
-    while index > 0 and place[index - 1].arrival > sequence.arrival:
-        index -= 1
-    place.insert(index, sequence)

@@ -19,9 +19,17 @@ class Shared:
     """What the answers of one request share.
 
     Attributes:
+        version: the adapter's that all of them are made with; None = the base.
+        started: an answer has begun with that version, so that it stays.
+        not_before: clock before which admission need not be tried again.
+        attempts: how often admission found the adapter's content changed.
         bias: its ``logit_bias`` on the device; None before the first draw.
     """
 
+    version: Version | None = None
+    started: bool = False
+    not_before: float = 0.0
+    attempts: int = 0
     bias: LogitBias | None = None
 
 
@@ -30,7 +38,6 @@ class Sequence:
 
     Attributes:
         request_id, index: which request, and which of its n answers.
-        adapter: the adapter version it asks for; None = the base.
         slot: the adapter's slot in the rank pool while pinned; -1 = none.
         tokens: prompt and generated tokens. The last one may be drawn but not read yet: a negative id then
             stands for it (``transfer.resolve``).
@@ -38,21 +45,19 @@ class Sequence:
         num_computed: how many leading tokens have their KV in the cache, or will have it when the steps
             that are launched have run.
         num_cached: prompt tokens that the prefix cache gave at first admission; None before it.
+        num_at_start: how many tokens it had when it last took a place.
         arrival: rank in order of arrival; smaller is older.
         seed: what its draws come from, together with the position.
         table: its KV blocks; None while it has none.
         in_flight: launched steps with a chunk of it that have not landed.
         started: clock at the first step that took it up; None before.
-        not_before: clock before which admission need not be tried again.
-        attempts: how often admission found the adapter's content changed.
-        shared: with the request's other answers.
+        shared: with the request's other answers: the adapter version above all.
         counts: what its penalties go by; None before the first draw, or without penalties.
     """
 
     __slots__ = (
-        "adapter", "arrival", "attempts", "counts", "eos", "in_flight", "index", "not_before", "num_cached",
-        "num_computed", "num_prompt", "params", "request_id", "seed", "shared", "slot", "started", "table",
-        "tokens",
+        "arrival", "counts", "eos", "in_flight", "index", "num_at_start", "num_cached", "num_computed",
+        "num_prompt", "params", "request_id", "seed", "shared", "slot", "started", "table", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -69,7 +74,6 @@ class Sequence:
     ) -> None:
         self.request_id = request_id
         self.index = index
-        self.adapter = adapter
         self.params = params
         self.seed = seed
         self.arrival = arrival
@@ -82,9 +86,8 @@ class Sequence:
         self.table: BlockTable | None = None
         self.in_flight = 0
         self.started: float | None = None
-        self.not_before = 0.0
-        self.attempts = 0
-        self.shared = shared if shared is not None else Shared()
+        self.num_at_start = 0
+        self.shared = shared if shared is not None else Shared(adapter)
         self.counts: TokenCounts | None = None
 
     @property
@@ -99,6 +102,21 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens still without KV; 1 while decoding, 0 while all depends on a token that is not read yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_since_start(self) -> int:
+        """Tokens generated since it last took a place."""
+        return len(self.tokens) - self.num_at_start
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has had a place; its adapter stays pinned from then on."""
+        return self.num_cached is not None
+
+    @property
+    def adapter(self) -> Version | None:
+        """The adapter version that it asks for; None = the base."""
+        return self.shared.version
 
     @property
     def digest(self) -> str | None:

@@ -2,10 +2,7 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,117 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.artifact import Adapter, AdapterInfo, LoraWeights
-from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
+from adapters.errors import AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
 from adapters.host_tier import HostTier
-from adapters.packed import packed
-from adapters.rank_pool import RankPool
 from adapters.registry import Version
-from adapters.residency import PATIENCE, Residency
-from adapters.sites import Site
 from adapters.slab import Slab
-
-SITES = {"q": Site("q", 4, 4), "v": Site("v", 4, 4)}
-NBYTES = 1000
-
-
-def _version(name: str, rank: int = 4, extra_bytes: int = 0) -> Version:
-    info = AdapterInfo(f"digest-{name}", {"q": rank}, NBYTES, None, (), extra_bytes)
-    return Version(name, info.digest, Path(name), info, 0.0)
-
-
-def value_of(version: Version) -> float:
-    """What all of an adapter's weights are."""
-    return float(sum(map(ord, version.name)))
-
-
-class Pool(RankPool):
-    """Keeps adapters packed, as for a GPU, and writes them when the stream that they go to is waited for."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(SITES, rows, torch.float32, extra_bytes=100)
-        self.events: list[str] = []
-        self.fault: BaseException | None = None
-        self._queued: list[tuple[int, Adapter]] | None = None
-
-    def host_form(self, adapter: Adapter, memory: torch.Tensor | None) -> Adapter:
-        return packed(adapter, memory)
-
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        self._queued = []
-        yield
-        for slot, adapter in self._queued:
-            assert self.rows_used > 0, "its rows are reserved"
-            super().write(slot, adapter)
-            self.events.append(f"{adapter.info.digest} is written")
-        self._queued = None
-
-    def write(self, slot: int, adapter: Adapter) -> None:
-        if self.fault is not None:
-            raise self.fault
-        assert self._queued is not None, "written on the stream that steps run on"
-        self._queued.append((slot, adapter))
-
-
-class World:
-    """A residency over a pool of ``rows``, a disk that counts, and a clock that is turned by hand.
-
-    ``like_gpu``: the host tier has a slab, and copies go to a stream.
-    """
-
-    def __init__(self, rows: int = 8, host_adapters: int = 3, like_gpu: bool = False) -> None:
-        self.now = 0.0
-        self.reads: list[str] = []
-        self.broken: dict[str, AdapterError] = {}
-        self.weights: list[weakref.ref[torch.Tensor]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.pool = Pool(rows) if like_gpu else RankPool(SITES, rows, torch.float32, extra_bytes=100)
-        copying = self.pool.stream if isinstance(self.pool, Pool) else None
-        host_bytes = host_adapters * NBYTES
-        self.residency = Residency(self.pool, self._load, host_bytes, lambda: None, lambda: self.now, copying)
-        if like_gpu:
-            self.slab = Slab(torch.empty(host_bytes // 4, dtype=torch.uint8))
-            self.residency.host = HostTier(host_bytes, self.slab)
-
-    def _load(self, version: Version) -> Adapter:
-        assert self.gate.wait(10)
-        self.reads.append(version.name)
-        if version.name in self.broken:
-            raise self.broken[version.name]
-        ranks, value = version.info.ranks, value_of(version)
-        weights = {
-            s: LoraWeights(torch.full((r, 4), value), torch.full((r, 4), value)) for s, r in ranks.items()
-        }
-        adapter = Adapter(version.info, weights)
-        self.weights += [weakref.ref(pair.a) for pair in weights.values()]
-        return adapter
-
-    def settled(self) -> None:
-        """Wait until the loader has nothing to do."""
-        deadline = time.monotonic() + 10
-        while self.residency._loading:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-    def pin(self, version: Version) -> int:
-        """Pin, waiting for the load."""
-        for _ in range(3):
-            slot = self.residency.pin(version)
-            if slot is not None:
-                return slot
-            self.settled()
-        raise AssertionError(f"{version.name} does not become resident")
-
-    def touch(self, version: Version) -> None:
-        self.pin(version)
-        self.residency.unpin(version.digest)
+from tests.adapters.residency_world import NBYTES, Pool, World, make_version, value_of
 
 
 def test_a_cold_adapter_is_loaded_aside_and_then_pinned() -> None:
     world = World()
-    version = _version("a")
+    version = make_version("a")
     world.gate.clear()
     assert world.residency.pin(version) is None
     assert world.residency.tier(version.digest) == "disk"
@@ -137,10 +33,9 @@ def test_a_cold_adapter_is_loaded_aside_and_then_pinned() -> None:
 
 def test_the_least_recently_used_goes_and_comes_back_from_the_host() -> None:
     world = World(rows=8)
-    a, b, c = (_version(name) for name in "abc")
+    a, b, c = (make_version(name) for name in "abc")
     for version in (a, b, a, c):
         world.touch(version)
-        world.now += PATIENCE
     assert [world.residency.tier(v.digest) for v in (a, b, c)] == ["device", "host", "device"]
     world.touch(b)
     assert world.reads == ["a", "b", "c"], "what is in the host tier is not read again"
@@ -150,16 +45,15 @@ def test_the_least_recently_used_goes_and_comes_back_from_the_host() -> None:
 def test_the_host_tier_is_bounded() -> None:
     world = World(rows=4, host_adapters=2)
     for name in "abcd":
-        world.touch(_version(name))
-        world.now += PATIENCE
+        world.touch(make_version(name))
     assert world.residency.host.nbytes == 2 * NBYTES
-    world.touch(_version("a"))
+    world.touch(make_version("a"))
     assert world.reads == ["a", "b", "c", "d", "a"]
 
 
 def test_bytes_of_extras_are_room_like_rows() -> None:
     world = World(rows=40)
-    small, large, plain = _version("small", 1, 40), _version("large", 1, 70), _version("plain", 1)
+    small, large, plain = make_version("small", 1, 40), make_version("large", 1, 70), make_version("plain", 1)
     world.pin(small)
     assert world.residency.pin(large) is None
     world.settled()
@@ -173,7 +67,7 @@ def test_bytes_of_extras_are_room_like_rows() -> None:
 
 def test_extras_that_can_never_fit_are_refused_with_the_remedy() -> None:
     world = World()
-    version = _version("a", 1, 101)
+    version = make_version("a", 1, 101)
     world.residency.pin(version)
     world.settled()
     with pytest.raises(AdapterTooLarge, match=r"101 bytes besides its rank rows.*--lora-extra-memory"):
@@ -182,17 +76,16 @@ def test_extras_that_can_never_fit_are_refused_with_the_remedy() -> None:
 
 def test_a_pinned_adapter_stays_whatever_comes() -> None:
     world = World(rows=8)
-    a = _version("a")
+    a = make_version("a")
     slot = world.pin(a)
     for name in "bcdef":
-        world.touch(_version(name))
-        world.now += PATIENCE
+        world.touch(make_version(name))
     assert world.residency.pin(a) == slot
 
 
 def test_a_newly_loaded_one_is_kept_for_its_asker() -> None:
     world = World(rows=4)
-    a, b = _version("a"), _version("b")
+    a, b = make_version("a"), make_version("b")
     world.residency.pin(a)
     world.settled()
     world.residency.pin(b)
@@ -202,7 +95,7 @@ def test_a_newly_loaded_one_is_kept_for_its_asker() -> None:
 
 def test_a_claim_closes_the_door_for_the_least_pinned_until_it_is_served() -> None:
     world = World(rows=8)
-    popular, quiet, cold = _version("popular"), _version("quiet"), _version("cold")
+    popular, quiet, cold = make_version("popular"), make_version("quiet"), make_version("cold")
     world.pin(popular)
     world.pin(popular)
     world.pin(quiet)
@@ -216,15 +109,44 @@ def test_a_claim_closes_the_door_for_the_least_pinned_until_it_is_served() -> No
     assert world.residency.tier(quiet.digest) == "host"
 
 
-def test_a_claim_that_nobody_asks_for_any_more_opens_the_door_again() -> None:
+def test_a_claim_lives_as_long_as_somebody_waits_with_it() -> None:
     world = World(rows=4)
-    a, cold = _version("a"), _version("cold")
+    a, cold = make_version("a"), make_version("cold")
     world.pin(a)
-    world.residency.pin(cold)
+    for asker in ("first", "second"):
+        assert world.residency.pin(cold, asker) is None
     world.settled()
-    assert world.residency.pin(a) is None
-    world.now += PATIENCE + 0.1
+    world.now += 3600
+    world.residency.withdraw(cold.digest, "first")
+    assert world.residency.pin(a) is None, "closed, so that it drains"
+    world.residency.withdraw(cold.digest, "second")
     assert world.residency.pin(a) is not None
+
+
+def test_what_is_loaded_for_somebody_stays_until_he_has_had_it() -> None:
+    world = World(rows=4)
+    a, b = make_version("a"), make_version("b")
+    assert not world.residency.prepare(a, "waits for a place")
+    world.settled()
+    world.now += 3600
+    world.residency.pin(b, "comes later")
+    world.settled()
+    assert world.residency.prepare(a, "waits for a place")
+    world.residency.withdraw(a.digest, "waits for a place")
+    assert world.residency.pin(b, "comes later") is None
+    world.settled()
+    assert world.residency.pin(b, "comes later") is not None
+
+
+def test_nothing_is_loaded_for_those_who_have_gone() -> None:
+    world = World(rows=4)
+    world.gate.clear()
+    for name in "ab":
+        world.residency.prepare(make_version(name), "asker")
+        world.residency.withdraw(f"digest-{name}", "asker")
+    world.gate.set()
+    world.settled()
+    assert world.reads in ([], ["a"]), "one load may have begun"
 
 
 def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_for() -> None:
@@ -232,7 +154,7 @@ def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_fo
     assert isinstance(world.pool, Pool)
     events = world.pool.events
     world.residency.on_change = lambda: events.append(world.residency.tier("digest-a"))
-    world.touch(_version("a"))
+    world.touch(make_version("a"))
     assert events == ["digest-a is written", "device"]
 
 
@@ -240,7 +162,7 @@ def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_fo
 def test_out_of_memory_fails_who_asked_and_nobody_else(fault: BaseException) -> None:
     world = World(like_gpu=True)
     assert isinstance(world.pool, Pool)
-    a, b = _version("a"), _version("b")
+    a, b = make_version("a"), make_version("b")
     world.pin(a)
     world.pool.fault = fault
     world.residency.pin(b)
@@ -260,16 +182,16 @@ def test_a_host_tier_in_pieces_makes_room_for_one_that_is_larger() -> None:
     world = World(rows=64, like_gpu=True)
     host = world.residency.host = HostTier(4 * NBYTES, Slab(torch.empty(6 * 256, dtype=torch.uint8)))
     for name in "abc":
-        world.touch(_version(name, 16))
+        world.touch(make_version(name, 16))
     world.residency.forget("digest-b")
-    world.touch(_version("d", 24))
+    world.touch(make_version("d", 24))
     assert [f"digest-{name}" in host for name in "abcd"] == [False, False, True, True]
     assert host.nbytes == 2 * NBYTES
 
 
 def test_why_it_failed_is_told_once_and_then_tried_afresh() -> None:
     world = World()
-    version = _version("a")
+    version = make_version("a")
     world.broken["a"] = AdapterInvalid("it is broken")
     world.residency.pin(version)
     world.settled()
@@ -280,9 +202,42 @@ def test_why_it_failed_is_told_once_and_then_tried_afresh() -> None:
     assert world.residency.tier(version.digest) == "device"
 
 
+def test_why_it_failed_is_told_to_all_who_waited_and_to_nobody_who_came_later() -> None:
+    world = World()
+    version = make_version("a")
+    world.broken["a"] = AdapterInvalid("it is broken")
+    for asker in ("first", "second", "leaves"):
+        world.residency.pin(version, asker)
+    world.settled()
+    world.residency.withdraw(version.digest, "leaves")
+    del world.broken["a"]
+    assert world.residency.pin(version, "later") is None
+    world.settled()
+    assert world.residency.pin(version, "later") is not None
+    for asker in ("first", "second"):
+        with pytest.raises(AdapterInvalid, match="broken"):
+            world.residency.pin(version, asker)
+    assert world.reads == ["a", "a"]
+
+
+def test_why_one_folder_failed_is_not_told_of_another_with_the_same_content() -> None:
+    world = World()
+    here, there = make_version("here"), make_version("there")
+    there = Version("there", here.digest, Path("there"), here.info, 0.0)
+    world.broken["here"] = AdapterInvalid("it cannot be read")
+    world.residency.pin(here, "one")
+    world.residency.pin(there, "other")
+    world.settled()
+    assert world.residency.pin(there, "other") is None
+    world.settled()
+    assert world.residency.pin(there, "other") is not None
+    with pytest.raises(AdapterInvalid, match="cannot be read"):
+        world.residency.pin(here, "one")
+
+
 def test_a_rank_that_can_never_fit_is_refused_with_the_remedy() -> None:
     world = World(rows=8)
-    version = _version("a", rank=9)
+    version = make_version("a", rank=9)
     world.residency.pin(version)
     world.settled()
     with pytest.raises(AdapterTooLarge, match="--lora-pool-rows"):
@@ -291,7 +246,7 @@ def test_a_rank_that_can_never_fit_is_refused_with_the_remedy() -> None:
 
 def test_forgetting_frees_device_and_host_with_the_last_pin() -> None:
     world = World()
-    version = _version("a")
+    version = make_version("a")
     world.pin(version)
     world.residency.forget(version.digest)
     assert world.residency.host.nbytes == 0
@@ -304,7 +259,7 @@ def test_forgetting_frees_device_and_host_with_the_last_pin() -> None:
 
 def test_forgetting_while_it_loads_leaves_nothing() -> None:
     world = World()
-    version = _version("a")
+    version = make_version("a")
     world.gate.clear()
     world.residency.pin(version)
     world.residency.forget(version.digest)
@@ -324,8 +279,8 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
     world = World(rows=8, like_gpu=like_gpu)
     pinned: list[str] = []
     for number, rank, keep in history:
-        version = _version(f"{number}-{rank}", rank, extra_bytes=20 * (number % 3))
-        slot = world.residency.pin(version)
+        version = make_version(f"{number}-{rank}", rank, extra_bytes=20 * (number % 3))
+        slot = world.residency.pin(version, asker=number)
         if slot is not None:
             pinned.append(version.digest)
             site = world.pool.sites["q"]
@@ -333,12 +288,14 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
         world.settled()
         if pinned and not keep:
             world.residency.unpin(pinned.pop(0))
-        world.now += 0.5
+        if not keep:
+            world.residency.withdraw(version.digest, number)
         world.residency.check_integrity()
     for digest in pinned:
         world.residency.unpin(digest)
-    world.now += 2 * PATIENCE
-    world.touch(_version("last", 8))
+    for number, rank, _ in history:
+        world.residency.withdraw(make_version(f"{number}-{rank}").digest, number)
+    world.touch(make_version("last", 8))
     world.residency.check_integrity()
     assert world.residency.pins == 0
     if like_gpu:
@@ -350,9 +307,10 @@ def test_many_threads_asking_at_once() -> None:
 
     def ask(seed: int) -> None:
         for i in range(60):
-            version = _version(f"v{(seed * 7 + i) % 5}")
-            if world.residency.pin(version) is not None:
+            version = make_version(f"v{(seed * 7 + i) % 5}")
+            if world.residency.pin(version, asker=seed) is not None:
                 world.residency.unpin(version.digest)
+            world.residency.withdraw(version.digest, seed)
 
     _together([partial(ask, seed) for seed in range(4)])
     world.settled()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adapters.registry import Version
 from server.engine.engine import Engine
+from server.engine.fairness import RoundRobin
 from server.engine.kv_cache import BlockManager
 from server.engine.sampler import Draw, Drawn, draw
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -123,6 +124,9 @@ class SlotGate:
         self._slots: list[str | None] = [None] * num_slots
         self.pins = [0] * num_slots
 
+    def prepare(self, sequence: Sequence) -> bool:
+        return sequence.digest is None or sequence.digest in self._slots or 0 in self.pins
+
     def admit(self, sequence: Sequence) -> bool:
         digest = sequence.digest
         if digest is None:
@@ -167,6 +171,7 @@ def late_engine(
     budget: int = 32,
     faults: dict[int, Exception] | None = None,
     poison: dict[str, Exception] | None = None,
+    slice_tokens: int = 128,
 ) -> tuple[Engine, LateDevice, CountingRegistry]:
     """An engine on a late device with two adapter slots."""
     device = LateDevice(blocks, faults or {}, poison or {})
@@ -174,6 +179,7 @@ def late_engine(
     limits = SchedulerLimits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=blocks * BLOCK)
     registry: Any = CountingRegistry()
     scheduler = Scheduler(limits, BlockManager(blocks, BLOCK), gate)
+    scheduler.fairness = RoundRobin(scheduler.lanes, budget // 2, slice_tokens)
     engine = Engine(device.model, scheduler, gate, registry, frozenset({2}), ahead)
     engine.draw = device.draw  # type: ignore[assignment]
     return engine, device, registry

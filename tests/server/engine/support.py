@@ -37,18 +37,25 @@ class OpenGate:
 
     def __init__(self, cold: set[str] | None = None) -> None:
         self.cold = cold or set()
-        self.pins = 0
+        self.pinned: set[Sequence] = set()
+
+    @property
+    def pins(self) -> int:
+        return len(self.pinned)
+
+    def prepare(self, sequence: Sequence) -> bool:
+        return sequence.adapter is None or sequence.adapter.name not in self.cold
 
     def admit(self, sequence: Sequence) -> bool:
-        if sequence.adapter is not None and sequence.adapter.name in self.cold:
+        if not self.prepare(sequence):
             return False
-        self.pins += 1
+        assert sequence not in self.pinned, "pinned twice"
+        self.pinned.add(sequence)
         sequence.slot = 0 if sequence.adapter is not None else -1
         return True
 
     def leave(self, sequence: Sequence) -> None:
-        del sequence
-        self.pins -= 1
+        self.pinned.discard(sequence)
 
 
 def make_scheduler(

@@ -176,6 +176,16 @@ def test_a_preemption_reads_first() -> None:
         assert run.tokens(name) == _alone(ask, name).tokens(name)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_lanes_that_take_turns_get_the_same_tokens(ahead: bool) -> None:
+    params = {"max_tokens": 20, "ignore_eos": True}
+    asks = [Ask(STEM[i:], adapter, params) for i, adapter in enumerate(("a", None, "b", "a", None))]
+    run, _ = _run(asks, ahead, seqs=1, slice_tokens=4)
+    assert run.engine.scheduler.preemptions > 10
+    for name, ask in run.asks.items():
+        assert run.tokens(name) == _alone(ask, name).tokens(name)
+
+
 # -- what raises ----------------------------------------------------------------------------------
 
 
@@ -287,14 +297,23 @@ ASKS = st.builds(
     head=st.sampled_from([2, 512]),
     fault=st.none() | st.integers(0, 40),
     ahead=st.sampled_from([True, True, True, False]),
+    slice_tokens=st.integers(1, 4),
 )
 def test_the_tokens_are_the_same_whatever_happens(
-    asks: list[Ask], blocks: int, seqs: int, budget: int, head: int, fault: int | None, ahead: bool
+    asks: list[Ask],
+    blocks: int,
+    seqs: int,
+    budget: int,
+    head: int,
+    fault: int | None,
+    ahead: bool,
+    slice_tokens: int,
 ) -> None:
     faults: dict[int, Exception] = {} if fault is None else {fault: torch.OutOfMemoryError("somewhere")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distribution, "_HEAD", head)
-        run, _ = _run(asks, ahead, blocks=blocks, seqs=seqs, budget=budget, faults=faults)
+        sizes = {"blocks": blocks, "seqs": seqs, "budget": budget, "slice_tokens": slice_tokens}
+        run, _ = _run(asks, ahead, **sizes, faults=faults)
     assert not run.errors
     for name, ask in run.asks.items():
         quiet = _alone(ask, name)

@@ -55,7 +55,7 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     while scheduler.preemptions == 0:
         _step(scheduler)
         scheduler.check_integrity()
-    assert scheduler.preempted == [young]
+    assert scheduler.lanes.of(young).preempted == [young]
     assert young.table is None
     generated = young.tokens[7:]
     scheduler.remove(old)
@@ -136,22 +136,29 @@ class _Run:
     def __init__(self, scheduler: Scheduler, sequences: list[Sequence]) -> None:
         self.scheduler = scheduler
         self.sequences = sequences
+        self._stalled = 0
 
     def to_the_end(self) -> None:
         for _ in range(3000):
             if len(self.scheduler) == 0:
                 return
-            oldest = min(
-                (s for s in self.sequences if s.table is not None), key=lambda s: s.arrival, default=None
-            )
-            before = (oldest.num_computed, len(oldest.tokens)) if oldest else (0, 0)
-            chunks = _step(self.scheduler)
-            assert sum(chunk.length for chunk in chunks) <= self.scheduler.limits.max_num_batched_tokens
-            assert len(self.scheduler.running) <= self.scheduler.limits.max_num_seqs
-            self.scheduler.check_integrity()
-            if oldest is not None and oldest.num_generated < oldest.params.max_tokens:
-                assert (oldest.num_computed, len(oldest.tokens)) > before, "the oldest did not advance"
+            self._checked_step()
         raise AssertionError("the scheduler does not come to an end")
+
+    def _checked_step(self) -> None:
+        limits = self.scheduler.limits
+        placed = [s for s in self.sequences if s.table is not None]
+        oldest = min(placed, key=lambda s: s.arrival, default=None)
+        before = (oldest.num_computed, len(oldest.tokens)) if oldest else (0, 0)
+        chunks = _step(self.scheduler)
+        assert 0 < sum(chunk.length for chunk in chunks) <= limits.max_num_batched_tokens
+        assert len(self.scheduler.running) <= limits.max_num_seqs
+        self.scheduler.check_integrity()
+        if oldest is None or oldest.num_generated >= oldest.params.max_tokens:
+            return
+        moved = (oldest.num_computed, len(oldest.tokens)) > before
+        self._stalled = 0 if moved else self._stalled + 1
+        assert self._stalled <= limits.max_num_batched_tokens, "the oldest does not advance"
 
 
 @settings(max_examples=60, deadline=None)
