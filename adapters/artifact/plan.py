@@ -13,6 +13,7 @@ from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.names import Role, not_adaptable, parse_name
 from adapters.artifact.own import OwnPlan, check_vocabulary, plan_own, saved_modules
+from adapters.artifact.regex import one_budget
 from adapters.artifact.targets import Target, resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from adapters.sites import BaseLayout, Site
@@ -77,7 +78,8 @@ class AdapterPlan:
 def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout) -> AdapterPlan:
     """Raises AdapterInvalid (tensors, config and base disagree) or AdapterUnsupported."""
     found = _by_module(entries, layout)
-    targeted = _targets(settings, layout)
+    with one_budget():
+        targeted = _targets(settings, layout)
     pairs = {module: tensors for module, tensors in found.items() if tensors.keys() - {"weight", "bias"}}
     absent = _check_same_modules(pairs, targeted)
     places = {**layout.sites, **layout.ends}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -76,7 +77,23 @@ class Patience:
                 self._left += max(0.0, seconds - (time.monotonic() - began))
 
 
+@dataclass(slots=True)
+class _Budget:
+    seconds: float
+
+
 _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
+
+
+@contextmanager
+def one_budget() -> Iterator[None]:
+    """Inside, in this thread, all calls of ``match_names`` together have ``TIMEOUT``: those of one config."""
+    token = _budget.set(_Budget(TIMEOUT))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
 
 
 @lru_cache(maxsize=256)
@@ -102,17 +119,24 @@ def _in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Hits]:
     """Raises as ``match_names``."""
     patience = _patience.get()
     if patience is None:
-        try:
-            return _asked(patterns, names, TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise ValueError(
-                f"its patterns take longer than {TIMEOUT:g} seconds to match; simplify them"
-            ) from None
+        return _in_budget(patterns, names, _budget.get() or _Budget(TIMEOUT))
     with patience.taken() as seconds:
         try:
             return _asked(patterns, names, seconds)
         except subprocess.TimeoutExpired:
             raise OutOfPatience from None
+
+
+def _in_budget(patterns: Sequence[Pattern], names: Sequence[str], budget: _Budget) -> list[Hits]:
+    began = time.monotonic()
+    try:
+        return _asked(patterns, names, budget.seconds)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the patterns of the config take longer than {TIMEOUT:g} seconds to match; simplify them"
+        ) from None
+    finally:
+        budget.seconds = max(0.0, budget.seconds - (time.monotonic() - began))
 
 
 def _asked(patterns: Sequence[Pattern], names: Sequence[str], timeout: float) -> list[Hits]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from adapters.artifact import regex
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.targets import resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid
@@ -118,6 +123,26 @@ def test_a_pattern_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
     ):
         targeted_modules(evil, MODULES, ())
     assert time.monotonic() - before < 30
+
+
+def test_all_patterns_of_a_config_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    clock = itertools.count(0.0, 0.75)
+
+    def asked(patterns: Sequence[regex.Pattern], _names: Sequence[str], seconds: float) -> list[regex.Hits]:
+        given.append(seconds)
+        if seconds < 0.75:
+            raise subprocess.TimeoutExpired("child", seconds)
+        return [{} for _ in patterns]
+
+    monkeypatch.setattr(regex, "_asked", asked)
+    monkeypatch.setattr(regex, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with regex.one_budget():
+        for name in ("a+", "b+"):
+            regex.match_names((regex.Pattern(name, name, full=True),), ("one_budget",))
+        with pytest.raises(ValueError, match="patterns of the config take longer than 2 seconds"):
+            regex.match_names((regex.Pattern("c+", "c+", full=True),), ("one_budget",))
+    assert given == [2.0, 1.25, 0.5]
 
 
 @pytest.mark.parametrize("pattern", ["(", "(?P<a>x)(?P<a>y)*", "x" * 10 + "**"])
