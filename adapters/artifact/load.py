@@ -15,12 +15,12 @@ import torch
 
 from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
 from adapters.artifact.assemble import BaseWeights, assemble, without_copies
-from adapters.artifact.base_names import same_base
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.artifact.recognise import naming_what_it_is
+from adapters.base_names import same_base
 from adapters.errors import AdapterChanged, AdapterInvalid
 from adapters.sites import BaseLayout
 

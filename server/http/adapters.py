@@ -8,7 +8,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from server.engine.request import AdapterStatus
+from adapters.base_names import same_base
+from server.engine.request import AdapterStatus, BaseInfo
 from server.errors import InvalidRequest
 from server.http.context import context_of
 from server.http.json_response import JSONResponse
@@ -23,6 +24,7 @@ async def load_adapter(request: Request) -> PlainTextResponse:
     body = await read_body(request, LoadAdapter, context.config.max_body_bytes)
     if body.lora_name in base_names(context.service.base):
         raise InvalidRequest(f"'{body.lora_name}' is the base's name; give the adapter another.", "lora_name")
+    _check_base(context.service.base, body.base_model_name)
     await context.service.load_adapter(body.lora_name, body.lora_path, body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -39,6 +41,17 @@ async def list_adapters(request: Request) -> JSONResponse:
     """Every adapter, the failed ones with their reasons."""
     data = [_status(status) for status in context_of(request).service.adapters()]
     return JSONResponse({"object": "list", "data": data})
+
+
+def _check_base(base: BaseInfo, named: str | None) -> None:
+    """Hub ids and paths are compared by the model's own name, as those in adapters' configs are."""
+    if named is None or named in base_names(base) or same_base(named, base.name):
+        return
+    raise InvalidRequest(
+        f"'base_model_name' is {named!r}, but this server's base is {base_names(base)[0]!r}; load the "
+        "adapter where its base is served, or leave the field out.",
+        "base_model_name",
+    )
 
 
 def _status(status: AdapterStatus) -> dict[str, Any]:

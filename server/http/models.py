@@ -29,7 +29,8 @@ def base_names(base: BaseInfo) -> tuple[str, ...]:
 async def resolve_adapter(service: Service, model: str) -> str | None:
     """The adapter that ``model`` names, or None for the base. Never falls back to the base.
 
-    A name that nobody knows is looked for in the adapter folder first.
+    ``base:adapter`` names the adapter too, as with Ray Serve. A name that nobody knows is looked for in the
+    adapter folder first.
 
     Raises:
         ModelUnavailable: the adapter failed to load, or is being unloaded.
@@ -38,14 +39,16 @@ async def resolve_adapter(service: Service, model: str) -> str | None:
     """
     if model in base_names(service.base):
         return None
-    if await service.find_adapter(model):
-        return model
+    wanted = [model, *_behind_base(service.base, model)]
+    for name in wanted:
+        if await service.find_adapter(name):
+            return name
     known = service.adapters()
     for status in known:
-        if status.name == model and status.state != "ready":
+        if status.name in wanted and status.state != "ready":
             raise _unavailable(status)
-    names = [*base_names(service.base), *(status.name for status in known if status.state == "ready")]
-    raise _not_found(model, names)
+    names = [status.name for status in known if status.state == "ready"]
+    raise _not_found(model, wanted[-1], names if wanted[1:] else [*base_names(service.base), *names])
 
 
 async def list_models(request: Request) -> JSONResponse:
@@ -56,10 +59,10 @@ async def list_models(request: Request) -> JSONResponse:
 async def get_model(request: Request) -> JSONResponse:
     """One of them, by the name in the path."""
     service, model = context_of(request).service, request.path_params["model"]
-    await resolve_adapter(service, model)
-    card = next((card for card in _cards(service) if card["id"] == model), None)
-    if card is None:
-        raise _not_found(model, base_names(service.base))
+    name = await resolve_adapter(service, model) or model
+    card = next((card for card in _cards(service) if card["id"] == name), None)
+    if card is None:  # it was unloaded just now
+        raise _not_found(model, model, base_names(service.base))
     return JSONResponse(card)
 
 
@@ -73,8 +76,15 @@ def _unavailable(status: AdapterStatus) -> ManyloraError:
     return ModelUnavailable(f"Adapter '{status.name}' could not be loaded: {status.reason}", "model")
 
 
-def _not_found(model: str, names: Sequence[str]) -> ModelNotFound:
-    near = difflib.get_close_matches(model, _candidates(model, names), n=3, cutoff=0.5)
+def _behind_base(base: BaseInfo, model: str) -> list[str]:
+    """``adapter`` if ``model`` is ``base:adapter``."""
+    prefixes = [f"{name}:" for name in base_names(base)]
+    return [model.removeprefix(prefix) for prefix in prefixes if model.startswith(prefix)]
+
+
+def _not_found(model: str, name: str, names: Sequence[str]) -> ModelNotFound:
+    """``name`` is the part of ``model`` that is compared with ``names``."""
+    near = difflib.get_close_matches(name, _candidates(name, names), n=3, cutoff=0.5)
     hint = (
         f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "GET /v1/models lists them."
     )

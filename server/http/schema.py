@@ -318,6 +318,8 @@ class LoadAdapter(Body):
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
+    base_model_name: Name | None = None
+    """Syncers that call vLLM name the base here; vLLM ignores it. Another base than ours is refused."""
 
 
 class UnloadAdapter(Body):

@@ -11,9 +11,9 @@ import peft
 import pytest
 
 from adapters.artifact import inspect_adapter
-from adapters.artifact.base_names import same_base
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.fields import DECIDES, KNOWN_PEFT, LABELS, REFUSED
+from adapters.base_names import same_base
 from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, write_folder
 
 FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]

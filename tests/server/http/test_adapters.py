@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from starlette.testclient import TestClient
 
 from tests.server.http.fake_service import FakeService
@@ -40,3 +42,20 @@ def test_the_list_has_everything_and_the_reasons(client: TestClient) -> None:
     assert (poet["name"], poet["state"], poet["digest"], poet["rank"]) == ("poet", "ready", "sha256:poet", 8)
     assert (poet["nbytes"], poet["tier"], poet["in_flight"], poet["last_used"]) == (1024, "disk", 0, None)
     assert (broken["state"], broken["reason"]) == ("failed", "its tensors are all zero.")
+
+
+def test_the_base_may_be_named(client: TestClient, service: FakeService) -> None:
+    body = {"lora_name": "new", "lora_path": "folder", "load_inplace": True}
+    for same in ("tiny", "some-lab/Tiny", "/models/tiny", None):
+        response = client.post("/v1/load_lora_adapter", json=body | {"base_model_name": same})
+        assert response.status_code == 200, same
+    service.base = replace(service.base, served_names=("gpt",))
+    assert client.post("/v1/load_lora_adapter", json=body | {"base_model_name": "gpt"}).status_code == 200
+    del service.known["new"]
+    response = client.post("/v1/load_lora_adapter", json=body | {"base_model_name": "some-lab/Large"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "base_model_name")
+    assert error["message"].startswith(
+        "'base_model_name' is 'some-lab/Large', but this server's base is 'gpt'"
+    )
+    assert "new" not in service.known

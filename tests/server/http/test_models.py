@@ -93,3 +93,31 @@ def test_an_adapter_that_is_waited_for_is_asked_for_again(client: TestClient, se
     assert "new" not in [card["id"] for card in client.get("/v1/models").json()["data"]]
     listed = client.get("/v1/adapters").json()["data"][-1]
     assert (listed["state"], listed["reason"]) == ("waiting", reason)
+
+
+def test_an_adapter_may_be_named_behind_its_base(client: TestClient, service: FakeService) -> None:
+    answer = client.post("/v1/completions", json={"model": "tiny:poet", "prompt": "a", "max_tokens": 1})
+    assert (answer.status_code, service.requests[-1].adapter) == (200, "poet")
+    assert answer.json()["model"] == "tiny:poet"
+    assert client.get("/v1/models/tiny:poet").json() == POET
+    service.on_disk["new"] = adapter("new")
+    assert client.get("/v1/models/tiny:new").json()["id"] == "new"
+    service.base = replace(service.base, served_names=("gpt", "org/chat:v1"))
+    assert client.get("/v1/models/org/chat:v1:poet").json()["id"] == "poet"
+    for unknown, code in (
+        ("tiny:poet", "model_not_found"),
+        ("gpt:", "model_not_found"),
+        ("gpt:gpt", "model_not_found"),
+        ("gpt:broken", "model_unavailable"),
+        ("other:poet", "model_not_found"),
+    ):
+        response = client.post("/v1/completions", json={"model": unknown, "prompt": "a"})
+        assert (response.status_code, response.json()["error"]["code"]) == (404, code)
+    hint = client.get("/v1/models/gpt:pot").json()["error"]["message"]
+    assert hint == "The model 'gpt:pot' does not exist. Did you mean 'poet'?"
+
+
+def test_a_whole_name_goes_before_one_behind_the_base(client: TestClient, service: FakeService) -> None:
+    service.base = replace(service.base, served_names=("ft",))
+    service.known |= {name: adapter(name) for name in ("ft:poet", "ft_3apoet")}
+    assert client.get("/v1/models/ft:poet").json()["id"] == "ft:poet"
