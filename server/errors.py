@@ -9,6 +9,7 @@
         ├── QueueFull               the waiting queue is at its bound; ``retry_after`` seconds
         ├── ShuttingDown            the server drains; send the request elsewhere
         ├── RequestFailed           processing this one request raised; the others went on
+        ├── AnswerNotRead           too much of the answer waits to be read
         ├── OutOfMemory             the device has too little memory left for this one request now
         └── EngineDead              the engine's loop ended; ``/health`` says so
 """
@@ -81,6 +82,10 @@ class ShuttingDown(RequestError):
 
 class RequestFailed(RequestError):
     """Processing this request raised; nobody else's was touched."""
+
+
+class AnswerNotRead(RequestError):
+    """So much of the answer is unread that it is kept no longer."""
 
 
 class OutOfMemory(RequestError):

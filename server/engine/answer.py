@@ -14,6 +14,10 @@ from server.engine.request import Delta, GenerationRequest, SamplingParams, Toke
 from server.engine.sampler import RankedLogprobs
 from server.engine.stop_strings import Scan, StopScanner
 from server.engine.tokenizer import Tokenizer
+from server.errors import AnswerNotRead
+
+MAX_UNREAD = 1 << 18
+"""Tokens and log-probabilities, of some 100 bytes each, that may wait for their reader."""
 
 
 class Answer:
@@ -78,7 +82,9 @@ class RunningGeneration:
         cancel: Callable[[], None],
         stop_answer: Callable[[int], None],
     ) -> None:
+        self._request_id = request.request_id
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._unread = 0
         self._answers = {i: Answer(i, request.sampling, tokenizer) for i in range(request.sampling.n)}
         self._base_tag = base_tag
         self._digest = digest
@@ -101,7 +107,13 @@ class RunningGeneration:
         return self._queue_seconds
 
     def deliver(self, output: Output) -> None:
-        """Event loop: one more output of this request."""
+        """Event loop: one more output of this request. The engine waits for no reader: one too slow loses."""
+        self._unread += _size(output)
+        if self._unread > MAX_UNREAD:
+            self._cancel()
+            self._outputs = asyncio.Queue()  # nobody waits on the old one: it is full
+            why = "The answer was read so slowly that it was ended; read it as it comes."
+            output = Output(self._request_id, 0, token=-1, error=AnswerNotRead(why))
         self._outputs.put_nowait(output)
 
     def cancel(self) -> None:
@@ -112,6 +124,7 @@ class RunningGeneration:
     async def __aiter__(self) -> AsyncIterator[Delta]:
         while self._answers:
             output = await self._outputs.get()
+            self._unread -= _size(output)
             if output.error is not None:
                 self._answers.clear()
                 raise output.error
@@ -128,3 +141,7 @@ class RunningGeneration:
                 if output.reason is None:
                     self._stop_answer(output.index)
             yield delta
+
+
+def _size(output: Output) -> int:
+    return 1 + (len(output.logprobs.top) if output.logprobs is not None else 0)

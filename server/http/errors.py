@@ -130,6 +130,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     request.QueueFull: Shape(429, "rate_limit_error", "queue_full"),
     request.ShuttingDown: Shape(503, "server_error", "shutting_down"),
     request.RequestFailed: Shape(500, "server_error", "request_failed"),
+    request.AnswerNotRead: Shape(408, _INVALID, "answer_not_read"),
     request.OutOfMemory: Shape(503, "server_error", "out_of_memory"),
     request.EngineDead: Shape(503, "server_error", "engine_dead"),
     ModelNotFound: Shape(404, _INVALID, "model_not_found"),

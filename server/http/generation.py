@@ -168,7 +168,8 @@ async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int
         async for delta in generations[0]:
             yield 0, delta
         return
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+    # One place: what is not read stays with its generation, which bounds it.
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=1)
     pumps = [asyncio.create_task(_pump(number, each, queue)) for number, each in enumerate(generations)]
     try:
         open_streams = len(pumps)
@@ -190,7 +191,7 @@ async def _pump(
 ) -> None:
     try:
         async for delta in generation:
-            queue.put_nowait((number, delta))
-        queue.put_nowait((number, None))
+            await queue.put((number, delta))
+        await queue.put((number, None))
     except Exception as error:
-        queue.put_nowait((number, error))
+        await queue.put((number, error))
