@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import uvloop
 
 from adapters.errors import ManyloraError
 from server.config import ServerConfig
+from server.descriptors import fitted, raise_limit
 from server.engine.request import Service
 from server.http.app import WHEN_FULL, create_app
 from server.http.connection import bounded
@@ -51,6 +53,7 @@ Build = Callable[[ServerConfig], RunningService]
 def run(config: ServerConfig, build: Build | None = None) -> None:
     """Serve until told to end. Raises ``ManyloraError`` if it cannot begin."""
     configure(config.log)
+    config = replace(config, connections=fitted(config.connections, raise_limit()))
     listener = _bind(config.http.host, config.http.port)
     service = (build or _build)(config)
     uvloop.run(serve(service, config, listener))

@@ -1,0 +1,54 @@
+"""File descriptors: as many as the system lets us have, and no more connections than they allow for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from dataclasses import replace
+
+from server.config import ConnectionConfig
+from server.http.places import SPARE
+
+logger = logging.getLogger("manylora.serve")
+
+MOST = 1 << 16
+"""More is of no use here, and some systems have no limit at all."""
+_OTHERS = 256
+"""For what is opened besides connections: adapters, the database, child processes, libraries."""
+
+
+def raise_limit() -> int:
+    """Raise the soft limit of open files as far as the hard one allows; the limit that holds now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):  # a sandbox, or a system with a lower limit of its own
+        return soft
+    return wanted
+
+
+def fitted(config: ConnectionConfig, limit: int) -> ConnectionConfig:
+    """``config`` with at most as many connections as ``limit`` open files allow; says so if it must lower it.
+
+    The listener outlives a shortage, but clients that meet one are closed without a word.
+    """
+    room = max(limit - _open_now() - _OTHERS, limit // 2) - SPARE
+    if room >= config.limit_concurrency:
+        return config
+    lowered = max(1, room)
+    fields = {"open_files": limit, "asked": config.limit_concurrency, "limit_concurrency": lowered}
+    logger.warning(
+        "the limit of open files (ulimit -n) is low: fewer connections are taken", extra={"fields": fields}
+    )
+    return replace(config, limit_concurrency=lowered)
+
+
+def _open_now() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 64
