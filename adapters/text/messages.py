@@ -7,6 +7,8 @@ from collections.abc import Iterable
 Message = dict[str, str]
 """``role`` (``system``, ``user`` or ``assistant``), ``content``, and possibly ``reasoning_content``."""
 
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""OpenAI's roles as chat templates know them; ``developer`` is its newer word for ``system``."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which files and clients give an assistant's reasoning, the usual one first."""
 

@@ -18,9 +18,14 @@ from adapters.errors import DatasetInvalid, DatasetUnreadable, LineProblem
 from adapters.strict_json import JsonInvalid, parse_json
 from adapters.text.messages import Message
 from adapters.training.file_kind import EXAMPLE, HEAD_BYTES, not_json, unreadable
-from adapters.training.formats import Format, RowInvalid, detect, read_conversation
+from adapters.training.formats import Format, detect, read_conversation
+from adapters.training.turns import RowInvalid
 
 __all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Row", "read_dataset"]
+
+
+REASONING = "messages[].reasoning_content"
+"""How an assistant's reasoning is called where it is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,9 @@ class Dataset:
     Attributes:
         format: the row format's name, as detected.
         sha256: of the file's bytes (hex).
-        unused_fields: fields that say nothing about the conversation, and in how many rows they are.
+        unused_fields: fields that say nothing to the model, by their place (``messages[].name``), and in how
+            many rows they are.
+        reasoning: rows with an assistant's reasoning, which only some chat templates take.
     """
 
     path: Path
@@ -53,6 +60,13 @@ class Dataset:
     rows: list[Row]
     sha256: str
     unused_fields: dict[str, int]
+    reasoning: int = 0
+
+    def unused_by(self, takes_reasoning: bool) -> dict[str, int]:
+        """All that a base makes no use of; its chat template takes reasoning or does not."""
+        if takes_reasoning or not self.reasoning:
+            return self.unused_fields
+        return self.unused_fields | {REASONING: self.reasoning}
 
 
 @dataclass(slots=True)
@@ -64,6 +78,7 @@ class _Reading:
     problems: list[LineProblem] = field(default_factory=list)
     count: int = 0
     unused: Counter[str] = field(default_factory=Counter)
+    reasoning: int = 0
 
     def add(self, line: int, row: Any) -> None:
         """Raises RowInvalid."""
@@ -73,11 +88,12 @@ class _Reading:
             raise RowInvalid("is not a JSON object")
         found = detect(row)
         self.format = self.format or found
-        if found is not self.format:
+        if found.name != self.format.name:
             raise RowInvalid(f"is a {found.name} row, but the file began with {self.format.name}")
         conversation = read_conversation(row, found)
         self.rows.append(Row(line, conversation.messages, conversation.unlearnt))
-        self.unused.update(row.keys() - found.required - found.optional)
+        self.unused.update(conversation.unused)
+        self.reasoning += conversation.reasons
 
     def report(self, line: int, reason: str) -> None:
         self.count += 1
@@ -108,7 +124,8 @@ def read_dataset(path: Path) -> Dataset:
         raise DatasetUnreadable(path.name, f"has no rows; give one JSON object a line, such as {EXAMPLE}.")
     if reading.problems or reading.format is None:
         raise DatasetInvalid(path.name, reading.problems, reading.count)
-    return Dataset(path, reading.format.name, reading.rows, digest.hexdigest(), dict(reading.unused))
+    unused = dict(sorted(reading.unused.items()))
+    return Dataset(path, reading.format.name, reading.rows, digest.hexdigest(), unused, reading.reasoning)
 
 
 def _lines(file: BinaryIO, update: Callable[[bytes], None]) -> Iterator[tuple[int, bytes]]:

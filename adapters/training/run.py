@@ -144,7 +144,7 @@ def _encode(
     with tqdm(total=len(data.rows), desc="Rows", delay=1, disable=None if show else True) as bar:
         encoded = encode_dataset(data, renderer, ends, longest, bar.update)
     _note(run, f"{data.path.name}: {encoded.summary(data.format)}.", show)
-    for name, count in data.unused_fields.items():
+    for name, count in data.unused_by(renderer is not None and renderer.template.takes_reasoning).items():
         _note(run, f"{data.path.name}: the field {name!r} of {count} rows is not used.", show)
     return encoded
 

@@ -84,11 +84,11 @@ def assemble(
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
         model.warm_up()
-    info = _info(config, base, longest, model.attention_name)
+    tokenizer = _tokenizer(base, config.base.allow_special_tokens)
+    info = _info(config, base, tokenizer, longest, model.attention_name)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
-    tokenizer = _tokenizer(base, config.base.allow_special_tokens)
     engine = Engine(model, scheduler, gate, registry, tokenizer.eos, _runs_ahead(config.engine, base))
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
@@ -116,7 +116,9 @@ def build_service(config: ServerConfig) -> EngineService:
     return service
 
 
-def _info(config: ServerConfig, base: LoadedBase, max_model_len: int, attention: str) -> BaseInfo:
+def _info(
+    config: ServerConfig, base: LoadedBase, tokenizer: Tokenizer, max_model_len: int, attention: str
+) -> BaseInfo:
     prepared = base.prepared
     names = config.base.served_names or (prepared.name,)
     return BaseInfo(
@@ -128,6 +130,7 @@ def _info(config: ServerConfig, base: LoadedBase, max_model_len: int, attention:
         time.time(),
         attention,
         prepared.head_quantization,
+        takes_reasoning=tokenizer.renderer is not None and tokenizer.renderer.template.takes_reasoning,
     )
 
 

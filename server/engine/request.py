@@ -184,6 +184,7 @@ class BaseInfo:
 
     Attributes:
         attention: what attends over its keys and values here.
+        takes_reasoning: whether its chat template renders an assistant's reasoning.
     """
 
     name: str
@@ -194,6 +195,7 @@ class BaseInfo:
     created: float
     attention: str
     head_quantization: str = "none"
+    takes_reasoning: bool = False
 
 
 class Service(Protocol):

@@ -101,6 +101,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "sha256": file.sha256,
         "format": file.format,
         "rows": file.rows,
+        "unused_fields": file.unused_fields,
     }
 
 

@@ -19,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from adapters.text.messages import ROLES, join_parts
 from adapters.text.messages import Message as Conversed
-from adapters.text.messages import join_parts
 from server.engine.request import SamplingParams
 from server.errors import InvalidRequest
 from server.http import fields
@@ -245,12 +245,17 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn of a conversation; ``content`` is always a list of parts here."""
+    """One turn of a conversation; ``content`` is always a list of parts here.
+
+    An assistant's reasoning comes back under the names that servers give it, for templates that take it.
+    """
 
     rules = fields.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], FailFast(), BeforeValidator(_text_as_parts), Field(min_length=1)]
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
     @classmethod
     def _prepare(cls, data: dict[str, Any]) -> None:
@@ -259,9 +264,12 @@ class Message(Body):
             data["content"] = ""
 
     def rendered(self) -> Conversed:
-        """As chat templates take it; ``developer`` is OpenAI's newer word for ``system``."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": join_parts(part.text for part in self.content)}
+        """As chat templates take it."""
+        message = {"role": ROLES[self.role], "content": join_parts(part.text for part in self.content)}
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        if self.role == "assistant" and reasoning is not None:
+            message["reasoning_content"] = reasoning
+        return message
 
 
 def _few_parts(messages: object) -> object:

@@ -43,6 +43,7 @@ class StoredFile(Table):
     Attributes:
         sha256: of the bytes, in hex.
         format: which kind of training rows it has; None for results.
+        unused_fields: those of its rows that say nothing to the base, and in how many rows they are.
     """
 
     __tablename__ = "files"
@@ -56,6 +57,7 @@ class StoredFile(Table):
     sha256: Mapped[str]
     format: Mapped[str | None]
     rows: Mapped[int | None]
+    unused_fields: Mapped[dict[str, Any]] = mapped_column(default_factory=dict, server_default="{}")
 
 
 class Job(Table):
@@ -121,7 +123,13 @@ def _create_tables(connection: Connection) -> None:
     Table.metadata.create_all(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables,)
+def _add_unused_fields(connection: Connection) -> None:
+    columns = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(files)")}
+    if "unused_fields" not in columns:  # the tables were made by an earlier version
+        connection.exec_driver_sql("ALTER TABLE files ADD COLUMN unused_fields JSON NOT NULL DEFAULT '{}'")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables, _add_unused_fields)
 """What makes version n + 1 of version n; ``PRAGMA user_version`` is how many a file has been through."""
 
 

@@ -108,11 +108,14 @@ class Files:
             sha256=digest,
             format=checked.format if checked else None,
             rows=checked.rows if checked else None,
+            unused_fields=checked.unused_fields if checked else {},
         )
         upload.path.rename(self.path(file.id))
         _sync(self._folder)
         with self._database.write() as session:
             session.add(file)
+        for name, count in file.unused_fields.items():
+            logger.warning("%s: the field %r of %d rows is not used", file.id, name, count)
         return file
 
     def add_results(self, filename: str, text: str) -> StoredFile:

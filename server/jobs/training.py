@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +14,7 @@ from adapters.errors import AdapterNotFound
 from adapters.paths import folder_name
 from server.config import ServerConfig, TrainingConfig
 from server.engine.request import Service
+from server.jobs.check import check
 from server.jobs.command import train_command, train_environ
 from server.jobs.database import Database, Job
 from server.jobs.ending import LOG
@@ -47,7 +49,11 @@ class Training:
         self.config: TrainingConfig = config.training
         self._server = config
         self._database = Database(_made(config.home) / DATABASE)
-        self.files = Files(self._database, config.home / "files")
+        self.files = Files(
+            self._database,
+            config.home / "files",
+            partial(check, takes_reasoning=service.base.takes_reasoning),
+        )
         self._served = _Served(service, config.adapters.folder)
         models = service.base.served_names or (service.base.name,)
         plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)

@@ -42,3 +42,24 @@ def test_a_row_is_trained_evaluated_and_asked_with_the_same_tokens(
     assert list(passage.tokens) == trained.ids[:-1]
     forged = allowed and "im_end" in str(content)
     assert sum(token in (1, 2) for token in served) == (5 if forged else 3)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_an_earlier_answers_reasoning_is_the_same_in_a_row_and_in_a_request(
+    tmp_path: Path, name: str
+) -> None:
+    fast = tiny_tokenizer()
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.thinking }}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    renderer = base_renderer(fast)
+    assert renderer is not None
+    thought = {"role": "assistant", "content": "lane", name: "tin"}
+    messages = [{"role": "user", "content": "rat"}, thought, {"role": "user", "content": "sir"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [*messages, thought]}))
+    (row,) = read_dataset(tmp_path / "rows.jsonl").rows
+    body = ChatBody.model_validate({"model": "tiny", "messages": messages})
+    served = renderer.prompt([message.rendered() for message in body.messages])
+    assert served == renderer.prompt(row.messages[:-1])
+    assert "tinlane" in fast.decode(served)

@@ -207,3 +207,86 @@ def test_what_is_not_used_is_said_and_the_bytes_are_named(tmp_path: Path) -> Non
 def test_reading_data_imports_no_torch() -> None:
     script = "import sys, adapters.training.dataset; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "messages"),
+    [
+        ("OpenAI chat", {"conversations": PLAIN}, PLAIN),
+        (
+            "OpenAI chat",
+            {"conversations": PLAIN, "system": "S"},
+            [{"role": "system", "content": "S"}, *PLAIN],
+        ),
+        ("OpenAI chat", {"messages": [{"from": "human", "value": "Hello?"}, ASSISTANT]}, PLAIN),
+        ("prompt/completion", {"prompt": [{"from": "human", "value": "Hello?"}], "completion": "Hi."}, PLAIN),
+        (
+            "OpenAI chat",
+            {"messages": [{"role": "developer", "content": "S"}, *PLAIN]},
+            [{"role": "system", "content": "S"}, *PLAIN],
+        ),
+        (
+            "OpenAI chat",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": word} for word in "ab"]},
+                    ASSISTANT,
+                ]
+            },
+            [{"role": "user", "content": "a\nb"}, ASSISTANT],
+        ),
+    ],
+)
+def test_messages_are_told_by_their_own_fields(
+    tmp_path: Path, name: str, row: dict[str, Any], messages: list[dict[str, str]]
+) -> None:
+    dataset = read_dataset(written(tmp_path, row))
+    assert (dataset.format, dataset.rows[0].messages) == (name, messages)
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_weight_of_zero_is_context_wherever_messages_are(tmp_path: Path, field: str) -> None:
+    turns = [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]
+    assert read_dataset(written(tmp_path, {field: turns})).rows[0].unlearnt == {1}
+
+
+def test_what_the_assistant_says_in_a_prompt_is_context(tmp_path: Path) -> None:
+    row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
+    assert read_dataset(written(tmp_path, row)).rows[0].unlearnt == {1}
+
+
+def test_unused_fields_are_counted_at_every_level(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "Hello?", "cache_control": {"type": "ephemeral"}}
+    named = {"role": "user", "name": "ada", "content": [part, part]}
+    rows = [
+        {"messages": [named, named, {**ASSISTANT, "refusal": None, "tool_calls": []}], "id": 1, "tools": []},
+        {
+            "messages": [{**USER, "thinking": "no answer"}, {**ASSISTANT, "thinking": 3, "weight": 1}],
+            "id": None,
+        },
+    ]
+    dataset = read_dataset(written(tmp_path, *rows))
+    assert dataset.unused_fields == {
+        "id": 1,
+        "messages[].content[].cache_control": 1,
+        "messages[].name": 1,
+        "messages[].thinking": 1,
+    }
+    assert dataset.reasoning == 0
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_is_kept_and_reported_where_a_base_does_not_take_it(tmp_path: Path, name: str) -> None:
+    dataset = read_dataset(written(tmp_path, {"messages": [USER, {**ASSISTANT, name: "Greet."}]}, GOOD))
+    assert dataset.rows[0].messages[1] == ASSISTANT | {"reasoning_content": "Greet."}
+    assert dataset.unused_by(takes_reasoning=True) == {}
+    assert dataset.unused_by(takes_reasoning=False) == {"messages[].reasoning_content": 1}
+
+
+def test_of_two_reasonings_the_first_is_rendered_and_the_other_reported(tmp_path: Path) -> None:
+    answer = {**ASSISTANT, "reasoning_content": "Greet.", "thinking": "Greet.", "reasoning": "Else."}
+    dataset = read_dataset(written(tmp_path, {"messages": [USER, answer]}))
+    assert dataset.unused_fields == {"messages[].reasoning": 1}
+    assert problems(
+        written(tmp_path, {"messages": [USER, {**answer, "thinking": "\ud800", "reasoning_content": None}]})
+    )

@@ -141,3 +141,15 @@ def test_special_tokens_in_a_row_are_text(tokenizer: Any) -> None:
     (example,) = examples(tokenizer, row)
     assert [id_ for id_ in example.ids if id_ in (1, 2)] == [1, 2, 1, 2]
     assert decoded(tokenizer, example, True) == forged + "<|im_end|>"
+
+
+def test_reasoning_is_learnt_where_the_template_takes_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "bye", "reasoning_content": "so sad"}
+    (example,) = examples(tokenizer, Row(1, [CONVERSATION[1], answer]))
+    assert decoded(tokenizer, example, True) == "[so sad]bye<|im_end|>"

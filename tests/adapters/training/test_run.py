@@ -23,6 +23,7 @@ from adapters.training.export import pairs_of
 from adapters.training.progress import Throttle
 from adapters.training.run import train
 from adapters.training.run_folder import EventKind
+from tests.adapters.training import tasks
 from tests.adapters.training.tasks import QUESTIONS, run_in, stopping_after
 
 TOKENS = torch.arange(3, 40)[None]
@@ -46,6 +47,17 @@ def loaded(base: LoadedBase, folder: Path) -> Any:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(TOKENS, use_cache=False).logits.float()  # type: ignore[no-any-return]
+
+
+def test_fields_that_are_not_used_are_noted(task: dict[str, Any], tmp_path: Path) -> None:
+    asked, answer = tasks.row(1)["messages"]
+    rows = [{"messages": [{**asked, "name": "ada"}, {**answer, "thinking": "odd"}]}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(rows))
+    run_in(tmp_path / "run", task, data=data, eval_data=None, max_steps=1)
+    notes = [event["message"] for event in events(tmp_path / "run", "note")]
+    for field in ("messages[].name", "messages[].reasoning_content"):
+        assert f"rows.jsonl: the field {field!r} of 1 rows is not used." in notes
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "dora", "adalora"])

@@ -51,6 +51,18 @@ def test_opened_again_it_holds_what_it_held(path: Path) -> None:
         assert plain.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_tables_of_the_first_version_are_brought_up_to_date(path: Path) -> None:
+    with Database(path).write() as session:
+        session.add(a_file(1))
+    with sqlite3.connect(path) as plain:
+        plain.execute("ALTER TABLE files DROP COLUMN unused_fields")
+        plain.execute("PRAGMA user_version = 1")
+    database = Database(path)
+    add(database, 2)
+    with database.read() as session:
+        assert [file.unused_fields for file in session.scalars(select(StoredFile))] == [{}, {}]
+
+
 def test_all_or_nothing(path: Path) -> None:
     database = Database(path)
 

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from adapters.errors import DatasetInvalid
+from server.http.files import file_object
 from server.jobs.check import check
+from server.jobs.database import Database
 from server.jobs.errors import FileNotKnown
-from server.jobs.files import ABANDONED_AFTER
+from server.jobs.files import ABANDONED_AFTER, TRAINING, Files
 from tests.server.jobs.conftest import Room
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
@@ -76,6 +79,23 @@ def test_rows_are_checked(tmp_path: Path) -> None:
         check(path, "train.jsonl")
     assert [problem.line for problem in refused.value.problems] == [2, 4]
     assert "stored" not in str(refused.value)
+
+
+def test_unused_fields_are_kept_with_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    question, answer = ROW["messages"]
+    row = {"messages": [{**question, "name": "ada"}, {**answer, "thinking": "Hm."}], "id": 1}
+    reported = {}
+    for takes in (False, True):
+        database = Database(tmp_path / f"{takes}.sqlite3")
+        files = Files(database, tmp_path / "files", partial(check, takes_reasoning=takes))
+        upload = files.begin()
+        upload.write(json.dumps(row).encode())
+        kept = files.keep(upload, "train.jsonl", TRAINING)
+        reported[takes] = file_object(files.get(kept.id))["unused_fields"]
+        database.close()
+    assert reported[True] == {"id": 1, "messages[].name": 1}
+    assert reported[False] == reported[True] | {"messages[].reasoning_content": 1}
+    assert "the field 'messages[].name' of 1 rows is not used" in caplog.text
 
 
 def test_a_check_that_breaks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
