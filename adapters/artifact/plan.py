@@ -233,6 +233,7 @@ def _check_shapes(site: Site, tensors: Tensors, rank: int, layout: BaseLayout) -
         "magnitude": (site.out_features,),
         "lora_B.bias": (site.out_features,),
     }
+    _check_gathered(tensors)
     for role, shape in expected.items():
         if role in tensors and tensors[role].shape != shape:
             check_vocabulary(tensors[role], shape, site, layout)
@@ -240,4 +241,15 @@ def _check_shapes(site: Site, tensors: Tensors, rank: int, layout: BaseLayout) -
                 f"Tensor {tensors[role].name!r} has shape {list(tensors[role].shape)}; rank {rank} of the "
                 f"config and the base's {site.name} ({site.in_features} → {site.out_features}) make it "
                 f"{list(shape)}."
+            )
+
+
+def _check_gathered(tensors: Tensors) -> None:
+    """What a training in shards saves, if nobody gathers them: flat pieces, and empty tensors."""
+    for entry in (tensors["lora_A"], tensors["lora_B"]):
+        if len(entry.shape) < 2 or 0 in entry.shape:
+            raise AdapterInvalid(
+                f"Tensor {entry.name!r} has shape {list(entry.shape)}, a shard or nothing of it: DeepSpeed "
+                "ZeRO-3 or FSDP did not gather the weights before they were saved (GatheredParameters, "
+                "summon_full_params)."
             )
