@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,15 @@ class ChatRenderer:
         self.template = template
         self._marker = None if allow_special_tokens else special.marker(template.literals)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the conversation, ready for the answer. Raises TemplateRefused."""
+    def prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None = None) -> list[int]:
+        """Token ids of the conversation, ready for the answer. Raises TemplateRefused.
+
+        ``check`` gets the rendered text before it is tokenised, and may raise what it likes.
+        """
         messages, marked = self._mark(messages)
         text = self.template.render(messages, add_generation_prompt=True)
+        if check is not None:
+            check(unmarked(text))
         try:
             return self._special.encode(text, marked)
         except ValueError as error:

@@ -33,6 +33,7 @@ from server.engine.request import BaseInfo, EngineStats
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
 from server.engine.sizes import Sizes, max_model_len, out_of_memory_names
+from server.engine.text_bounds import TextBounds
 from server.engine.tokenizer import Tokenizer
 
 log = logging.getLogger("manylora.engine")
@@ -84,7 +85,7 @@ def assemble(
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
         model.warm_up()
-    tokenizer = _tokenizer(base, config.base.allow_special_tokens)
+    tokenizer = _tokenizer(base, config.base.allow_special_tokens, longest)
     info = _info(config, base, tokenizer, longest, model.attention_name)
     registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
     gate = ResidencyGate(residency, registry)
@@ -203,12 +204,13 @@ def _adapters(
     return registry, residency
 
 
-def _tokenizer(base: LoadedBase, allow_special_tokens: bool) -> Tokenizer:
+def _tokenizer(base: LoadedBase, allow_special_tokens: bool, context: int) -> Tokenizer:
     configured = base.model.generation_config.eos_token_id
     eos = set(configured if isinstance(configured, list) else [configured]) | {base.tokenizer.eos_token_id}
     vocab_size = base.model.get_output_embeddings().out_features
     renderer = base_renderer(base.tokenizer, allow_special_tokens)
-    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}), renderer)
+    bounds = TextBounds(base.tokenizer.backend_tokenizer, context)
+    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}), renderer, bounds)
 
 
 def _stats(engine: Engine, residency: Residency) -> EngineStats:

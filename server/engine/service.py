@@ -26,6 +26,7 @@ from server.engine.engine import Engine, Output
 from server.engine.listing import AdapterListing
 from server.engine.lookup import AdapterLookup
 from server.engine.request import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
+from server.engine.text_bounds import LONG_TEXT
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
 from server.pools import Pool
@@ -81,7 +82,11 @@ class EngineService:
         self._failure: str | None = None
         self._running: dict[str, RunningGeneration] = {}
         self._ends: deque[float] = deque(maxlen=32)
-        self._tokenizing, self._loading = Pool("tokenizing"), Pool("adapters")
+        self._texts, self._long_texts, self._loading = (
+            Pool("tokenizing"),
+            Pool("long-texts"),
+            Pool("adapters"),
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -114,7 +119,7 @@ class EngineService:
         self._lookup.close()
         if self._thread.ident is not None:
             self._thread.join()
-        for pool in (self._tokenizing, self._loading):
+        for pool in (self._texts, self._long_texts, self._loading):
             pool.close()
         self._on_close()
 
@@ -138,10 +143,11 @@ class EngineService:
         return self._draining
 
     async def encode(self, text: str) -> list[int]:
-        return await self._tokenizing.run(self._tokenizer.encode, text)
+        return await self._pool_for(len(text)).run(self._tokenizer.encode, text)
 
     async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return await self._tokenizing.run(self._tokenizer.render_chat, messages)
+        size = sum(len(message["content"]) for message in messages)
+        return await self._pool_for(size).run(self._tokenizer.render_chat, messages)
 
     async def submit(self, request: GenerationRequest) -> Generation:
         """See ``Service.submit``.
@@ -185,6 +191,9 @@ class EngineService:
         if not os.path.lexists(self._registry.check(name, path)):
             raise AdapterNotFound(f"There is no {path!r:.300} in the adapter folder.")
         self._registry.register(name, path, replace)
+
+    def _pool_for(self, characters: int) -> Pool:
+        return self._texts if characters < LONG_TEXT else self._long_texts
 
     # -- event loop -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from tokenizers.decoders import DecodeStream
 from adapters.text.messages import Message
 from adapters.text.renderer import ChatRenderer
 from adapters.text.template import TemplateRefused
+from server.engine.text_bounds import TextBounds
 from server.errors import InvalidRequest
 
 _REPLACEMENT = "\ufffd"
@@ -24,20 +25,32 @@ class Tokenizer:
         vocab_size: of the model's logits (may exceed the tokenizer's).
         eos: the generation config's end-of-sequence tokens.
         renderer: None = the base has no chat template.
+        bounds: refuses texts that cannot fit; None = nothing is refused.
     """
 
     def __init__(
-        self, fast: Any, vocab_size: int, eos: frozenset[int], renderer: ChatRenderer | None = None
+        self,
+        fast: Any,
+        vocab_size: int,
+        eos: frozenset[int],
+        renderer: ChatRenderer | None = None,
+        bounds: TextBounds | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.eos = eos
         self.renderer = renderer
+        self._bounds = bounds
         self._fast = fast
         self._backend = fast.backend_tokenizer
         self._byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a raw prompt; special tokens that are written in it count as such, as in vLLM."""
+        """Token ids of a raw prompt; special tokens that are written in it count as such, as in vLLM.
+
+        Raises PromptTooLong, if that can be known before.
+        """
+        if self._bounds is not None:
+            self._bounds.check("prompt", text)
         ids: list[int] = self._fast(text)["input_ids"]
         return ids
 
@@ -46,13 +59,21 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: there is no template, or it refuses these messages (it says why).
+            PromptTooLong: they cannot fit, and that can be known before they are tokenised.
         """
         if self.renderer is None:
             raise InvalidRequest("The base has no chat template; use /v1/completions.", param="messages")
+        if self._bounds is not None:
+            size = sum(len(text.encode()) for message in messages for text in message.values())
+            self._bounds.check_bytes("messages", size)
         try:
-            return self.renderer.prompt(messages)
+            return self.renderer.prompt(messages, self._check_rendered)
         except TemplateRefused as error:
             raise InvalidRequest(f"The base's chat template refuses it: {error}", param="messages") from error
+
+    def _check_rendered(self, text: str) -> None:
+        if self._bounds is not None:
+            self._bounds.check("messages", text)
 
     def stream(self, skip_special_tokens: bool) -> TextStream:
         return TextStream(self, skip_special_tokens)
