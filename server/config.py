@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from server.config_values import key
+from server.config_values import key, keys_in
 from server.options import HEADINGS, OPTIONS, USAGE, OneLineParser, Option, add_options
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -103,6 +103,8 @@ class HttpConfig:
         port: 0 = any free one.
         api_keys: bearer keys, one of which every route but the probes needs; empty = none is needed.
         admin_key: the key of the admin routes; None = they are open to loopback peers only.
+        metrics_key: opens ``/metrics`` alone; None = whoever may chat may read it.
+        api_key_file, admin_key_file, metrics_key_file: where (more of) them came from; already read.
         shutdown_timeout: seconds that running requests have to finish after SIGTERM.
         max_body_bytes: a larger request body is answered 413.
         allowed_hosts: what the Host header may be besides loopback names and ``host`` where no key is needed.
@@ -112,6 +114,10 @@ class HttpConfig:
     port: int
     api_keys: tuple[str, ...] = field(repr=False)
     admin_key: str | None = field(repr=False)
+    metrics_key: str | None = field(repr=False)
+    api_key_file: Path | None
+    admin_key_file: Path | None
+    metrics_key_file: Path | None
     shutdown_timeout: float
     max_body_bytes: int
     allowed_hosts: tuple[str, ...]
@@ -194,6 +200,7 @@ def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Server
     for option in OPTIONS:
         groups[option.group][option.field] = _value(option, arguments, environ)
     _resolve_auto(groups)
+    _read_keys(groups["http"])
     config = ServerConfig(
         **groups["state"],
         base=BaseConfig(**groups["base"]),
@@ -251,6 +258,24 @@ def _resolve_auto(groups: dict[str, dict[str, Any]]) -> None:
         engine["threads"] = _usable_cpus()
     if training["threads"] is None:
         training["threads"] = max(1, _usable_cpus() // 2)
+
+
+def _read_keys(http: dict[str, Any]) -> None:
+    """Add what is in key files; they are read once, here."""
+    http["api_keys"] += _keys_in(http["api_key_file"], "--api-key-file")
+    for name in ("admin", "metrics"):
+        flag = f"--{name}-key-file"
+        keys = _keys_in(http[f"{name}_key_file"], flag)
+        if len(keys) > 1 or (keys and http[f"{name}_key"] is not None):
+            raise ConfigError(f"{flag}: there is one --{name}-key, and more were given; leave the others out")
+        http[f"{name}_key"] = keys[0] if keys else http[f"{name}_key"]
+
+
+def _keys_in(file: Path | None, flag: str) -> tuple[str, ...]:
+    try:
+        return keys_in(file) if file is not None else ()
+    except ValueError as error:
+        raise ConfigError(f"{flag} {file}: {error}") from None
 
 
 def _usable_cpus() -> int:

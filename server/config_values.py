@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,6 +19,11 @@ def text(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
     return value
+
+
+def path(value: str) -> Path:
+    """A file's path."""
+    return Path(text(value))
 
 
 def name(value: str) -> str:
@@ -39,6 +45,26 @@ def host_pattern(value: str) -> str:
     if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[?[0-9A-Fa-f:.]+\]?", value):
         raise ValueError("must be a host's name or address without a port, such as *.example.com, or *")
     return value.strip("[]").lower()
+
+
+def keys_in(file: Path) -> tuple[str, ...]:
+    """The keys in a file, one a line; empty lines and those that begin with # are passed over."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("must hold keys of visible ASCII characters, one a line") from None
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                keys.append(key(line.strip()))
+            except ValueError as error:
+                raise ValueError(f"line {number} {error}") from None
+    if not keys:
+        raise ValueError("must hold a key, and has none")
+    return tuple(keys)
 
 
 def gpu(value: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -21,8 +23,10 @@ from server.engine.request import Service
 from server.http.app import WHEN_FULL, create_app
 from server.http.connection import bounded
 from server.http.context import Context
+from server.jobs.errors import StateUnusable
 from server.jobs.training import Training
 from server.logs import configure
+from server.secrets import forget_keys, hide_typed_keys, keys_of, make_private
 from server.version import VERSION
 
 logger = logging.getLogger("manylora.serve")
@@ -55,6 +59,9 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
     configure(config.log)
     config = replace(config, connections=fitted(config.connections, raise_limit()))
     listener = _bind(config.http.host, config.http.port)
+    hide_typed_keys()
+    forget_keys(os.environ, keys_of(config.http))
+    _make_private(config.home)
     service = (build or _build)(config)
     uvloop.run(serve(service, config, listener))
 
@@ -127,6 +134,13 @@ def _build(config: ServerConfig) -> RunningService:
     from server.engine.build import build_service  # brings torch, which takes seconds
 
     return build_service(config)
+
+
+def _make_private(home: Path) -> None:
+    try:
+        make_private(home)
+    except OSError as error:
+        raise StateUnusable(f"--home {home}: {error.strerror}; choose another folder") from None
 
 
 def _bind(host: str, port: int) -> socket.socket:

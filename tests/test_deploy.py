@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from server.config import ServerConfig, from_args
-from server.http.app import CLIENTS, OPEN
+from server.http.app import OPEN, SCRAPERS
 from server.jobs.runner import STOP_PATIENCE
 from server.options import OPTIONS
 from server.serve import _CLOSE_SECONDS
@@ -95,12 +95,12 @@ def compose_config(server: str, environ: Mapping[str, str]) -> ServerConfig:
 def test_compose_gives_options_and_keys(server: str) -> None:
     plain = compose_config(server, {})
     assert plain.http.api_keys == ()
-    assert plain.http.admin_key is None
+    assert (plain.http.admin_key, plain.http.metrics_key) == (None, None)
     assert (plain.home, plain.http.port) == (Path(STATE), PORT)
-    keys = {"MANYLORA_API_KEY": "a,b", "METRICS_KEY": "m", "MANYLORA_ADMIN_KEY": "root"}
+    keys = {"MANYLORA_API_KEY": "a,b", "MANYLORA_METRICS_KEY": "m", "MANYLORA_ADMIN_KEY": "root"}
     closed = compose_config(server, keys | {"MANYLORA_BASE": "org/model"})
-    assert closed.http.api_keys == ("a", "b", "m")
-    assert closed.http.admin_key == "root"
+    assert closed.http.api_keys == ("a", "b")
+    assert (closed.http.admin_key, closed.http.metrics_key) == ("root", "m")
     assert closed.base.base == "org/model"
 
 
@@ -108,27 +108,21 @@ def pod_environ(secrets: Mapping[str, str]) -> dict[str, str]:
     environ: dict[str, str] = image_environ("cuda") | KUBERNETES["ConfigMap"]["data"]
     assert CONTAINER["envFrom"] == [{"configMapRef": {"name": KUBERNETES["ConfigMap"]["metadata"]["name"]}}]
     for variable in CONTAINER["env"]:
-        if "valueFrom" in variable:
-            environ[variable["name"]] = secrets[variable["valueFrom"]["secretKeyRef"]["key"]]
-        else:  # Kubernetes knows here what was set before
-            environ[variable["name"]] = re.sub(
-                r"\$\((\w+)\)", lambda match: environ[match[1]], variable["value"]
-            )
+        environ[variable["name"]] = secrets[variable["valueFrom"]["secretKeyRef"]["key"]]
     return environ
 
 
 def test_the_pod_gives_options_and_keys() -> None:
     environ = pod_environ({"clients": "a,b", "metrics": "m", "admin": "root"})
     config = config_of(CONTAINER["args"], environ)
-    assert config.http.api_keys == ("a", "b", "m")
-    assert config.http.admin_key == "root"
+    assert config.http.api_keys == ("a", "b")
+    assert (config.http.admin_key, config.http.metrics_key) == ("root", "m")
     assert (config.base.device, config.home, config.http.port) == ("cuda", Path(STATE), PORT)
 
 
 def test_no_key_is_written_down() -> None:
     assert "Secret" not in KUBERNETES
-    written = [variable["name"] for variable in CONTAINER["env"] if "value" in variable]
-    assert written == ["MANYLORA_API_KEY"]  # made of two references
+    assert not any("value" in variable for variable in CONTAINER["env"])
     for variables in (COMPOSE["x-server"]["environment"], KUBERNETES["ConfigMap"]["data"]):
         plain = {name for name, value in variables.items() if value and not str(value).startswith("${")}
         assert not any("KEY" in name for name in plain)
@@ -181,21 +175,22 @@ def test_selectors_find_the_pod() -> None:
 
 def test_the_pod_monitor_reads_the_metrics_with_their_key() -> None:
     (endpoint,) = read("podmonitor.yaml")["spec"]["podMetricsEndpoints"]
-    assert endpoint["path"] in paths(CLIENTS)
+    assert endpoint["path"] in paths(SCRAPERS)
     assert endpoint["port"] in {port["name"] for port in CONTAINER["ports"]}
-    (given,) = (variable for variable in CONTAINER["env"] if variable["name"] == "METRICS_KEY")
+    (given,) = (variable for variable in CONTAINER["env"] if variable["name"] == "MANYLORA_METRICS_KEY")
     assert endpoint["authorization"]["credentials"] == given["valueFrom"]["secretKeyRef"]
 
 
 def test_prometheus_reads_the_metrics_with_their_key() -> None:
     (scrape,) = read("prometheus.yaml")["scrape_configs"]
-    assert scrape["metrics_path"] in paths(CLIENTS)
+    assert scrape["metrics_path"] in paths(SCRAPERS)
     ((host, _, port),) = (target.partition(":") for target in scrape["static_configs"][0]["targets"])
     assert port == str(PORT)
     assert all(host in service["networks"]["default"]["aliases"] for service in SERVERS.values())
+    assert all(host == service["hostname"] for service in SERVERS.values())  # a Host that it goes by
     (secret,) = COMPOSE["services"]["prometheus"]["secrets"]
     assert scrape["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
-    assert COMPOSE["secrets"][secret] == {"environment": "METRICS_KEY"}
+    assert COMPOSE["secrets"][secret] == {"environment": "MANYLORA_METRICS_KEY"}
     mounts = [mount.split(":")[0] for mount in COMPOSE["services"]["prometheus"]["volumes"]]
     assert "./prometheus.yaml" in mounts
 

@@ -39,8 +39,8 @@ CLIENTS: Rows = (
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.get_model),
     ("GET", "/version", health.version),
-    ("GET", "/metrics", health.metrics),
 )
+SCRAPERS: Rows = (("GET", "/metrics", health.metrics),)
 TRAINERS: Rows = (
     ("POST", "/v1/files", files.upload_file),
     ("GET", "/v1/files", files.list_files),
@@ -63,7 +63,7 @@ ADMINS: Rows = (
     ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter),
 )
 
-WHEN_FULL = frozenset(path for _, path, _ in (*OPEN, *ADMINS)) | {"/metrics"}
+WHEN_FULL = frozenset(path for _, path, _ in (*OPEN, *SCRAPERS, *ADMINS))
 """What is answered even when all places are taken: what an operator finds out and mends it with."""
 
 
@@ -79,6 +79,7 @@ def create_app(service: Service, config: HttpConfig, training: Training | None =
         routes=[
             *_routes(OPEN, ()),
             *_routes(CLIENTS, _client_guard(config)),
+            *_routes(SCRAPERS, _scraper_guard(config)),
             *(_routes(TRAINERS, _trainer_guard(config)) if training is not None else ()),
             *_routes(ADMINS, _admin_guard(config)),
         ],
@@ -102,6 +103,14 @@ def _routes(rows: Rows, guard: Sequence[Middleware]) -> list[Route]:
 def _client_guard(config: HttpConfig) -> list[Middleware]:
     admin = (config.admin_key,) if config.admin_key and config.api_keys else ()
     return [Middleware(RequireKey, Keyring((*config.api_keys, *admin)))]
+
+
+def _scraper_guard(config: HttpConfig) -> list[Middleware]:
+    """Who may chat, and the key that is for nothing else."""
+    if config.metrics_key is None:
+        return _client_guard(config)
+    admin = (config.admin_key,) if config.admin_key else ()
+    return [Middleware(RequireKey, Keyring((config.metrics_key, *config.api_keys, *admin)))]
 
 
 def _trainer_guard(config: HttpConfig) -> list[Middleware]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 from server.config import ConfigError, ServerConfig, from_args
 from server.options import OPTIONS, Option
+
+KEY_FILE = Path(tempfile.mkdtemp()) / "keys"
+KEY_FILE.write_text("from-file\n")
 
 # For each option a text that is not its default, and the value it means.
 OTHER: dict[str, tuple[str, Any]] = {
@@ -42,6 +46,10 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--port": ("0", 0),
     "--api-key": ("k1", ("k1",)),
     "--admin-key": ("a1", "a1"),
+    "--metrics-key": ("m1", "m1"),
+    "--api-key-file": (str(KEY_FILE), KEY_FILE),
+    "--admin-key-file": (str(KEY_FILE), KEY_FILE),
+    "--metrics-key-file": (str(KEY_FILE), KEY_FILE),
     "--shutdown-timeout": ("1.5", 1.5),
     "--max-body-bytes": ("2048", 2048),
     "--allowed-hosts": ("*.Example.com", ("*.example.com",)),
@@ -188,3 +196,43 @@ def test_values_must_fit_each_other() -> None:
         from_args(["--lora-pool-rows", "63"], {})
     with pytest.raises(ConfigError, match="--max-num-seqs 64"):
         from_args(["--max-num-batched-tokens", "63"], {})
+
+
+def test_key_files_add_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the web shop\nk1\n\n  k2  \n")
+    assert from_args(["--api-key", "k0", "--api-key-file", str(file)], {}).http.api_keys == ("k0", "k1", "k2")
+    for name in ("admin", "metrics"):
+        http = from_args([f"--{name}-key-file", str(KEY_FILE)], {}).http
+        assert getattr(http, f"{name}_key") == "from-file"
+
+
+@pytest.mark.parametrize("flag", ["--api-key-file", "--admin-key-file", "--metrics-key-file"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "has none"),
+        (b"# none\n\n", "has none"),
+        (b"k1\nse cret\n", "line 2 must be visible ASCII"),
+        ("schlüssel".encode(), "visible ASCII"),
+    ],
+)
+def test_a_key_file_that_gives_no_key_does_not_open_the_server(
+    tmp_path: Path, flag: str, content: bytes | None, reason: str
+) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{flag} .*{reason}") as error:
+        from_args([flag, str(file)], {})
+    assert "cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--admin-key", "--metrics-key"])
+def test_there_is_one_admin_key(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "two").write_text("a\nb\n")
+    with pytest.raises(ConfigError, match=f"{flag}-file"):
+        from_args([f"{flag}-file", str(tmp_path / "two")], {})
+    with pytest.raises(ConfigError, match=f"{flag}-file"):
+        from_args([f"{flag}-file", str(KEY_FILE), flag, "a"], {})

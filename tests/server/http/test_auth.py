@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.http.app import ADMINS, CLIENTS, OPEN
+from server.http.app import ADMINS, CLIENTS, OPEN, SCRAPERS
 from server.http.auth import Keyring
 from tests.server.http.conftest import MakeClient
 
@@ -12,7 +12,7 @@ HERE, ELSEWHERE = "127.0.0.1", "203.0.113.9"
 
 
 def status(make_client: MakeClient, path: str, key: str | None, host: str = HERE, **settings: object) -> int:
-    method = next(method for method, each, _ in (*OPEN, *CLIENTS, *ADMINS) if each == path)
+    method = next(method for method, each, _ in (*OPEN, *CLIENTS, *SCRAPERS, *ADMINS) if each == path)
     headers = {} if key is None else {b"Authorization": f"Bearer {key}".encode()}
     return (
         make_client(host, **settings)
@@ -31,7 +31,7 @@ def test_probes_need_no_key(make_client: MakeClient, path: str) -> None:
     assert status(make_client, path, None, ELSEWHERE, api_keys=("k",), admin_key="a") == 200
 
 
-@pytest.mark.parametrize("path", paths(CLIENTS))
+@pytest.mark.parametrize("path", paths((*CLIENTS, *SCRAPERS)))
 class TestClientRoutes:
     def test_open_without_keys(self, make_client: MakeClient, path: str) -> None:
         assert status(make_client, path, None, ELSEWHERE) in (200, 415)
@@ -96,3 +96,20 @@ def test_a_keyring_does_not_hold_its_keys_in_the_clear() -> None:
     ring = Keyring(["visible"])
     assert ring.holds("visible")
     assert "visible" not in repr(vars(ring))
+
+
+@pytest.mark.parametrize("path", paths((*CLIENTS, *ADMINS)))
+@pytest.mark.parametrize("admin_key", [None, "a"])
+def test_a_metrics_key_opens_nothing_else(make_client: MakeClient, path: str, admin_key: str | None) -> None:
+    settings: dict[str, object] = {"api_keys": ("k",), "admin_key": admin_key, "metrics_key": "m"}
+    assert status(make_client, path, "m", HERE, **settings) == 401
+
+
+def test_a_metrics_key_closes_the_metrics_and_opens_them(make_client: MakeClient) -> None:
+    closed: dict[str, object] = {"api_keys": ("k",), "admin_key": "a", "metrics_key": "m"}
+    for key, expected in {"m": 200, "k": 200, "a": 200, "x": 401, None: 401}.items():
+        assert status(make_client, "/metrics", key, ELSEWHERE, **closed) == expected
+    # Where clients need no key, the metrics still need theirs.
+    assert status(make_client, "/metrics", None, HERE, metrics_key="m") == 401
+    assert status(make_client, "/metrics", "m", HERE, metrics_key="m") == 200
+    assert status(make_client, "/v1/models", None, HERE, metrics_key="m") == 200

@@ -11,13 +11,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig
-from server.http.app import ADMINS, CLIENTS, OPEN, TRAINERS, create_app
+from server.http.app import ADMINS, CLIENTS, OPEN, SCRAPERS, TRAINERS, create_app
 from server.http.hosts import Names, parse_host
 from tests.server.http.conftest import MakeClient
 from tests.server.http.fake_service import FakeService
 from tests.server.http.training_server import rows, training_server
 
-ROUTES = [(method, path) for method, path, _ in (*OPEN, *CLIENTS, *ADMINS)]
+ROUTES = [(method, path) for method, path, _ in (*OPEN, *CLIENTS, *SCRAPERS, *ADMINS)]
 HERE = {"Host": "127.0.0.1:8000"}
 
 
