@@ -32,7 +32,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         if self._state.segments:
-            self._kernel(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), self._pool, self._state.segments)
+            rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            if len(rows) != self._state.tokens:  # nobody knows then whose rows they are
+                raise ValueError(f"a linear got {len(rows)} rows in a step of {self._state.tokens} tokens")
+            self._kernel(rows, inputs, self._pool, self._state.segments)
         return y
 
 

@@ -23,19 +23,22 @@ class LoraState:
     """Set by ``begin`` for every step.
 
     Attributes:
+        tokens: how many tokens the step has.
         segments: runs of tokens that use the same adapter, in order, without base tokens.
         own: those of them whose adapter has extras.
         own_heads: the same of the rows that the output head gets.
     """
 
     def __init__(self, extras: ExtrasPool) -> None:
+        self.tokens = 0
         self.segments: list[Segment] = []
         self.own: list[Own] = []
         self.own_heads: list[Own] = []
         self._extras = extras
 
-    def begin(self, segments: list[Segment], heads: Tensor) -> None:
+    def begin(self, tokens: int, segments: list[Segment], heads: Tensor) -> None:
         """``heads``: int64 [n], which tokens' rows the head gets, in order."""
+        self.tokens = tokens
         self.segments = segments
         self.own = [
             Own(*segment, extras)

@@ -38,6 +38,7 @@ class BaseLayout:
         head_apart: whether the head that is served is a 4-bit copy of that matrix, the embedding it itself.
         norms: by name, the parameters of every norm and their lengths.
         biases: the linears (the head too) and the norms that have a bias.
+        unservable: the linears that are no sites, by name, and why.
     """
 
     sites: Mapping[str, Site]
@@ -49,6 +50,7 @@ class BaseLayout:
     head_apart: bool = False
     norms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
+    unservable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ends(self) -> dict[str, Site]:

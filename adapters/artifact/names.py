@@ -88,8 +88,10 @@ def _match(name: str, forms: Mapping[re.Pattern[str], Role]) -> TensorName | Non
     return None
 
 
-def not_adaptable(module: str) -> str:
+def not_adaptable(module: str, layout: BaseLayout) -> str:
     """Why LoRA on that module of the base is refused."""
+    if module in layout.unservable:
+        return f"LoRA on {module!r} of the base is not served: {layout.unservable[module]}."
     return (
         f"{module or 'the whole model'!r} of the base is not a linear, its embedding or its output head; "
         "LoRA on anything else is not served."
@@ -106,7 +108,7 @@ def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
             f"Tensor {name!r} would replace a part of the base that is neither a norm, a bias, the embedding "
             "nor the output head."
             if own
-            else not_adaptable(parsed.module)
+            else not_adaptable(parsed.module, layout)
         )
     near = get_close_matches(parsed.module, places, n=3)
     raise AdapterInvalid(

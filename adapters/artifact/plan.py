@@ -179,7 +179,7 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
         targeted |= {layout.head.name}  # PEFT gives the head the same pair, turned round
     targeted -= saved_modules(settings, layout.ends)
     for module in sorted(targeted - places):
-        raise AdapterUnsupported(f"target_modules: {not_adaptable(module)}")
+        raise AdapterUnsupported(f"target_modules: {not_adaptable(module, layout)}")
     return resolve_targets(settings, targeted)
 
 

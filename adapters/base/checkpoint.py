@@ -9,17 +9,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from adapters.base.head import quantize_head
 from adapters.base.quiet import quiet_libraries
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 # Raise it when the same source must give another checkpoint: every cached one is then made anew.
 _FORMAT = 1
+
+
+_OF_THE_CODE = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
+"""What is raised by code that does not know a model, rather than by files that are damaged."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def prepare_base(
     quantization: Quantization = "nf4",
     head_quantization: Quantization = "none",
     progress: bool = True,
+    check: Callable[[Any], None] | None = None,
 ) -> PreparedBase:
     """Fetch and quantise ``base`` unless a checkpoint of it is at hand already.
 
@@ -70,12 +76,16 @@ def prepare_base(
         head_quantization: the same of the output head. What is trained on a base is trained against its head,
             so another head is another base.
         progress: bars on stderr.
+        check: raises BaseModelError for transformers' config of a base that its caller has no use for, before
+            hours are spent on it; where a config is to be had only by converting the base, it is not asked.
 
     Raises:
         BaseNotFound, BaseCorrupt, BaseModelError: see ``source.resolve``.
     """
     cache_dir = cache_dir.expanduser().resolve()
     source = resolve(base, cache_dir, progress)
+    if check is not None and source.folder is not None:
+        check(_config_of(source.folder))
     if source.prequantized and quantization == "none":
         raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
     if head_quantization != "none" and quantization == "none":
@@ -88,6 +98,11 @@ def prepare_base(
     target = cache_dir / "bases" / digest
     path = _checkpoint(source, quantization, head_quantization, target, progress)
     return PreparedBase(source.name, path, digest, quantization, source.name_or_path, head_quantization)
+
+
+def _config_of(folder: Path) -> Any:
+    with reading(folder):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _checkpoint(
@@ -191,10 +206,25 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, _OF_THE_CODE):
+            raise BaseModelError(
+                f"{path}, a {_architecture(path)}, cannot be loaded: {type(error).__name__} ({reason}). "
+                "transformers or bitsandbytes cannot do this architecture here; give --base another model, "
+                "or try --quantization none."
+            ) from error
         raise BaseCorrupt(
             f"{path} cannot be read as a causal language model ({reason}); "
             "fetch it again (a cached one may be deleted), or give a model that transformers knows."
         ) from error
+
+
+def _architecture(path: Path) -> str:
+    """What the config of a folder says it is."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        return f"{config['architectures'][0]} ({config['model_type']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "model of unknown architecture"
 
 
 @contextmanager

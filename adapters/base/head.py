@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from adapters.base.unpack import PANEL
 from adapters.errors import BaseModelError
-
-_PANEL = 32
-"""Words that bitsandbytes' 4-bit kernels for CPUs take together."""
 
 
 def quantize_head(model: Any) -> None:
@@ -19,10 +17,10 @@ def quantize_head(model: Any) -> None:
     nothing, and the linears that are not in 4 bits are listed. Raises BaseModelError.
     """
     head: Any = model.get_output_embeddings()
-    if head.out_features % _PANEL:
+    if head.out_features % PANEL:
         raise BaseModelError(
             f"--head-quantization nf4: the vocabulary of {head.out_features} words is no multiple of "
-            f"{_PANEL}, as 4-bit kernels for CPUs need it; leave the head at none."
+            f"{PANEL}, as 4-bit kernels for CPUs need it; leave the head at none."
         )
     model.config.tied_before_quantization = head.weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = False

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base.checkpoint import PreparedBase, load_tokenizer, load_whole, reading
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
+from adapters.base.unpack import unpack_odd_linears
 from adapters.errors import BaseModelError
 from adapters.sites import BaseLayout, Site
 
@@ -55,6 +56,7 @@ def load_base(
         model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(prepared.path)
     _check_head(prepared, model)
+    unpack_odd_linears(model)
     # PEFT writes this name into the adapters it saves: the base's own, not that of our cache folder.
     model.name_or_path = model.config._name_or_path = prepared.source
     model.eval().requires_grad_(False)

@@ -32,6 +32,7 @@ class Source:
         digest: sha256 (hex) over the content of weights, config and tokenizer.
         fetch: makes the files be there and returns the transformers folder or the ``.gguf`` file.
         prequantized: whether the folder is an NF4 checkpoint of bitsandbytes already.
+        folder: where its config is, if that is known without converting anything.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     digest: str
     fetch: Callable[[], Path]
     prequantized: bool = False
+    folder: Path | None = None
 
 
 def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
@@ -81,7 +83,7 @@ def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Sourc
     _check_weights(path)
     prequantized = _is_nf4(path, config)
     files = [file for pattern in _CONTENT for file in path.glob(pattern)]
-    return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized)
+    return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized, path)
 
 
 def _refuse_adapter(folder: Path) -> None:

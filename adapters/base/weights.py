@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from adapters.base.unpack import PANEL
 from adapters.sites import BaseLayout
-
-_PANEL = 32
-"""Outputs that lie side by side where bitsandbytes packs weights for CPUs."""
 
 
 class BaseWeights:
@@ -58,7 +56,7 @@ def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import QuantState
 
     outputs, inputs = state.shape
-    panels = packed.view(outputs // _PANEL, inputs // 2, _PANEL // 2, 2)
+    panels = packed.view(outputs // PANEL, inputs // 2, PANEL // 2, 2)
     first, second = panels[..., 0], panels[..., 1]  # of each pair of inputs, for two outputs in either half
     low = (first << 4) | (second & 15)
     high = (first & 0xF0) | (second >> 4)

@@ -42,6 +42,21 @@ class LoraKernel(Protocol):
     def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None: ...
 
 
+def check_extents(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
+    """Whether all of a call lies within its tensors, before a kernel that cannot tell works on them.
+
+    Raises ValueError. Segments are in order.
+    """
+    tokens, inputs = x.shape
+    stop = segments[-1].stop if segments else 0
+    if tokens == y.shape[0] >= stop and inputs == pool.a.shape[1] and y.shape[1] == pool.b.shape[1]:
+        return
+    raise ValueError(
+        f"LoRA on x {list(x.shape)} and y {list(y.shape)} at a site of {pool.a.shape[1]} inputs and "
+        f"{pool.b.shape[1]} outputs, for tokens up to {stop}"
+    )
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
     """The backend for this machine, chosen once when the model is built."""
     import torch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.kernels import Segment
+from adapters.kernels import Segment, check_extents
 from adapters.native.structs import LoraCall
 from adapters.site_pool import SitePool
 
@@ -30,6 +30,7 @@ class NativeLora:
         )
 
     def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
+        check_extents(y, x, pool, segments)
         assert x.dtype == y.dtype == torch.bfloat16
         assert x.stride(1) == y.stride(1) == 1
         call = self._call

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapters.artifact import Adjustment
-from adapters.kernels import Segment
+from adapters.kernels import Segment, check_extents
 from adapters.site_pool import SitePool
 
 NONE = Adjustment(scale=None, shift=None)
@@ -14,6 +14,7 @@ NONE = Adjustment(scale=None, shift=None)
 
 def reference_lora(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
     """See ``adapters/kernels/__init__.py``."""
+    check_extents(y, x, pool, segments)
     every_row = torch.arange(pool.a.shape[0])
     for slot, start, stop in segments:
         adjustment = pool.adjustments.get(slot, NONE)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from adapters.artifact import Adjustment
-from adapters.kernels import Segment
+from adapters.kernels import Segment, check_extents
 from adapters.site_pool import Rows, SitePool
 
 
 def segmented_lora(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
     """See ``adapters/kernels/__init__.py``."""
+    check_extents(y, x, pool, segments)
     for slot, start, stop in segments:
         rows, adjustment = pool.rows.get(slot), pool.adjustments.get(slot)
         if adjustment is not None:

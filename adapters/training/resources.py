@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from adapters.base.unpack import four_bit_linears
 from adapters.errors import RecipeInvalid
 from adapters.training.gpu import free_gpu_memory
 from adapters.training.recipe import Choice, TrainConfig
-from adapters.training.unpack import four_bit_linears
 
 # Of the memory that is free, so much for each of the two choices; the rest is for everybody else.
 _SHARE = 0.25

@@ -20,6 +20,7 @@ from transformers import set_seed
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.quiet import quiet_libraries
+from adapters.base.unpack import unpack_linears
 from adapters.errors import RecipeInvalid
 from adapters.text.renderer import ChatRenderer, base_renderer
 from adapters.training.arguments import training_arguments
@@ -41,7 +42,6 @@ from adapters.training.resources import choose_device, decide_recomputing, decid
 from adapters.training.run_folder import RunFolder
 from adapters.training.stop import Stop
 from adapters.training.trainer import Moments, QloraTrainer
-from adapters.training.unpack import unpack_linears
 
 # Where a run is, not what it computes: the digests of base and data say that.
 _PLACES = (*EXECUTION, "data", "eval_data")

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapters.base.unpack import four_bit_linears
 from adapters.errors import TrainingDiverged
 from adapters.training.export import Nominal, pairs_of, write_adapter
 from adapters.training.failures import explained
@@ -25,7 +26,6 @@ from adapters.training.packing import Pack, collate
 from adapters.training.progress import Progress, Throttle
 from adapters.training.run_folder import RunFolder
 from adapters.training.stop import Stop
-from adapters.training.unpack import four_bit_linears
 
 STATE_FILE = "trained_state.safetensors"
 """Of a checkpoint: what training has changed, to the bit; the PEFT tensors beside it are rounded to bf16."""

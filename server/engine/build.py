@@ -29,6 +29,8 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
+from server.engine.model.probe import probe, servable
+from server.engine.model.supported import check_config
 from server.engine.request import BaseInfo, EngineStats
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
@@ -70,6 +72,8 @@ def assemble(
 
     ``load`` reads an adapter's version; None = from its folder.
     """
+    found = probe(base)
+    base = servable(base, found)
     weights = BaseWeights(base.model, base.layout)
     sizes = Sizes(config, base)
     pool = _rank_pool(config.adapters, base, sizes.pool_rows())
@@ -81,6 +85,7 @@ def assemble(
         step_tokens,
         config.engine.max_num_seqs,
         config.engine.enforce_eager,
+        found,
     )
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
@@ -144,7 +149,11 @@ def _load(config: ServerConfig) -> LoadedBase:
             "--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA"
         )
     prepared = prepare_base(
-        config.base.base, config.home, config.base.quantization, config.base.head_quantization
+        config.base.base,
+        config.home,
+        config.base.quantization,
+        config.base.head_quantization,
+        check=check_config,
     )
     with out_of_memory_names("--base", f"the base {prepared.name}"):
         return load_base(prepared, device, progress=True)

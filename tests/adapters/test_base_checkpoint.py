@@ -270,3 +270,18 @@ def test_two_at_once_convert_once(llama: Path, tmp_path: Path, monkeypatch: pyte
         runs = [pool.submit(prepare_base, str(llama), tmp_path, progress=False) for _ in range(2)]
     assert runs[0].result() == runs[1].result()
     assert conversions == [llama]
+
+
+def test_what_a_models_code_raises_is_no_reason_to_fetch_its_files_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model("llama", tmp_path / "model")
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise NotImplementedError("\"normal_kernel_cpu\" not implemented for 'Byte'")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(BaseModelError, match=r"a LlamaForCausalLM \(llama\), cannot be loaded") as raised:
+        prepare_base(str(folder), tmp_path, progress=False)
+    assert not isinstance(raised.value, BaseCorrupt)
+    assert "fetch it again" not in str(raised.value)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapters.kernels import Segment
+from adapters.kernels import Segment, check_extents
 from adapters.kernels.triton.gather import gather_expand, gather_shrink
 from adapters.kernels.triton.grouped import grouped_expand, grouped_shrink
 from adapters.kernels.triton.tiles import Tiles, cut, fitting
@@ -88,6 +88,8 @@ class TritonLora:
     ) -> None:
         """The operation at several sites that share the input x; ys [tokens, out_features] by site."""
         assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must be neighbours"
+        for y, pool in zip(ys, pools, strict=True):
+            check_extents(y, x, pool, segments)
         if segments is not self._segments:
             self.prepare(segments)
         tiles, size = self._tiles

@@ -26,6 +26,18 @@ class NativePages:
         self._memory: list[Tensor] = []
         self.layers = {layer: self._layer(shape, num_slots) for layer, shape in shapes.items()}
 
+    def check(self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
+        """Raises ValueError if the kernel would read or write beside what this layer has."""
+        pages = self.layers[layer]
+        kv = (tokens, pages.kv_heads, pages.head_dim)
+        heads = q.shape[1]
+        if k.shape == v.shape == kv and q.shape == (tokens, heads, kv[2]) and heads % kv[1] == 0:
+            return
+        raise ValueError(
+            f"layer {layer} attends with q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} in a "
+            f"step of {tokens} tokens; its pages have {kv[1]} heads of {kv[2]}"
+        )
+
     def _layer(self, shape: KvShape, num_slots: int) -> ctypes.Structure:
         size = num_slots * shape.kv_heads * shape.key_dim
         # Not zeroed: what was never written is never read, and takes no memory before it is.
@@ -63,6 +75,7 @@ class NativePaged:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
         assert self._pages is not None
+        self._pages.check(layer, q, k, v, self._tokens.struct.count)
         q, k, v = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         call = AttentionCall(

@@ -42,6 +42,9 @@ class NativeTokens:
         """Tile ids of the sequence's blocks, in order."""
         assert chunk.sequence.table is not None
         blocks = np.array(chunk.sequence.table.blocks, np.int64)
+        room = len(blocks) * len(self._tiles_in_block) * TILE
+        if chunk.stop > room:
+            raise ValueError(f"a sequence of {chunk.stop} tokens has KV blocks for {room}")
         tiles: Ints = (blocks[:, None] * len(self._tiles_in_block) + self._tiles_in_block).reshape(-1)
         return tiles
 

@@ -7,7 +7,7 @@ them in one native call on a CPU, ``DeviceModel`` in few launches on a GPU. ``bu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from adapters.rank_pool import RankPool
 from server.engine.attention import KvShape
 from server.engine.model.fused import FusedModel, why_not_fused
 from server.engine.model.llama_like import differs_from
+from server.engine.model.probe import Probe
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
 
@@ -33,7 +34,7 @@ class StepModel(Protocol):
     """
 
     name: str
-    shapes: dict[int, KvShape]
+    shapes: Mapping[int, KvShape]
 
     @property
     def attention_name(self) -> str:
@@ -64,6 +65,7 @@ def build_model(
     max_tokens: int,
     max_seqs: int,
     enforce_eager: bool = False,
+    found: Probe | None = None,
 ) -> StepModel:
     """The fastest model that serves this base here exactly.
 
@@ -72,8 +74,9 @@ def build_model(
         max_tokens: most tokens of a step.
         max_seqs: most sequences of a step.
         enforce_eager: on a GPU, without CUDA graphs.
+        found: as for ``StockModel``.
     """
-    stock = StockModel(base, pool)
+    stock = StockModel(base, pool, found)
     if stock.device.type == "cuda":
         fused = _on_gpu(stock, pool, block_size, max_seqs, enforce_eager)
     else:

@@ -150,7 +150,7 @@ class DeviceModel:
         tokens, positions, last = flatten(chunks)
         segments = lora_segments(chunks)
         stock = self._stock
-        stock.lora.begin(segments, last if rows is None else rows)
+        stock.lora.begin(len(tokens), segments, last if rows is None else rows)
         if stock.lora.own:
             return stock(chunks, rows, drawn)
         alone = rows is None and len(last) == len(chunks) == len(tokens)
@@ -181,7 +181,7 @@ class DeviceModel:
 
     @torch.inference_mode()
     def _prepare_empty(self, seats: int) -> None:
-        self._stock.lora.begin([], torch.empty(0))
+        self._stock.lora.begin(seats, [], torch.empty(0))
         self._attention.begin([], seats)
         self._kernel.prepare(self._stock.lora.segments, seats)
 

@@ -120,9 +120,10 @@ class FusedModel:
         assert self._tokens is not None
         tokens, _, last = flatten(chunks)
         tokens = resolve(tokens, drawn)
+        self._check_extents(chunks, len(tokens))
         self._tokens.begin(chunks)
         rows = last if rows is None else rows
-        self._lora.begin(lora_segments(chunks), rows)
+        self._lora.begin(len(tokens), lora_segments(chunks), rows)
         segments = np.array(self._lora.segments, np.int64).reshape(-1, 3)
         norm_slots = self._norm_slots(len(tokens))
         x = self._model.model.embed_tokens(tokens)
@@ -136,6 +137,16 @@ class FusedModel:
     def adopt(self, pool: RankPool) -> None:
         """From now on adapters' own heads and norms come as the native kernels want them."""
         pool.extras.pack_head, pool.extras.norm_weight = pack_head, self._weights.norm_weight
+
+    def _check_extents(self, chunks: SequenceOf[Chunk], count: int) -> None:
+        """Raises ValueError if the kernel would write beside its scratch or read beside its angles."""
+        assert self._angles is not None
+        longest = max(chunk.stop for chunk in chunks)
+        if count > self._max_tokens or longest > len(self._angles[0]):
+            raise ValueError(
+                f"a step of {count} tokens, of a sequence of up to {longest}; there is room for "
+                f"{self._max_tokens} tokens and {len(self._angles[0])} positions"
+            )
 
     def _norm_slots(self, count: int) -> IntArray | None:
         """By token, whose norms; None if nobody in the step has any of their own."""

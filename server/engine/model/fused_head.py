@@ -76,7 +76,9 @@ class FusedHead:
         self, x: Tensor, rows: Tensor, norm: Tensor, head: Mapping[str, int], softcap: float
     ) -> tuple[Tensor, Tensor]:
         """Logits, and the normed rows that they are of. ``head``: as ``FusedWeights.head``."""
-        n = len(rows)
+        n, wanted = len(rows), rows.tolist()
+        if n and not 0 <= min(wanted) <= max(wanted) < len(x):
+            raise ValueError(f"the head is asked for rows beside the step's {len(x)} tokens")
         out = torch.empty(n, -(-self._vocabulary // 16) * 16)
         normed = torch.empty(n, x.shape[1], dtype=x.dtype)
         call = HeadCall(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from adapters.base import LoadedBase
-from adapters.errors import BaseModelError
 from adapters.kernels import choose as choose_lora
 from adapters.lora import attach
 from adapters.rank_pool import RankPool
 from adapters.transfer import send
-from server.engine.attention import AttentionBackend, KvShape, LayerAttention, install
+from server.engine.attention import AttentionBackend
 from server.engine.attention.choice import choose as choose_attention
 from server.engine.model.made_up import warming_steps
+from server.engine.model.probe import Probe, forward, probe
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.sequence import Chunk
 from server.engine.transfer import resolve
@@ -30,6 +30,7 @@ class StockModel:
     Args:
         base: the loaded base; its model is changed in place and belongs to this object from now on.
         pool: the adapters' rank rows, for this base's sites.
+        found: what the base was found to do, if that is known already.
 
     Attributes:
         shapes, kinds: by layer, what its keys and values look like and how it attends.
@@ -40,19 +41,18 @@ class StockModel:
 
     name = "transformers"
 
-    def __init__(self, base: LoadedBase, pool: RankPool) -> None:
+    def __init__(self, base: LoadedBase, pool: RankPool, found: Probe | None = None) -> None:
+        found = found or probe(base)
         self.model = base.model
         self.device = next(base.model.parameters()).device
         self.dtype: torch.dtype = base.model.dtype
-        self._host = install(base.model)
+        self._host = found.host
         self.layout = base.layout
         self.lora_kernel = choose_lora(self.device, self.dtype)
         self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
         self.attention: AttentionBackend | None = None
         self._sizes = 0, 0
-        self.shapes: dict[int, KvShape] = {}
-        self.kinds: dict[int, LayerAttention] = {}
-        self._probe()
+        self.shapes, self.kinds = found.shapes, found.kinds
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._host.handler = self.attention = None  # what pages there were go before others come
@@ -87,37 +87,6 @@ class StockModel:
         self._host.handler = self.attention
         tokens, positions, last = flatten(chunks)
         rows = last if rows is None else rows
-        self.lora.begin(lora_segments(chunks), rows)
+        self.lora.begin(len(tokens), lora_segments(chunks), rows)
         tokens, positions, rows = (send(host, self.device) for host in (tokens, positions, rows))
-        return self._forward(resolve(tokens, drawn), positions, rows)
-
-    @torch.inference_mode()
-    def _probe(self) -> None:
-        """Learn the layers from a run on one token.
-
-        Raises:
-            BaseModelError: if the model cannot be served (no attention layer calls us, or it needs more).
-        """
-
-        def record(layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
-            self.shapes[layer] = KvShape(k.shape[1], k.shape[2], v.shape[2])
-            self.kinds[layer] = kind
-            return q.new_zeros(*q.shape[:2], v.shape[2])
-
-        self._host.handler = record
-        try:
-            self._forward(*(torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(3)))
-        except AssertionError as error:  # bitsandbytes packs 4-bit weights for the CPU on their first use
-            raise BaseModelError(
-                f"bitsandbytes cannot serve this base's 4-bit weights on this CPU ({error}); "
-                "use --quantization none."
-            ) from error
-        if not self.shapes:
-            raise BaseModelError(f"{type(self.model).__name__} has no attention layer that can be served.")
-
-    def _forward(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=tokens[None], position_ids=positions[None], logits_to_keep=last, use_cache=False
-        )
-        logits: Tensor = out.logits[0].float()
-        return logits
+        return forward(self.model, resolve(tokens, drawn), positions, rows)

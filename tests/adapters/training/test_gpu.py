@@ -15,13 +15,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from adapters.base.unpack import four_bit_linears
 from adapters.errors import RecipeInvalid, TrainingOutOfResources
 from adapters.training import RunFolder, TrainConfig, arguments
 from adapters.training.card import _version
 from adapters.training.failures import explained
 from adapters.training.gpu import claim_memory, free_gpu_memory, optimizer_for, release_memory
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
-from adapters.training.unpack import four_bit_linears
 from tests.conftest import TinyBase
 
 GIB = 1 << 30

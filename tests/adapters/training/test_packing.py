@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from adapters.base import load_base, prepare_base
+from adapters.base.unpack import unpack_linears
 from adapters.training import attention
 from adapters.training.attention import packed_attention, use_packed_attention
 from adapters.training.encode import Example
 from adapters.training.packing import collate, pack
-from adapters.training.unpack import unpack_linears
 from tests.conftest import TinyBase
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, Family, make_tiny_model
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.config import from_args
+from server.config import ServerConfig, from_args
 from server.engine.build import Parts, build_parts
 from server.engine.engine import Model, Output
 from server.engine.request import GenerationRequest, SamplingParams
@@ -22,10 +22,15 @@ from server.engine.sequence import Chunk
 _numbers = itertools.count()
 
 
+def config_for(base: Path | str, home: Path, *flags: str) -> ServerConfig:
+    """Small sizes; ``flags`` as for ``manylora serve``."""
+    sizes = ["--kv-cache-memory", "16MiB", "--max-lora-rank", "16", "--max-loras", "8", "--threads", "1"]
+    return from_args(["--base", str(base), "--home", str(home), *sizes, *flags], environ={})
+
+
 def build(base: Path | str, home: Path, *flags: str) -> Parts:
     """The parts for ``base`` with small sizes; ``flags`` as for ``manylora serve``."""
-    sizes = ["--kv-cache-memory", "16MiB", "--max-lora-rank", "16", "--max-loras", "8", "--threads", "1"]
-    config = from_args(["--base", str(base), "--home", str(home), *sizes, *flags], environ={})
+    config = config_for(base, home, *flags)
     parts = build_parts(config)
     for folder in config.adapters.folder.iterdir():  # just written, so the watcher would wait a moment
         parts.registry.register(folder.name, folder, replace=False)

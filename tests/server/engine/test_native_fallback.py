@@ -11,7 +11,6 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import load_base, prepare_base
-from adapters.errors import BaseModelError
 from adapters.native import isa
 from adapters.rank_pool import RankPool
 from server.engine.build import Parts
@@ -127,8 +126,26 @@ def test_the_comparison_fits_small_steps_and_short_contexts(
     assert compared == [min(max_tokens, positions, 40)]
 
 
-def test_a_base_that_cannot_be_packed_for_this_cpu_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    folder = make_tiny_model("llama", tmp_path / "llama", num_key_value_heads=1)
-    with pytest.raises(BaseModelError, match="--quantization none"):
-        build(folder, tmp_path)
-    build(folder, tmp_path, "--quantization", "none")  # bf16 serves it
+SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"num_key_value_heads": 1}),  # outputs in no whole panels of 32
+        ("llama", {"intermediate_size": 96}),  # inputs in no whole blocks of 64
+        ("qwen2_moe", SHARED_EXPERT),  # both; a gate of one output
+    ],
+)
+def test_linears_that_bitsandbytes_cannot_pack_for_this_cpu_are_served_in_bf16(
+    family: str, fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        parts = _serve(family, fields, tmp_path)
+    assert "are kept in bf16" in caplog.text
+    assert _distance_from_peft(parts, tmp_path) < TOLERANCE

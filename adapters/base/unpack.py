@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+PANEL = 32
+"""Outputs that bitsandbytes' 4-bit kernels for CPUs take together."""
 
 
 def four_bit_linears(model: Any) -> dict[str, Any]:
@@ -17,16 +24,42 @@ def four_bit_linears(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-@torch.no_grad()
 def unpack_linears(model: Any) -> None:
     """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight.
 
     bitsandbytes computes with that very weight, only that it unpacks it in each pass (on a CPU, at 1.1
     billion weights a second).
     """
-    for name, module in four_bit_linears(model).items():
+    _unpack(model, four_bit_linears(model))
+
+
+def unpack_odd_linears(model: Any) -> None:
+    """The same on a CPU for those whose sizes bitsandbytes cannot pack for its kernel there, which raises.
+
+    They are small as a rule: the gate of a shared expert has one output.
+    """
+    if model.device.type != "cpu":
+        return
+    odd = [name for name, module in four_bit_linears(model).items() if not _can_be_packed(module)]
+    _unpack(model, odd)
+    if odd:
+        logger.info(
+            "%d linears, the first is %s, are kept in bf16: 4-bit kernels lack their sizes", len(odd), odd[0]
+        )
+
+
+def _can_be_packed(module: Any) -> bool:
+    if not module.support_avx512bf16_for_cpu:  # it is not tried then
+        return True
+    whole_blocks = module.in_features % module.weight.quant_state.blocksize == 0
+    return bool(module.out_features % PANEL == 0 and whole_blocks)
+
+
+@torch.no_grad()
+def _unpack(model: Any, names: Iterable[str]) -> None:
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _unpacked(module))
+        setattr(model.get_submodule(parent), leaf, _unpacked(model.get_submodule(name)))
 
 
 def _unpacked(module: Any) -> torch.nn.Linear:

@@ -1,0 +1,122 @@
+"""What a base's forward pass does, learnt from a run on a few tokens: how it attends, what linears get."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.base import LoadedBase
+from adapters.errors import BaseModelError
+from server.engine.attention import AttentionHost, KvShape, LayerAttention, install
+from server.engine.model.supported import check_config, check_layers, name_of
+
+log = logging.getLogger("manylora.engine")
+
+_TOKENS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What was learnt.
+
+    Attributes:
+        host: where the model's attention calls arrive from now on.
+        shapes, kinds: by layer, what its keys and values look like and how it attends.
+        rows: by linear, of how many rows its inputs were; empty = nothing came to it.
+    """
+
+    host: AttentionHost
+    shapes: Mapping[int, KvShape]
+    kinds: Mapping[int, LayerAttention]
+    rows: Mapping[str, frozenset[int]]
+
+
+@torch.inference_mode()
+def probe(base: LoadedBase) -> Probe:
+    """Run ``base``, whose modules nobody has wrapped yet, on five tokens, of which one gives logits.
+
+    Raises:
+        BaseModelError: it cannot be served; names its architecture and says why.
+    """
+    model, config = base.model, base.model.config
+    check_config(config)
+    shapes: dict[int, KvShape] = {}
+    kinds: dict[int, LayerAttention] = {}
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+        shapes[layer] = KvShape(k.shape[1], k.shape[2], v.shape[2])
+        kinds[layer] = kind
+        return q.new_zeros(*q.shape[:2], v.shape[2])
+
+    rows: dict[str, set[int]] = {name: set() for name in base.layout.sites}
+    with _naming(config), _counting(model, rows):
+        host = install(model)
+        host.handler = attend
+        tokens = torch.arange(_TOKENS, device=model.device)
+        forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
+    check_layers(config, shapes)
+    return Probe(host, shapes, kinds, {name: frozenset(counts) for name, counts in rows.items()})
+
+
+def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """float32 logits [n, vocabulary] of ``rows`` [n] of a step's tokens."""
+    out = model(input_ids=tokens[None], position_ids=positions[None], logits_to_keep=rows, use_cache=False)
+    logits: Tensor = out.logits[0].float()
+    return logits
+
+
+def servable(base: LoadedBase, found: Probe) -> LoadedBase:
+    """``base`` without the linears that adapters cannot add to, since they do not see each token once."""
+    unservable = {
+        name: "the base does not run it on each token of a step by itself"
+        for name, counts in found.rows.items()
+        if counts != {_TOKENS}
+    }
+    if not unservable:
+        return base
+    log.info("adapters cannot add to %d linears, the first is %s", len(unservable), next(iter(unservable)))
+    sites = {name: site for name, site in base.layout.sites.items() if name not in unservable}
+    return replace(base, layout=replace(base.layout, sites=sites, unservable=unservable))
+
+
+@contextmanager
+def _counting(model: Any, rows: dict[str, set[int]]) -> Iterator[None]:
+    """Note of how many rows the inputs of these linears are."""
+
+    def note(counts: set[int], _: object, inputs: tuple[Tensor, ...]) -> None:
+        counts.add(math.prod(inputs[0].shape[:-1]))
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(note, counts))
+        for name, counts in rows.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _naming(config: Any) -> Iterator[None]:
+    """Whatever the model's code raises, as a refusal of its architecture."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except BaseModelError as error:
+        raise BaseModelError(f"{name_of(config)} cannot be served: {error}") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise BaseModelError(
+            f"{name_of(config)} cannot be served: its forward pass over a step's tokens, without a cache of "
+            f"its own, raised {type(error).__name__} ({reason})."
+        ) from error
