@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
-
-from tokenizers.decoders import DecodeStream
 
 from adapters.text.messages import Message
 from adapters.text.renderer import ChatRenderer
@@ -15,6 +15,8 @@ from server.engine.text_bounds import TextBounds
 from server.errors import InvalidRequest
 
 _REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+"""A token of SentencePiece for one byte."""
 
 
 class Tokenizer:
@@ -43,6 +45,9 @@ class Tokenizer:
         self._fast = fast
         self._backend = fast.backend_tokenizer
         self._byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
+        added = self._backend.get_added_tokens_decoder()
+        self._special = frozenset(id_ for id_, token in added.items() if token.special)
+        self._anchor = self._anchor_for_pieces()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a raw prompt; special tokens that are written in it count as such, as in vLLM.
@@ -76,53 +81,70 @@ class Tokenizer:
             self._bounds.check("messages", text)
 
     def stream(self, skip_special_tokens: bool) -> TextStream:
+        """An answer's text from the beginning."""
         return TextStream(self, skip_special_tokens)
 
-    def step(self, stream: DecodeStream, token: int) -> str:
-        return stream.step(self._backend, token) or ""
-
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
-        text: str = self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
-        return text
+        """An answer's text as it is streamed."""
+        stream = self.stream(skip_special_tokens)
+        return "".join(map(stream.push, tokens)) + stream.finish()
 
     @lru_cache(maxsize=65536)  # noqa: B019  (one tokenizer lives as long as the process)
     def piece(self, token: int) -> tuple[str, bytes]:
-        """A token's own text and the exact bytes it stands for.
+        """A token's own text behind other text, and the exact bytes it stands for.
 
         The text of a token that is part of a character is U+FFFD; its bytes are still right for byte-level
-        BPE and for SentencePiece's byte tokens.
+        BPE and for SentencePiece's byte tokens. Decoders treat the first token of a text alone in another way
+        (SentencePiece's loses its space), so the token is decoded behind one that is an ordinary word.
         """
-        text: str = self._backend.decode([token], skip_special_tokens=False)
+        text = self._decode([*self._anchor, token])[len(self._decode(self._anchor)) :]
         if _REPLACEMENT not in text:
             return text, text.encode()
         raw = self._backend.id_to_token(token) or ""
-        if len(raw) == 6 and raw.startswith("<0x"):
+        if _BYTE_TOKEN.fullmatch(raw):
             return text, bytes([int(raw[3:5], 16)])
         if raw and all(character in self._byte_of for character in raw):
             return text, bytes(self._byte_of[character] for character in raw)
         return text, text.encode()
 
+    def is_special(self, token: int) -> bool:
+        return token in self._special
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._backend.decode(tokens, skip_special_tokens=False)
+        return text
+
+    def _anchor_for_pieces(self) -> list[int]:
+        """A token that is an ordinary word in any text; none if there is no such."""
+        added = self._backend.get_added_tokens_decoder()
+        for text in ("a", "the", "1", "."):
+            for token in self._backend.encode(text, add_special_tokens=False).ids[-1:]:
+                raw = self._backend.id_to_token(token) or ""
+                if token not in added and not _BYTE_TOKEN.fullmatch(raw):
+                    return [token]
+        return []
+
 
 class TextStream:
-    """One answer's text, token by token; a character split over tokens comes with its last one."""
+    """One answer's text, token by token; a character split over tokens comes with its last one.
+
+    Bytes that are no UTF-8 become U+FFFD, and what is valid around them stays.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._tokens: list[int] = []
-        self._length = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes, possibly none."""
-        self._tokens.append(token)
-        text = self._tokenizer.step(self._stream, token)
-        self._length += len(text)
-        return text
+        if self._skip and self._tokenizer.is_special(token):
+            return ""
+        return self._characters.decode(self._tokenizer.piece(token)[1])
 
     def finish(self) -> str:
         """What a last unfinished character leaves, as U+FFFD."""
-        return self._tokenizer.decode(self._tokens, self._skip)[self._length :]
+        return self._characters.decode(b"", final=True)
 
 
 def _byte_level_alphabet() -> dict[int, str]:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -94,6 +94,7 @@ def test_special_tokens_can_be_allowed(family: Any) -> None:
     assert allowed.prompt(user(FORGED)) == as_transformers(fast, user(FORGED))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ae <|>/s_imtrdn\n\ufdd0\ufdd1\ufdd3", max_size=30), st.booleans())
 def test_no_text_forges_a_token(text: str, split: bool) -> None:
     fast = tiny_tokenizer()
