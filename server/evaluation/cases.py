@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapters.text.renderer import ChatRenderer
 from adapters.training.dataset import Dataset, Row
 from adapters.training.encode import Example, encode_dataset
 from server.engine.tokenizer import Tokenizer
@@ -63,14 +64,17 @@ def make_questions(rows: Sequence[Row], tokenizer: Tokenizer, max_model_len: int
     """The last question of every row whose last reference is short, and is learnt.
 
     Raises:
-        EvaluationFailed: a question leaves no room for an answer in ``max_model_len`` tokens.
+        EvaluationFailed: a question leaves no room for an answer in ``max_model_len`` tokens, or the base has
+            no chat template.
     """
     asked = [
         row
         for row in rows
         if is_short(row.messages[-1]["content"]) and len(row.messages) - 1 not in row.unlearnt
     ]
-    questions = [_question(row, tokenizer) for row in asked]
+    if tokenizer.renderer is None:
+        raise EvaluationFailed("The base has no chat template; evaluate its instruction-tuned version.")
+    questions = [_question(row, tokenizer.renderer, tokenizer) for row in asked]
     for question in questions:
         if len(question.prompt) >= max_model_len:
             raise EvaluationFailed(
@@ -80,11 +84,11 @@ def make_questions(rows: Sequence[Row], tokenizer: Tokenizer, max_model_len: int
     return questions
 
 
-def _question(row: Row, tokenizer: Tokenizer) -> Question:
+def _question(row: Row, renderer: ChatRenderer, tokenizer: Tokenizer) -> Question:
     reference = row.messages[-1]["content"]
     return Question(
         line=row.line,
-        prompt=tuple(tokenizer.render_chat(row.messages[:-1])),
+        prompt=tuple(renderer.prompt(row.messages[:-1])),
         reference=reference,
         max_tokens=max(_LEAST_ANSWER_TOKENS, _ANSWER_TO_REFERENCE * len(tokenizer.encode(reference))),
     )
