@@ -15,6 +15,8 @@ from adapters.artifact.files import CONFIG_FILE, parse_object
 from adapters.errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 2**20
+MAX_LABEL_LENGTH = 500
+"""Of a text that decides nothing but is listed; the rest is cut."""
 ALL_LINEAR = "all-linear"
 
 T = TypeVar("T")
@@ -65,7 +67,7 @@ def parse_config(data: bytes) -> LoraSettings:
         exclude_modules=_optional(config, "exclude_modules", _text_or_names, ()),
         layers_to_transform=_optional(config, "layers_to_transform", _layers, ()),
         layers_pattern=_optional(config, "layers_pattern", _names, ()),
-        base_model=_optional(config, "base_model_name_or_path", _text, None),
+        base_model=_optional(config, "base_model_name_or_path", _label, None),
         use_dora=_optional(config, "use_dora", _flag, False),
         lora_bias=_optional(config, "lora_bias", _flag, False),
         bias=_optional(config, "bias", _bias, "none"),
@@ -131,6 +133,10 @@ def _text(value: Any) -> str:
     if type(value) is not str:
         raise _Malformed("a string")
     return value
+
+
+def _label(value: Any) -> str:
+    return _text(value)[:MAX_LABEL_LENGTH]
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -90,7 +90,8 @@ def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
     names = [name for name in settings.modules_to_save if not any(m.endswith(name) for m in layout.modules)]
     if not names:
         return ()
-    return (f"modules_to_save names {', '.join(names)}, which the base does not have.",)
+    shown = ", ".join(f"{name:.60}" for name in names[:3]) + (", …" if len(names) > 3 else "")
+    return (f"modules_to_save names {shown}, which the base does not have.",)
 
 
 def _check_weights(weights: Mapping[str, TensorEntry], saved: frozenset[str], layout: BaseLayout) -> None:

@@ -160,7 +160,7 @@ def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, 
         tensors[name.role] = entry
     if len(adapter_names) > 1:
         raise AdapterInvalid(
-            f"The file mixes the tensors of several adapters: {', '.join(sorted(adapter_names))}."
+            f"The file mixes the tensors of several adapters: {_some(sorted(adapter_names))}."
         )
     for module, tensors in wrapped.items():  # the same again, which PEFT leaves aside as well
         found[module] = {**tensors, **found.get(module, {})}

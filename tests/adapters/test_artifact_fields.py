@@ -47,6 +47,14 @@ def test_pefts_own_defaults_are_neutral(tmp_path: Path) -> None:
     assert inspect_adapter(write_folder(tmp_path / "a", defaults), LAYOUT, LIMITS).warnings == ()
 
 
+def test_what_is_listed_is_not_long(tmp_path: Path) -> None:
+    long = {"base_model_name_or_path": "x" * 10_000, "modules_to_save": ["y" * 10_000] * 9, "z" * 10_000: 1}
+    info = inspect_adapter(write_folder(tmp_path / "a", config(**long)), LAYOUT, LIMITS)
+    assert info.base_model == "x" * 500
+    assert len(info.warnings) == 3
+    assert max(map(len, info.warnings)) < 1000
+
+
 LABELLED: list[tuple[dict[str, Any], str | None]] = [
     ({"lora_dropout": 0.1, "peft_version": "0.99", "inference_mode": True, "revision": "main"}, None),
     ({"auto_mapping": {"unsloth_fixed": True}, "megatron_core": "megatron.core"}, None),

@@ -45,7 +45,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "head-dora": {"r": 4, "target_modules": ["lm_head"], "use_dora": True},
     "norms": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
     "saved-embedding": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "saved-head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved-head": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "save_embedding_layers": True,
+        "task_type": "SEQ_2_SEQ_LM",
+    },
     "all-of-it": {
         "r": 4,
         "target_modules": ["q_proj", "down_proj", "embed_tokens"],
