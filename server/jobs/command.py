@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from adapters.paths import folder_name
 from server.config import ServerConfig, TrainingConfig
 from server.jobs.database import Job
 from server.jobs.files import Files
@@ -38,7 +37,8 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
     arguments: dict[str, object] = {
         "--data": files.path(job.training_file),
         "--eval": files.path(job.validation_file) if job.validation_file else None,
-        "--name": folder_name(job.fine_tuned_model),
+        "--name": job.fine_tuned_model,
+        "--job": job.id,
         "--output-dir": config.adapters.folder,
         "--run-dir": run_folder,
         "--base": config.base.base,

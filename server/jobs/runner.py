@@ -56,11 +56,11 @@ MOST_DEATHS = 3
 class Models(Protocol):
     """Where finished adapters are served; both methods block."""
 
-    def publish(self, name: str) -> None:
-        """Serve the adapter in the folder of ``name``, from now on. Raises AdapterError."""
+    def publish(self, name: str, job: str) -> None:
+        """Serve what ``job`` has put into the folder of ``name``, from now on. Raises AdapterError."""
 
-    def retract(self, name: str) -> None:
-        """Serve it no longer, and remove its folder; harmless if there is none."""
+    def retract(self, name: str, job: str) -> None:
+        """Serve it no longer, and remove its folder; nothing is done if ``job`` has not made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,16 +281,15 @@ class Runner:
 
     def _publish(self, job: Job, ending: Ending) -> Ending:
         try:
-            self._models.publish(job.fine_tuned_model)
+            self._models.publish(job.fine_tuned_model, job.id)
         except ManyloraError as error:
             self._retract(job)
             return Ending("failed", "adapter_refused", f"The adapter cannot be served: {error}")
         return ending
 
     def _retract(self, job: Job) -> None:
-        """Undo what the child may have published, unless others may have made what goes by that name."""
-        if job.fine_tuned_model.startswith("ft:"):
-            self._models.retract(job.fine_tuned_model)
+        """Undo what the child may have published."""
+        self._models.retract(job.fine_tuned_model, job.id)
 
     def _keep_results(self, job: Job, ending: Ending) -> list[str]:
         """OpenAI's result file, the metrics of every step as CSV; and how it did on the validation file."""

@@ -145,14 +145,6 @@ class Jobs:
         """Queues a paused job again. Raises JobNotKnown, or JobConflict if it is not paused."""
         return self._move(job_id, "queued", ("paused",), "Fine-tuning job queued again")
 
-    def makes(self, model: str) -> bool:
-        """Whether a job has made, or is to make, the model of that name."""
-        with self._database.read() as session:
-            wanted = select(Job.seq).where(
-                Job.fine_tuned_model == model, Job.status.in_((*UNFINISHED, "succeeded"))
-            )
-            return session.scalars(wanted.limit(1)).first() is not None
-
     def _events(
         self, wanted: Select[JobEvent], job_id: str, after: str | None, limit: int, ascending: bool
     ) -> Page[JobEvent]:
@@ -237,13 +229,24 @@ _JSON: dict[Any, Any] = {
 """The columns that only a whole JSON value may be in, and what they are when it is lost."""
 
 
+def check_job_name(name: str) -> str:
+    """The name itself, if a job may call its model so. Raises InvalidRequest."""
+    if name.startswith("ft:"):
+        raise InvalidRequest(
+            f"{name!r:.140} is a name that jobs without a 'name' are given; choose one without 'ft:'.", "name"
+        )
+    return _checked(name, "name")
+
+
 def _model_name(wanted: Wanted) -> str:
     """The result's name. Raises InvalidRequest if no folder can be called so."""
     if wanted.name is not None:
-        name, field_name = wanted.name, "name"
-    else:
-        unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
-        name, field_name = f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix"
+        return check_job_name(wanted.name)
+    unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
+    return _checked(f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix")
+
+
+def _checked(name: str, field_name: str) -> str:
     try:
         return check_name(name)
     except AdapterNameInvalid as error:

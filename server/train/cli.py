@@ -64,6 +64,11 @@ def add_parser(commands: SubParsers) -> None:
         action="store_true",
         help="publish only what is better on --eval than the base and the version it replaces",
     )
+    parser.add_argument(
+        "--job",
+        metavar="ID",
+        help="the fine-tuning job that asks for it (the server says so): it replaces jobs' results alone",
+    )
     add_served(parser.add_argument_group("base and folders, as for manylora serve"), _SHARED)
     add_train_options(parser)
     parser.set_defaults(run=run)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from adapters.base.source import name_of
 from adapters.errors import (
     AdapterNameInvalid,
     DatasetInvalid,
@@ -16,7 +17,7 @@ from adapters.errors import (
     RecipeInvalid,
     RunFolderInvalid,
 )
-from adapters.paths import check_name
+from adapters.paths import check_name, folder_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
 from adapters.training.gpu import release_memory
@@ -30,6 +31,7 @@ from server.evaluation.examiner import Tick
 from server.evaluation.gate import decide
 from server.evaluation.table import table
 from server.train.options import chosen
+from server.train.origin import MadeBy, Origin
 from server.train.publish import publish
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 130
@@ -57,7 +59,7 @@ class Command:
             return STOPPED
 
     def _run(self, stop: Stop) -> int:
-        check_name(self._arguments.name)
+        self._check_name()
         config = self._config()
         run = RunFolder(self._run_dir(), self._arguments.resume, self._is_main)
         try:
@@ -91,10 +93,21 @@ class Command:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
             _say(f"Not published, but kept in {trained.folder}. {reason}")
             return DONE
-        path = publish(trained.folder, self._output_dir, self._arguments.name)
+        path = self._publish(trained.folder)
         self._end(run, "published", trained, path=path, evaluation=evaluation)
         _say(f"Published {path}.")
         return DONE
+
+    def _check_name(self) -> None:
+        """The names of the base are for the server to check if it asks: it may have others for it."""
+        name = check_name(self._arguments.name)
+        if self._arguments.job is None and name == name_of(self._server.base.base):
+            raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
+
+    def _publish(self, folder: Path) -> Path:
+        name, job = self._arguments.name, self._arguments.job
+        by = MadeBy(Origin(self._server.home), job) if job is not None else None
+        return publish(folder, self._output_dir, name, by)
 
     def _evaluate(
         self, config: TrainConfig, run: RunFolder, folder: Path
@@ -103,7 +116,7 @@ class Command:
         if config.eval_data is None:
             return None, True, None
         data = read_dataset(config.eval_data)
-        replaced = self._output_dir / self._arguments.name
+        replaced = self._output_dir / folder_name(self._arguments.name)
         self._tell(run, "evaluating", f"Evaluating {len(data.rows)} rows through the serving engine.")
         evaluation = evaluate_adapter(
             config.base,
@@ -159,10 +172,10 @@ class Command:
             return Path(self._arguments.run_dir)
         if "WORLD_SIZE" in os.environ:
             raise RecipeInvalid("Several processes that train together need --run-dir, to share one folder.")
-        root = self._server.home / "training"
-        if self._arguments.resume and (earlier := sorted(root.glob(f"{self._arguments.name}-*Z"))):
+        root, name = self._server.home / "training", folder_name(self._arguments.name)
+        if self._arguments.resume and (earlier := sorted(root.glob(f"{name}-*Z"))):
             return earlier[-1]
-        return root / f"{self._arguments.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        return root / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
     def _end(self, run: RunFolder, status: str, trained: Trained | None = None, **fields: Any) -> None:
         result = {

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from adapters.paths import folder_name
+from server.train.origin import Origin
+
 
 def main() -> int:
     options = read_options()
@@ -43,15 +46,16 @@ def main() -> int:
         tell("start", total_steps=total)
         while step < total:
             time.sleep(float(orders.get("sleep", 0)))
-            step += 1
+            now = step + 1
             tell(
                 "step",
-                step=step,
+                step=now,
                 total_steps=total,
-                loss=1 / step,
-                epoch=step / total,
-                eta_seconds=total - step,
+                loss=1 / now,
+                epoch=now / total,
+                eta_seconds=total - now,
             )
+            step = now  # only now: a signal before it must not skip a step that was not told
             if orders.get("die") == str(step):
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % int(orders.get("every", 1)) == 0:
@@ -75,10 +79,11 @@ def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
         )
     if "kept" in orders:
         return end(options.run_dir, "kept", reason="It is no better than the base.", evaluation=evaluation)
-    folder: Path = options.output_dir / options.name
+    folder: Path = options.output_dir / folder_name(options.name)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "adapter_config.json").write_text(json.dumps(vars(options), default=str))
+    Origin(options.home).mark(partial, options.name, options.job)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     metrics = {"trained_tokens": 123, "train_loss": 0.5}
@@ -103,6 +108,7 @@ def read_options() -> argparse.Namespace:
         parser.add_argument(flag, type=Path)
     for flag in (
         "--name",
+        "--job",
         "--base",
         "--quantization",
         "--head-quantization",
