@@ -17,15 +17,13 @@ from server.errors import InvalidRequest
 from server.http.context import training_of
 from server.http.errors import BodyTooLarge
 from server.http.json_response import JSONResponse
-from server.http.multipart import Form, file_blocks, form_of
+from server.http.multipart import MAX_OTHER_BYTES, Form, body_blocks, form_of
 from server.http.query import read_query
 from server.jobs.database import StoredFile
 from server.jobs.files import TRAINING, Upload
 from server.jobs.training import Training
 
 PURPOSE = "purpose"
-_FORM_BYTES = 64 << 10
-"""More than a form takes around its file."""
 _LIST = {
     "after": (text, None),
     "limit": (integer(1, 10_000), 10_000),
@@ -40,14 +38,13 @@ async def upload_file(request: Request) -> JSONResponse:
     form = form_of(request, frozenset({PURPOSE}))
     most = training.config.max_file_bytes
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:18]) > most + _FORM_BYTES:
+    if declared.isdecimal() and int(declared[:18]) > most + MAX_OTHER_BYTES:
         raise _too_large(most)
     upload = await training.disk.run(training.files.begin)
     try:
-        async for block in file_blocks(request, form):
-            if upload.size + len(block) > most:
-                raise _too_large(most)
-            await training.disk.run(upload.write, block)
+        async for block in body_blocks(request):
+            await training.disk.run(_take, form, upload, block, most)
+        form.finish()
         file = await training.checks.run(_keep, training, upload, form)
     finally:
         await training.disk.run(upload.discard)
@@ -109,6 +106,13 @@ def list_object(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     """OpenAI's ``list``, with the cursors of its page."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
+
+
+def _take(form: Form, upload: Upload, block: bytes, most: int) -> None:
+    data = form.feed(block)
+    if upload.size + len(data) > most:
+        raise _too_large(most)
+    upload.write(bytes(data))
 
 
 def _keep(training: Training, upload: Upload, form: Form) -> StoredFile:

@@ -18,11 +18,13 @@ from server.http.errors import BodyNotMultipart, ClientDisconnected
 FILE: Final = "file"
 MAX_FIELD_BYTES = 1024
 MAX_NAME_LENGTH = 255
+MAX_OTHER_BYTES = 64 << 10
+"""Most bytes of a form around its file: headers, fields, and what stands before and behind."""
 BLOCK = 1 << 20
 
 
 class Form:
-    """What has been read of a form.
+    """What has been read of a form. Reading is Python's work, so let it not be the event loop's.
 
     Attributes:
         fields: the text fields, by name.
@@ -41,6 +43,7 @@ class Form:
         self._value = bytearray()
         self._disposition = b""
         self._file = bytearray()
+        self._other = 0
         self._parser = MultipartParser(
             boundary,
             {
@@ -62,7 +65,16 @@ class Form:
             self._parser.write(data)
         except FormParserError as error:
             raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
+        self._other += len(data) - len(self._file)
+        if self._other > MAX_OTHER_BYTES:
+            message = f"The form has more than {MAX_OTHER_BYTES} bytes beside its file; send the file alone."
+            raise InvalidRequest(message)
         return self._file
+
+    def finish(self) -> None:
+        """The body has ended. Raises InvalidRequest if the form has not."""
+        if not self.complete:
+            raise InvalidRequest("The multipart form ends before its last boundary.")
 
     def _begin_part(self) -> None:
         self._name, self._disposition = "", b""
@@ -121,21 +133,16 @@ def form_of(request: Request, allowed: frozenset[str]) -> Form:
         raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
 
 
-async def file_blocks(request: Request, form: Form) -> AsyncIterator[bytes]:
-    """The file's bytes in blocks of about ``BLOCK``, while ``form`` takes in the rest of the body.
-
-    Raises InvalidRequest when the form is not valid, or not complete.
-    """
+async def body_blocks(request: Request) -> AsyncIterator[bytes]:
+    """The request's body in blocks of about ``BLOCK``."""
     block = bytearray()
     try:
         async for chunk in request.stream():
-            block += form.feed(chunk)
+            block += chunk
             if len(block) >= BLOCK:
                 yield bytes(block)
                 block.clear()
     except ClientDisconnect:
         raise ClientDisconnected("The client went away while sending its file.") from None
-    if not form.complete:
-        raise InvalidRequest("The multipart form ends before its last boundary.")
     if block:
         yield bytes(block)

@@ -23,7 +23,7 @@ from adapters.artifact.plan import plan_adapter
 from adapters.errors import ManyloraError
 from adapters.sites import BaseLayout, Site
 from adapters.training.dataset import read_dataset
-from server.http.multipart import file_blocks, form_of
+from server.http.multipart import body_blocks, form_of
 
 MAX_MESSAGE = 4000
 """Characters of an error; those of a data file's rows are the longest."""
@@ -96,7 +96,8 @@ async def _receive(body: bytes, size: int) -> None:
     headers = [(b"content-type", b"multipart/form-data; boundary=" + BOUNDARY)]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
     form = form_of(request, frozenset({"purpose"}))
-    received = sum([len(block) async for block in file_blocks(request, form)])
+    received = sum([len(form.feed(block)) async for block in body_blocks(request)])
+    form.finish()
     assert received <= len(body)
     json.dumps([form.fields, form.filename], ensure_ascii=False).encode()
 

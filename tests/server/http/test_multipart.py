@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.http.multipart import MAX_FIELD_BYTES, Form
+from server.http.multipart import MAX_FIELD_BYTES, MAX_OTHER_BYTES, Form
 
 BOUNDARY = "frontier"
 
@@ -76,3 +76,30 @@ def test_what_is_not_wanted_is_named(parts: list[bytes], param: str) -> None:
 def test_filenames_are_only_names(sent: str, kept: str) -> None:
     form, _ = read(body(part(f'name="file"; filename="{sent}"', b"")))
     assert form.filename == kept
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [part('name="purpose"', b"x")] * (MAX_OTHER_BYTES // 50),
+        [part('name="purpose"', b"x"), part('name="file"; filename="a"', b"1"), b"", b"x" * MAX_OTHER_BYTES],
+    ],
+    ids=["many fields", "much behind the file"],
+)
+def test_what_is_around_the_file_is_bounded(parts: list[bytes]) -> None:
+    data = body(*parts) if parts[-1].startswith(b"--") else body(*parts[:-1]) + parts[-1]
+    with pytest.raises(InvalidRequest, match="beside its file"):
+        read(data, list(range(0, len(data), 4096)))
+
+
+def test_a_large_file_is_no_matter() -> None:
+    content = b"y" * (4 * MAX_OTHER_BYTES)
+    form, file = read(body(part('name="file"; filename="a"', content)), list(range(0, len(content), 9999)))
+    form.finish()
+    assert file == content
+
+
+def test_a_form_that_does_not_end() -> None:
+    form, _ = read(body(part('name="file"; filename="a"', b"1"))[:-4])
+    with pytest.raises(InvalidRequest, match="last boundary"):
+        form.finish()
