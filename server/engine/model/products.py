@@ -101,15 +101,9 @@ def quickest(seconds: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which product for how many rows.
-
-    Attributes:
-        names: by ``ROWS``; empty = nothing was measured.
-        refused: why ours is not among them, though it is for such weights.
-    """
+    """Attributes: ``names``: by ``ROWS``; empty = nothing was measured."""
 
     names: Sequence[str] = ()
-    refused: str = ""
 
     def of(self, rows: int) -> str:
         """The name for so many rows; beyond all that was measured, the usual one."""
