@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.artifact.recognise import recognise
 from adapters.artifact.regex import OutOfPatience
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
 from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, name_of_folder
@@ -217,6 +218,7 @@ class Watcher:
         signature = signature_of(f"{self._root}/{name}")
         if known is not None and known.signature == signature and not known.refused:
             known.still, known.inode = True, inode
+            self._recognise(known)
             return known
         self._heed_changes(name, signature)
         self._folders[name] = self._first_seen(name, inode, signature)
@@ -238,6 +240,15 @@ class Watcher:
         elif not seen.is_due(seen.since) and not self._is_suppressed(name):
             self._registry.wait(name, path, why_not_finished(path, signature))
         return seen
+
+    def _recognise(self, folder: _Folder) -> None:
+        """One that lacks a file since it plainly is something else is listed so, and not waited for."""
+        if folder.done or None not in folder.signature or self._is_suppressed(folder.name):
+            return
+        something_else = recognise(folder.path)
+        if something_else is not None:
+            folder.done = True
+            self._registry.fail(folder.name, folder.path, str(something_else))
 
     def _read_all(self, due: list[_Folder], progress: bool, budget: float) -> None:
         served = self._registry.names_by_path()

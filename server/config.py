@@ -31,6 +31,7 @@ class BaseConfig:
     Attributes:
         base: a known name, a local transformers folder, a local GGUF file or a hub id.
         served_names: names clients may ask for the base by; empty = the base's own name.
+        generation_config: where defaults of sampling come from: ``auto`` (the base), ``none``, or a folder.
         allow_special_tokens: in messages special tokens are such; False = they are text.
     """
 
@@ -38,6 +39,7 @@ class BaseConfig:
     quantization: Quantization
     head_quantization: Quantization
     served_names: tuple[str, ...]
+    generation_config: str
     allow_special_tokens: bool
     device: Device
 

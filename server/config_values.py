@@ -74,6 +74,12 @@ def gpu(value: str) -> str:
     return value
 
 
+def generation_config(value: str) -> str:
+    """``auto``, ``none``, or a folder. vLLM says ``vllm`` where it means its own defaults."""
+    word = text(value).lower()
+    return "none" if word == "vllm" else word if word in ("auto", "none") else value
+
+
 def choice(*allowed: str) -> Callable[[str], str]:
     """One of a few words."""
 

@@ -12,6 +12,7 @@ from server.config_values import (
     choice,
     flag,
     fraction,
+    generation_config,
     gpu,
     host_pattern,
     integer,
@@ -80,6 +81,10 @@ OPTIONS: tuple[Option, ...] = (
            "what clients call the base (may be repeated)", several=True),
     Option("--allow-special-tokens", "base.allow_special_tokens", flag, "false", None,
            "read special tokens in messages (<|im_end|>) as tokens, not as text: users may then forge turns"),
+    Option("--generation-config", "base.generation_config", generation_config, "auto", "{auto,none,DIR}",
+           "where requests get temperature, top_p, top_k, min_p, repetition_penalty and max_tokens from that "
+           "they do not give: auto: the base's generation_config.json; none: the API's defaults; or a folder "
+           "with such a file"),
     Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
            "where to compute; auto: cuda if there is one"),
 

@@ -43,6 +43,15 @@ class Source:
     folder: Path | None = None
 
 
+def name_of(base: str) -> str:
+    """The ``name`` of the source; whether anything usable is there is not looked at."""
+    path = Path(base).expanduser()
+    if base == DEFAULT_BASE or not path.exists():
+        return base
+    path = path.resolve()
+    return path.name if path.is_dir() else path.stem
+
+
 def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
     """What ``base`` names: the default's name, a transformers folder, a ``.gguf`` file, or a hub id.
 
@@ -53,16 +62,18 @@ def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
     """
     if base == DEFAULT_BASE:
         downloads = cache_dir / "downloads"
-        return Source(base, _DEFAULT_HUB_ID, GGUF_SHA256, lambda: fetch_default_gguf(downloads, progress))
+        return Source(
+            name_of(base), _DEFAULT_HUB_ID, GGUF_SHA256, lambda: fetch_default_gguf(downloads, progress)
+        )
     memo = DigestMemo(cache_dir / "digests.json", progress)
     path = Path(base).expanduser()
     if path.is_dir():
         path = path.resolve()
-        return _folder(path, path.name, str(path), memo)
+        return _folder(path, name_of(base), str(path), memo)
     if path.is_file():
         return _gguf(path.resolve(), memo)
     if _HUB_ID.fullmatch(base):
-        return _folder(_snapshot(base, progress), base, base, memo)
+        return _folder(_snapshot(base, progress), name_of(base), base, memo)
     raise BaseNotFound(
         f"--base {base} is no file or folder here; "
         f"give {DEFAULT_BASE}, a transformers folder, a .gguf file, or a hub id such as {_DEFAULT_HUB_ID}."
@@ -74,7 +85,7 @@ def _gguf(path: Path, memo: DigestMemo) -> Source:
     with path.open("rb") as file:
         if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
             raise BaseCorrupt(f"{path} is not a GGUF file; give a .gguf file or a transformers folder.")
-    return Source(path.stem, str(path), memo.of_file(path), lambda: path)
+    return Source(name_of(str(path)), str(path), memo.of_file(path), lambda: path)
 
 
 def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Source:

@@ -32,6 +32,7 @@ from server.engine.model import StepModel, build_model
 from server.engine.model.probe import probe, servable
 from server.engine.model.supported import check_config
 from server.engine.request import BaseInfo, EngineStats
+from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
 from server.engine.sizes import Sizes, max_model_len, out_of_memory_names
@@ -137,6 +138,7 @@ def _info(
         attention,
         prepared.head_quantization,
         takes_reasoning=tokenizer.renderer is not None and tokenizer.renderer.template.takes_reasoning,
+        defaults=sampling_defaults(config.base.generation_config, base),
     )
 
 

@@ -7,7 +7,7 @@ asynchronous iterator of ``Delta``.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
@@ -52,6 +52,36 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     n: int = 1
+
+
+SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, (1 << 31) - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+"""What may be asked for, ends included; within it a finite logit stays finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What requests get that do not say it themselves; None = as ``SamplingParams`` has it.
+
+    Attributes:
+        max_tokens: of chats; without it they may take all that the context leaves.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: int | None = None
+
+    def given(self) -> dict[str, float]:
+        """By name, those that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +215,7 @@ class BaseInfo:
     Attributes:
         attention: what attends over its keys and values here.
         takes_reasoning: whether its chat template renders an assistant's reasoning.
+        defaults: for requests that are silent about how to sample.
     """
 
     name: str
@@ -196,6 +227,7 @@ class BaseInfo:
     attention: str
     head_quantization: str = "none"
     takes_reasoning: bool = False
+    defaults: SamplingDefaults = SamplingDefaults()
 
 
 class Service(Protocol):

@@ -104,6 +104,10 @@ class Sizes:
         if not engine.enforce_eager:
             shares.append(Share("CUDA graphs", GRAPHS, "--enforce-eager"))
         room = usable(meter.total, engine.gpu_memory_utilization) - sum(share.nbytes for share in shares)
+        if model.bytes_a_position:
+            positions = min(own_length(self._base.model.config.get_text_config()) or room, room // token)
+            tables = model.bytes_a_position * max(positions, 0)
+            shares.append(Share("what the model keeps by position", tables))
         step = self._step_bytes(model, max(room // 2 // token, self.step_tokens), meter)
         shares.append(Share("a step", step, "--max-num-batched-tokens, --max-num-seqs"))
         left = left_for_kv(meter.total, engine.gpu_memory_utilization, shares, self.step_tokens * token)

@@ -24,9 +24,12 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatBody, context.config.max_body_bytes)
     await begin(record, context, body, "chatcmpl")
     prompt = await context.service.render_chat([message.rendered() for message in body.messages])
-    room = room_for_answer("messages", len(prompt), body.asked_tokens, context.service.base.max_model_len)
+    base = context.service.base
+    limit = room_for_answer(
+        "messages", len(prompt), body.asked_tokens, base.max_model_len, base.defaults.max_tokens
+    )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    running = await submit(record, context, [(tuple(prompt), body.sampling(room, logprobs))])
+    running = await submit(record, context, [(tuple(prompt), body.sampling(limit, logprobs, base.defaults))])
     if body.stream:
         return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:

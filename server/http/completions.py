@@ -48,9 +48,9 @@ async def _tokens(context: Context, prompt: Prompt) -> tuple[int, ...]:
 
 
 def _sampling(context: Context, body: CompletionBody, prompt: tuple[int, ...]) -> SamplingParams:
-    room = room_for_answer("prompt", len(prompt), body.asked_tokens, context.service.base.max_model_len)
-    limit = room if body.asked_tokens is not None else min(room, DEFAULT_MAX_TOKENS)
-    return body.sampling(limit, body.logprobs)
+    base = context.service.base
+    limit = room_for_answer("prompt", len(prompt), body.asked_tokens, base.max_model_len, DEFAULT_MAX_TOKENS)
+    return body.sampling(limit, body.logprobs, base.defaults)
 
 
 def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:

@@ -71,7 +71,8 @@ async def get_file(request: Request) -> JSONResponse:
 async def get_content(request: Request) -> FileResponse:
     """The file's bytes, as they were sent."""
     training = training_of(request)
-    file, path = await training.read(training.files.content, request.path_params["file"])
+    file = await training.read(training.files.get, request.path_params["file"])
+    path = training.files.path(file.id)
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 

@@ -25,6 +25,7 @@ from server.http.query import read_query
 from server.http.record import record_of
 from server.http.sse import Chunks, EventStream
 from server.jobs.database import Job, JobEvent
+from server.jobs.store import check_job_name
 from server.jobs.training import Training
 
 _PAGE = {"after": (text, None), "limit": (integer(1, 100), 20)}
@@ -51,7 +52,7 @@ async def create_job(request: Request) -> JSONResponse:
         raise InvalidRequest(f"Only the base can be fine-tuned here: 'model' must be {names[0]!r}.", "model")
     if body.name is not None:
         await _check_name(request, training, body.name)
-    job = await training.create_job(body.wanted())
+    job = await training.write(training.jobs.create, body.wanted())
     return JSONResponse(job_object(job))
 
 
@@ -115,11 +116,9 @@ async def list_checkpoints(request: Request) -> JSONResponse:
 async def delete_model(request: Request) -> JSONResponse:
     """Serve a fine-tuned model no longer, and remove its adapter."""
     context, training, model = context_of(request), training_of(request), request.path_params["model"]
-    made = await training.read(lambda: training.jobs.makes(model) and training.has_folder(model))
-    if not made:
+    if not await training.delete_model(model):
         await resolve_adapter(context.service, model)
         raise InvalidRequest(f"{model!r} was not made by a fine-tuning job; only such are deleted.", "model")
-    await training.delete_model(model)
     return JSONResponse({"id": model, "object": "model", "deleted": True})
 
 
@@ -182,10 +181,9 @@ async def _changed(request: Request, change: Callable[[str], Job]) -> JSONRespon
 
 async def _check_name(request: Request, training: Training, name: str) -> None:
     """A client may replace what jobs have made, and nothing else."""
-    service = context_of(request).service
-    known = any(adapter.name == name for adapter in service.adapters())
-    taken = known or await training.read(training.has_folder, name)
-    if name in base_names(service.base) or (taken and not await training.read(training.jobs.makes, name)):
+    check_job_name(name)
+    is_base = name in base_names(context_of(request).service.base)
+    if is_base or not (await training.is_free(name) or await training.is_made_by_job(name)):
         raise InvalidRequest(f"{name!r} is taken by a model that no fine-tuning job has made.", "name")
 
 

@@ -79,7 +79,7 @@ class CreateJob(Recipe):
     training_file: Name
     validation_file: Name | None = None
     suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] = ""
-    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Name | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None

@@ -23,15 +23,17 @@ from server.http.schema import Generate, UsageInStream
 from server.metrics import Metrics
 
 
-def room_for_answer(field: str, prompt_tokens: int, asked: int | None, context: int) -> int:
-    """Tokens the answer may have: as asked for, else all that is left. Raises ``PromptTooLong``.
+def room_for_answer(
+    field: str, prompt_tokens: int, asked: int | None, context: int, default: int | None
+) -> int:
+    """Tokens the answer may have: as asked for, else ``default``, and all that is left without one.
 
-    ``field`` is the one that holds the prompt.
+    Raises ``PromptTooLong``. ``field`` is the one that holds the prompt.
     """
     room = context - prompt_tokens
     if room < (asked or 1):
         raise PromptTooLong(field, context, prompt_tokens, asked)
-    return room if asked is None else asked
+    return min(room, default or room) if asked is None else asked
 
 
 async def begin(record: Record, context: Context, body: Generate, prefix: str) -> None:

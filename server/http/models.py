@@ -123,6 +123,7 @@ def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
         "digest": base.digest,
         "quantization": base.quantization,
         "head_quantization": base.head_quantization,
+        "default_sampling_params": base.defaults.given(),
     }
     return _card(name, base.created, base) | own
 

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from adapters.text.messages import ROLES, join_parts
 from adapters.text.messages import Message as Conversed
-from server.engine.request import SamplingParams
+from server.engine.request import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from server.errors import InvalidRequest
 from server.http import fields
 from server.http.fields import Rules
@@ -142,6 +142,11 @@ def _prompts(value: object) -> tuple[Prompt, ...]:
     raise ValueError("must hold texts only or token ids (whole numbers from 0) only")
 
 
+def _within(field: str) -> Any:
+    low, high = SAMPLING_RANGES[field]
+    return Field(ge=low, le=high)
+
+
 class StreamOptions(Body):
     """OpenAI's ``stream_options``, and vLLM's ``continuous_usage_stats``: the usage so far in every chunk."""
 
@@ -159,13 +164,13 @@ class Generate(Body):
     model: Name
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Annotated[float, _within("temperature")] = 1.0
+    top_p: Annotated[float, _within("top_p")] = 1.0
+    top_k: Annotated[int, _within("top_k")] = 0
+    min_p: Annotated[float, _within("min_p")] = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    repetition_penalty: Annotated[float, _within("repetition_penalty")] = 1.0
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Annotated[list[StopString], FailFast(), BeforeValidator(_one_as_list), Field(max_length=16)] = (
@@ -207,22 +212,28 @@ class Generate(Body):
             return "none"
         return "every chunk" if options.continuous_usage_stats else "at the end"
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """These fields as the engine takes them, for an answer of at most ``max_tokens``."""
+    def sampling(self, max_tokens: int, logprobs: int | None, defaults: SamplingDefaults) -> SamplingParams:
+        """These fields as the engine takes them, for an answer of at most ``max_tokens``.
+
+        Where the client says nothing the defaults count.
+        """
         if self.min_tokens > max_tokens:
             message = (
                 f"'min_tokens' is {self.min_tokens}, more than the most tokens of the answer, {max_tokens}."
             )
             raise InvalidRequest(message, "min_tokens")
+        said = {name: getattr(self, name) for name in SAMPLING_RANGES}
+        silent = SAMPLING_RANGES.keys() - self.model_fields_set
+        either = said | {name: value for name, value in defaults.given().items() if name in silent}
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
+            temperature=either["temperature"],
+            top_p=either["top_p"],
+            top_k=max(int(either["top_k"]), 0),
+            min_p=either["min_p"],
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=either["repetition_penalty"],
             logit_bias=self.logit_bias,
             seed=self.seed,
             stop=tuple(self.stop),

@@ -6,7 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-from adapters.paths import folder_name
 from server.config import ServerConfig, TrainingConfig
 from server.jobs.database import Job
 from server.jobs.files import Files
@@ -31,10 +30,6 @@ _RECIPE = {
     "require_improvement": "--require-improvement",
     "target_modules": "--target-modules",
 }
-FIELDS = {flag: name for name, flag in _RECIPE.items()} | {
-    flag: f"hyperparameters.{name}" for name, flag in _HYPERPARAMETERS.items()
-}
-"""By flag of the command: the field of a job."""
 
 
 def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig) -> list[str]:
@@ -42,7 +37,8 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
     arguments: dict[str, object] = {
         "--data": files.path(job.training_file),
         "--eval": files.path(job.validation_file) if job.validation_file else None,
-        "--name": folder_name(job.fine_tuned_model),
+        "--name": job.fine_tuned_model,
+        "--job": job.id,
         "--output-dir": config.adapters.folder,
         "--run-dir": run_folder,
         "--base": config.base.base,
@@ -51,9 +47,6 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--allow-special-tokens": config.base.allow_special_tokens,
         "--device": "cpu" if config.training.gpu == "none" else config.base.device,
         "--gpu-memory": config.training.gpu_memory,
-        "--max-lora-rank": config.adapters.max_lora_rank,
-        "--max-lora-bytes": config.adapters.max_bytes,
-        "--lora-extra-memory": config.adapters.extra_memory,
         "--home": config.home,
         "--seed": job.seed,
         "--threads": config.training.threads,

@@ -23,7 +23,6 @@ from typing import BinaryIO, Protocol
 
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
 
 from adapters.errors import ManyloraError
 from server.jobs import progress
@@ -33,7 +32,7 @@ from server.jobs.errors import StorageFull
 from server.jobs.files import Files
 from server.jobs.metrics import Totals
 from server.jobs.process import Child, kill_leftover
-from server.jobs.store import count_jobs, find_job, give_up, is_told, tell
+from server.jobs.store import count_jobs, find_job, give_up, tell
 
 logger = logging.getLogger("manylora.jobs")
 
@@ -57,11 +56,11 @@ MOST_DEATHS = 3
 class Models(Protocol):
     """Where finished adapters are served; both methods block."""
 
-    def publish(self, name: str) -> None:
-        """Serve the adapter in the folder of ``name``, from now on. Raises AdapterError."""
+    def publish(self, name: str, job: str) -> None:
+        """Serve what ``job`` has put into the folder of ``name``, from now on. Raises AdapterError."""
 
-    def retract(self, name: str) -> None:
-        """Serve it no longer, and remove its folder; harmless if there is none."""
+    def retract(self, name: str, job: str) -> None:
+        """Serve it no longer, and remove its folder; nothing is done if ``job`` has not made it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +253,7 @@ class Runner:
                 job = find_job(session, job_id)
                 job.metrics_read = offset
                 for line in lines:
-                    _add(session, job, line)
+                    _add(session.add, job, line)
 
     def _write_down(self, job_id: str, ending: Ending, seconds: float) -> None:
         """The child is gone: bring the model, the job and its files to what that means."""
@@ -282,16 +281,15 @@ class Runner:
 
     def _publish(self, job: Job, ending: Ending) -> Ending:
         try:
-            self._models.publish(job.fine_tuned_model)
+            self._models.publish(job.fine_tuned_model, job.id)
         except ManyloraError as error:
             self._retract(job)
             return Ending("failed", "adapter_refused", f"The adapter cannot be served: {error}")
         return ending
 
     def _retract(self, job: Job) -> None:
-        """Undo what the child may have published, unless others may have made what goes by that name."""
-        if job.fine_tuned_model.startswith("ft:"):
-            self._models.retract(job.fine_tuned_model)
+        """Undo what the child may have published."""
+        self._models.retract(job.fine_tuned_model, job.id)
 
     def _keep_results(self, job: Job, ending: Ending) -> list[str]:
         """OpenAI's result file, the metrics of every step as CSV; and how it did on the validation file."""
@@ -315,10 +313,8 @@ class Runner:
         return self._plan.folder / job_id
 
 
-def _add(session: Session, job: Job, line: progress.Line) -> None:
-    event = line.as_event(job.id)
-    if line.event != "warning" or not is_told(session, job.id, event.message):  # when the job was made
-        session.add(event)
+def _add(add: Callable[[JobEvent], None], job: Job, line: progress.Line) -> None:
+    add(line.as_event(job.id))
     if line.event == "checkpoint":
         job.deaths = 0  # what was saved is not lost by dying
     if job.status == "running":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import string
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,11 +76,9 @@ class Jobs:
         self._database = database
         self._on_change = on_change
 
-    def draft(self, wanted: Wanted) -> Job:
-        """A job that is not queued yet. Raises InvalidRequest naming the field."""
-        with self._database.read() as session:
-            _find_files(session, wanted.training_file, wanted.validation_file)
-        return Job(
+    def create(self, wanted: Wanted) -> Job:
+        """Queue a job. Raises InvalidRequest naming the field."""
+        job = Job(
             id=f"ftjob-{secrets.token_hex(12)}",
             created_at=time.time(),
             model=wanted.model,
@@ -92,16 +90,13 @@ class Jobs:
             recipe=wanted.recipe,
             tags=wanted.tags,
         )
-
-    def add(self, job: Job, warnings: Sequence[str] = ()) -> Job:
-        """Queue a draft. Raises InvalidRequest if a file of it is gone meanwhile."""
         with self._database.write() as session:
-            _find_files(session, job.training_file, job.validation_file)
+            training_file(session, wanted.training_file, "training_file")
+            if wanted.validation_file is not None:
+                training_file(session, wanted.validation_file, "validation_file")
             session.add(job)
             session.flush()
             tell(session, job, f"Created fine-tuning job: {job.id}")
-            for warning in warnings:
-                tell(session, job, warning, "warn")
         self._on_change()
         return job
 
@@ -150,14 +145,6 @@ class Jobs:
         """Queues a paused job again. Raises JobNotKnown, or JobConflict if it is not paused."""
         return self._move(job_id, "queued", ("paused",), "Fine-tuning job queued again")
 
-    def makes(self, model: str) -> bool:
-        """Whether a job has made, or is to make, the model of that name."""
-        with self._database.read() as session:
-            wanted = select(Job.seq).where(
-                Job.fine_tuned_model == model, Job.status.in_((*UNFINISHED, "succeeded"))
-            )
-            return session.scalars(wanted.limit(1)).first() is not None
-
     def _events(
         self, wanted: Select[JobEvent], job_id: str, after: str | None, limit: int, ascending: bool
     ) -> Page[JobEvent]:
@@ -183,18 +170,6 @@ class Jobs:
         job = self._database.freeing(change)  # the files of a job can be deleted once it is cancelled
         self._on_change()
         return job
-
-
-def _find_files(session: Session, training: str, validation: str | None) -> None:
-    training_file(session, training, "training_file")
-    if validation is not None:
-        training_file(session, validation, "validation_file")
-
-
-def is_told(session: Session, job_id: str, message: str) -> bool:
-    """Whether an event says so already."""
-    same = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.message == message)
-    return session.scalars(same.limit(1)).first() is not None
 
 
 def find_job(session: Session, job_id: str) -> Job:
@@ -254,13 +229,24 @@ _JSON: dict[Any, Any] = {
 """The columns that only a whole JSON value may be in, and what they are when it is lost."""
 
 
+def check_job_name(name: str) -> str:
+    """The name itself, if a job may call its model so. Raises InvalidRequest."""
+    if name.startswith("ft:"):
+        raise InvalidRequest(
+            f"{name!r:.140} is a name that jobs without a 'name' are given; choose one without 'ft:'.", "name"
+        )
+    return _checked(name, "name")
+
+
 def _model_name(wanted: Wanted) -> str:
     """The result's name. Raises InvalidRequest if no folder can be called so."""
     if wanted.name is not None:
-        name, field_name = wanted.name, "name"
-    else:
-        unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
-        name, field_name = f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix"
+        return check_job_name(wanted.name)
+    unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
+    return _checked(f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix")
+
+
+def _checked(name: str, field_name: str) -> str:
     try:
         return check_name(name)
     except AdapterNameInvalid as error:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from adapters.errors import AdapterNotFound
-from adapters.paths import folder_name
 from server.config import ServerConfig, TrainingConfig
 from server.engine.request import Service
 from server.jobs.check import check
@@ -24,12 +20,12 @@ from server.jobs.files import Files
 from server.jobs.metrics import TrainingCollector
 from server.jobs.process import Child
 from server.jobs.runner import Plan, Runner
-from server.jobs.store import Jobs, Wanted
-from server.jobs.vetting import vet
+from server.jobs.served import Served
+from server.jobs.store import Jobs
 from server.pools import Pool
+from server.train.origin import Origin
 
 DATABASE = "state.sqlite3"
-_LOAD_SECONDS = 60.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,14 +51,13 @@ class Training:
             config.home / "files",
             partial(check, takes_reasoning=service.base.takes_reasoning),
         )
-        self._served = _Served(service, config.adapters.folder)
+        self._served = Served(service, config.adapters.folder, Origin(config.home))
         models = service.base.served_names or (service.base.name,)
         plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)
         self._runner = Runner(self._database, self.files, self._served, plan)
         self.jobs = Jobs(self._database, self._runner.wake)
         self.disk, self.checks = Pool("disk"), Pool("file-checks")
         self._readers, self._writers = Pool("database"), Pool("database-writes")
-        self._vetting = Pool("job-checks")
         self.feed = Feed(self.jobs, self._readers)
 
     def start(self) -> None:
@@ -78,7 +73,7 @@ class Training:
         """Wait for that. The service must still run."""
         self.begin_stop()
         await self.disk.run(self._runner.join)
-        for pool in (self.disk, self.checks, self._vetting, self._readers, self._writers):
+        for pool in (self.disk, self.checks, self._readers, self._writers):
             pool.close()
         self._database.close()
 
@@ -90,64 +85,29 @@ class Training:
         """The result of one that changes something; it may wait long for another server's transaction."""
         return await self._writers.run(ask, *args, **kwargs)
 
-    async def create_job(self, wanted: Wanted) -> Job:
-        """Queue a job that can be trained and served, as far as can be known. Raises InvalidRequest."""
-        job = await self.read(self.jobs.draft, wanted)
-        warnings = await self._vetting.run(vet, job, self.files, self._server)
-        return await self.write(self.jobs.add, job, warnings)
-
     def collector(self) -> TrainingCollector:
         """What Prometheus is told."""
         return TrainingCollector(lambda: self._runner.totals)
 
-    def has_folder(self, model: str) -> bool:
-        """Whether something is in the adapter folder under that name. Blocks."""
-        return self._served.folder_of(model).exists()
+    async def is_made_by_job(self, model: str) -> bool:
+        """Whether a fine-tuning job has made what goes by that name, so that clients may replace it."""
+        return not self._served.is_elsewhere(model) and await self.disk.run(self._served.is_made, model)
 
-    async def delete_model(self, model: str) -> None:
-        """Serve it no longer and remove it from the disk."""
+    async def is_free(self, model: str) -> bool:
+        """Whether nothing goes by that name, served or not."""
+        return not self._served.is_known(model) and not await self.disk.run(self._served.has_folder, model)
+
+    async def delete_model(self, model: str) -> bool:
+        """Serve it no longer and remove it from the disk; False, and it stays, if no job has made it."""
+        if not await self.is_made_by_job(model):
+            return False
         await self._served.unload(model)
-        await self.disk.run(self._served.remove, model)
+        return await self.disk.run(self._served.remove, model)
 
     def _begin(self, job: Job, folder: Path) -> Child:
+        self._served.check_place(job.fine_tuned_model)
         command = train_command(job, folder, self.files, self._server)
         return Child(command, folder / LOG, train_environ(self.config), self.config.nice)
-
-
-class _Served:
-    """``runner.Models``, carried from the runner's thread to the event loop of the service."""
-
-    def __init__(self, service: Service, root: Path) -> None:
-        self._service = service
-        self._root = root
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    def folder_of(self, name: str) -> Path:
-        return self._root / folder_name(name)
-
-    def publish(self, name: str) -> None:
-        self._on_loop(self._service.load_adapter(name, folder_name(name), True))
-
-    def retract(self, name: str) -> None:
-        self._on_loop(self.unload(name))
-        self.remove(name)
-
-    async def unload(self, name: str) -> None:
-        with suppress(AdapterNotFound):
-            await self._service.unload_adapter(name)
-
-    def remove(self, name: str) -> None:
-        """Renamed first, to what is never looked at: no half of it is ever seen."""
-        folder = self.folder_of(name)
-        gone = folder.with_name(f".deleted-{folder.name}")
-        shutil.rmtree(gone, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def _on_loop(self, work: Coroutine[Any, Any, object]) -> None:
-        assert self.loop is not None
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(_LOAD_SECONDS)
 
 
 def _made(home: Path) -> Path:

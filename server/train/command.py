@@ -9,8 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import RecipeInvalid
-from adapters.paths import check_name
+from adapters.base.source import name_of
+from adapters.errors import (
+    AdapterNameInvalid,
+    DatasetInvalid,
+    ManyloraError,
+    RecipeInvalid,
+    RunFolderInvalid,
+)
+from adapters.paths import check_name, folder_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
 from adapters.training.gpu import release_memory
@@ -23,11 +30,12 @@ from server.evaluation.evaluate import evaluate_adapter
 from server.evaluation.examiner import Tick
 from server.evaluation.gate import decide
 from server.evaluation.table import table
-from server.train.config import serving_of, train_config
-from server.train.errors import ASKED_WRONGLY, say, tell
+from server.train.options import chosen
+from server.train.origin import MadeBy, Origin
 from server.train.publish import publish
 
-DONE, STOPPED = 0, 130
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 130
+_WRONG = (AdapterNameInvalid, DatasetInvalid, RecipeInvalid, RunFolderInvalid)
 _ENDED = ("published", "kept")
 
 
@@ -45,19 +53,19 @@ class Command:
         try:
             with on_signals(stop):
                 return self._run(stop)
-        except ASKED_WRONGLY as error:
-            return tell(error)
+        except _WRONG as error:
+            return _tell(error, WRONG)
         except KeyboardInterrupt:
             return STOPPED
 
     def _run(self, stop: Stop) -> int:
-        check_name(self._arguments.name)
-        config = train_config(self._arguments, self._server)
+        self._check_name()
+        config = self._config()
         run = RunFolder(self._run_dir(), self._arguments.resume, self._is_main)
         try:
             known = run.read("result.json")
             if known is not None and known["status"] in _ENDED:
-                say(f"This run has ended already: {known['status']}, {known['path']}.")
+                _say(f"This run has ended already: {known['status']}, {known['path']}.")
                 return DONE
             (run.path / "result.json").unlink(missing_ok=True)
             return self._train(config, run, stop)
@@ -71,24 +79,35 @@ class Command:
             run.close()
 
     def _train(self, config: TrainConfig, run: RunFolder, stop: Stop) -> int:
-        trained = train(config, run, stop, show=self._is_main, serving=serving_of(self._server))
+        trained = train(config, run, stop, show=self._is_main)
         if not self._is_main:
             return DONE
         if trained.folder is None:
             last = run.last_checkpoint()
             self._end(run, "interrupted", trained, reason=f"Its last checkpoint is {last}.")
-            say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
+            _say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
             return STOPPED
         release_memory()  # the model that was trained: the engine brings its own
         evaluation, better, reason = self._evaluate(config, run, trained.folder)
         if self._arguments.require_improvement and not better:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
-            say(f"Not published, but kept in {trained.folder}. {reason}")
+            _say(f"Not published, but kept in {trained.folder}. {reason}")
             return DONE
-        path = publish(trained.folder, self._output_dir, self._arguments.name)
+        path = self._publish(trained.folder)
         self._end(run, "published", trained, path=path, evaluation=evaluation)
-        say(f"Published {path}.")
+        _say(f"Published {path}.")
         return DONE
+
+    def _check_name(self) -> None:
+        """The names of the base are for the server to check if it asks: it may have others for it."""
+        name = check_name(self._arguments.name)
+        if self._arguments.job is None and name == name_of(self._server.base.base):
+            raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
+
+    def _publish(self, folder: Path) -> Path:
+        name, job = self._arguments.name, self._arguments.job
+        by = MadeBy(Origin(self._server.home), job) if job is not None else None
+        return publish(folder, self._output_dir, name, by)
 
     def _evaluate(
         self, config: TrainConfig, run: RunFolder, folder: Path
@@ -97,7 +116,7 @@ class Command:
         if config.eval_data is None:
             return None, True, None
         data = read_dataset(config.eval_data)
-        replaced = self._output_dir / self._arguments.name
+        replaced = self._output_dir / folder_name(self._arguments.name)
         self._tell(run, "evaluating", f"Evaluating {len(data.rows)} rows through the serving engine.")
         evaluation = evaluate_adapter(
             config.base,
@@ -115,7 +134,7 @@ class Command:
         )
         decision = decide(evaluation)
         run.event("evaluated", message=decision.reason, **evaluation.figures())
-        say(f"{table(evaluation)}\n{decision.reason}")
+        _say(f"{table(evaluation)}\n{decision.reason}")
         return evaluation.as_json(), decision.publish, decision.reason
 
     def _ticking(self, run: RunFolder) -> Tick:
@@ -132,7 +151,20 @@ class Command:
         """To whoever follows the events, and on stderr where no bar tells it."""
         run.event(kind, message=message)
         if not sys.stderr.isatty():
-            say(message)
+            _say(message)
+
+    def _config(self) -> TrainConfig:
+        return TrainConfig(
+            data=self._arguments.data,
+            eval_data=self._arguments.eval,
+            base=self._server.base.base,
+            home=self._server.home,
+            quantization=self._server.base.quantization,
+            head_quantization=self._server.base.head_quantization,
+            allow_special_tokens=self._server.base.allow_special_tokens,
+            device=self._server.base.device,
+            **chosen(self._arguments),
+        )
 
     def _run_dir(self) -> Path:
         """Where the run is: as told, or the latest of that name to be resumed, or a new one."""
@@ -140,10 +172,10 @@ class Command:
             return Path(self._arguments.run_dir)
         if "WORLD_SIZE" in os.environ:
             raise RecipeInvalid("Several processes that train together need --run-dir, to share one folder.")
-        root = self._server.home / "training"
-        if self._arguments.resume and (earlier := sorted(root.glob(f"{self._arguments.name}-*Z"))):
+        root, name = self._server.home / "training", folder_name(self._arguments.name)
+        if self._arguments.resume and (earlier := sorted(root.glob(f"{name}-*Z"))):
             return earlier[-1]
-        return root / f"{self._arguments.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        return root / f"{name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
     def _end(self, run: RunFolder, status: str, trained: Trained | None = None, **fields: Any) -> None:
         result = {
@@ -158,4 +190,16 @@ class Command:
         try:
             run.write("result.json", result | fields)
         except OSError as error:  # a full disk: the exit code and the message must do
-            say(f"result.json cannot be written ({error.strerror}).")
+            _say(f"result.json cannot be written ({error.strerror}).")
+
+
+def _tell(error: ManyloraError, code: int) -> int:
+    """Every bad row on a line of its own, once, then the error."""
+    for problem in getattr(error, "problems", ()):
+        _say(f"line {problem.line} {problem.reason}")
+    _say(f"manylora train: {error.summary if isinstance(error, DatasetInvalid) else error}")
+    return code
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

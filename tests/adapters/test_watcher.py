@@ -180,6 +180,18 @@ def test_an_incomplete_folder_is_waited_for_then_listed(room: Room, monkeypatch:
     assert room.states() == {"a": "ready"}
 
 
+def test_what_plainly_is_something_else_is_not_waited_for(room: Room) -> None:
+    room.write("a/checkpoint-628")
+    room.look(1)
+    assert room.states() == {"a": "waiting"}
+    room.look(1)
+    assert room.states() == {"a": "failed"}
+    assert "one folder deeper, in 'checkpoint-628'" in (room.reason("a") or "")
+    room.write("a")
+    room.look()
+    assert room.states() == {"a": "ready"}
+
+
 def test_unloaded_by_hand_stays_so_until_the_files_change(room: Room) -> None:
     room.write("a")
     room.look()

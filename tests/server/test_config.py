@@ -21,6 +21,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--base": ("org/model", "org/model"),
     "--quantization": ("none", "none"),
     "--head-quantization": ("nf4", "nf4"),
+    "--generation-config": ("none", "none"),
     "--served-model-name": ("gpt-x", ("gpt-x",)),
     "--device": ("cpu", "cpu"),
     "--adapter-dir": ("/srv/a", Path("/srv/a")),

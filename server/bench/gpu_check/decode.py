@@ -16,7 +16,7 @@ from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base, 
 from server.bench.gpu_check.context import Context
 from server.bench.gpu_check.random_adapters import RandomAdapters
 from server.bench.gpu_check.rows import Row, Skip, Value
-from server.bench.gpu_check.served import Driver, Sizes, hold, make_prompt, served
+from server.bench.gpu_check.served import Driver, Sizes, fallbacks_of, hold, make_prompt, served
 from server.bench.roofline import WEIGHT_BYTES, Step, Work, floor, llama_stack, works
 from server.engine.build import Parts
 
@@ -98,7 +98,9 @@ def _setting(plan: Plan, parts: Parts, seconds: float) -> Row:
     names = {"model": parts.model.name, "attention": parts.model.attention_name}
     base = {"base": plan.shape, "weights": plan.quantization}
     return Row(
-        "what is measured", {**base, **names, "context": plan.context, "built in s": round(seconds, 1)}
+        "what is measured",
+        {**base, **names, "context": plan.context, "built in s": round(seconds, 1)},
+        fallbacks_of(parts),
     )
 
 

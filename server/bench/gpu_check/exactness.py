@@ -15,7 +15,7 @@ from server.bench.gpu_check.context import Context
 from server.bench.gpu_check.peft_loop import PeftLoop
 from server.bench.gpu_check.random_adapters import RandomAdapters
 from server.bench.gpu_check.rows import Row, skipped
-from server.bench.gpu_check.served import Answer, Driver, Sizes, hold, make_prompt, served
+from server.bench.gpu_check.served import Answer, Driver, Sizes, fallbacks_of, hold, make_prompt, served
 
 _RANKS = (16, 1, 64, 8, 3, 32)
 _SEQUENCES = 14
@@ -41,11 +41,12 @@ def _of_base(context: Context, shape: str, quantization: Quantization) -> Iterat
         yield skipped("graphs", f"{shape}, {quantization}: {reason}")
         return
     context.check_time(_SECONDS[shape])
-    eager, name = _answers(context, shape, quantization, eager=True)
-    graphs, graphed = _answers(context, shape, quantization, eager=False)
+    eager, name, slow = _answers(context, shape, quantization, eager=True)
+    graphs, graphed, slower = _answers(context, shape, quantization, eager=False)
     agreement = compare(graphs, eager)
     values = {"base": shape, "weights": quantization, "eager": name, "graphs": graphed}
-    yield Row("graphs", {**values, **agreement.values}, agreement.failed or _not_graphed(context, graphed))
+    failed = agreement.failed or slow or slower or _not_graphed(context, graphed)
+    yield Row("graphs", {**values, **agreement.values}, failed)
     if shape == "tiny":
         agreement = compare(*_with_peft(context, quantization))
         yield Row("PEFT", {"base": shape, "weights": quantization, **agreement.values}, agreement.failed)
@@ -66,8 +67,8 @@ def _too_large(context: Context, shape: str, quantization: Quantization) -> str 
 
 def _answers(
     context: Context, shape: str, quantization: Quantization, eager: bool
-) -> tuple[dict[str, Answer], str]:
-    """What a fresh server answers, and the name of its model."""
+) -> tuple[dict[str, Answer], str, str]:
+    """What a fresh server answers, the name of its model, and what fell back."""
     base = random_base(shape, quantization, context.device)
     adapters = RandomAdapters(base.layout.sites, max(_RANKS))
     with served(base, _sizes(eager), context.scratch, adapters.load) as parts:
@@ -78,7 +79,7 @@ def _answers(
             version = versions[i % len(versions)] if i % 4 else None
             prompt = make_prompt(i, 5 + 6 * i, base.model.config.vocab_size)
             driver.ask(str(i), prompt, version, _TOKENS, margins=True)
-        return driver.finish(), parts.model.name
+        return driver.finish(), parts.model.name, fallbacks_of(parts)
 
 
 def _sizes(eager: bool) -> Sizes:

@@ -66,6 +66,11 @@ def served(
         uninstall(base.model)
 
 
+def fallbacks_of(parts: Parts) -> str:
+    """What a server only logs, going on more slowly, and what is a failure here; "" = nothing."""
+    return "; ".join(parts.model.fallbacks)
+
+
 @dataclass(slots=True)
 class Answer:
     """Attributes:

@@ -31,10 +31,14 @@ class StepModel(Protocol):
     Attributes:
         name: what it is, for the log.
         shapes: by layer, its keys and values.
+        bytes_a_position: what ``allocate`` takes for each position of a context, besides the pages.
+        fallbacks: what should run here and does not, and why; after ``warm_up``.
     """
 
     name: str
     shapes: Mapping[int, KvShape]
+    bytes_a_position: int
+    fallbacks: list[str]
 
     @property
     def attention_name(self) -> str:

@@ -27,6 +27,7 @@ from server.engine.model.llama_like import (
     ACTIVATIONS,
     ALIKE,
     LINEARS,
+    angle_bytes,
     distance,
     norm_weight,
     norms_of,
@@ -105,6 +106,8 @@ class DeviceModel:
     ) -> None:
         self.name = _NAME + (", decoding in CUDA graphs" if new_graph else "")
         self.shapes = stock.shapes
+        self.bytes_a_position = angle_bytes(stock.model)
+        self.fallbacks: list[str] = []
         assert isinstance(stock.lora_kernel, TritonLora)
         self._stock, self._ops, self._kernel = stock, ops, stock.lora_kernel
         self._model: Any = stock.model
@@ -140,8 +143,8 @@ class DeviceModel:
         if self._graphs is not None:
             reason = self._record(self._graphs, token, expected)
             if reason is not None:
-                log.warning("Decoding is slower than it could be, without CUDA graphs: %s.", reason)
                 self._graphs, self.name = None, _NAME
+                self._falls_back(f"Decoding is slower than it could be, without CUDA graphs: {reason}.")
 
     @torch.inference_mode()
     def __call__(
@@ -175,7 +178,7 @@ class DeviceModel:
         try:
             graphs.capture_all()
             difference = distance(self(token), expected)
-        except RuntimeError as error:
+        except Exception as error:  # a driver's, or Triton's: no RuntimeError
             return f"recording them raised {type(error).__name__} ({str(error).partition(chr(10))[0]})"
         return None if difference < ALIKE else f"their logits are off by {difference:.2f}"
 
@@ -260,6 +263,14 @@ class DeviceModel:
             choices = choose_by_shape(weights, timer)
         for product in products:
             product.choose(choices)
+        for (outputs, inputs), choice in choices.items():
+            if choice.refused:
+                shape = f"{outputs} x {inputs}"
+                self._falls_back(f"Our product of NF4 weights is not used for {shape}: {choice.refused}.")
+
+    def _falls_back(self, why: str) -> None:
+        log.warning(why)
+        self.fallbacks.append(why)
 
     @property
     def _eps(self) -> float:

@@ -22,7 +22,13 @@ from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
 from server.engine.model.fused_head import FusedHead
 from server.engine.model.fused_weights import FusedWeights, is_4bit, pack_head
-from server.engine.model.llama_like import ACTIVATIONS, LINEARS, rotary_angles, why_unlike_llama
+from server.engine.model.llama_like import (
+    ACTIVATIONS,
+    LINEARS,
+    angle_bytes,
+    rotary_angles,
+    why_unlike_llama,
+)
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.stock import StockModel
 from server.engine.sequence import Chunk
@@ -68,6 +74,8 @@ class FusedModel:
         self._model: Any = stock.model
         self._config: Any = stock.model.config
         self.shapes = stock.shapes
+        self.bytes_a_position = angle_bytes(stock.model)
+        self.fallbacks: list[str] = []
         self._lora = stock.lora
         self._weights = FusedWeights(stock.model, pool, stock.kinds)
         self.head = FusedHead(stock, self._weights, loaded)

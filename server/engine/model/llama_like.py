@@ -83,13 +83,31 @@ def norm_weight(model: Any, weight: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def rotary_angles(model: Any, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [positions, head_dim] as the model makes them, its scaling included."""
-    ids = torch.arange(positions, device=model.device)
-    cosines, sines = model.model.rotary_emb(
-        torch.zeros(1, dtype=torch.bfloat16, device=model.device), ids[None]
-    )
-    return cosines[0].float().contiguous(), sines[0].float().contiguous()
+def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [positions, head_dim] as the model makes them, its scaling included.
+
+    Args:
+        at_once: positions computed together: what that takes besides the tables does not grow with them.
+    """
+    like = torch.zeros(1, dtype=torch.bfloat16, device=model.device)
+    size = positions, head_size(model)
+    cosines, sines = (torch.empty(size, dtype=torch.float32, device=model.device) for _ in range(2))
+    for start in range(0, positions, at_once):
+        ids = torch.arange(start, min(start + at_once, positions), device=model.device)
+        some = model.model.rotary_emb(like, ids[None])
+        for table, made in zip((cosines, sines), some, strict=True):
+            table[start : start + at_once] = made[0]
+    return cosines, sines
+
+
+def angle_bytes(model: Any) -> int:
+    """What ``rotary_angles`` keeps for each position."""
+    return 2 * 4 * head_size(model)
+
+
+def head_size(model: Any) -> int:
+    """Columns of ``rotary_angles``."""
+    return 2 * len(model.model.rotary_emb.inv_freq)
 
 
 def differs_from(

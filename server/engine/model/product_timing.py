@@ -1,7 +1,7 @@
 """Which product of NF4 weights is the quickest here: each is tried once at the start, on the model's weights.
 
-Ours is left out if it fails or if its result is not the dequantised one's, for any number of rows: a wrong
-kernel costs a line in the log and not an answer.
+Ours is left out if it fails or if its result is not the dequantised one's, for any of the weights and any
+number of rows: a wrong kernel costs speed and not an answer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from server.engine.model.products import (
     OURS,
     PRODUCTS,
     ROWS,
+    USUAL,
     Choice,
     Nf4Weight,
     candidates,
@@ -72,15 +74,28 @@ def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
 @torch.inference_mode()
 def choose(weights: Sequence[Nf4Weight], seconds_of: Timer) -> Choice:
     """By row count, what multiplies these weights, all of one shape, in the least time."""
+    xs = [
+        torch.randn(rows, weights[0].inputs, device=weights[0].packed.device).to(torch.bfloat16)
+        for rows in ROWS
+    ]
+    able = [candidates(weights[0], rows) for rows in ROWS]
+    refused = _why_wrong(weights, [x for x, names in zip(xs, able, strict=True) if OURS in names])
     some = _past_cache(weights)
-    xs = [torch.randn(rows, some[0].inputs, device=some[0].packed.device).to(torch.bfloat16) for rows in ROWS]
-    able = [candidates(some[0], rows) for rows in ROWS]
-    trusted = all(_is_right(some[0], x) for x, names in zip(xs, able, strict=True) if OURS in names)
     chosen = []
     for x, names in zip(xs, able, strict=True):
-        tried = [name for name in names if trusted or name != OURS]
-        chosen.append(quickest({name: seconds_of(_round(name, some, x)) for name in tried}))
-    return Choice(chosen)
+        taken: dict[str, float] = {}
+        for name in names:
+            if name == OURS and refused:
+                continue
+            try:
+                taken[name] = seconds_of(_round(name, some, x))
+            except Exception as error:  # it may run, and not be recorded in a graph
+                log.warning("The product %r of NF4 weights cannot be timed here: %s", name, error)
+                refused = _in_short(error) if name == OURS else refused
+        if USUAL not in taken:
+            return Choice((), refused)
+        chosen.append(quickest(taken))
+    return Choice(chosen, refused)
 
 
 def choose_by_shape(weights: Sequence[Nf4Weight], seconds_of: Timer) -> dict[tuple[int, int], Choice]:
@@ -109,19 +124,30 @@ def _round(name: str, weights: Sequence[Nf4Weight], x: Tensor) -> Callable[[], T
     return run
 
 
-def _is_right(weight: Nf4Weight, x: Tensor) -> bool:
-    """Whether our product is the dequantised one, but for rounding."""
-    expected = dequantised(weight, x, None).float()
+def _why_wrong(weights: Sequence[Nf4Weight], xs: Sequence[Tensor]) -> str:
+    """Why our product is not the dequantised one but for rounding, for each weight and x; empty = it is."""
+    if not xs:
+        return ""
+    together = torch.cat(list(xs))
+    for weight in weights:
+        expected = torch.split(dequantised(weight, together, None).float(), [len(x) for x in xs])
+        reason = next(filter(None, map(partial(_why_off, weight), xs, expected)), "")
+        if reason:
+            return reason
+    return ""
+
+
+def _why_off(weight: Nf4Weight, x: Tensor, expected: Tensor) -> str:
     try:
         got = PRODUCTS[OURS](weight, x, None).float()
     except Exception as error:  # a compiler's or a driver's: anything
-        log.warning("The product of NF4 weights in Triton does not run here and is not used: %s", error)
-        return False
+        return f"it does not run here: {_in_short(error)}"
     off = float((got - expected).abs().max() / expected.abs().max())
-    if not off <= _EXACT:  # NaN is wrong too
-        log.warning("The product of NF4 weights in Triton is off by %.3f here and is not used.", off)
-        return False
-    return True
+    return "" if off <= _EXACT else f"it is off by {off:.3f} at {len(x)} rows"  # NaN is wrong too
+
+
+def _in_short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def between_events(run: Callable[[], object]) -> float:

@@ -101,9 +101,15 @@ def quickest(seconds: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Attributes: ``names``: by ``ROWS``; empty = nothing was measured."""
+    """Which product for how many rows.
+
+    Attributes:
+        names: by ``ROWS``; empty = nothing was measured.
+        refused: why ours is not among them, though it is for such weights.
+    """
 
     names: Sequence[str] = ()
+    refused: str = ""
 
     def of(self, rows: int) -> str:
         """The name for so many rows; beyond all that was measured, the usual one."""

@@ -40,6 +40,7 @@ class StockModel:
     """
 
     name = "transformers"
+    bytes_a_position = 0
 
     def __init__(self, base: LoadedBase, pool: RankPool, found: Probe | None = None) -> None:
         found = found or probe(base)
@@ -53,6 +54,7 @@ class StockModel:
         self.attention: AttentionBackend | None = None
         self._sizes = 0, 0
         self.shapes, self.kinds = found.shapes, found.kinds
+        self.fallbacks: list[str] = []
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._host.handler = self.attention = None  # what pages there were go before others come

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from server.bench.gpu_check import child, conductor, nf4_products
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
 from server.bench.gpu_check.context import Context, Gpu
+from server.bench.gpu_check.decode import run as run_decode
+from server.bench.gpu_check.exactness import run as run_exactness
 from server.bench.gpu_check.nf4_products import run as run_products
 from server.bench.gpu_check.random_adapters import RandomAdapters
 from server.bench.gpu_check.reach import figures
@@ -25,6 +27,7 @@ from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.served import Answer
 from server.bench.roofline import Machine
 from server.engine.model.products import PRODUCTS, ROWS
+from server.engine.model.stock import StockModel
 
 CPU = torch.device("cpu")
 THREE = [Section(name, name, 1.0) for name in ("one", "two", "three")]
@@ -150,6 +153,23 @@ def test_random_bases_are_the_same_for_the_same_seed_and_have_the_bytes_that_are
     linears = [p for name, p in one.named_parameters() if "proj" in name]
     embedding = one.model.embed_tokens.weight
     assert bytes_of("tiny", "none") == sum(p.nbytes for p in linears) + 2 * embedding.nbytes
+
+
+@pytest.mark.parametrize("section", [run_exactness, run_decode])
+def test_what_falls_back_fails_the_check(
+    section: Callable[[Context], Iterator[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = StockModel.__init__
+
+    def fell_back(self: StockModel, *args: Any) -> None:
+        init(self, *args)
+        self.fallbacks.append("our product is off by 1.000")
+
+    monkeypatch.setattr(StockModel, "__init__", fell_back)
+    monkeypatch.setattr("server.engine.model._on_cpu", lambda *_: "it is switched off here")
+    rows = section(Context(None, tmp_path, float("inf")))
+    row = next(row for row in rows if row.table in ("graphs", "what is measured") and not row.skipped)
+    assert "off by 1.000" in row.failed
 
 
 def test_no_two_random_adapters_are_alike() -> None:

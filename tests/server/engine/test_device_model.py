@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from adapters.base import load_base, prepare_base
+from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.checkpoint import Quantization
 from adapters.rank_pool import RankPool
 from server.engine import kernels
+from server.engine.model import device
 from server.engine.model.device import DeviceModel
+from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
+from server.engine.model.products import Choice, Nf4Weight
 from server.engine.model.stock import StockModel
 from tests.server.engine.gpu_path import CPU, SEATS, pretend
 from tests.server.engine.test_exactness import FAMILIES, compare_with_peft
@@ -34,6 +38,10 @@ def test_a_mixed_batch_equals_peft(
     assert isinstance(parts.model, DeviceModel)
 
 
+class OutOfResources(Exception):
+    """As Triton's."""
+
+
 class Refused:
     """A graph that the driver does not record."""
 
@@ -41,6 +49,13 @@ class Refused:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand a trace")
 
     def replay(self) -> None: ...
+
+
+class TooLarge(Refused):
+    """A kernel of the graph that takes more than the GPU has: Triton's error is no RuntimeError."""
+
+    def capture(self, _: Callable[[], Tensor]) -> Tensor:
+        raise OutOfResources("out of resource: shared memory")
 
 
 class Wrong:
@@ -55,7 +70,12 @@ class Wrong:
 
 
 @pytest.mark.parametrize(
-    ("graph", "told"), [(Refused, "raised RuntimeError (CUDA error: operation not"), (Wrong, "are off by ")]
+    ("graph", "told"),
+    [
+        (Refused, "raised RuntimeError (CUDA error: operation not"),
+        (TooLarge, "raised OutOfResources (out of resource"),
+        (Wrong, "are off by "),
+    ],
 )
 def test_graphs_that_fail_or_are_wrong_are_not_used(
     graph: type[Refused | Wrong],
@@ -64,13 +84,50 @@ def test_graphs_that_fail_or_are_wrong_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    model, base = _device_model(tmp_path, monkeypatch, "none", graph)
+    model.warm_up()
+    assert told in caplog.text
+    assert told in model.fallbacks[0]
+    assert model.name == "fused on the device"
+    assert model(warming_steps(base.model.config, 8, 16)[1]).isfinite().all()
+
+
+def test_a_product_of_ours_that_is_not_used_is_a_fallback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(weights: Sequence[Nf4Weight], _: object) -> dict[tuple[int, int], Choice]:
+        choices = {(weight.outputs, weight.inputs): Choice() for weight in weights}
+        return choices | {(weights[0].outputs, weights[0].inputs): Choice((), "it is off by 1.000")}
+
+    monkeypatch.setattr(device, "stopwatch", lambda *_, **__: nullcontext(True))
+    monkeypatch.setattr(device, "choose_by_shape", refused)
+    model, _ = _device_model(tmp_path, monkeypatch, "nf4", None)
+    model.warm_up()
+    assert "off by 1.000" in model.fallbacks[0]
+    assert len(model.fallbacks) == 1
+
+
+def test_what_is_kept_by_position_is_known_before_it_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base = _device_model(tmp_path, monkeypatch, "none", None)
+    assert model._angles is not None
+    assert sum(table.nbytes for table in model._angles) == 8 * 16 * model.bytes_a_position
+    for table, whole in zip(rotary_angles(base.model, 128, at_once=7), model._angles, strict=True):
+        assert torch.equal(table, whole)
+
+
+def _device_model(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: Quantization,
+    graph: type[Refused | Wrong] | None,
+) -> tuple[DeviceModel, LoadedBase]:
+    """With pages for 128 tokens."""
     pretend(monkeypatch)
-    folder = make_tiny_model("llama", tmp_path / "llama")
-    base = load_base(prepare_base(str(folder), tmp_path, "none", progress=False))
+    folder = make_tiny_model("llama", home / "llama")
+    base = load_base(prepare_base(str(folder), home, quantization, progress=False))
     pool = RankPool(base.layout.sites, 16, torch.bfloat16)
     model = DeviceModel(StockModel(base, pool), pool, kernels.choose(CPU), SEATS, graph)
     model.allocate(8, 16)
-    model.warm_up()
-    assert told in caplog.text
-    assert model.name == "fused on the device"
-    assert model(warming_steps(base.model.config, 8, 16)[1]).isfinite().all()
+    return model, base

@@ -116,6 +116,20 @@ def test_what_is_left_becomes_blocks(base: LoadedBase, model: StockModel) -> Non
     assert meter.readings == 3
 
 
+def test_what_a_model_keeps_by_position_is_not_taken_from_others(
+    base: LoadedBase, model: StockModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary tables are made when the memory has been shared out."""
+    pool = RankPool(base.layout.sites, 64, base.model.dtype)
+    token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
+    none = _sizes(base, MadeUp(10 * GB, 2 * GB)).kv_blocks(model, pool)
+    monkeypatch.setattr(model, "bytes_a_position", 1 << 20, raising=False)
+    some = _sizes(base, MadeUp(10 * GB, 2 * GB)).kv_blocks(model, pool)
+    assert none - some == pytest.approx(
+        base.model.config.max_position_embeddings * (1 << 20) / (BLOCK * token), abs=1
+    )
+
+
 def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: StockModel) -> None:
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())

@@ -15,6 +15,10 @@ from server.engine.model.product_timing import choose, choose_by_shape, stopwatc
 from server.engine.model.products import OURS, PRODUCTS, ROWS, USUAL, Choice, Nf4Weight, candidates, quickest
 
 
+class OutOfResources(Exception):
+    """As Triton's: no RuntimeError."""
+
+
 def weight(outputs: int = 32, inputs: int = 128, seed: int = 0) -> Nf4Weight:
     dense = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     packed, state = quantize_4bit(dense, quant_type="nf4", blocksize=64, compress_statistics=False)
@@ -93,8 +97,8 @@ def test_each_shape_is_measured_by_itself(
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong", "is NaN"])
-def test_what_fails_or_errs_is_left_out_and_the_log_says_so(
-    fault: str, ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_fails_or_errs_is_left_out_and_says_so(
+    fault: str, ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = PRODUCTS[OURS]
 
@@ -102,13 +106,44 @@ def test_what_fails_or_errs_is_left_out_and_the_log_says_so(
         if len(x) < 8:
             return sound(of, x, bias)
         if fault == "raises":
-            raise RuntimeError("out of shared memory")
+            raise OutOfResources("shared memory")
         return sound(of, x, bias) * (1.1 if fault == "is wrong" else torch.nan)
 
     monkeypatch.setitem(PRODUCTS, OURS, faulty)
     choice = choose([weight()], by_name(ran, {USUAL: 2.0, "dense": 3.0, OURS: 1.0}))
     assert set(choice.names) == {USUAL}
-    assert caplog.text.count("is not used") == 1
+    assert choice.refused.startswith("it does not run" if fault == "raises" else "it is off by")
+
+
+def test_ours_is_tried_on_every_weight_of_a_shape(
+    ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound, weights = PRODUCTS[OURS], [weight(seed=seed) for seed in range(5)]
+
+    def faulty(of: Nf4Weight, x: Tensor, bias: Tensor | None) -> Tensor:
+        return sound(of, x, bias) * (2 if of is weights[3] and len(x) == 4 else 1)
+
+    monkeypatch.setitem(PRODUCTS, OURS, faulty)
+    choice = choose(weights, by_name(ran, {USUAL: 2.0, "dense": 3.0, OURS: 1.0}))
+    assert set(choice.names) == {USUAL}
+    assert choice.refused == "it is off by 1.000 at 4 rows"
+
+
+@pytest.mark.parametrize("name", [USUAL, "dense", OURS])
+def test_what_cannot_be_timed_does_not_end_the_start(name: str, ran: list[tuple[str, int]]) -> None:
+    """It may run, and yet not be recorded in a graph."""
+    taken = by_name(ran, {USUAL: 3.0, "dense": 2.0, OURS: 1.0})
+
+    def seconds_of(run: Callable[[], Tensor]) -> float:
+        took = taken(run)
+        if ran[-1][0] == name:
+            raise OutOfResources("shared memory")
+        return took
+
+    choice = choose([weight()], seconds_of)
+    best = {USUAL: USUAL, "dense": OURS, OURS: "dense"}[name]
+    assert choice.of(1) == best
+    assert bool(choice.refused) == (name == OURS)
 
 
 def test_no_more_weights_are_read_than_needed_to_leave_the_cache(
@@ -146,5 +181,7 @@ def test_on_a_gpu_all_products_of_a_models_shape_are_right_and_one_is_chosen(
     of = Nf4Weight(packed, state.absmax, state.code, 4096, 4096, 64, "nf4")
     with stopwatch(gpu, graphs=True) as timer:
         assert timer is not None
-        assert len(choose([of] * 4, timer).names) == len(ROWS)
-    assert "is not used" not in caplog.text
+        choice = choose([of] * 4, timer)
+    assert len(choice.names) == len(ROWS)
+    assert not choice.refused
+    assert "cannot be timed" not in caplog.text

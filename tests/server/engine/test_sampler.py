@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.engine import distribution
 from server.engine.random_draws import answer_seed, uniform
-from server.engine.request import SamplingParams
+from server.engine.request import SamplingDefaults, SamplingParams
 from server.engine.sampler import Draw, draw
 from server.engine.sequence import Sequence
 from server.engine.shaping import shape
@@ -242,7 +242,7 @@ def test_whatever_a_client_asks_for_is_refused_or_gives_a_token_with_a_probabili
     fields: dict[str, Any], seed: int, scale: float
 ) -> None:
     try:
-        params = CompletionBody.model_validate(fields).sampling(16, None)
+        params = CompletionBody.model_validate(fields).sampling(16, None, SamplingDefaults())
     except (ValidationError, InvalidRequest):
         return
     sequence = _sequence((1, 2, 3), (1, 1, 5), **{**asdict(params), "seed": seed})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from server.engine.request import SamplingParams
-from tests.server.http.fake_service import FakeService
+from server.engine.request import SamplingDefaults, SamplingParams
+from tests.server.http.fake_service import FakeService, adapter
 
 URL = "/v1/chat/completions"
 
@@ -156,6 +157,27 @@ def test_every_sampling_field_reaches_the_engine(client: TestClient, service: Fa
     assert {name: getattr(sampling, name) for name in fields} == fields
     assert sampling.logit_bias == {5: -100.0, 6: 1.5}
     assert (sampling.stop, sampling.stop_token_ids, sampling.logprobs) == (("x", "yy"), (4,), 3)
+
+
+DEFAULTS = SamplingDefaults(
+    temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, repetition_penalty=1.1, max_tokens=7
+)
+
+
+@pytest.mark.parametrize("model", ["tiny", "poet"])
+def test_absent_and_null_fields_take_the_bases_defaults_and_given_ones_do_not(
+    client: TestClient, service: FakeService, model: str
+) -> None:
+    service.base = replace(service.base, defaults=DEFAULTS)
+    service.known["poet"] = adapter("poet")
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    client.post("/v1/chat/completions", json=body | {"temperature": None, "top_k": None})
+    assert service.requests[-1].sampling == SamplingParams(**asdict(DEFAULTS))
+    given = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    client.post("/v1/chat/completions", json=body | given | {"max_tokens": 30})
+    assert service.requests[-1].sampling == SamplingParams(max_tokens=30)
+    client.post("/v1/completions", json={"model": model, "prompt": "hi"})
+    assert service.requests[-1].sampling == SamplingParams(**asdict(DEFAULTS) | {"max_tokens": 16})
 
 
 def test_absent_fields_take_openai_defaults(client: TestClient, service: FakeService) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from starlette.testclient import TestClient
 
+from server.engine.request import SamplingDefaults
 from tests.server.http.fake_service import FakeService, adapter
 
 BASE = {
@@ -19,6 +20,7 @@ BASE = {
     "digest": "sha256:base",
     "quantization": "nf4",
     "head_quantization": "none",
+    "default_sampling_params": {},
 }
 POET = {
     "id": "poet",
@@ -121,3 +123,9 @@ def test_a_whole_name_goes_before_one_behind_the_base(client: TestClient, servic
     service.base = replace(service.base, served_names=("ft",))
     service.known |= {name: adapter(name) for name in ("ft:poet", "ft_3apoet")}
     assert client.get("/v1/models/ft:poet").json()["id"] == "ft:poet"
+
+
+def test_the_bases_card_shows_what_silent_requests_get(client: TestClient, service: FakeService) -> None:
+    service.base = replace(service.base, defaults=SamplingDefaults(temperature=0.6, top_k=20))
+    card = client.get("/v1/models/tiny").json()
+    assert card["default_sampling_params"] == {"temperature": 0.6, "top_k": 20}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from server.jobs.files import TRAINING, Files
 from server.jobs.process import Child
 from server.jobs.runner import Plan, Runner
 from server.jobs.store import Jobs, Wanted
+from server.train.origin import Origin
 
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_train.py")))
+FAKE = (sys.executable, "-m", "tests.server.jobs.fake_train")
 
 
 @dataclass
@@ -31,20 +33,20 @@ class FakeModels:
     """Serves by remembering names; a name with ``refused`` in it is refused."""
 
     folder: Path
+    origin: Origin
     served: set[str] = field(default_factory=set)
 
-    def publish(self, name: str) -> None:
+    def publish(self, name: str, job: str) -> None:
         if "refused" in name:
             raise AdapterInvalid("Its tensors are all zero.")
-        assert (self.folder / folder_name(name)).is_dir()
+        assert self.origin.job_of(self.folder / folder_name(name), name) == job
         self.served.add(name)
 
-    def retract(self, name: str) -> None:
-        self.served.discard(name)
+    def retract(self, name: str, job: str) -> None:
         folder = self.folder / folder_name(name)
-        if folder.exists():
-            (folder / "adapter_config.json").unlink()
-            folder.rmdir()
+        if self.origin.job_of(folder, name) == job:
+            self.served.discard(name)
+            shutil.rmtree(folder)
 
 
 class Room:
@@ -55,7 +57,7 @@ class Room:
         self.config: ServerConfig = from_args(["--home", str(home), *flags], {})
         self.database = Database(home / "state.sqlite3")
         self.files = Files(self.database, home / "files", check=lambda *_: Checked("chat", 1))
-        self.models = FakeModels(self.config.adapters.folder)
+        self.models = FakeModels(self.config.adapters.folder, Origin(home))
         self.runners: list[Runner] = []
         self.jobs = Jobs(self.database, self._wake)
 
@@ -67,7 +69,7 @@ class Room:
         return self.files.keep(upload, filename, TRAINING)
 
     def create(self, orders: str = "", **fields: object) -> Job:
-        return self.jobs.add(self.jobs.draft(Wanted("base", self.upload(orders).id, **fields)))  # type: ignore[arg-type]
+        return self.jobs.create(Wanted("base", self.upload(orders).id, **fields))  # type: ignore[arg-type]
 
     def begin_runner(self) -> Runner:
         plan = Plan(self.home / "jobs", self.config.training.max_jobs, ("base",), self._begin)

@@ -16,13 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from adapters.paths import folder_name
+from server.train.origin import Origin
+
 
 def main() -> int:
     options = read_options()
     run: Path = options.run_dir
     orders = read_orders(options.data)
-    if options.check:
-        return check(orders)
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     done = max((int(path.name.rpartition("-")[2]) for path in checkpoints.iterdir()), default=0)
@@ -45,15 +46,16 @@ def main() -> int:
         tell("start", total_steps=total)
         while step < total:
             time.sleep(float(orders.get("sleep", 0)))
-            step += 1
+            now = step + 1
             tell(
                 "step",
-                step=step,
+                step=now,
                 total_steps=total,
-                loss=1 / step,
-                epoch=step / total,
-                eta_seconds=total - step,
+                loss=1 / now,
+                epoch=now / total,
+                eta_seconds=total - now,
             )
+            step = now  # only now: a signal before it must not skip a step that was not told
             if orders.get("die") == str(step):
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % int(orders.get("every", 1)) == 0:
@@ -64,12 +66,6 @@ def main() -> int:
         if options.eval:
             tell("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
     return finish(options, orders)
-
-
-def check(orders: dict[str, str]) -> int:
-    error = orders.get("refused", "").replace("_", " ") or None
-    print(json.dumps({"error": error, "warnings": ["2 rows are one."] if "warn" in orders else []}))
-    return 2 if error else int(orders.get("broken", 0))
 
 
 def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
@@ -83,10 +79,11 @@ def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
         )
     if "kept" in orders:
         return end(options.run_dir, "kept", reason="It is no better than the base.", evaluation=evaluation)
-    folder: Path = options.output_dir / options.name
+    folder: Path = options.output_dir / folder_name(options.name)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "adapter_config.json").write_text(json.dumps(vars(options), default=str))
+    Origin(options.home).mark(partial, options.name, options.job)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     metrics = {"trained_tokens": 123, "train_loss": 0.5}
@@ -111,6 +108,7 @@ def read_options() -> argparse.Namespace:
         parser.add_argument(flag, type=Path)
     for flag in (
         "--name",
+        "--job",
         "--base",
         "--quantization",
         "--head-quantization",
@@ -121,11 +119,9 @@ def read_options() -> argparse.Namespace:
         "--method",
     ):
         parser.add_argument(flag)
-    for flag in ("--max-lora-rank", "--max-lora-bytes", "--lora-extra-memory"):
-        parser.add_argument(flag)
     for flag in ("--r", "--epochs", "--lr", "--target-modules", "--prune-rank"):
         parser.add_argument(flag)
-    for flag in ("--resume", "--packing", "--require-improvement", "--check"):
+    for flag in ("--resume", "--packing", "--require-improvement"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
 

@@ -91,7 +91,7 @@ def training_processes(home: Path) -> list[int]:
             words = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"fake_train.py" in words and str(home).encode() in words:
+        if b"tests.server.jobs.fake_train" in words and str(home).encode() in words:
             found.append(int(folder.name))
     return found
 

@@ -231,6 +231,7 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
         folder = room.models.folder / folder_name(job.fine_tuned_model)
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{}")
+        room.models.origin.mark(folder, job.fine_tuned_model, job.id)
     room.begin_runner()
     assert room.wait(finished, "succeeded").trained_tokens == 7
     assert room.wait(running, "succeeded").trained_tokens == 123
@@ -240,7 +241,7 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
 
 
 def test_a_job_for_another_base_waits(room: Room) -> None:
-    other = room.jobs.add(room.jobs.draft(Wanted("another", room.upload().id)))
+    other = room.jobs.create(Wanted("another", room.upload().id))
     room.begin_runner()
     room.wait(room.create(), "succeeded")
     assert room.jobs.get(other.id).status == "queued"
@@ -250,9 +251,9 @@ def test_cancelled_at_the_last_moment_it_is_served_no_more(room: Room) -> None:
     job = room.create("steps=1")
     publish = room.models.publish
 
-    def cancel_first(name: str) -> None:
-        publish(name)
-        room.jobs.cancel(job.id)
+    def cancel_first(name: str, job: str) -> None:
+        publish(name, job)
+        room.jobs.cancel(job)
 
     room.models.publish = cancel_first  # type: ignore[method-assign]
     room.begin_runner()
@@ -269,10 +270,10 @@ def test_a_turn_that_fails_halfway_is_made_good(
     monkeypatch.setattr(runner, "FAILED_INTERVAL", 0.05)
     whole, failures = getattr(room.models, method), iter([OSError("full"), OSError("full")])
 
-    def fail_twice(name: str) -> None:
+    def fail_twice(name: str, job: str) -> None:
         for error in failures:
             raise error
-        whole(name)
+        whole(name, job)
 
     monkeypatch.setattr(room.models, method, fail_twice)
     job = room.create("steps=1", suffix="refused" if method == "retract" else "")
