@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from adapters.errors import AdapterNotFound
@@ -227,13 +227,12 @@ class EngineService:
         self._check_vocabulary("logit_bias", params.logit_bias)
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
 
-    def _check_vocabulary(self, field: str, tokens: Iterable[int]) -> None:
+    def _check_vocabulary(self, field: str, tokens: Collection[int]) -> None:
         size = self._tokenizer.vocab_size
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
-            raise InvalidRequest(
-                f"Token id {wrong} is outside the vocabulary (0 to {size - 1}).", param=field
-            )
+        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+            return
+        wrong = next(token for token in tokens if not 0 <= token < size)
+        raise InvalidRequest(f"Token id {wrong} is outside the vocabulary (0 to {size - 1}).", param=field)
 
     def _cancel(self, request_id: str) -> None:
         if self._running.pop(request_id, None) is not None:

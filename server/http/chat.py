@@ -12,7 +12,7 @@ from server.http.context import context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
 from server.http.json_response import JSONResponse
-from server.http.limits import read_body
+from server.http.limits import body_in_hand
 from server.http.record import record_of
 from server.http.schema import ChatBody, UsageInStream
 from server.http.sse import Chunks, EventStream
@@ -21,9 +21,9 @@ from server.http.sse import Chunks, EventStream
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or streamed."""
     context, record = context_of(request), record_of(request)
-    body = await read_body(request, ChatBody, context.config.max_body_bytes)
-    await begin(record, context, body, "chatcmpl")
-    prompt = await context.service.render_chat([message.rendered() for message in body.messages])
+    async with body_in_hand(request, ChatBody, context.config.max_body_bytes) as body:
+        await begin(record, context, body, "chatcmpl")
+        prompt = await context.service.render_chat([message.rendered() for message in body.messages])
     base = context.service.base
     limit = room_for_answer(
         "messages", len(prompt), body.asked_tokens, base.max_model_len, base.defaults.max_tokens

@@ -14,7 +14,7 @@ from server.http.context import Context, context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
 from server.http.json_response import JSONResponse
-from server.http.limits import read_body
+from server.http.limits import body_in_hand
 from server.http.record import record_of
 from server.http.schema import CompletionBody, Prompt, UsageInStream
 from server.http.sse import Chunks, EventStream
@@ -25,9 +25,9 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, whole or streamed."""
     context, record = context_of(request), record_of(request)
-    body = await read_body(request, CompletionBody, context.config.max_body_bytes)
-    await begin(record, context, body, "cmpl")
-    prompts = [await _tokens(context, prompt) for prompt in body.prompt]
+    async with body_in_hand(request, CompletionBody, context.config.max_body_bytes) as body:
+        await begin(record, context, body, "cmpl")
+        prompts = [await _tokens(context, prompt) for prompt in body.prompt]
     running = await submit(
         record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
     )

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from server.config import HttpConfig
 from server.engine.request import Service
 from server.http.disconnect import Closing
+from server.http.held import MAX_LARGEST, HeldBodies
 from server.jobs.training import Training
 from server.metrics import Metrics
 from server.pools import Pool
@@ -22,6 +23,7 @@ class Context:
         training: what files and fine-tuning jobs are asked of; None = this server has neither.
         closing: closed when the time to drain is over; answers that still run end with an error.
         bodies: parses large bodies.
+        held: counts them.
     """
 
     service: Service
@@ -30,6 +32,10 @@ class Context:
     training: Training | None
     closing: Closing = field(default_factory=Closing)
     bodies: Pool = field(default_factory=lambda: Pool("bodies"))
+    held: HeldBodies = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "held", HeldBodies(self.config.max_body_bytes * MAX_LARGEST))
 
     def close(self) -> None:
         """End its threads, when nothing is served any more."""

@@ -5,6 +5,8 @@ Large ones are looked at off the event loop, one at a time, in pieces that let o
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,13 +28,26 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The request's JSON body as ``model``. Raises what refuses it; ``InvalidRequest`` names the field."""
+    async with body_in_hand(request, model, max_bytes) as body:
+        return body
+
+
+@asynccontextmanager
+async def body_in_hand(request: Request, model: type[Model], max_bytes: int) -> AsyncIterator[Model]:
+    """``read_body``, for more work on a body that may be large (tokenising it): it counts as held meanwhile.
+
+    Raises also QueueFull, if too much is held already.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise BodyNotJson("The body must be JSON: send the header 'Content-Type: application/json'.")
     body = await _read(request, max_bytes)
     if len(body) <= SMALL_BODY:
-        return parse_body(body, model)
-    return await context_of(request).bodies.run(parse_body, body, model)
+        yield parse_body(body, model)
+        return
+    context = context_of(request)
+    with context.held.hold(len(body)):
+        yield await context.bodies.run(parse_body, body, model)
 
 
 def parse_body(body: bytes, model: type[Model]) -> Model:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import BaseModel
 from starlette.testclient import TestClient
 
+from server.config import HttpConfig
 from server.errors import InvalidRequest
+from server.http import context as context_module
 from server.http import limits
+from server.http.app import create_app
 from server.http.fine_tuning_schema import CreateJob
 from server.http.limits import SMALL_BODY, parse_body
 from server.http.schema import MAX_ITEMS, MAX_PARTS, MAX_VALUES, ChatBody, CompletionBody, LoadAdapter
+from tests.server.http.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
@@ -137,6 +144,35 @@ def test_large_bodies_are_parsed_off_the_event_loop(
     monkeypatch.setattr(limits, "parse_body", noting)
     client.post("/v1/chat/completions", json=CHAT | {"user": "x" * size})
     assert [name.startswith("bodies") for name in threads] == [not on_the_loop]
+
+
+async def test_large_bodies_that_wait_are_bounded(
+    service: FakeService, config: HttpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that send and leave would otherwise fill the memory with what nobody waits for."""
+    monkeypatch.setattr(context_module, "MAX_LARGEST", 1)
+    rendering, go_on, real = asyncio.Event(), asyncio.Event(), service.render_chat
+
+    async def slow(messages: list[dict[str, str]]) -> list[int]:
+        rendering.set()
+        await go_on.wait()
+        return (await real(messages))[:8]
+
+    monkeypatch.setattr(service, "render_chat", slow)
+    app = create_app(service, replace(config, max_body_bytes=2 * SMALL_BODY))
+    large = CHAT | {"max_tokens": 2, "messages": [{"role": "user", "content": "x" * (SMALL_BODY * 3 // 2)}]}
+    url, transport = "/v1/chat/completions", httpx.ASGITransport(app, client=("127.0.0.1", 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        first = asyncio.ensure_future(client.post(url, json=large))
+        await rendering.wait()
+        refused = await client.post(url, json=large)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        small = asyncio.ensure_future(client.post(url, json=CHAT | {"max_tokens": 2}))
+        go_on.set()
+        assert [each.status_code for each in await asyncio.gather(first, small)] == [200, 200]
+        assert (await client.post(url, json=large)).status_code == 200
+        assert (await client.post(url, json=large | {"model": "none"})).status_code == 404
+        assert (await client.post(url, json=large)).status_code == 200, "a refused body is held no longer"
 
 
 def test_a_name_of_any_length_is_repeated_shortened() -> None:
