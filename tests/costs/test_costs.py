@@ -1,0 +1,106 @@
+"""Nobody's input is paid for by others: each kind, and twice as much of it, against a real server.
+
+The server has a tiny model and a process of its own. What is measured is the worst of few looks on a machine
+that may do something else besides, so a row is tried anew before it fails: noise only adds.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.costs.inputs import INPUTS, KIB, MIB, Input
+from tests.costs.watch import Cost, watched
+from tests.e2e.running_server import RunningServer, running
+from tests.tiny_models import make_tiny_model
+
+STALL = 0.75
+"""Most seconds that /health may take."""
+GAP = 1.0
+"""Most seconds between two tokens of a neighbour."""
+MEMORY = 64 * MIB
+"""Bytes that an input may take besides a few times its own."""
+TIMES = 24
+"""Bytes that may be taken for each byte (or unit) of an input, for all its senders together."""
+TRIES = 3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    home = tmp_path_factory.mktemp("home")
+    make_tiny_model("llama", home / "model", max_position_embeddings=4096)
+    command = [
+        sys.executable, "-m", "server.cli", "serve", "--port", "{port}", "--base", str(home / "model"),
+        "--kv-cache-memory", "16MiB", "--max-model-len", "4096", "--threads", "1", "--log-level", "warning",
+    ]  # fmt: skip
+    with running(command, home, home / "log") as server:
+        warm_up(server)
+        yield server
+        assert server.process.poll() is None, server.log.read_text()[-2000:]
+
+
+def warm_up(server: RunningServer) -> None:
+    """What is taken once, by the first of a kind, is not the input's cost."""
+    for each in INPUTS:
+        cost_of(server, each, max(1, each.small // 8))
+
+
+def cost_of(server: RunningServer, each: Input, size: int) -> Cost:
+    address = urlsplit(server.url)
+    assert address.hostname is not None
+    assert address.port is not None
+    with watched(server.url, server.process.pid) as cost:
+        each.send((address.hostname, address.port), size)
+    return cost
+
+
+def excess(each: Input, size: int, cost: Cost) -> str:
+    """What is too much, or ""."""
+    most = MEMORY + TIMES * size * each.unit
+    found = [
+        f"/health took {cost.stall:.2f} s" if cost.stall > STALL else "",
+        f"a neighbour waited {cost.gap:.2f} s" if cost.gap > GAP else "",
+        f"{cost.memory // KIB} KiB were taken, not {most // KIB}" if cost.memory > most else "",
+    ]
+    return ", ".join(filter(None, found))
+
+
+def check(server: RunningServer, each: Input, size: int) -> None:
+    faults: list[str] = []
+    for _ in range(TRIES):
+        faults = [f for s in (size, 2 * size) if (f := excess(each, s, cost_of(server, each, s)))]
+        if not faults:
+            return
+    pytest.fail(f"{each.name}, {size} and twice that: {'; '.join(faults)}")
+
+
+@pytest.mark.parametrize("each", INPUTS, ids=lambda each: each.name)
+def test_an_input_is_not_paid_for_by_others(server: RunningServer, each: Input) -> None:
+    check(server, each, each.small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", INPUTS, ids=lambda each: each.name)
+def test_a_large_input_is_not_paid_for_by_others(server: RunningServer, each: Input) -> None:
+    check(server, each, each.large)
+
+
+def test_what_is_too_much_is_noticed(server: RunningServer) -> None:
+    with watched(server.url, server.process.pid) as cost:
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.3 * GAP)
+        server.process.send_signal(signal.SIGCONT)
+    assert cost.stall > STALL
+    assert cost.gap > GAP
+    assert "/health took" in excess(INPUTS[0], 1, cost)
+    assert "were taken" in excess(INPUTS[0], 1, Cost(memory=MEMORY + TIMES + 1))
+
+
+def test_the_names_of_inputs_differ() -> None:
+    assert len({each.name for each in INPUTS}) == len(INPUTS)
