@@ -24,6 +24,7 @@ Kind = Literal[
     "database-writes",
     "disk",
     "file-checks",
+    "job-checks",
 ]
 POOLS: dict[Kind, int] = {
     "bodies": 1,  # parsing large bodies: Python holds one lock over it anyway
@@ -35,6 +36,7 @@ POOLS: dict[Kind, int] = {
     "database-writes": 1,  # SQLite has one writer; whoever waits for it must not keep readers waiting
     "disk": 2,
     "file-checks": 2,  # each has a process of its own
+    "job-checks": 1,  # the same, of some hundred MB
 }
 
 

@@ -14,12 +14,19 @@ from adapters.training.stop import Stop
 
 if TYPE_CHECKING:
     from adapters.training.run import Trained
+    from adapters.training.servable import Serving
 
 __all__ = ["RunFolder", "Stop", "TrainConfig", "train"]
 
 
-def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: bool = False) -> Trained:
+def train(
+    config: TrainConfig,
+    run: RunFolder,
+    stop: Stop | None = None,
+    show: bool = False,
+    serving: Serving | None = None,
+) -> Trained:
     """See ``run.train``; torch is imported only now."""
     from adapters.training.run import train as run_training
 
-    return run_training(config, run, stop, show)
+    return run_training(config, run, stop, show, serving)

@@ -10,15 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.errors import RecipeInvalid
-from adapters.training.recipe import TrainConfig
+from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
 
 ADAPTER = "default"
 """The name that PEFT gives to a model's first adapter."""
 
-# AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) begins with half as many rows again as remain, leaves
-# them alone at first, and learns on with the final ranks at the end.
-_SURPLUS, _UNTOUCHED, _FINAL = 1.5, 0.1, 0.3
-_LEAST_STEPS = 10
+# AdaLoRA leaves its rank rows alone at first, and learns on with the final ranks at the end.
+_UNTOUCHED, _FINAL = 0.1, 0.3
 
 
 def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
@@ -28,10 +26,10 @@ def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
         steps: optimiser steps of the whole run.
 
     Raises:
-        RecipeInvalid: the target modules are not there, or AdaLoRA has too few steps.
+        RecipeInvalid: PEFT cannot adapt the target modules.
     """
     names = config.target_modules
-    targets = "all-linear" if names == ("all-linear",) else list(names)
+    targets = names[0] if names == ALL_LINEAR else list(names)
     common = {"target_modules": targets, "lora_dropout": config.dropout, "task_type": "CAUSAL_LM"}
     made = _adalora(config, steps, common) if config.method == "adalora" else _lora(config, common)
     try:
@@ -55,12 +53,7 @@ def _lora(config: TrainConfig, common: dict[str, Any]) -> LoraConfig:
 
 
 def _adalora(config: TrainConfig, steps: int, common: dict[str, Any]) -> AdaLoraConfig:
-    if steps < _LEAST_STEPS:
-        raise RecipeInvalid(
-            f"--method adalora needs at least {_LEAST_STEPS} optimiser steps to move ranks, and this run has "
-            f"{steps}; raise --epochs or lower --batch-size."
-        )
-    begin = round(config.r * _SURPLUS) or 1
+    begin = round(config.r * ADALORA_SURPLUS) or 1
     return AdaLoraConfig(
         init_r=begin,
         target_r=config.r,

@@ -14,6 +14,10 @@ Quantization = Literal["nf4", "none"]
 Choice = Literal["auto", "on", "off"]
 Device = Literal["auto", "cpu", "cuda"]
 
+ALL_LINEAR = ("all-linear",)
+ADALORA_SURPLUS = 1.5
+"""AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) begins with half as many rows again as remain."""
+
 # How a run is executed, not what it computes: a resumed run may choose these anew.
 EXECUTION = ("home", "threads", "duty", "gpu_memory", "keep_checkpoints")
 
@@ -34,7 +38,7 @@ class TrainConfig:
         r: rank; of AdaLoRA the mean rank that remains.
         alpha: the adapter's output is scaled by alpha / r (rsLoRA: alpha / sqrt(r)).
         prune_rank: after training, drop rank rows while the held-out loss rises by no more than this.
-        epochs: passes over the rows; may be a fraction.
+        epochs: passes over the rows; may be a fraction; None = by their number (``schedule.epochs_for``).
         max_steps: optimiser steps; 0 = as many as ``epochs`` takes.
         learning_rate: at its peak; None = by the base's size (``learning_rate_for``).
         lr_multiplier: that rate is taken so many times.
@@ -63,13 +67,13 @@ class TrainConfig:
     head_quantization: Quantization = "none"
     allow_special_tokens: bool = False
     device: Device = "auto"
-    target_modules: tuple[str, ...] = ("all-linear",)
+    target_modules: tuple[str, ...] = ALL_LINEAR
     method: Method = "lora"
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     prune_rank: float | None = None
-    epochs: float = 3.0
+    epochs: float | None = None
     max_steps: int = 0
     learning_rate: float | None = None
     lr_multiplier: float = 1.0
@@ -95,7 +99,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise RecipeInvalid(f"{_flag(name)} must be from {low:g} to {high:g}, not {value:g}.")
         for name, choices in _CHOICES.items():
             if (chosen := getattr(self, name)) not in choices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ from transformers import set_seed
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.outline import BaseOutline, outline_of
 from adapters.base.quiet import quiet_libraries
 from adapters.base.unpack import unpack_linears
 from adapters.errors import RecipeInvalid
@@ -33,6 +33,7 @@ from adapters.training.failures import explained
 from adapters.training.flash import use_flash_attention
 from adapters.training.gpu import claim_memory, optimizer_for
 from adapters.training.methods import RankAllocation, put_adapter
+from adapters.training.overlap import repetitions
 from adapters.training.packing import Pack, collate, pack
 from adapters.training.plot import draw_losses
 from adapters.training.progress import Throttle
@@ -40,6 +41,8 @@ from adapters.training.prune import prune
 from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
+from adapters.training.schedule import steps_for
+from adapters.training.servable import Serving, check_servable
 from adapters.training.stop import Stop
 from adapters.training.trainer import Moments, QloraTrainer
 
@@ -71,10 +74,17 @@ class _Material:
     device: str
 
 
-def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: bool = False) -> Trained:
+def train(
+    config: TrainConfig,
+    run: RunFolder,
+    stop: Stop | None = None,
+    show: bool = False,
+    serving: Serving | None = None,
+) -> Trained:
     """Train an adapter, or go on with what ``run`` holds.
 
     Args:
+        serving: what the server allows that is to serve the adapter; None = nobody serves it.
         stop: asked after each step; when it is requested, the run ends with a checkpoint.
         show: what is decided on stderr, and bars if that is a terminal.
 
@@ -89,7 +99,7 @@ def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: b
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under older names
         if config.threads:
             torch.set_num_threads(config.threads)
-        material = _read(config, run, show)
+        material = _read(config, run, show, serving)
         trainer = _trainer(config, run, material, stop, show)
         begin = time.monotonic()
         with stop.graceful():
@@ -105,8 +115,8 @@ def train(config: TrainConfig, run: RunFolder, stop: Stop | None = None, show: b
         return _finish(config, run, material, trainer, metrics)
 
 
-def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
-    """Base and data, checked against each other and against the run that is resumed."""
+def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | None) -> _Material:
+    """Base and data, checked against each other and the run that is resumed before weights are loaded."""
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -122,27 +132,32 @@ def _read(config: TrainConfig, run: RunFolder, show: bool) -> _Material:
         },
         _PLACES,
     )
+    outline = outline_of(prepared)
+    check_servable(config, outline.layout, serving)
+    for warning in repetitions(data, held_out):
+        _warn(run, warning, show)
+    renderer = base_renderer(outline.tokenizer, config.allow_special_tokens)
+    encoded = [
+        _encode(one, config, outline, renderer, run, show) for one in (data, held_out) if one is not None
+    ]
+    steps_for(len(_packs(encoded[0], config)), config)
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
     base = load_base(prepared, device, progress=bars)
-    renderer = base_renderer(base.tokenizer, config.allow_special_tokens)
-    encoded = [_encode(one, config, base, renderer, run, show) for one in (data, held_out) if one is not None]
     return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
 
 
 def _encode(
     data: Dataset,
     config: TrainConfig,
-    base: LoadedBase,
+    outline: BaseOutline,
     renderer: ChatRenderer | None,
     run: RunFolder,
     show: bool,
 ) -> Encoded:
-    longest = min(config.max_seq_len, base.model.config.get_text_config().max_position_embeddings)
-    eos = base.model.generation_config.eos_token_id
-    ends = frozenset(eos if isinstance(eos, list) else [base.tokenizer.eos_token_id if eos is None else eos])
+    longest = min(config.max_seq_len, outline.context)
     with tqdm(total=len(data.rows), desc="Rows", delay=1, disable=None if show else True) as bar:
-        encoded = encode_dataset(data, renderer, ends, longest, bar.update)
+        encoded = encode_dataset(data, renderer, outline.eos, longest, bar.update)
     _note(run, f"{data.path.name}: {encoded.summary(data.format)}.", show)
     for name, count in data.unused_by(renderer is not None and renderer.template.takes_reasoning).items():
         _note(run, f"{data.path.name}: the field {name!r} of {count} rows is not used.", show)
@@ -154,7 +169,7 @@ def _trainer(
 ) -> QloraTrainer:
     model = material.base.model
     packs = _packs(material.train, config)
-    steps = config.max_steps or _steps(len(packs), config)
+    steps = steps_for(len(packs), config)
     _choose(config, run, material, _largest(packs, config.batch_size), show)
     set_seed(config.seed)
     adapted = put_adapter(model, config, steps)
@@ -215,12 +230,6 @@ def _packs(encoded: Encoded, config: TrainConfig) -> list[Pack]:
     return [[example] for example in encoded.examples]
 
 
-def _steps(packs: int, config: TrainConfig) -> int:
-    """Optimiser steps, counted as the Trainer counts them."""
-    batches = math.ceil(packs / (config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
-    return math.ceil(config.epochs * max(1, math.ceil(batches / config.accumulation)))
-
-
 def _largest(packs: Sequence[Pack], batch_size: int) -> int:
     """Tokens in the largest batch that can come."""
     sizes = sorted((sum(len(example.ids) for example in one) for one in packs), reverse=True)
@@ -269,6 +278,12 @@ def _finish(
     os.replace(making, run.adapter)
     run.event("end", message=f"The adapter is in {run.adapter}.", path=run.adapter)
     return Trained(run.adapter, metrics)
+
+
+def _warn(run: RunFolder, message: str, show: bool) -> None:
+    run.event("warning", message=message)
+    if show:
+        tqdm.write(f"Warning: {message}", file=sys.stderr)
 
 
 def _note(run: RunFolder, message: str, show: bool) -> None:

@@ -71,8 +71,7 @@ async def get_file(request: Request) -> JSONResponse:
 async def get_content(request: Request) -> FileResponse:
     """The file's bytes, as they were sent."""
     training = training_of(request)
-    file = await training.read(training.files.get, request.path_params["file"])
-    path = training.files.path(file.id)
+    file, path = await training.read(training.files.content, request.path_params["file"])
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 

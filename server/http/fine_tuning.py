@@ -52,7 +52,7 @@ async def create_job(request: Request) -> JSONResponse:
         raise InvalidRequest(f"Only the base can be fine-tuned here: 'model' must be {names[0]!r}.", "model")
     if body.name is not None:
         await _check_name(request, training, body.name)
-    job = await training.write(training.jobs.create, body.wanted())
+    job = await training.create_job(body.wanted())
     return JSONResponse(job_object(job))
 
 

@@ -30,6 +30,10 @@ _RECIPE = {
     "require_improvement": "--require-improvement",
     "target_modules": "--target-modules",
 }
+FIELDS = {flag: name for name, flag in _RECIPE.items()} | {
+    flag: f"hyperparameters.{name}" for name, flag in _HYPERPARAMETERS.items()
+}
+"""By flag of the command: the field of a job."""
 
 
 def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig) -> list[str]:
@@ -47,6 +51,9 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--allow-special-tokens": config.base.allow_special_tokens,
         "--device": "cpu" if config.training.gpu == "none" else config.base.device,
         "--gpu-memory": config.training.gpu_memory,
+        "--max-lora-rank": config.adapters.max_lora_rank,
+        "--max-lora-bytes": config.adapters.max_bytes,
+        "--lora-extra-memory": config.adapters.extra_memory,
         "--home": config.home,
         "--seed": job.seed,
         "--threads": config.training.threads,

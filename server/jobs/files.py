@@ -132,6 +132,15 @@ class Files:
         with self._database.read() as session:
             return find_file(session, file_id)
 
+    def content(self, file_id: str) -> tuple[StoredFile, Path]:
+        """The file, and where its bytes are. Raises FileNotKnown, also when they are gone."""
+        file, path = self.get(file_id), self.path(file_id)
+        if not path.is_file():
+            raise FileNotKnown(
+                f"The bytes of {file_id} are no longer on the server's disk; delete it and upload it again."
+            )
+        return file, path
+
     def list(self, after: str | None, limit: int, ascending: bool, purpose: str | None) -> Page[StoredFile]:
         """One page of files, the newest first unless ``ascending``. Raises InvalidRequest for ``after``."""
         wanted = select(StoredFile)

@@ -23,6 +23,7 @@ from typing import BinaryIO, Protocol
 
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from adapters.errors import ManyloraError
 from server.jobs import progress
@@ -32,7 +33,7 @@ from server.jobs.errors import StorageFull
 from server.jobs.files import Files
 from server.jobs.metrics import Totals
 from server.jobs.process import Child, kill_leftover
-from server.jobs.store import count_jobs, find_job, give_up, tell
+from server.jobs.store import count_jobs, find_job, give_up, is_told, tell
 
 logger = logging.getLogger("manylora.jobs")
 
@@ -253,7 +254,7 @@ class Runner:
                 job = find_job(session, job_id)
                 job.metrics_read = offset
                 for line in lines:
-                    _add(session.add, job, line)
+                    _add(session, job, line)
 
     def _write_down(self, job_id: str, ending: Ending, seconds: float) -> None:
         """The child is gone: bring the model, the job and its files to what that means."""
@@ -313,8 +314,10 @@ class Runner:
         return self._plan.folder / job_id
 
 
-def _add(add: Callable[[JobEvent], None], job: Job, line: progress.Line) -> None:
-    add(line.as_event(job.id))
+def _add(session: Session, job: Job, line: progress.Line) -> None:
+    event = line.as_event(job.id)
+    if line.event != "warning" or not is_told(session, job.id, event.message):  # when the job was made
+        session.add(event)
     if line.event == "checkpoint":
         job.deaths = 0  # what was saved is not lost by dying
     if job.status == "running":

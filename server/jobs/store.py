@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,9 +76,11 @@ class Jobs:
         self._database = database
         self._on_change = on_change
 
-    def create(self, wanted: Wanted) -> Job:
-        """Queue a job. Raises InvalidRequest naming the field."""
-        job = Job(
+    def draft(self, wanted: Wanted) -> Job:
+        """A job that is not queued yet. Raises InvalidRequest naming the field."""
+        with self._database.read() as session:
+            _find_files(session, wanted.training_file, wanted.validation_file)
+        return Job(
             id=f"ftjob-{secrets.token_hex(12)}",
             created_at=time.time(),
             model=wanted.model,
@@ -90,13 +92,16 @@ class Jobs:
             recipe=wanted.recipe,
             tags=wanted.tags,
         )
+
+    def add(self, job: Job, warnings: Sequence[str] = ()) -> Job:
+        """Queue a draft. Raises InvalidRequest if a file of it is gone meanwhile."""
         with self._database.write() as session:
-            training_file(session, wanted.training_file, "training_file")
-            if wanted.validation_file is not None:
-                training_file(session, wanted.validation_file, "validation_file")
+            _find_files(session, job.training_file, job.validation_file)
             session.add(job)
             session.flush()
             tell(session, job, f"Created fine-tuning job: {job.id}")
+            for warning in warnings:
+                tell(session, job, warning, "warn")
         self._on_change()
         return job
 
@@ -170,6 +175,18 @@ class Jobs:
         job = self._database.freeing(change)  # the files of a job can be deleted once it is cancelled
         self._on_change()
         return job
+
+
+def _find_files(session: Session, training: str, validation: str | None) -> None:
+    training_file(session, training, "training_file")
+    if validation is not None:
+        training_file(session, validation, "validation_file")
+
+
+def is_told(session: Session, job_id: str, message: str) -> bool:
+    """Whether an event says so already."""
+    same = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.message == message)
+    return session.scalars(same.limit(1)).first() is not None
 
 
 def find_job(session: Session, job_id: str) -> Job:

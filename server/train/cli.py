@@ -24,7 +24,9 @@ assistant's tokens alone. The run folder keeps the metrics, the loss curve and t
 stopped or killed goes on with --resume. Exit codes: 0 done (result.json says whether it was published), 1 it
 failed, 2 wrong options or data, 130 stopped, with a checkpoint.
 """
+_LIMITS = ("--max-lora-rank", "--max-lora-bytes", "--lora-extra-memory")
 _SHARED = (
+    *_LIMITS,
     "--home",
     "--base",
     "--quantization",
@@ -69,6 +71,11 @@ def add_parser(commands: SubParsers) -> None:
         metavar="ID",
         help="the fine-tuning job that asks for it (the server says so): it replaces jobs' results alone",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only check data and options, which takes seconds; one JSON object on stdout",
+    )
     add_served(parser.add_argument_group("base and folders, as for manylora serve"), _SHARED)
     add_train_options(parser)
     parser.set_defaults(run=run)
@@ -79,6 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.require_improvement and arguments.eval is None:
         raise ConfigError("--require-improvement needs --eval: it is measured on held-out rows.")
     config = served_config(arguments, _SHARED)
-    from server.train.command import Command  # only now: training brings torch
+    if arguments.check:
+        from server.train.check import run_check  # only now: it brings torch
+
+        return run_check(arguments, config)
+    from server.train.command import Command  # the same, and PEFT
 
     return Command(arguments, config).run()

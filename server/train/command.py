@@ -9,15 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adapters.base.source import name_of
-from adapters.errors import (
-    AdapterNameInvalid,
-    DatasetInvalid,
-    ManyloraError,
-    RecipeInvalid,
-    RunFolderInvalid,
-)
-from adapters.paths import check_name, folder_name
+from adapters.errors import RecipeInvalid
+from adapters.paths import folder_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
 from adapters.training.gpu import release_memory
@@ -30,12 +23,12 @@ from server.evaluation.evaluate import evaluate_adapter
 from server.evaluation.examiner import Tick
 from server.evaluation.gate import decide
 from server.evaluation.table import table
-from server.train.options import chosen
+from server.train.config import check_adapter_name, serving_of, train_config
+from server.train.errors import ASKED_WRONGLY, say, tell
 from server.train.origin import MadeBy, Origin
 from server.train.publish import publish
 
-DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 130
-_WRONG = (AdapterNameInvalid, DatasetInvalid, RecipeInvalid, RunFolderInvalid)
+DONE, STOPPED = 0, 130
 _ENDED = ("published", "kept")
 
 
@@ -53,19 +46,19 @@ class Command:
         try:
             with on_signals(stop):
                 return self._run(stop)
-        except _WRONG as error:
-            return _tell(error, WRONG)
+        except ASKED_WRONGLY as error:
+            return tell(error)
         except KeyboardInterrupt:
             return STOPPED
 
     def _run(self, stop: Stop) -> int:
-        self._check_name()
-        config = self._config()
+        check_adapter_name(self._arguments, self._server)
+        config = train_config(self._arguments, self._server)
         run = RunFolder(self._run_dir(), self._arguments.resume, self._is_main)
         try:
             known = run.read("result.json")
             if known is not None and known["status"] in _ENDED:
-                _say(f"This run has ended already: {known['status']}, {known['path']}.")
+                say(f"This run has ended already: {known['status']}, {known['path']}.")
                 return DONE
             (run.path / "result.json").unlink(missing_ok=True)
             return self._train(config, run, stop)
@@ -79,30 +72,24 @@ class Command:
             run.close()
 
     def _train(self, config: TrainConfig, run: RunFolder, stop: Stop) -> int:
-        trained = train(config, run, stop, show=self._is_main)
+        trained = train(config, run, stop, show=self._is_main, serving=serving_of(self._server))
         if not self._is_main:
             return DONE
         if trained.folder is None:
             last = run.last_checkpoint()
             self._end(run, "interrupted", trained, reason=f"Its last checkpoint is {last}.")
-            _say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
+            say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
             return STOPPED
         release_memory()  # the model that was trained: the engine brings its own
         evaluation, better, reason = self._evaluate(config, run, trained.folder)
         if self._arguments.require_improvement and not better:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
-            _say(f"Not published, but kept in {trained.folder}. {reason}")
+            say(f"Not published, but kept in {trained.folder}. {reason}")
             return DONE
         path = self._publish(trained.folder)
         self._end(run, "published", trained, path=path, evaluation=evaluation)
-        _say(f"Published {path}.")
+        say(f"Published {path}.")
         return DONE
-
-    def _check_name(self) -> None:
-        """The names of the base are for the server to check if it asks: it may have others for it."""
-        name = check_name(self._arguments.name)
-        if self._arguments.job is None and name == name_of(self._server.base.base):
-            raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
 
     def _publish(self, folder: Path) -> Path:
         name, job = self._arguments.name, self._arguments.job
@@ -134,7 +121,7 @@ class Command:
         )
         decision = decide(evaluation)
         run.event("evaluated", message=decision.reason, **evaluation.figures())
-        _say(f"{table(evaluation)}\n{decision.reason}")
+        say(f"{table(evaluation)}\n{decision.reason}")
         return evaluation.as_json(), decision.publish, decision.reason
 
     def _ticking(self, run: RunFolder) -> Tick:
@@ -151,20 +138,7 @@ class Command:
         """To whoever follows the events, and on stderr where no bar tells it."""
         run.event(kind, message=message)
         if not sys.stderr.isatty():
-            _say(message)
-
-    def _config(self) -> TrainConfig:
-        return TrainConfig(
-            data=self._arguments.data,
-            eval_data=self._arguments.eval,
-            base=self._server.base.base,
-            home=self._server.home,
-            quantization=self._server.base.quantization,
-            head_quantization=self._server.base.head_quantization,
-            allow_special_tokens=self._server.base.allow_special_tokens,
-            device=self._server.base.device,
-            **chosen(self._arguments),
-        )
+            say(message)
 
     def _run_dir(self) -> Path:
         """Where the run is: as told, or the latest of that name to be resumed, or a new one."""
@@ -190,16 +164,4 @@ class Command:
         try:
             run.write("result.json", result | fields)
         except OSError as error:  # a full disk: the exit code and the message must do
-            _say(f"result.json cannot be written ({error.strerror}).")
-
-
-def _tell(error: ManyloraError, code: int) -> int:
-    """Every bad row on a line of its own, once, then the error."""
-    for problem in getattr(error, "problems", ()):
-        _say(f"line {problem.line} {problem.reason}")
-    _say(f"manylora train: {error.summary if isinstance(error, DatasetInvalid) else error}")
-    return code
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+            say(f"result.json cannot be written ({error.strerror}).")

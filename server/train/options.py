@@ -35,11 +35,6 @@ def number(value: str) -> float:
         raise ValueError("must be a number") from None
 
 
-def rate(value: str) -> float | None:
-    """A learning rate, or ``auto``."""
-    return None if value.lower() == "auto" else number(value)
-
-
 def names(value: str) -> tuple[str, ...]:
     """Words with commas between them."""
     return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -62,9 +57,10 @@ OPTIONS: dict[str, tuple[TrainOption, ...]] = {
                     "then drop rank rows while the loss on --eval rises by no more than this"),
     ),
     "learning": (
-        TrainOption("--epochs", "epochs", number, "N", "passes over the rows, may be a fraction"),
+        TrainOption("--epochs", "epochs", auto_or(number), "N",
+                    "passes over the rows, may be a fraction; auto: 3, more for few rows, fewer for many"),
         TrainOption("--max-steps", "max_steps", _WHOLE, "N", "optimiser steps; 0: as many as --epochs takes"),
-        TrainOption("--lr", "learning_rate", rate, "RATE",
+        TrainOption("--lr", "learning_rate", auto_or(number), "RATE",
                     "peak learning rate; auto: 1e-3 under 1B parameters, 2e-4 under 20B, else 1e-4"),
         TrainOption("--lr-multiplier", "lr_multiplier", number, "FACTOR", "of the peak learning rate"),
         TrainOption("--warmup", "warmup", number, "SHARE", "of the steps; then it falls along a cosine"),

@@ -13,7 +13,7 @@ from adapters.errors import RecipeInvalid
 from adapters.training import TrainConfig
 from adapters.training.arguments import training_arguments
 from adapters.training.recipe import learning_rate_for
-from adapters.training.run import _steps
+from adapters.training.schedule import epochs_for, steps_for
 
 DATA = Path("train.jsonl")
 
@@ -46,7 +46,22 @@ def test_rates_fall_with_the_base() -> None:
 
 def test_steps_are_the_trainers() -> None:
     config = TrainConfig(data=DATA, batch_size=4, accumulation=2, epochs=1.5)
-    assert _steps(17, config) == 5  # 5 batches, 3 steps an epoch
+    assert steps_for(17, config) == 5  # 5 batches, 3 steps an epoch
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"),
+    [(1, 25), (30, 25), (60, 13), (100, 8), (287, 3), (2000, 3), (8333, 3), (12_000, 2), (10**6, 1)],
+)
+def test_epochs_follow_from_the_rows(rows: int, epochs: int) -> None:
+    assert epochs_for(rows, TrainConfig(data=DATA)) == epochs
+    assert epochs_for(rows, TrainConfig(data=DATA, epochs=0.5)) == 0.5
+
+
+def test_adalora_needs_steps() -> None:
+    config = TrainConfig(data=DATA, method="adalora", max_steps=9)
+    with pytest.raises(RecipeInvalid, match="at least 10 optimiser steps"):
+        steps_for(17, config)
 
 
 def test_an_fsdp_config_is_taken(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -369,3 +370,58 @@ def test_a_row_with_half_of_a_surrogate_pair(server: TrainingServer) -> None:
         )
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["code"] == "invalid_training_file"
+
+
+@pytest.mark.parametrize(
+    ("error", "param", "message"),
+    [
+        ("--r_256_is_too_large_(--max-lora-rank)", "r", "r 256 is too large (--max-lora-rank)"),
+        ("--target-modules_'qproj'_matches_none", "target_modules", "target_modules 'qproj' matches none"),
+        ("--method_adalora_needs_--epochs", "adapter_method", "needs hyperparameters.n_epochs"),
+        ("The_base_has_no_chat_template.", None, "The base has no chat template."),
+    ],
+)
+def test_what_the_check_finds_is_refused_in_the_apis_words(
+    openai_client: openai.OpenAI, error: str, param: str | None, message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(openai_client, f"refused={error}")
+    assert refused.value.param == param
+    assert message in refused.value.message
+    assert list(openai_client.fine_tuning.jobs.list()) == []
+
+
+def test_bad_rows_are_the_files_fault(openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*_: Any, **__: Any) -> Any:
+        words = f"{job_file} has 1 row that cannot be used: line 1 is longer than --max-seq-len 8."
+        return subprocess.CompletedProcess([], 2, json.dumps({"error": words, "warnings": []}))
+
+    job_file = upload(openai_client)
+    monkeypatch.setattr(subprocess, "run", bad)
+    with pytest.raises(openai.BadRequestError, match="line 1 is longer than max_seq_len 8") as refused:
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=job_file)
+    assert (refused.value.param, refused.value.code) == ("training_file", "invalid_training_file")
+
+
+def test_warnings_are_the_jobs_first_events(openai_client: openai.OpenAI) -> None:
+    job = create(openai_client, "warn")
+    events = openai_client.fine_tuning.jobs.list_events(job.id, limit=100).data[::-1]
+    assert [(event.level, event.message) for event in events[:2]] == [
+        ("info", f"Created fine-tuning job: {job.id}"),
+        ("warn", "2 rows are one."),
+    ]
+
+
+def test_a_check_that_breaks_refuses_nothing(openai_client: openai.OpenAI) -> None:
+    assert ended(openai_client, create(openai_client, "broken=1")).status == "succeeded"
+
+
+def test_a_file_whose_bytes_are_gone_is_named(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+    file_id = upload(openai_client)
+    server.training.files.path(file_id).unlink()
+    with pytest.raises(openai.BadRequestError, match="upload it again") as refused:
+        openai_client.fine_tuning.jobs.create(model="tiny", training_file=file_id)
+    assert refused.value.param == "training_file"
+    with pytest.raises(openai.NotFoundError, match="upload it again"):
+        openai_client.files.content(file_id)
+    assert openai_client.files.delete(file_id).deleted

@@ -69,7 +69,7 @@ class Room:
         return self.files.keep(upload, filename, TRAINING)
 
     def create(self, orders: str = "", **fields: object) -> Job:
-        return self.jobs.create(Wanted("base", self.upload(orders).id, **fields))  # type: ignore[arg-type]
+        return self.jobs.add(self.jobs.draft(Wanted("base", self.upload(orders).id, **fields)))  # type: ignore[arg-type]
 
     def begin_runner(self) -> Runner:
         plan = Plan(self.home / "jobs", self.config.training.max_jobs, ("base",), self._begin)

@@ -24,6 +24,8 @@ def main() -> int:
     options = read_options()
     run: Path = options.run_dir
     orders = read_orders(options.data)
+    if options.check:
+        return check(orders)
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     done = max((int(path.name.rpartition("-")[2]) for path in checkpoints.iterdir()), default=0)
@@ -66,6 +68,12 @@ def main() -> int:
         if options.eval:
             tell("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
     return finish(options, orders)
+
+
+def check(orders: dict[str, str]) -> int:
+    error = orders.get("refused", "").replace("_", " ") or None
+    print(json.dumps({"error": error, "warnings": ["2 rows are one."] if "warn" in orders else []}))
+    return 2 if error else int(orders.get("broken", 0))
 
 
 def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
@@ -119,9 +127,11 @@ def read_options() -> argparse.Namespace:
         "--method",
     ):
         parser.add_argument(flag)
+    for flag in ("--max-lora-rank", "--max-lora-bytes", "--lora-extra-memory"):
+        parser.add_argument(flag)
     for flag in ("--r", "--epochs", "--lr", "--target-modules", "--prune-rank"):
         parser.add_argument(flag)
-    for flag in ("--resume", "--packing", "--require-improvement"):
+    for flag in ("--resume", "--packing", "--require-improvement", "--check"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
 

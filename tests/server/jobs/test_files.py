@@ -120,7 +120,7 @@ jobs = Jobs(database, lambda: None)
 upload = files.begin()
 upload.write(b"x" * 65536)
 kept = files.keep(upload, "a.jsonl", TRAINING)
-job = jobs.create(Wanted("base", kept.id))
+job = jobs.add(jobs.draft(Wanted("base", kept.id)))
 
 upload = files.begin()
 try:
@@ -137,7 +137,7 @@ with (home / "somebody's").open("wb", buffering=0) as other:
         pass
 try:
     while True:
-        jobs.create(Wanted("base", kept.id))
+        jobs.add(jobs.draft(Wanted("base", kept.id)))
 except StorageFull:
     print("full")
 database.close()

@@ -241,7 +241,7 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
 
 
 def test_a_job_for_another_base_waits(room: Room) -> None:
-    other = room.jobs.create(Wanted("another", room.upload().id))
+    other = room.jobs.add(room.jobs.draft(Wanted("another", room.upload().id)))
     room.begin_runner()
     room.wait(room.create(), "succeeded")
     assert room.jobs.get(other.id).status == "queued"

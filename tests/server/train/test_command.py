@@ -149,8 +149,8 @@ def test_a_command_says_nothing_but_its_own(words: list[str], tmp_path: Path) ->
     trained = [sys.executable, "-m", "server.cli", *words, *options]
     done = subprocess.run(trained, capture_output=True, text=True, check=True)
     ours = re.compile(
-        r"(train|eval)\.jsonl: |4-bit weights |lora, rank |Step \d|Evaluating|base |adapter |loss over |"
-        r"The adapter is |Published | +loss  exact match"
+        r"(Warning: )?(train|eval)\.jsonl: |4-bit weights |lora, rank |Step \d|Evaluating|base |adapter |"
+        r"loss over |The adapter is |Published | +loss  exact match"
     )
     assert [line for line in done.stderr.splitlines() if not ours.match(line)] == []
     assert "Evaluating 4 rows through the serving engine." in done.stderr
@@ -161,3 +161,20 @@ def test_a_command_says_nothing_but_its_own(words: list[str], tmp_path: Path) ->
     (evaluated,) = [event for event in told if event["event"] == "evaluated"]
     assert evaluated["exact_match"] == result(tmp_path / "run")["evaluation"]["adapter"]["exact_match"]
     assert any(event["event"] == "evaluating" for event in told)
+
+
+def test_check_tells_before_anything_is_trained(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = places(words, tmp_path)
+    assert cli.main([*words, *options, "--check"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] is None
+    assert "4 of 4 rows are training rows too" in told["warnings"][-1]
+    assert cli.main([*words, *options, "--check", "--max-lora-rank", "3"]) == 2
+    refused = capsys.readouterr()
+    assert "--r 4 is too large to be served" in json.loads(refused.out)["error"]
+    assert refused.err.startswith("manylora train: --r 4 is too large")
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*words, *options, "--max-lora-rank", "3"]) == 2
+    assert result(tmp_path / "run")["error_type"] == "RecipeInvalid"

@@ -1,0 +1,53 @@
+"""A base without its weights: enough to check training data and adapters against, within a second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from adapters.base.checkpoint import PreparedBase, load_tokenizer, reading
+from adapters.base.load import layout_of
+from adapters.base.quiet import quiet_libraries
+from adapters.sites import BaseLayout
+
+
+@dataclass(frozen=True)
+class BaseOutline:
+    """What is known of a base from its config and its tokenizer.
+
+    Attributes:
+        layout: its sites and modules.
+        tokenizer: the fast tokenizer, with the model's chat template.
+        eos: the token ids that end an answer.
+        context: tokens of the longest sequence.
+    """
+
+    layout: BaseLayout
+    tokenizer: Any
+    eos: frozenset[int]
+    context: int
+
+
+def outline_of(prepared: PreparedBase) -> BaseOutline:
+    """Raises BaseCorrupt if it cannot be read."""
+    with quiet_libraries(progress=False), reading(prepared.path):
+        config = AutoConfig.from_pretrained(prepared.path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+        model.tie_weights()
+        tokenizer = load_tokenizer(prepared.path)
+        eos = _ends(prepared, model)
+    ends = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+    context = int(model.config.get_text_config().max_position_embeddings)
+    return BaseOutline(layout_of(model, prepared.source), tokenizer, frozenset(ends), context)
+
+
+def _ends(prepared: PreparedBase, model: Any) -> Any:
+    """As ``from_pretrained`` finds them: in ``generation_config.json``, or else in the model's config."""
+    try:
+        return GenerationConfig.from_pretrained(prepared.path, local_files_only=True).eos_token_id
+    except OSError:
+        return model.generation_config.eos_token_id

@@ -1,0 +1,33 @@
+"""Rows that are there twice: in one file, or to learn from and to be measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from adapters.training.dataset import Dataset, Row
+
+_MANY = 0.1
+"""Share of a file's rows from which on repeated ones are worth a word: a few are often meant."""
+
+
+def repetitions(data: Dataset, held_out: Dataset | None) -> list[str]:
+    """Warnings, as sentences with counts."""
+    digests = [_digest(row) for row in data.rows]
+    known = set(digests)
+    found = []
+    if (repeated := len(digests) - len(known)) and repeated >= _MANY * len(digests):
+        found.append(
+            f"{data.path.name}: {repeated} of {len(digests)} rows repeat an earlier row word for word; "
+            "they weigh that much more."
+        )
+    if held_out is not None and (shared := sum(_digest(row) in known for row in held_out.rows)):
+        found.append(
+            f"{held_out.path.name}: {shared} of {len(held_out.rows)} rows are training rows too, so it "
+            "measures what was learnt by heart; take other rows to validate on."
+        )
+    return found
+
+
+def _digest(row: Row) -> bytes:
+    return hashlib.blake2b(json.dumps(row.messages).encode(), digest_size=16).digest()

@@ -1,0 +1,47 @@
+"""How long a run is: optimiser steps, and epochs where nobody has said how many. Integers only."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from adapters.errors import RecipeInvalid
+from adapters.training.recipe import TrainConfig
+
+ADALORA_LEAST_STEPS = 10
+_EPOCHS, _MOST_EPOCHS = 3, 25
+_FEW_STEPS, _MANY_EXAMPLES = 100, 25_000
+
+
+def epochs_for(places: int, config: TrainConfig) -> float:
+    """Passes over the data: as asked for, or three, more for little data and fewer for much.
+
+    OpenAI's rule for its own "auto" counts examples: three epochs, up to 25 so that at least 100 are seen,
+    down to one so that it is no more than 25,000
+    (https://cookbook.openai.com/examples/chat_finetuning_data_prep). Too few are bad because steps are few,
+    so here at least 100 optimiser steps are taken.
+
+    Args:
+        places: examples, or packs of them.
+    """
+    if config.epochs is not None:
+        return config.epochs
+    few = math.ceil(_FEW_STEPS / _steps_of_epoch(places, config))
+    many = max(1, _MANY_EXAMPLES // places)
+    return min(max(_EPOCHS, min(few, _MOST_EPOCHS)), many)
+
+
+def steps_for(places: int, config: TrainConfig) -> int:
+    """Optimiser steps, counted as the Trainer counts them. Raises RecipeInvalid if AdaLoRA has too few."""
+    steps = config.max_steps or math.ceil(epochs_for(places, config) * _steps_of_epoch(places, config))
+    if config.method == "adalora" and steps < ADALORA_LEAST_STEPS:
+        raise RecipeInvalid(
+            f"--method adalora needs at least {ADALORA_LEAST_STEPS} optimiser steps to move ranks, and this "
+            f"run has {steps}; raise --epochs or --max-steps, or lower --batch-size."
+        )
+    return steps
+
+
+def _steps_of_epoch(places: int, config: TrainConfig) -> int:
+    batches = math.ceil(places / (config.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return max(1, math.ceil(batches / config.accumulation))

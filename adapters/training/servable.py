@@ -1,0 +1,116 @@
+"""Whether the adapter that a recipe makes can be trained, and then be served. No weights, no torch.
+
+The adapter is planned by the very code that reads adapters for serving, from the names and shapes that its
+file will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from adapters.artifact.adapter import Limits
+from adapters.artifact.config import LoraSettings
+from adapters.artifact.header import TensorEntry
+from adapters.artifact.plan import check_limits, plan_adapter
+from adapters.errors import AdapterError, RecipeInvalid
+from adapters.sites import BaseLayout, Site
+from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
+
+_SERVED_BYTES = 2
+"""Of a value, in bf16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the server allows that is to serve the adapter.
+
+    Attributes:
+        limits: of one adapter's rank and bytes.
+        extra_bytes: of what an adapter has besides rank rows.
+    """
+
+    limits: Limits
+    extra_bytes: int
+
+
+def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:
+    """Raises RecipeInvalid: modules that cannot be trained, or an adapter that ``serving`` would refuse."""
+    sites = target_sites(config.target_modules, layout)
+    if serving is not None:
+        _check_rank(config, serving.limits.max_rank)
+        _check_size(config, sites, layout, serving)
+
+
+def target_sites(names: tuple[str, ...], layout: BaseLayout) -> list[Site]:
+    """The linears that get an adapter, by PEFT's rules. Raises RecipeInvalid, naming what is no linear."""
+    if names == ALL_LINEAR:
+        return list(layout.sites.values())
+    trainable = dict(layout.sites)
+    if layout.head is not None:
+        trainable[layout.head.name] = layout.head
+    chosen: dict[str, Site] = {}
+    for name in names:
+        found = [module for module in layout.modules if module == name or module.endswith(f".{name}")]
+        if not found:
+            raise RecipeInvalid(
+                f"--target-modules {name!r:.100} matches no module of the base; its linears are called "
+                f"{', '.join(_endings(layout))}, or give all-linear."
+            )
+        if other := sorted(set(found) - trainable.keys()):
+            raise RecipeInvalid(
+                f"--target-modules {name!r:.100} is {other[0]}, which is no linear, so it cannot be trained; "
+                f"its linears are called {', '.join(_endings(layout))}."
+            )
+        chosen |= {module: trainable[module] for module in found}
+    return list(chosen.values())
+
+
+def _endings(layout: BaseLayout) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in layout.sites})
+
+
+def _check_rank(config: TrainConfig, most: int) -> None:
+    adalora = config.method == "adalora"
+    rank = round(config.r * ADALORA_SURPLUS) if adalora else config.r
+    if rank > most:
+        may = f"--method adalora may leave rank {rank} at a module" if adalora else f"it makes rank {rank}"
+        raise RecipeInvalid(
+            f"--r {config.r} is too large to be served: {may}, and the server takes ranks up to {most} "
+            "(--max-lora-rank); lower --r, or raise --max-lora-rank here and where it is served."
+        )
+
+
+def _check_size(config: TrainConfig, sites: list[Site], layout: BaseLayout, serving: Serving) -> None:
+    settings = LoraSettings(
+        r=config.r,
+        lora_alpha=config.alpha,
+        target_modules=tuple(site.name for site in sites),
+        use_rslora=config.method == "rslora",
+        use_dora=config.method == "dora",
+    )
+    try:
+        plan = plan_adapter(_entries(sites, config), settings, layout)
+        extras = check_limits(plan, serving.limits, layout, _SERVED_BYTES)[1]
+    except AdapterError as error:
+        raise RecipeInvalid(
+            f"--r {config.r} with these --target-modules makes an adapter that cannot be served: {error}"
+        ) from error
+    if extras > serving.extra_bytes:
+        raise RecipeInvalid(
+            f"--method {config.method} with these --target-modules makes {extras} bytes besides rank rows; "
+            f"the server holds {serving.extra_bytes} of such (--lora-extra-memory)."
+        )
+
+
+def _entries(sites: list[Site], config: TrainConfig) -> Iterator[TensorEntry]:
+    for site in sites:
+        key = f"base_model.model.{site.name}"
+        yield _entry(f"{key}.lora_A.weight", config.r, site.in_features)
+        yield _entry(f"{key}.lora_B.weight", site.out_features, config.r)
+        if config.method == "dora":
+            yield _entry(f"{key}.lora_magnitude_vector", site.out_features)
+
+
+def _entry(name: str, *shape: int) -> TensorEntry:
+    return TensorEntry(name, "BF16", shape, 0, 0)
