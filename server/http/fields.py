@@ -130,7 +130,10 @@ STREAM_OPTIONS: Rules = {
 MESSAGE: Rules = {
     "role": SERVED,
     "content": SERVED,
+    "reasoning_content": SERVED,
+    "reasoning": SERVED,
     "name": NO_EFFECT,  # chat templates do not show it
+    "cache_control": NO_EFFECT,  # prompts that begin alike share their KV without it
     "tool_calls": _neutral([], remedy=_AS_TEXT),
     "function_call": _refused(_AS_TEXT),
     "tool_call_id": _refused(_AS_TEXT),
@@ -141,4 +144,5 @@ MESSAGE: Rules = {
 PART: Rules = {
     "type": SERVED,
     "text": SERVED,
+    "cache_control": NO_EFFECT,
 }
