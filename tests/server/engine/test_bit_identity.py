@@ -16,6 +16,7 @@ import torch
 
 from adapters.base import DEFAULT_BASE
 from server.engine.build import Parts
+from server.engine.fairness import RoundRobin
 from tests.adapters.native_calls import threads
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
@@ -154,3 +155,11 @@ def test_from_the_prefix_cache(served: Served) -> None:
     parts = served.build()
     served.check(parts, turns=2)
     assert parts.engine.scheduler.cached_tokens > 0
+
+
+def test_when_lanes_take_turns(served: Served) -> None:
+    parts = served.build(NO_CACHE, "--max-num-seqs", "1")
+    scheduler = parts.engine.scheduler
+    scheduler.fairness = RoundRobin(scheduler.lanes, quantum=7, slice_tokens=8)
+    served.check(parts)
+    assert scheduler.preemptions > 2
