@@ -41,7 +41,7 @@ from adapters.training.prune import prune
 from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
-from adapters.training.schedule import steps_for
+from adapters.training.schedule import epochs_for, steps_for
 from adapters.training.servable import Serving, check_servable
 from adapters.training.stop import Stop
 from adapters.training.trainer import Moments, QloraTrainer
@@ -178,7 +178,8 @@ def _trainer(
     text = (
         f"{config.method}, rank {config.r}: {trained} of {all_} parameters are trained ({trained / all_:.2%})"
     )
-    _note(run, f"{text}, learning rate {rate:g}, {steps} steps.", show)
+    passes = "" if config.max_steps else f"{epochs_for(len(packs), config):g} epochs, "
+    _note(run, f"{text}, learning rate {rate:g}, {passes}{steps} steps.", show)
     held_out = _packs(material.held_out, config) if material.held_out else []
     throttle = Throttle(config.duty)
     trainer = QloraTrainer(

@@ -1,4 +1,4 @@
-"""Whether the adapter that a recipe makes can be trained, and then be served. No weights, no torch.
+"""Whether the adapter that a recipe makes can be trained, and then be served. Reads no weights.
 
 The adapter is planned by the very code that reads adapters for serving, from the names and shapes that its
 file will have.

@@ -18,7 +18,7 @@ from server.jobs.files import Files
 logger = logging.getLogger("manylora.jobs")
 
 _NICE = 5  # a client waits for the answer: behind serving, but before training
-_SECONDS = 120.0
+_SECONDS = 60.0
 _WRONG = 2
 
 

@@ -1,4 +1,4 @@
-"""What was asked for on the command line, as training takes it. No torch."""
+"""What was asked for on the command line, as training takes it."""
 
 from __future__ import annotations
 

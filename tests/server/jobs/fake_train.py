@@ -45,6 +45,8 @@ def main() -> int:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         else:
             signal.signal(signal.SIGTERM, stop)
+        if "warn" in orders:
+            tell("warning", message="2 rows are one.")
         tell("start", total_steps=total)
         while step < total:
             time.sleep(float(orders.get("sleep", 0)))

@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from sqlalchemy import JSON
 
 from adapters.paths import folder_name
 from server.jobs import runner
@@ -342,7 +343,9 @@ def test_a_damaged_run_folder_ends_its_job_alone(
     room.wait(good, "succeeded")
 
 
-@pytest.mark.parametrize("column", ["recipe", "hyperparameters", "tags", "result_files"])
+@pytest.mark.parametrize(
+    "column", [each.name for each in Job.__table__.columns if isinstance(each.type, JSON)]
+)
 def test_a_damaged_row_ends_its_job_alone(room: Room, column: str) -> None:
     bad, good = room.create(), room.create()
     with sqlite3.connect(room.home / "state.sqlite3") as plain:
@@ -364,3 +367,12 @@ def test_the_evaluation_is_told_and_kept(room: Room, orders: str, status: str, f
     events = room.jobs.events(job.id, None, 100).rows
     (told,) = [event for event in events if "exact_match" in event.data]
     assert (told.message, told.data) == ("It is better.", {"exact_match": 1.0, "base_exact_match": 0.0})
+
+
+@pytest.mark.parametrize("known", [["2 rows are one."], []])
+def test_a_warning_is_told_once(room: Room, known: list[str]) -> None:
+    job = room.jobs.add(room.jobs.draft(Wanted("base", room.upload("warn").id)), known)
+    room.begin_runner()
+    room.wait(job, "succeeded")
+    events = room.jobs.events(job.id, None, 100).rows
+    assert [event.level for event in events if event.message == "2 rows are one."] == ["warn"]
