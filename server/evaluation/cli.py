@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapters.errors import AdapterNameInvalid, AdapterNotFound
-from adapters.paths import resolve_under
+from adapters.paths import folder_name, resolve_under
 from server.base_options import add_served, served_config
 from server.config import ServerConfig
 
@@ -99,7 +99,7 @@ def find_adapter(wanted: str, config: ServerConfig) -> Path:
         AdapterNotFound: there is neither.
     """
     with suppress(AdapterNameInvalid):  # then it can only be a path
-        named = resolve_under(config.adapters.folder, wanted)
+        named = resolve_under(config.adapters.folder, folder_name(wanted))
         if named.is_dir():
             return named
     if Path(wanted).is_dir():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from adapters.base import load_base, prepare_base, wheel
 from adapters.base.digests import DigestMemo, sha256_of
-from adapters.base.source import resolve
+from adapters.base.source import name_of, resolve
 from adapters.errors import BaseCorrupt, BaseNotFound
 from tests.tiny_models import make_tiny_model
 
@@ -44,6 +44,14 @@ def test_pickle_weights_beside_safetensors_are_never_read(llama: Path, tmp_path:
     folder = shutil.copytree(llama, tmp_path / "both")
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
     load_base(prepare_base(str(folder), tmp_path, progress=False))
+
+
+def test_the_name_is_known_before_anything_is_read(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(llama)
+    (tmp_path / "tiny.gguf").touch()
+    assert resolve(str(tmp_path / "link"), tmp_path, progress=False).name == "tiny-llama"
+    names = [name_of(base) for base in (str(tmp_path / "link"), str(tmp_path / "tiny.gguf"), "org/Model")]
+    assert names == ["tiny-llama", "tiny", "org/Model"]
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

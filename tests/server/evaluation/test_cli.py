@@ -42,6 +42,8 @@ def test_an_adapter_is_a_name_or_a_folder(home: Path) -> None:
     assert find_adapter("served", config) == home / "adapters" / "served"
     assert find_adapter("trained", config) == Path("trained")
     assert find_adapter(str(home), config) == home
+    (home / "adapters" / "ft_3abase_3aacme_3a1").mkdir()
+    assert find_adapter("ft:base:acme:1", config) == home / "adapters" / "ft_3abase_3aacme_3a1"
     with pytest.raises(AdapterNotFound, match="'neither' is neither an adapter in"):
         find_adapter("neither", config)
 

@@ -18,6 +18,7 @@ from adapters.training import RunFolder
 from server import cli
 from server.evaluation.gate import Decision
 from server.train import command
+from server.train.origin import Origin
 from tests.adapters.training.tasks import make_task
 
 
@@ -44,8 +45,10 @@ def places(words: list[str], folder: Path) -> list[str]:
 
 def test_a_trained_adapter_is_evaluated_and_published(words: list[str], tmp_path: Path) -> None:
     options = places(words, tmp_path)
-    assert cli.main([*words, *options, "--require-improvement"]) == 0
+    assert cli.main([*words, *options, "--require-improvement", "--job", "ftjob-1"]) == 0
     told = result(tmp_path / "run")
+    origin = Origin(Path(words[words.index("--home") + 1]))
+    assert origin.job_of(tmp_path / "out" / "acme", "acme") == "ftjob-1"
     assert (told["status"], told["adapter"], told["path"]) == (
         "published",
         "acme",
@@ -90,6 +93,8 @@ def test_bad_rows_are_all_named_before_anything_is_trained(
         ["--r", "0"],
         ["--method", "magic"],
         ["--name", "../x"],
+        ["--name", "acme.tmp"],
+        ["--name", "ft_3aacme"],
         ["--target-modules", "nothing"],
         ["--method", "adalora", "--max-steps", "3"],
         ["--lr", "x"],
@@ -104,6 +109,12 @@ def test_wrong_options_are_one_line_and_exit_code_2(
         code = exit_.code
     assert code == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("manylora train: ")
+
+
+def test_the_base_keeps_its_name(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = Path(words[words.index("--base") + 1]).name
+    assert cli.main([*words, "--run-dir", str(tmp_path / "run"), "--name", base]) == 2
+    assert f"{base!r} is the base's own name" in capfd.readouterr().err
 
 
 def started(words: list[str], run: Path, *options: str) -> subprocess.Popen[bytes]:
