@@ -57,9 +57,10 @@ def _is_penalised(params: SamplingParams) -> bool:
 
 def _add_biases(logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence]) -> None:
     biases = [_bias_of(sequences[i], logits.device) for i in rows]
-    where = _repeated(torch.tensor(rows), [len(bias.ids) for bias in biases], logits.device)
-    ids = torch.cat([bias.ids for bias in biases])
-    logits[where, ids] = logits[where, ids] + torch.cat([bias.values for bias in biases])
+    starts = torch.tensor(rows) * logits.shape[1]
+    places = _repeated(starts, [len(bias.ids) for bias in biases], logits.device)
+    places += torch.cat([bias.ids for bias in biases])
+    logits.view(-1).index_add_(0, places, torch.cat([bias.values for bias in biases]))
 
 
 def _bias_of(sequence: Sequence, device: torch.device) -> LogitBias:

@@ -218,6 +218,24 @@ def test_the_number_that_was_one_in_float32_draws_the_best_at_top_k_1() -> None:
     assert logits.softmax(-1)[last] > 0
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 600}, {"top_p": 0.9}])
+def test_a_sum_that_grows_where_there_is_no_mass_draws_no_token_there(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, object]
+) -> None:
+    """A GPU sums in parallel, so that rounding may do this; made larger here."""
+    cumsum = Tensor.cumsum
+
+    def rounded(self: Tensor, *arguments: Any, **others: Any) -> Tensor:
+        return cumsum(self, *arguments, **others) + torch.arange(self.shape[-1]) * 1e-3
+
+    monkeypatch.setattr(Tensor, "cumsum", rounded)
+    logits = torch.full((2000,), -1e9)
+    logits[1000:1004] = torch.tensor([0.0, 2.0, 1.0, 0.0])
+    sequences = [_sequence(seed=seed, **params) for seed in range(100)]  # type: ignore[arg-type]
+    tokens = {draw.token for draw in sample(logits.expand(100, -1), sequences)}
+    assert tokens <= {1000, 1001, 1002, 1003}
+
+
 EXTREMES = st.fixed_dictionaries(
     {"model": st.just("m"), "prompt": st.just("p")},
     optional={
