@@ -30,6 +30,7 @@ from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import Encoded, encode_dataset
 from adapters.training.export import Nominal
 from adapters.training.failures import explained
+from adapters.training.fit import check_questions
 from adapters.training.flash import use_flash_attention
 from adapters.training.gpu import claim_memory, optimizer_for
 from adapters.training.methods import RankAllocation, put_adapter
@@ -140,6 +141,8 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     encoded = [
         _encode(one, config, outline, renderer, run, show) for one in (data, held_out) if one is not None
     ]
+    if held_out is not None and serving is not None and renderer is not None:
+        check_questions(held_out, renderer, outline.context, serving.is_asked)
     steps_for(len(_packs(encoded[0], config)), config)
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)

@@ -6,7 +6,7 @@ file will have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from adapters.artifact.adapter import Limits
@@ -28,10 +28,12 @@ class Serving:
     Attributes:
         limits: of one adapter's rank and bytes.
         extra_bytes: of what an adapter has besides rank rows.
+        is_asked: whether a held-out row with that reference is answered when the adapter is evaluated.
     """
 
     limits: Limits
     extra_bytes: int
+    is_asked: Callable[[str], bool] = lambda _: False
 
 
 def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:

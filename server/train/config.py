@@ -11,6 +11,7 @@ from adapters.paths import check_name
 from adapters.training import TrainConfig
 from adapters.training.servable import Serving
 from server.config import ServerConfig
+from server.evaluation.metrics import is_short
 from server.train.options import chosen
 
 
@@ -42,4 +43,4 @@ def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> N
 def serving_of(server: ServerConfig) -> Serving:
     """What the server allows that is to serve the adapter."""
     adapters = server.adapters
-    return Serving(Limits(adapters.max_lora_rank, adapters.max_bytes), adapters.extra_memory)
+    return Serving(Limits(adapters.max_lora_rank, adapters.max_bytes), adapters.extra_memory, is_short)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from adapters.artifact import Limits
 from adapters.base import load_base, prepare_base
 from adapters.base.outline import BaseOutline, outline_of
 from adapters.errors import DatasetInvalid, RecipeInvalid
-from adapters.training import TrainConfig, check
+from adapters.training import RunFolder, TrainConfig, check, fit, train
 from adapters.training.check import check_run
 from adapters.training.encode import encode_dataset
 from adapters.training.servable import Serving
@@ -98,11 +99,30 @@ def test_a_row_that_does_not_fit_is_named(task: dict[str, Any], tmp_path: Path, 
         check_run(TrainConfig(**{**task, which: path, "max_seq_len": 128}))
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_last_question_that_fills_the_context_is_named(
+    task: dict[str, Any], tmp_path: Path, outline: BaseOutline, is_asked: bool
+) -> None:
+    turns = row(1)["messages"] + long_row(outline.context)["messages"]
+    path = write(tmp_path, row(0), {"messages": turns}, name="held.jsonl")
+    config = TrainConfig(**{**task, "eval_data": path})
+    serving = replace(SERVING, is_asked=lambda _: is_asked)
+    if not is_asked:
+        assert "held.jsonl: examples over 512 tokens, which are cut there: 1." in check_run(config, serving)
+        return
+    with pytest.raises(DatasetInvalid, match=r"held\.jsonl .* line 2 asks with \d+ tokens at its end"):
+        check_run(config, serving)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(DatasetInvalid, match="line 2 asks with"):
+        train(config, run, serving=serving)
+    run.close()
+
+
 def test_rows_that_are_cut_are_counted(task: dict[str, Any], tmp_path: Path) -> None:
     long = {"messages": [*row(1)["messages"][:1], {"role": "assistant", "content": "ab " * 400}]}
     path = write(tmp_path, row(1), long, long, row(2))
     warnings = check_run(TrainConfig(**{**task, "data": path, "max_seq_len": 128, "eval_data": None}))
-    assert "rows.jsonl: 2 examples have over 128 tokens; they are cut there." in warnings
+    assert "rows.jsonl: examples over 128 tokens, which are cut there: 2." in warnings
 
 
 def test_only_rows_that_may_be_too_long_become_tokens(
@@ -116,7 +136,7 @@ def test_only_rows_that_may_be_too_long_become_tokens(
         return whole(data, *arguments)
 
     monkeypatch.setattr(check, "encode_dataset", counting)
-    monkeypatch.setattr(check, "_BYTES_OF_TEMPLATE", 200)
+    monkeypatch.setattr(fit, "_BYTES_OF_TEMPLATE", 200)
     path = write(tmp_path, *map(row, range(QUESTIONS)), long_row(60))
     check_run(TrainConfig(**{**task, "data": path, "eval_data": None, "max_seq_len": 512}))
     assert asked == [2]  # one of the usual kind, and the long one

@@ -1,0 +1,54 @@
+"""Whether rows fit into a context: those that plainly do are not made into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from adapters.errors import DatasetInvalid, LineProblem
+from adapters.text.renderer import ChatRenderer
+from adapters.training.dataset import Dataset, Row
+
+_BYTES_OF_TEMPLATE, _BYTES_OF_MESSAGE = 2048, 64
+"""More than a chat template writes around a conversation, and around one message."""
+
+
+def doubtful_rows(data: Dataset, longest: int) -> Iterator[Row]:
+    """Rows that may have over ``longest`` tokens: each token has a byte at least."""
+    for row in data.rows:
+        texts = [text for message in row.messages for text in message.values()]
+        size = sum(len(text.encode()) for text in texts) + _BYTES_OF_MESSAGE * len(row.messages)
+        if size + _BYTES_OF_TEMPLATE > longest:
+            yield row
+
+
+def kinds_of_rows(data: Dataset) -> Iterator[Row]:
+    """One row of each order of roles: a template that refuses one refuses its like."""
+    known: set[tuple[str, ...]] = set()
+    for row in data.rows:
+        order = tuple(message["role"] for message in row.messages)
+        if order not in known:
+            known.add(order)
+            yield row
+
+
+def check_questions(
+    held_out: Dataset, renderer: ChatRenderer, context: int, is_asked: Callable[[str], bool]
+) -> None:
+    """Raises DatasetInvalid: last questions that leave no room for an answer when they are asked.
+
+    Args:
+        context: tokens of question and answer.
+        is_asked: whether a row with that reference is.
+    """
+    sizes = {
+        row.line: len(renderer.prompt(row.messages[:-1]))
+        for row in doubtful_rows(held_out, context)
+        if is_asked(row.messages[-1]["content"])
+    }
+    problems = [
+        LineProblem(line, f"asks with {size} tokens at its end; the base's context holds {context}")
+        for line, size in sizes.items()
+        if size >= context
+    ]
+    if problems:
+        raise DatasetInvalid(held_out.path.name, problems)
