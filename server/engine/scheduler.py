@@ -11,8 +11,7 @@ in flight may still read, blocks and adapters, is kept until it has landed.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +21,7 @@ from server.engine.kv_cache import BlockManager, BlockTable, chain_root
 from server.engine.lanes import Lane, Lanes, insert_by_age
 from server.engine.request import FinishReason
 from server.engine.sequence import Chunk, Sequence
+from server.engine.step import Step
 
 _LOOK_AHEAD = 8
 """Lanes whose next sequence is looked at before there is a place for it."""
@@ -112,7 +112,7 @@ class Scheduler:
         """
         if not self._make_way():
             return []
-        step = _Step(self.limits.max_num_batched_tokens)
+        step = Step(self.limits.max_num_batched_tokens)
         for sequence in [s for s in self.running if s.num_pending == 1]:
             self._compute(sequence, step, 0, min(1, step.budget))
         self._share_out(step)
@@ -195,7 +195,7 @@ class Scheduler:
 
     # -- sharing out ------------------------------------------------------------------------------
 
-    def _share_out(self, step: _Step) -> None:
+    def _share_out(self, step: Step) -> None:
         """The tokens that are left go to prompts, in turns."""
         for sequence in self.running:
             if sequence.num_pending > 1:
@@ -210,7 +210,7 @@ class Scheduler:
                 turns.append(lane)
         self._give_what_nobody_took(step)
 
-    def _turn(self, lane: Lane, step: _Step) -> int:
+    def _turn(self, lane: Lane, step: Step) -> int:
         """One lane's share: prompts under way, then new ones. Says how many tokens it took."""
         left = allowance = self.fairness.allowance(lane)
         for sequence in step.prompts[lane]:
@@ -220,7 +220,7 @@ class Scheduler:
         self.fairness.charge(lane, allowance - left)
         return allowance - left
 
-    def _give_what_nobody_took(self, step: _Step) -> None:
+    def _give_what_nobody_took(self, step: Step) -> None:
         """Places were kept for poorer lanes that cannot use them yet."""
         while step.refused and step.budget > 0:
             lane = min(step.refused, key=lambda lane: lane.places)
@@ -229,12 +229,12 @@ class Scheduler:
             if not length:
                 step.refused.remove(lane)
 
-    def _continue(self, sequence: Sequence, step: _Step, limit: int) -> int:
+    def _continue(self, sequence: Sequence, step: Step, limit: int) -> int:
         """Compute more of a running sequence, at most ``limit`` tokens; says how many."""
         given = step.given(sequence)
         return self._compute(sequence, step, given, min(sequence.num_pending - given, limit, step.budget))
 
-    def _compute(self, sequence: Sequence, step: _Step, given: int, length: int) -> int:
+    def _compute(self, sequence: Sequence, step: Step, given: int, length: int) -> int:
         """``length`` tokens more than the ``given`` ones, if there are blocks for them; says how many."""
         if length <= 0 or sequence.table is None:  # nothing left, or preempted earlier in this step
             return 0
@@ -258,7 +258,7 @@ class Scheduler:
 
     # -- starting ---------------------------------------------------------------------------------
 
-    def _admit(self, lane: Lane, step: _Step, limit: int, kept: bool = True) -> int:
+    def _admit(self, lane: Lane, step: Step, limit: int, kept: bool = True) -> int:
         """Start the lane's head with at most ``limit`` tokens; says with how many, 0 = not now.
 
         Args:
@@ -285,7 +285,7 @@ class Scheduler:
         step.prompts[lane].append(head)
         return length
 
-    def _start(self, sequence: Sequence, step: _Step, limit: int) -> int:
+    def _start(self, sequence: Sequence, step: Step, limit: int) -> int:
         """Give blocks for the first chunk, if there is room for the whole sequence as it stands now."""
         table = BlockTable(chain_root(sequence.digest))
         cached = self.blocks.match(table, sequence.tokens)
@@ -311,7 +311,7 @@ class Scheduler:
 
     # -- making way -------------------------------------------------------------------------------
 
-    def _look_ahead(self, step: _Step) -> None:
+    def _look_ahead(self, step: Step) -> None:
         """Have the adapters of those who are next loaded, and note who could start if somebody made way."""
         if not self.num_waiting:
             return
@@ -373,43 +373,3 @@ class Scheduler:
         if sequence.table is not None:
             self.blocks.release(sequence.table)
         sequence.table, sequence.num_computed = None, 0
-
-
-class _Step:
-    """The chunks gathered so far and the tokens left to give.
-
-    Attributes:
-        prompts: those under way, by lane, oldest first.
-        refused: lanes that left a place to others.
-        not_ready: lanes whose head's adapter is not there.
-        blocked_from: nobody starts in a lane that holds so many places or more.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.chunks: dict[tuple[str, int], Chunk] = {}
-        self.prompts: defaultdict[Lane, list[Sequence]] = defaultdict(list)
-        self.refused: list[Lane] = []
-        self.not_ready: set[Lane] = set()
-        self.blocked_from: float = math.inf
-
-    def given(self, sequence: Sequence) -> int:
-        chunk = self.chunks.get(sequence.key)
-        return chunk.length if chunk else 0
-
-    def give(self, chunk: Chunk, more: int) -> None:
-        """``more`` tokens than its sequence had."""
-        self.budget -= more
-        self.chunks[chunk.sequence.key] = chunk
-
-    def cancel(self, sequence: Sequence) -> None:
-        """It is preempted; its blocks are for those that run, so nobody starts in this step."""
-        chunk = self.chunks.pop(sequence.key, None)
-        if chunk is not None:
-            self.budget += chunk.length
-        self.blocked_from = 0
-
-    def give_up(self) -> None:
-        """End with nothing."""
-        self.chunks.clear()
-        self.budget = 0
