@@ -23,8 +23,13 @@ MAX_LENGTH = 2**31 - 1
 _MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own limit."""
 _METADATA_BYTES = 2**20
-_MODULE_BYTES = 2048
-"""Four tensors of a module, each with a long name: FSDP's and torch.compile's prefixes take room."""
+_METADATA_OBJECTS = 2**14
+_MODULE_TENSORS = 6
+_TENSOR_BYTES = 384
+"""Of a long name: FSDP's and torch.compile's prefixes take room."""
+_TENSOR_OBJECTS = 3
+_COMMAS = 3
+"""For each object and array."""
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -47,13 +52,29 @@ class Header:
     entries: tuple[TensorEntry, ...]
 
 
-def max_header_bytes(layout: BaseLayout) -> int:
-    """What an adapter of that base can need, and 1 MiB of metadata."""
-    modules = len(layout.sites) + len(layout.ends) + len(layout.norms)
-    return min(_MAX_HEADER_BYTES, _METADATA_BYTES + modules * _MODULE_BYTES)
+@dataclass(frozen=True, slots=True)
+class HeaderLimits:
+    """What an adapter of one base can need, and some metadata.
+
+    Attributes:
+        length: in bytes.
+        objects: JSON's objects and arrays, which cost the most to read.
+    """
+
+    length: int
+    objects: int
 
 
-def read_header(stream: BinaryIO, file_size: int, max_bytes: int) -> Header:
+def header_limits(layout: BaseLayout) -> HeaderLimits:
+    """1 MiB, and for each module of the base six tensors: a pair, DoRA's vector, biases, PEFT's copies."""
+    tensors = _MODULE_TENSORS * (len(layout.sites) + len(layout.ends) + len(layout.norms))
+    return HeaderLimits(
+        min(_MAX_HEADER_BYTES, _METADATA_BYTES + tensors * _TENSOR_BYTES),
+        _METADATA_OBJECTS + tensors * _TENSOR_OBJECTS,
+    )
+
+
+def read_header(stream: BinaryIO, file_size: int, limits: HeaderLimits) -> Header:
     """Reads up to the first tensor byte. Raises AdapterInvalid."""
     prefix = read_exactly(stream, 8, WEIGHTS_FILE)
     length = int.from_bytes(prefix, "little")
@@ -62,12 +83,18 @@ def read_header(stream: BinaryIO, file_size: int, max_bytes: int) -> Header:
             f"{WEIGHTS_FILE} is not a whole safetensors file: its header claims {length} bytes, and the file "
             f"has {file_size}; copy or save it again."
         )
-    if length > max_bytes:
+    if length > limits.length:
         raise AdapterInvalid(
-            f"The header of {WEIGHTS_FILE} has {length} bytes; at most {max_bytes} are read, which is room "
-            "for every module of this base. Save the adapter's own tensors only, without metadata."
+            f"The header of {WEIGHTS_FILE} has {length} bytes; at most {limits.length} are read, which is "
+            "room for every module of this base. Save the adapter's own tensors only, without metadata."
         )
     text = read_exactly(stream, length, WEIGHTS_FILE)
+    objects = text.count(b"[") + text.count(b"{")
+    if objects > limits.objects or text.count(b",") > _COMMAS * limits.objects:
+        raise AdapterInvalid(
+            f"The header of {WEIGHTS_FILE} describes more tensors than this base has modules for, or is no "
+            "header; save the adapter's own tensors only."
+        )
     fields = parse_object(text, f"The header of {WEIGHTS_FILE}")
     fields.pop("__metadata__", None)
     entries = sorted((_entry(name, value) for name, value in fields.items()), key=lambda e: (e.begin, e.end))

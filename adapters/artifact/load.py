@@ -17,7 +17,7 @@ from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
 from adapters.artifact.assemble import BaseWeights, assemble, without_copies
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
-from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
+from adapters.artifact.header import Header, TensorEntry, header_limits, read_header
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.artifact.recognise import naming_what_it_is
 from adapters.base_names import same_base
@@ -80,12 +80,12 @@ class _Read:
 def _read(
     folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype, base: BaseWeights | None
 ) -> _Read:
-    max_header = max_header_bytes(layout)
-    max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + max_header
+    header_limit = header_limits(layout)
+    max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + header_limit.length
     with open_folder(folder) as descriptor, naming_what_it_is(descriptor):
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
-            header = read_header(stream, size, max_header)
+            header = read_header(stream, size, header_limit)
             plan = plan_adapter(header.entries, settings, layout)
             check_limits(plan, limits, layout, dtype.itemsize)
             tensors, digest = _read_tensors(stream, header, plan, dtype)

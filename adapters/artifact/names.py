@@ -19,6 +19,9 @@ Copy = Literal["saved", "wrapped", "original"]
 one is saved under the module's name, and with ``save_embedding_layers`` again under the wrapper's, beside the
 original, which is the base's."""
 
+MAX_COMPARED = 2000
+"""Modules that a wrong name is compared with, to name the nearest."""
+
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAME = r"(?:\.(?P<adapter>[^.]+))?"
@@ -99,9 +102,10 @@ def not_adaptable(module: str, layout: BaseLayout) -> str:
 
 
 def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
-    places = layout.sites.keys() | layout.ends.keys()
     own = parsed.role in ("weight", "bias")
-    if parsed.module in (places | layout.norms.keys() if own else places):
+    if parsed.module in layout.sites or parsed.module in layout.ends:
+        return
+    if own and parsed.module in layout.norms:
         return
     if parsed.module in layout.modules:
         raise AdapterUnsupported(
@@ -110,8 +114,17 @@ def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
             if own
             else not_adaptable(parsed.module, layout)
         )
-    near = get_close_matches(parsed.module, places, n=3)
+    near = _near(parsed.module, layout)
     raise AdapterInvalid(
         f"Tensor {name!r} matches no module of the base ({layout.name_or_path}); "
         + (f"the nearest are {', '.join(near)}." if near else "the adapter seems to be for another base.")
     )
+
+
+def _near(module: str, layout: BaseLayout) -> list[str]:
+    """Comparing takes time: where there are very many modules, those that end alike are enough."""
+    places = [*layout.sites, *layout.ends]
+    if len(places) > MAX_COMPARED:
+        last = module.rpartition(".")[2]
+        places = [place for place in places if place.rpartition(".")[2] == last]
+    return get_close_matches(module, places[:MAX_COMPARED], n=3)

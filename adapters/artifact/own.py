@@ -7,6 +7,7 @@ where embedding and head share one matrix, that one changes for both.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -36,7 +37,18 @@ class OwnPlan:
 
 def saved_modules(settings: LoraSettings, modules: Iterable[str]) -> frozenset[str]:
     """The modules that ``modules_to_save`` means: by how their names end, as in PEFT's ``_set_trainable``."""
-    return frozenset(name for name in modules if name.endswith(settings.modules_to_save))
+    return frozenset().union(*_by_ending(settings.modules_to_save, modules).values())
+
+
+def _by_ending(endings: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Each ending's names, in a time that grows with both together and not with their product."""
+    turned = sorted(name[::-1] for name in names)
+    found: dict[str, list[str]] = {}
+    for ending in dict.fromkeys(endings):
+        begin = bisect_left(turned, ending[::-1])
+        end = bisect_right(turned, ending[::-1], begin, key=lambda name: name[: len(ending)])
+        found[ending] = [name[::-1] for name in turned[begin:end]]
+    return found
 
 
 def plan_own(
@@ -87,7 +99,8 @@ def _check_saved(
 
 def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
     """PEFT adds the names of classifiers' heads to every SEQ_CLS config, and looks for no match."""
-    names = [name for name in settings.modules_to_save if not any(m.endswith(name) for m in layout.modules)]
+    found = _by_ending(settings.modules_to_save, layout.modules)
+    names = [ending for ending, alike in found.items() if not alike]
     if not names:
         return ()
     shown = ", ".join(f"{name:.60}" for name in names[:3]) + (", …" if len(names) > 3 else "")

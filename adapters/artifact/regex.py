@@ -2,8 +2,8 @@
 
 A pattern in a config is data from whoever made the adapter, and ``re`` can take exponential time while it
 holds the interpreter lock: one folder could stop the whole server. So patterns with any operator that can
-backtrack run in a child interpreter that is killed after ``TIMEOUT`` seconds. This file is that child too,
-hence its imports from the standard library alone.
+backtrack, and very many patterns, run in a child interpreter that is killed after ``TIMEOUT`` seconds. This
+file is that child too, hence its imports from the standard library alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ TIMEOUT = 2.0
 """Seconds that all patterns of one config may take together."""
 
 MAX_PATTERNS = 4096
+MAX_MATCHES = 2**20
+"""Of a pattern and a name that are tried in this interpreter; more are a child's work."""
 _PLAIN = re.compile(r"[\w.^$\\-]*")
 
 Hits = dict[str, str | None]
@@ -101,7 +103,8 @@ def match_names(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[
     """For each pattern, the names that it matches. Raises ValueError: no regex, too many, or too slow."""
     if len(patterns) > MAX_PATTERNS:
         raise ValueError(f"there are {len(patterns)} patterns; at most {MAX_PATTERNS} are allowed")
-    slow = [pattern for pattern in patterns if not _PLAIN.fullmatch(pattern.core)]
+    many = len(patterns) * len(names) > MAX_MATCHES
+    slow = [pattern for pattern in patterns if many or not _PLAIN.fullmatch(pattern.core)]
     answers = dict(zip(slow, _in_child(slow, names), strict=True)) if slow else {}
     return tuple(answers[p] if p in answers else _hits(p.text, p.full, names) for p in patterns)
 

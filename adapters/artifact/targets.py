@@ -6,7 +6,7 @@ The rules are those of ``peft.tuners.tuners_utils.check_target_module_exists`` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,8 +56,15 @@ def _named(wanted: Iterable[str], names: tuple[str, ...]) -> set[str]:
 
 
 def _by_suffix(suffixes: Iterable[str], names: tuple[str, ...]) -> set[str]:
-    endings = tuple(f".{suffix}" for suffix in suffixes)
-    return {name for name in names if name.endswith(endings)}
+    wanted = frozenset(suffixes)
+    return {name for name in names if any(ending in wanted for ending in _endings(name))}
+
+
+def _endings(name: str) -> Iterator[str]:
+    """What is behind each dot: few, where there may be as many suffixes as modules."""
+    while name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _full_matches(pattern: str, names: tuple[str, ...], field: str) -> set[str]:
@@ -73,8 +80,8 @@ def _in_layers(settings: LoraSettings, names: set[str]) -> set[str]:
         for layers in settings.layers_pattern
     ] or [Pattern("", r".*?\.[^.]*\.(?P<idx>\d+)\.", full=False)]
     hits = _match(tuple(patterns), tuple(sorted(names)), "layers_pattern")
-    layers = {name: _first(hits, name) for name in names}
-    return {name for name, layer in layers.items() if layer and int(layer) in settings.layers_to_transform}
+    layers, wanted = {name: _first(hits, name) for name in names}, frozenset(settings.layers_to_transform)
+    return {name for name, layer in layers.items() if layer and int(layer) in wanted}
 
 
 def _first(hits: Iterable[Hits], name: str) -> str | None:

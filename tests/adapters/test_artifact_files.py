@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import struct
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits, load_adapter
+from adapters.artifact.header import header_limits, read_header
 from adapters.artifact.plan import plan_adapter
 from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
 from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
@@ -131,6 +134,30 @@ def test_a_header_that_says_more_than_the_base_has_room_for_is_not_read(folder: 
     _written(folder, header)
     with pytest.raises(AdapterInvalid, match=rf"has {len(header)} bytes; at most \d+ are read, .* Save the"):
         _load(folder)
+
+
+@pytest.mark.parametrize("objects", [b"[],", b'"t":{},', b'"[[",'])
+def test_a_header_of_more_objects_than_the_base_has_room_for_is_not_parsed(
+    objects: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapters.strict_json.json", None)
+    header = b"[" + objects * 20_000
+    stream = io.BytesIO(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(AdapterInvalid, match="describes more tensors than this base has modules for"):
+        read_header(stream, 2**20, header_limits(LAYOUT))
+
+
+def test_a_header_of_all_that_peft_can_write_has_room() -> None:
+    names = [*LAYOUT.sites, *LAYOUT.ends, *LAYOUT.norms]
+    wrapped = "base_model.model._orig_mod._fsdp_wrapped_module._checkpoint_wrapped_module." + "x" * 150
+    entries = {
+        f"{wrapped}.{name}.{role}": _entry(data_offsets=[128 * i, 128 * i + 128])
+        for i, (name, role) in enumerate(itertools.product(names, "abcdef"))
+    }
+    text = json.dumps(entries | {"__metadata__": {"notes": "[" * 1000}}).encode()
+    stream = io.BytesIO(struct.pack("<Q", len(text)) + text)
+    size = 8 + len(text) + 128 * len(entries)
+    assert len(read_header(stream, size, header_limits(LAYOUT)).entries) == len(entries)
 
 
 @pytest.mark.parametrize("number", ["9" * 20, "9" * 1000, "9" * 4000, "1", str(2**31 - 1)])

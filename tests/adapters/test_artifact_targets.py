@@ -18,8 +18,11 @@ from peft.utils.other import get_pattern_key
 
 from adapters.artifact import regex
 from adapters.artifact.config import LoraSettings
+from adapters.artifact.header import TensorEntry
+from adapters.artifact.plan import plan_adapter
 from adapters.artifact.targets import resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid
+from adapters.sites import BaseLayout, Site
 
 MODULES = [
     "lm_head",
@@ -125,6 +128,15 @@ def test_a_pattern_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
     assert time.monotonic() - before < 30
 
 
+def test_very_many_plain_patterns_are_matched_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regex, "_hits", None)  # in this interpreter
+    plain = tuple(regex.Pattern(f"m{i}", f"m{i}", full=True) for i in range(1000))
+    names = tuple(f"m{i}" for i in range(0, 3000, 2))
+    assert regex.match_names(plain, names) == tuple(
+        {f"m{i}": None} if i % 2 == 0 else {} for i in range(1000)
+    )
+
+
 def test_all_patterns_of_a_config_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     clock = itertools.count(0.0, 0.75)
@@ -158,3 +170,24 @@ def test_too_many_patterns_are_refused() -> None:
     many = LoraSettings(r=1, lora_alpha=1, target_modules=(), rank_pattern={f"m{i}": 1 for i in range(5000)})
     with pytest.raises(AdapterInvalid, match="there are 5000 patterns; at most 4096"):
         resolve_targets(many, MODULES)
+
+
+def test_a_plan_takes_a_time_that_grows_with_the_modules_and_names_and_not_with_their_product() -> None:
+    sites = {name: Site(name, 8, 8) for i in range(3000) if (name := f"model.layers.{i}.mlp.up_proj")}
+    layout = BaseLayout(sites, frozenset(sites), "many")
+    entries = [
+        TensorEntry(f"base_model.model.{name}.lora_{side}.weight", "F32", shape, 0, 0)
+        for name in sites
+        for side, shape in (("A", (4, 8)), ("B", (8, 4)))
+    ]
+    many = tuple(f"no_module_{i}" for i in range(10_000))
+    lists: dict[str, Any] = {
+        "exclude_modules": many,
+        "modules_to_save": many,
+        "layers_to_transform": tuple(range(10_000)),
+    }
+    began = time.monotonic()
+    for targets in ("all-linear", (*sites, *many)):
+        chosen = LoraSettings(r=4, lora_alpha=4, target_modules=targets, **lists)
+        assert len(plan_adapter(entries, chosen, layout).sites) == 3000
+    assert time.monotonic() - began < 20

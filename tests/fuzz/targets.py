@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from adapters.artifact.config import parse_config
-from adapters.artifact.header import Header, TensorEntry, max_header_bytes, read_header
+from adapters.artifact.header import Header, TensorEntry, header_limits, read_header
 from adapters.artifact.plan import plan_adapter
 from adapters.errors import ManyloraError
 from adapters.sites import BaseLayout, Site
@@ -83,7 +83,7 @@ _CONFIG = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modu
 
 
 def _read_header(data: bytes) -> Header:
-    return read_header(io.BytesIO(data), len(data), max_header_bytes(LAYOUT))
+    return read_header(io.BytesIO(data), len(data), header_limits(LAYOUT))
 
 
 async def _receive(body: bytes, size: int) -> None:
