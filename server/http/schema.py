@@ -65,35 +65,38 @@ class Body(BaseModel):
         if len(data) > MAX_ITEMS:
             raise PydanticCustomError("too_many", f"has {len(data)} fields; at most {MAX_ITEMS} are allowed")
         cls._prepare(data)
-        return {key: value for key, value in data.items() if value is not None and cls._declared(key, value)}
+        declared, kept = cls.model_fields, {}
+        for key, value in data.items():
+            if value is None:
+                continue
+            if key not in declared:
+                cls._refuse_unless_harmless(key, value)
+                continue
+            if isinstance(value, (list, dict)) and len(value) > (most := cls.longest.get(key, MAX_ITEMS)):
+                raise _too_long(key, value, most)
+            kept[key] = value
+        return kept
 
     @classmethod
     def _prepare(cls, data: dict[str, Any]) -> None:
         """Change ``data`` in place to what it means."""
 
     @classmethod
-    def _declared(cls, key: str, value: object) -> bool:
-        """Whether the field is one to look at; False: it asks for nothing."""
-        if key in cls.model_fields:
-            _check_length(key, value, cls.longest.get(key, MAX_ITEMS))
-            return True
+    def _refuse_unless_harmless(cls, key: str, value: object) -> None:
         rule = cls.rules.get(key)
         if rule is None or not rule.accepts(value):
             remedy = "leave it out" if rule is None else rule.remedy
             raise PydanticCustomError("unsupported", "{remedy}", {"field": key, "remedy": remedy})
-        return False
 
 
-def _check_length(field: str, value: object, most: int) -> None:
-    if not isinstance(value, list | dict) or len(value) <= most:
-        return
+def _too_long(field: str, value: list[Any] | dict[str, Any], most: int) -> PydanticCustomError:
     kind = "array" if isinstance(value, list) else "object"
     message = (  # OpenAI's words
         f"{kind} too long. Expected an {kind} with maximum length {most}, "
         f"but got an {kind} with length {len(value)} instead"
     )
     context = {"field": field, "message": message}
-    raise PydanticCustomError(f"{kind}_above_max_length", "{message}", context)
+    return PydanticCustomError(f"{kind}_above_max_length", "{message}", context)
 
 
 def _one_as_list(value: object) -> object:
