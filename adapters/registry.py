@@ -206,13 +206,27 @@ class Registry:
         with self._lock:
             served = [self._entry(version) for version in self._uses]
             unserved = [
-                Entry(name, each.state, None, 0, None, each.path, each.reason, each.created)
+                _unserved_entry(name, each)
                 for name, each in self._unserved.items()
                 if name not in self._current
             ]
         return sorted(
             served + unserved, key=lambda entry: (entry.name, entry.state != "ready", entry.created)
         )
+
+    def names(self) -> list[str]:
+        """Those that are served; of thousands quicker than ``entries`` by far."""
+        return list(self._current)
+
+    def entry(self, name: str) -> Entry | None:
+        """What goes by the name: what new requests get, or why they get nothing."""
+        with self._lock:
+            version, unserved = self._current.get(name), self._unserved.get(name)
+            if version is None and unserved is None:
+                version = next((each for each in self._uses if each.name == name), None)
+            if version is not None:
+                return self._entry(version)
+            return _unserved_entry(name, unserved) if unserved is not None else None
 
     def names_by_path(self) -> dict[Path, set[str]]:
         """Folder → the names that are served from it, or wait for it, or failed because of it."""
@@ -299,6 +313,10 @@ class Registry:
         near = _near(name, names)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         return AdapterNotFound(f"There is no adapter {name!r:.140}{hint}")
+
+
+def _unserved_entry(name: str, each: _Unserved) -> Entry:
+    return Entry(name, each.state, None, 0, None, each.path, each.reason, each.created)
 
 
 def _near(name: str, names: Iterable[str]) -> list[str]:

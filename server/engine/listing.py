@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from adapters.errors import AdapterNotFound
 from adapters.printable import printable
 from adapters.registry import Entry, Registry
 from adapters.residency import Residency
@@ -22,11 +21,12 @@ class AdapterListing:
     def has(self, name: str) -> bool:
         return self._registry.serves(name)
 
-    def one(self, name: str) -> AdapterStatus:
-        for entry in self._registry.entries():
-            if entry.name == name and entry.state != "draining":
-                return self._status(entry)
-        raise AdapterNotFound(f"There is no adapter {name!r}.")
+    def names(self) -> list[str]:
+        return self._registry.names()
+
+    def one(self, name: str) -> AdapterStatus | None:
+        entry = self._registry.entry(name)
+        return self._status(entry) if entry is not None else None
 
     def _status(self, entry: Entry) -> AdapterStatus:
         version = entry.version

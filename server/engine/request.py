@@ -257,6 +257,12 @@ class Service(Protocol):
 
     def adapters(self) -> list[AdapterStatus]: ...
 
+    def adapter(self, name: str) -> AdapterStatus | None:
+        """What goes by the name; one that is draining only if nothing else does. Quick, as is the next."""
+
+    def adapter_names(self) -> list[str]:
+        """The names that can be asked for, in no order."""
+
     def has_adapter(self, name: str) -> bool: ...
 
     async def find_adapter(self, name: str) -> bool:

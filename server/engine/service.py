@@ -171,6 +171,12 @@ class EngineService:
     def adapters(self) -> list[AdapterStatus]:
         return self._listing.all()
 
+    def adapter(self, name: str) -> AdapterStatus | None:
+        return self._listing.one(name)
+
+    def adapter_names(self) -> list[str]:
+        return self._listing.names()
+
     def has_adapter(self, name: str) -> bool:
         return self._listing.has(name)
 
@@ -181,7 +187,10 @@ class EngineService:
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
         await self._loading.run(self._register, name, path, replace)
-        return self._listing.one(name)
+        status = self._listing.one(name)
+        if status is None:
+            raise AdapterNotFound(f"Adapter {name!r} was unloaded while it was loaded.")
+        return status
 
     async def unload_adapter(self, name: str) -> None:
         self._watcher.suppress(name)  # its folder is still there; do not load it again

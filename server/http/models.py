@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import heapq
+from bisect import bisect
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
 
@@ -18,7 +17,8 @@ from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
 from server.http.json_response import JSONResponse
 
-MAX_COMPARED = 200
+NEIGHBOURS = 50
+"""Names before and behind an unknown one, in the order of the alphabet, that are compared with it."""
 
 
 def base_names(base: BaseInfo) -> tuple[str, ...]:
@@ -43,12 +43,13 @@ async def resolve_adapter(service: Service, model: str) -> str | None:
     for name in wanted:
         if await service.find_adapter(name):
             return name
-    known = service.adapters()
-    for status in known:
-        if status.name in wanted and status.state != "ready":
+    for name in wanted:
+        status = service.adapter(name)
+        if status is not None and status.state == "ready":  # it came a moment ago
+            return name
+        if status is not None:
             raise _unavailable(status)
-    names = [status.name for status in known if status.state == "ready"]
-    raise _not_found(model, wanted[-1], names if wanted[1:] else [*base_names(service.base), *names])
+    raise _not_found(service, model)
 
 
 async def list_models(request: Request) -> JSONResponse:
@@ -59,11 +60,13 @@ async def list_models(request: Request) -> JSONResponse:
 async def get_model(request: Request) -> JSONResponse:
     """One of them, by the name in the path."""
     service, model = context_of(request).service, request.path_params["model"]
-    name = await resolve_adapter(service, model) or model
-    card = next((card for card in _cards(service) if card["id"] == name), None)
-    if card is None:  # it was unloaded just now
-        raise _not_found(model, model, base_names(service.base))
-    return JSONResponse(card)
+    name = await resolve_adapter(service, model)
+    if name is None:
+        return JSONResponse(_base_card(service.base, model))
+    status = service.adapter(name)
+    if status is None:  # it was unloaded just now
+        raise _not_found(service, model)
+    return JSONResponse(_adapter_card(service.base, status))
 
 
 def _unavailable(status: AdapterStatus) -> ManyloraError:
@@ -82,22 +85,23 @@ def _behind_base(base: BaseInfo, model: str) -> list[str]:
     return [model.removeprefix(prefix) for prefix in prefixes if model.startswith(prefix)]
 
 
-def _not_found(model: str, name: str, names: Sequence[str]) -> ModelNotFound:
-    """``name`` is the part of ``model`` that is compared with ``names``."""
-    near = difflib.get_close_matches(name, _candidates(name, names), n=3, cutoff=0.5)
+def _not_found(service: Service, model: str) -> ModelNotFound:
+    behind, names = _behind_base(service.base, model), service.adapter_names()
+    wanted = behind[0] if behind else model
+    near = difflib.get_close_matches(
+        wanted, _neighbours(wanted, names if behind else [*base_names(service.base), *names]), cutoff=0.5
+    )
     hint = (
         f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "GET /v1/models lists them."
     )
     return ModelNotFound(f"The model {model!r} does not exist. {hint}", "model")
 
 
-def _candidates(model: str, names: Sequence[str]) -> list[str]:
+def _neighbours(model: str, names: Sequence[str]) -> list[str]:
     """The names worth comparing: of thousands only those that begin most alike, since comparing is slow."""
-
-    def alike(name: str) -> int:
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(model, name, strict=False)))
-
-    return heapq.nlargest(MAX_COMPARED, names, key=alike)
+    ordered = sorted(names)
+    place = bisect(ordered, model)
+    return ordered[max(0, place - NEIGHBOURS) : place + NEIGHBOURS]
 
 
 def _cards(service: Service) -> list[dict[str, Any]]:

@@ -96,8 +96,8 @@ class Served:
 
     def _places(self, name: str) -> set[str]:
         """Where what goes by that name is, unless it only ends its last requests."""
-        known = (each for each in self._service.adapters() if each.name == name and each.state != "draining")
-        return {str(self._root / each.path) for each in known}
+        known = self._service.adapter(name)
+        return {str(self._root / known.path)} if known is not None and known.state != "draining" else set()
 
     def _on_loop(self, work: Coroutine[Any, Any, object]) -> None:
         assert self.loop is not None

@@ -288,3 +288,18 @@ def test_a_folder_that_is_waited_for_is_listed_until_it_is_read(world: World) ->
     world.registry.wait("b", ROOT / "b", "It is not finished.")
     world.registry.unregister("b")
     assert world.states() == [("a", "ready", 0)]
+
+
+def test_one_entry_is_what_new_requests_get(world: World) -> None:
+    assert world.registry.entry("a") is None
+    world.registry.wait("a", ROOT / "a", "It is not finished.")
+    assert getattr(world.registry.entry("a"), "state", None) == "waiting"
+    old = world.register("a", "one")
+    world.registry.acquire(old)
+    new = world.register("a", "two")
+    assert getattr(world.registry.entry("a"), "version", None) is new
+    world.registry.unregister("a")
+    assert getattr(world.registry.entry("a"), "version", None) is old
+    assert world.registry.names() == []
+    world.registry.release(old)
+    assert world.registry.entry("a") is None

@@ -111,6 +111,12 @@ class FakeService:
     def adapters(self) -> list[AdapterStatus]:
         return list(self.known.values())
 
+    def adapter(self, name: str) -> AdapterStatus | None:
+        return self.known.get(name)
+
+    def adapter_names(self) -> list[str]:
+        return [name for name in self.known if self.has_adapter(name)]
+
     def has_adapter(self, name: str) -> bool:
         return name in self.known and self.known[name].state == "ready"
 

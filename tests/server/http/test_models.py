@@ -129,3 +129,11 @@ def test_the_bases_card_shows_what_silent_requests_get(client: TestClient, servi
     service.base = replace(service.base, defaults=SamplingDefaults(temperature=0.6, top_k=20))
     card = client.get("/v1/models/tiny").json()
     assert card["default_sampling_params"] == {"temperature": 0.6, "top_k": 20}
+
+
+def test_an_unknown_name_costs_little_among_thousands(client: TestClient, service: FakeService) -> None:
+    service.known |= {f"a{number}": adapter(f"a{number}") for number in range(5000)}
+    service.adapters = None  # type: ignore[method-assign, assignment]  # nobody lists them all for it
+    message = client.get("/v1/models/a499x").json()["error"]["message"]
+    assert "Did you mean 'a499" in message
+    assert client.get("/v1/models/a4999").json()["id"] == "a4999"
