@@ -1,4 +1,4 @@
-"""An adapter's folder as seen from outside: what its two files look like, and whether they are finished.
+"""An adapter's folder as seen from outside: what its files look like, and whether they are finished.
 
 Opens nothing. A folder is read only when it is finished, so that half-written files never are.
 """
@@ -10,29 +10,34 @@ import time
 from pathlib import Path
 
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
+from adapters.artifact.own_text import TEXT_FILES
 
 SETTLED_AGE = 1.0
 """Files untouched for so many seconds count as finished."""
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-FileSignature = tuple[int, int, int, int]
+FileSignature = tuple[int, ...]
 Signature = tuple[FileSignature | None, ...]
-"""Inode, size in bytes, time of the last write and of the last change (ns) of each file; None = no file."""
+"""Inode, size in bytes, time of the last write and of the last change (ns) of each file.
+
+None = it is not there; empty = nor need it be.
+"""
 
 
 def signature_of(folder: str) -> Signature:
     """Two equal ones mean that nothing was written in between."""
-    return tuple(_of_file(f"{folder}/{name}") for name in FILES)
+    needed = [_of_file(f"{folder}/{name}") for name in FILES]
+    return (*needed, *(_of_file(f"{folder}/{name}") or () for name in TEXT_FILES))
 
 
 def size_of(signature: Signature) -> int:
-    """Bytes of both files."""
-    return sum(file[1] for file in signature if file is not None)
+    """Bytes of all files."""
+    return sum(file[1] for file in signature if file)
 
 
 def why_not_finished(folder: Path, signature: Signature) -> str:
     """What the folder is waited for, as a sentence."""
-    missing = [name for name, file in zip(FILES, signature, strict=True) if file is None]
+    missing = [name for name, file in zip(FILES, signature, strict=False) if file is None]
     if not missing:
         return "Its files may still be written to; they are read once they stand still."
     try:
@@ -69,4 +74,4 @@ def _of_file(path: str) -> FileSignature | None:
 
 
 def _last_change(signature: Signature) -> int:
-    return max((file[3] for file in signature if file is not None), default=0)
+    return max((file[3] for file in signature if file), default=0)

@@ -1,6 +1,6 @@
 """Keeps the registry equal to the adapter folder: one sub-folder an adapter, named after it.
 
-A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its two files, and reads it
+A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its files, and reads it
 only when that signature stood still for two looks, so that half-written files are never read. Renaming a
 finished folder into place is the safest way to deploy, and as quick. Each folder is judged on its own: what
 is wrong with one, or slow, is no other's business.

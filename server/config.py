@@ -56,6 +56,7 @@ class AdapterConfig:
         extra_memory: bytes on the device for what adapters have besides rank rows.
         host_memory: bytes the host tier may hold.
         max_bytes: most bytes of one adapter's weights.
+        ignore_templates: adapters' own chat templates are not looked at.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class AdapterConfig:
     extra_memory: int
     host_memory: int
     max_bytes: int
+    ignore_templates: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,8 @@ OPTIONS: tuple[Option, ...] = (
            "memory for adapters that are not on the device; beside a GPU it is pinned at the start"),
     Option("--max-lora-bytes", "adapters.max_bytes", size(1), "512MiB", "SIZE",
            "refuse an adapter with more bytes of weights"),
+    Option("--ignore-adapter-templates", "adapters.ignore_templates", flag, "false", None,
+           "ignore adapters' own chat templates and ends of answers, and speak with all as with the base"),
 
     Option("--max-model-len", "engine.max_model_len", auto_or(integer(2, 1 << 24)), "auto", "TOKENS",
            "most tokens of prompt and answer; auto: the model's own, as far as the KV cache allows"),

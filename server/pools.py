@@ -18,6 +18,7 @@ Kind = Literal[
     "bodies",
     "tokenizing",
     "long-texts",
+    "templates",
     "adapters",
     "adapter-lookups",
     "database",
@@ -30,6 +31,7 @@ POOLS: dict[Kind, int] = {
     "bodies": 1,  # parsing large bodies: Python holds one lock over it anyway
     "tokenizing": 2,
     "long-texts": 1,  # tokenising takes memory in proportion: one long text at a time
+    "templates": 2,  # of adapters, each in a process of its own that may take its full time
     "adapters": 2,
     "adapter-lookups": 2,
     "database": 2,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adapters.artifact.own_text import OwnText
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -84,12 +86,13 @@ class AdapterInfo:
     """All that is known of an adapter without its weights.
 
     Attributes:
-        digest: sha256 (hex) of what is served: the safetensors bytes and the scale of every site.
+        digest: sha256 (hex) of what is served: the safetensors bytes, the scale of every site, ``own_text``.
         ranks: site name → rank, only for the sites that have tensors.
         nbytes: size as served, in bytes of the serving dtype.
         base_model: ``base_model_name_or_path`` as the trainer wrote it.
         warnings: whole sentences; the adapter is served all the same.
         extra_bytes: how many of ``nbytes`` are ``Extras``.
+        own_text: its own chat template and ends of answers; part of the digest. None = the base's.
     """
 
     digest: str
@@ -98,6 +101,7 @@ class AdapterInfo:
     base_model: str | None
     warnings: tuple[str, ...]
     extra_bytes: int = 0
+    own_text: OwnText | None = None
 
     @property
     def rank(self) -> int:

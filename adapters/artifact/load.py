@@ -18,6 +18,7 @@ from adapters.artifact.assemble import BaseWeights, assemble, without_copies
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, header_limits, read_header
+from adapters.artifact.own_text import OwnText, read_own_text
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.artifact.recognise import naming_what_it_is
 from adapters.base_names import same_base
@@ -41,10 +42,12 @@ def load_adapter(
     dtype: torch.dtype = torch.bfloat16,
     expect_digest: str | None = None,
     base: BaseWeights | None = None,
+    ignore_own_text: bool = False,
 ) -> Adapter:
     """Reads, validates and converts the PEFT folder to the serving ``dtype``.
 
-    ``base``: the base's weights, which DoRA and biases are resolved against.
+    ``base``: the base's weights, which DoRA and biases are resolved against. ``ignore_own_text``: an own chat
+    template in the folder is not looked at.
 
     Raises:
         AdapterInvalid: the folder is broken, or does not fit the base.
@@ -52,7 +55,7 @@ def load_adapter(
         AdapterTooLarge: rank or bytes over ``limits``; no tensor was read.
         AdapterChanged: the digest is not ``expect_digest``, or the file was written to meanwhile.
     """
-    read = _read(folder, layout, limits, dtype, base)
+    read = _read(folder, layout, limits, dtype, base, ignore_own_text)
     if expect_digest not in (None, read.info.digest):
         raise AdapterChanged("The adapter's content is no longer what was registered; register it again.")
     weights, extras = assemble(read.plan, read.tensors, layout, base, dtype)
@@ -65,9 +68,10 @@ def inspect_adapter(
     limits: Limits,
     dtype: torch.dtype = torch.bfloat16,
     base: BaseWeights | None = None,
+    ignore_own_text: bool = False,
 ) -> AdapterInfo:
     """All of ``load_adapter``'s checks of the folder, values included. Raises the same."""
-    return _read(folder, layout, limits, dtype, base).info
+    return _read(folder, layout, limits, dtype, base, ignore_own_text).info
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,12 @@ class _Read:
 
 
 def _read(
-    folder: Path, layout: BaseLayout, limits: Limits, dtype: torch.dtype, base: BaseWeights | None
+    folder: Path,
+    layout: BaseLayout,
+    limits: Limits,
+    dtype: torch.dtype,
+    base: BaseWeights | None,
+    ignore_own_text: bool,
 ) -> _Read:
     header_limit = header_limits(layout)
     max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + header_limit.length
@@ -89,19 +98,28 @@ def _read(
             plan = plan_adapter(header.entries, settings, layout)
             check_limits(plan, limits, layout, dtype.itemsize)
             tensors, digest = _read_tensors(stream, header, plan, dtype)
+        own_text = None if ignore_own_text else read_own_text(descriptor)
     if base is not None:
         plan = without_copies(plan, tensors, layout, base)
     _check_not_base(plan, tensors)
     nbytes, extra = check_limits(plan, limits, layout, dtype.itemsize)
     info = AdapterInfo(
-        digest=digest,
+        digest=_digest_of(digest, own_text),
         ranks=MappingProxyType({p.site.name: p.rank for p in plan.sites}),
         nbytes=nbytes,
         base_model=settings.base_model,
         warnings=(*_warnings(settings, layout), *plan.warnings),
         extra_bytes=extra,
+        own_text=own_text,
     )
     return _Read(plan, tensors, info)
+
+
+def _digest_of(weights: str, own_text: OwnText | None) -> str:
+    """Of all that decides answers."""
+    if own_text is None:
+        return weights
+    return hashlib.sha256(weights.encode() + b"\n" + own_text.digested()).hexdigest()
 
 
 def _read_tensors(

@@ -37,7 +37,7 @@ class ChatRenderer:
     def __init__(
         self, special: SpecialTokens, template: ChatTemplate, allow_special_tokens: bool = False
     ) -> None:
-        self._special = special
+        self.special = special
         self.template = template
         self._marker = None if allow_special_tokens else special.marker(template.literals)
 
@@ -51,7 +51,7 @@ class ChatRenderer:
         if check is not None:
             check(unmarked(text))
         try:
-            return self._special.encode(text, marked)
+            return self.special.encode(text, marked)
         except ValueError as error:
             raise TemplateRefused(str(error)) from error
 
@@ -69,8 +69,8 @@ class ChatRenderer:
             raise TemplateRefused("it renders the conversation so that the answer has no place")
         answer = whole[len(prompt) :]
         try:
-            head = self._special.encode(prompt, marked)
-            tail = self._special.encode_after(prompt, head, answer, marked)
+            head = self.special.encode(prompt, marked)
+            tail = self.special.encode_after(prompt, head, answer, marked)
         except ValueError as error:
             raise TemplateRefused(str(error)) from error
         return Turn(head, tail, ended=not unmarked(answer).endswith(said))

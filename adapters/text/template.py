@@ -39,7 +39,7 @@ class ChatTemplate:
                 **self.variables,
             )
         except Exception as error:  # templates raise what they like (jinja2's raise_exception)
-            raise TemplateRefused(str(error)) from error
+            raise TemplateRefused(str(error) or type(error).__name__) from error
         text: str = texts[0]
         return text
 
@@ -58,7 +58,7 @@ class ChatTemplate:
     def _lexed(self) -> tuple[tuple[str, str], ...]:
         try:
             return tuple(_lex(self.source))
-        except jinja2.TemplateError:  # rendering it will say what is wrong
+        except (jinja2.TemplateError, UnicodeError):  # rendering it will say what is wrong
             return ()
 
 

@@ -19,6 +19,7 @@ from adapters.native import isa
 from adapters.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
+from adapters.text.own import Speech, Speeches
 from adapters.text.renderer import base_renderer
 from adapters.transfer import copying_for
 from adapters.watcher import Watcher
@@ -93,7 +94,9 @@ def assemble(
         model.warm_up()
     tokenizer = _tokenizer(base, config.base.allow_special_tokens, longest)
     info = _info(config, base, tokenizer, longest, model.attention_name)
-    registry, residency = _adapters(config.adapters, base, weights, pool, frozenset(info.served_names), load)
+    registry, residency = _adapters(
+        config.adapters, base, weights, pool, frozenset(info.served_names), tokenizer.speeches, load
+    )
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
     engine = Engine(model, scheduler, gate, registry, tokenizer.eos, _runs_ahead(config.engine, base))
@@ -194,21 +197,24 @@ def _adapters(
     weights: BaseWeights,
     pool: RankPool,
     reserved: frozenset[str],
+    speeches: Speeches,
     load: Callable[[Version], Adapter] | None,
 ) -> tuple[Registry, Residency]:
     config.folder.mkdir(parents=True, exist_ok=True)
     limits = Limits(config.max_lora_rank, config.max_bytes)
-    dtype = base.model.dtype
+    dtype, ignored = base.model.dtype, config.ignore_templates
     copying = copying_for(pool.device)
 
     def inspect(folder: Path) -> AdapterInfo:
         with copying():  # DoRA reads the base's weights on the device
-            return inspect_adapter(folder, base.layout, limits, dtype, weights)
+            info = inspect_adapter(folder, base.layout, limits, dtype, weights, ignored)
+        speeches.check(info.own_text)
+        return info
 
     registry = Registry(config.folder, inspect, reserved)
 
     def from_folder(version: Version) -> Adapter:
-        return load_adapter(version.path, base.layout, limits, dtype, version.digest, weights)
+        return load_adapter(version.path, base.layout, limits, dtype, version.digest, weights, ignored)
 
     residency = Residency(pool, load or from_folder, config.host_memory)
     registry.on_retired.append(lambda version: residency.forget(version.digest))
@@ -217,11 +223,15 @@ def _adapters(
 
 def _tokenizer(base: LoadedBase, allow_special_tokens: bool, context: int) -> Tokenizer:
     configured = base.model.generation_config.eos_token_id
-    eos = set(configured if isinstance(configured, list) else [configured]) | {base.tokenizer.eos_token_id}
+    generation_eos = frozenset(configured if isinstance(configured, list) else [configured]) - {None}
+    eos = generation_eos | ({base.tokenizer.eos_token_id} - {None})
     vocab_size = base.model.get_output_embeddings().out_features
     renderer = base_renderer(base.tokenizer, allow_special_tokens)
     bounds = TextBounds(base.tokenizer.backend_tokenizer, context)
-    return Tokenizer(base.tokenizer, vocab_size, frozenset(eos - {None}), renderer, bounds)
+    speeches = Speeches(
+        base.tokenizer, vocab_size, Speech(renderer, eos), generation_eos, allow_special_tokens
+    )
+    return Tokenizer(base.tokenizer, vocab_size, eos, renderer, bounds, speeches)
 
 
 def _stats(engine: Engine, residency: Residency) -> EngineStats:

@@ -94,8 +94,16 @@ class Engine:
         self._held: dict[str, list[Sequence]] = {}
         self._ended_ids: list[str] = []
 
-    def add(self, request: GenerationRequest, adapter: Version | None, seed: int) -> None:
+    def add(
+        self,
+        request: GenerationRequest,
+        adapter: Version | None,
+        seed: int,
+        eos: frozenset[int] | None = None,
+    ) -> None:
         """Queue a request. ``adapter`` has been acquired once by the caller; the engine releases it.
+
+        ``eos``: the tokens that end its answers; None = the base's.
 
         Of several answers the first runs alone until its prompt is computed: the others then find the
         prompt in the prefix cache.
@@ -104,7 +112,7 @@ class Engine:
         answers = [
             Sequence(
                 request.request_id, index, request.prompt, adapter, request.sampling,
-                answer_seed(seed, index), next(self._arrivals), self._eos, shared,
+                answer_seed(seed, index), next(self._arrivals), self._eos if eos is None else eos, shared,
             )
             for index in range(request.sampling.n)
         ]  # fmt: skip

@@ -7,8 +7,12 @@ asynchronous iterator of ``Delta``.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from adapters.registry import Version
 
 FinishReason = Literal["stop", "length"]
 
@@ -93,12 +97,15 @@ class GenerationRequest:
         prompt: token ids, at least one.
         adapter: the adapter's registered name; None = the base itself.
         sampling: see ``SamplingParams``.
+        version: what ``Service.holding`` gave for the adapter: no other answers a prompt that was rendered
+            for it. None = whichever is current.
     """
 
     request_id: str
     prompt: tuple[int, ...]
     adapter: str | None
     sampling: SamplingParams
+    version: Version | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +256,14 @@ class Service(Protocol):
     async def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the tokenizer adds."""
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation through the base's own chat template, ready for the answer."""
+    def holding(self, adapter: str | None) -> AbstractContextManager[Version | None]:
+        """The version of an adapter that answers a request that comes now, kept meanwhile.
+
+        Raises ``AdapterError``.
+        """
+
+    async def render_chat(self, messages: list[dict[str, str]], version: Version | None = None) -> list[int]:
+        """Token ids of a conversation through the version's chat template, or the base's, ready to answer."""
 
     async def submit(self, request: GenerationRequest) -> Generation:
         """Queue a request. Raises at once what can be known at once (unknown adapter, queue full, …)."""

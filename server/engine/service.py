@@ -14,11 +14,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from adapters.errors import AdapterNotFound
-from adapters.registry import Registry
+from adapters.registry import Registry, Version
+from adapters.text.own import Speech
 from adapters.watcher import Watcher
 from server.engine import threads
 from server.engine.answer import RunningGeneration
@@ -82,9 +84,10 @@ class EngineService:
         self._failure: str | None = None
         self._running: dict[str, RunningGeneration] = {}
         self._ends: deque[float] = deque(maxlen=32)
-        self._texts, self._long_texts, self._loading = (
+        self._texts, self._long_texts, self._templates, self._loading = (
             Pool("tokenizing"),
             Pool("long-texts"),
+            Pool("templates"),
             Pool("adapters"),
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,8 +122,9 @@ class EngineService:
         self._lookup.close()
         if self._thread.ident is not None:
             self._thread.join()
-        for pool in (self._texts, self._long_texts, self._loading):
+        for pool in (self._texts, self._long_texts, self._templates, self._loading):
             pool.close()
+        self._tokenizer.speeches.close()
         self._on_close()
 
     def wake(self) -> None:
@@ -145,9 +149,20 @@ class EngineService:
     async def encode(self, text: str) -> list[int]:
         return await self._pool_for(len(text)).run(self._tokenizer.encode, text)
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    @contextmanager
+    def holding(self, adapter: str | None) -> Iterator[Version | None]:
+        version = None if adapter is None else self._registry.checkout(adapter)
+        try:
+            yield version
+        finally:
+            if version is not None:
+                self._registry.release(version)
+
+    async def render_chat(self, messages: list[dict[str, str]], version: Version | None = None) -> list[int]:
         size = sum(len(message["content"]) for message in messages)
-        return await self._pool_for(size).run(self._tokenizer.render_chat, messages)
+        speech = self._speech(version)
+        pool = self._templates if speech.own else self._pool_for(size)
+        return await pool.run(self._tokenizer.render_chat, messages, speech)
 
     async def submit(self, request: GenerationRequest) -> Generation:
         """See ``Service.submit``.
@@ -157,7 +172,7 @@ class EngineService:
         """
         self._check_open()
         self._check(request)
-        version = self._registry.checkout(request.adapter) if request.adapter is not None else None
+        version = self._checkout(request)
         generation = RunningGeneration(
             request, self._tokenizer, self._base_tag, version.digest if version else None,
             cancel=partial(self._cancel, request.request_id),
@@ -165,7 +180,7 @@ class EngineService:
         )  # fmt: skip
         self._running[request.request_id] = generation
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
-        self._send(partial(self._engine.add, request, version, seed))
+        self._send(partial(self._engine.add, request, version, seed, self._speech(version).eos))
         return generation
 
     def adapters(self) -> list[AdapterStatus]:
@@ -200,6 +215,16 @@ class EngineService:
         if not os.path.lexists(self._registry.check(name, path)):
             raise AdapterNotFound(f"There is no {path!r:.300} in the adapter folder.")
         self._registry.register(name, path, replace)
+
+    def _checkout(self, request: GenerationRequest) -> Version | None:
+        """The version that answers, held until the engine releases it."""
+        if request.version is not None:
+            self._registry.acquire(request.version)
+            return request.version
+        return self._registry.checkout(request.adapter) if request.adapter is not None else None
+
+    def _speech(self, version: Version | None) -> Speech:
+        return self._tokenizer.speeches.of(version.info.own_text if version else None)
 
     def _pool_for(self, characters: int) -> Pool:
         return self._texts if characters < LONG_TEXT else self._long_texts

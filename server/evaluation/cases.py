@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from adapters.text.own import Speech
 from adapters.text.renderer import ChatRenderer
 from adapters.training.dataset import Dataset, Row
 from adapters.training.encode import Example, encode_dataset
@@ -44,13 +45,13 @@ class Question:
     max_tokens: int
 
 
-def make_passages(data: Dataset, tokenizer: Tokenizer, max_model_len: int) -> list[Passage]:
+def make_passages(data: Dataset, speech: Speech, max_model_len: int) -> list[Passage]:
     """All rows, encoded as training encodes them, and cut at ``max_model_len`` tokens as it would.
 
     Raises:
-        TrainingError: rows that the base's chat template refuses, or none of whose answers fit.
+        TrainingError: rows that the chat template refuses, or none of whose answers fit.
     """
-    encoded = encode_dataset(data, tokenizer.renderer, tokenizer.eos, max_model_len)
+    encoded = encode_dataset(data, speech.renderer, speech.eos, max_model_len)
     return [_passage(example) for example in encoded.examples]
 
 
@@ -60,7 +61,9 @@ def _passage(example: Example) -> Passage:
     return Passage(tuple(example.ids[: places[-1]]), targets)
 
 
-def make_questions(rows: Sequence[Row], tokenizer: Tokenizer, max_model_len: int) -> list[Question]:
+def make_questions(
+    rows: Sequence[Row], tokenizer: Tokenizer, speech: Speech, max_model_len: int
+) -> list[Question]:
     """The last question of every row whose last reference is short, and is learnt.
 
     Raises:
@@ -72,9 +75,9 @@ def make_questions(rows: Sequence[Row], tokenizer: Tokenizer, max_model_len: int
         for row in rows
         if is_short(row.messages[-1]["content"]) and len(row.messages) - 1 not in row.unlearnt
     ]
-    if tokenizer.renderer is None:
+    if speech.renderer is None:
         raise EvaluationFailed("The base has no chat template; evaluate its instruction-tuned version.")
-    questions = [_question(row, tokenizer.renderer, tokenizer) for row in asked]
+    questions = [_question(row, speech.renderer, tokenizer) for row in asked]
     for question in questions:
         if len(question.prompt) >= max_model_len:
             raise EvaluationFailed(

@@ -36,6 +36,7 @@ _SHARED = (
     "--allow-special-tokens",
     "--device",
     "--adapter-dir",
+    "--ignore-adapter-templates",
     "--kv-cache-memory",
     "--gpu-memory-utilization",
     "--threads",

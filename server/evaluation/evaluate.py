@@ -79,6 +79,7 @@ def evaluate(
         return Examiner(parts, folders, progress, tick).examine(data)
     finally:
         parts.residency.close()
+        parts.tokenizer.speeches.close()
 
 
 def _sized_for(config: ServerConfig, folders: Iterable[Path], adapter_dir: Path) -> ServerConfig:

@@ -1,7 +1,8 @@
 """Asks an engine all held-out rows for every model at once, and marks what comes back.
 
-Passages are read for the log-probabilities of their learnt tokens, questions are answered greedily. The
-models' requests mix in the engine's batches as tenants' do.
+Each model is asked through its own chat template, as it is served. Passages are read for the
+log-probabilities of their learnt tokens, questions are answered greedily. The models' requests mix in the
+engine's batches as tenants' do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -31,6 +33,14 @@ Tick = Callable[[int, int], object]
 """Told how many requests are done, and of how many."""
 
 _POLL_SECONDS = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """All rows, rendered through one chat template."""
+
+    passages: Sequence[Passage]
+    questions: Sequence[Question]
 
 
 class Examiner:
@@ -59,16 +69,30 @@ class Examiner:
         for model, folder in folders.items():
             info = parts.registry.inspect(folder)
             self._versions[model] = Version(model, info.digest, folder, info, time.time())
+        speeches = parts.tokenizer.speeches
+        self._speeches = {
+            model: speeches.of(version.info.own_text if version else None)
+            for model, version in self._versions.items()
+        }
 
     def examine(self, data: Dataset) -> Evaluation:
         """Raises EvaluationFailed or TrainingError: a row cannot be asked, or did not come to an end."""
         began = time.monotonic()
         tokenizer, max_model_len = self._parts.tokenizer, self._parts.info.max_model_len
-        passages = make_passages(data, tokenizer, max_model_len)
-        questions = make_questions(data.rows, tokenizer, max_model_len)
-        scorer, drawn = self._ask(passages, questions)
+        cases = {
+            speech: Cases(
+                make_passages(data, speech, max_model_len),
+                make_questions(data.rows, tokenizer, speech, max_model_len),
+            )
+            for speech in set(self._speeches.values())
+        }
+        asked = {model: cases[speech] for model, speech in self._speeches.items()}
+        scorer, drawn = self._ask(asked)
+        passages, questions = asked["base"].passages, asked["base"].questions
         answers = tuple(self._answers(i, question, drawn) for i, question in enumerate(questions))
-        scores = {model: _scores(model, len(passages), scorer, answers) for model in self._versions}
+        scores = {
+            model: _scores(model, len(asked[model].passages), scorer, answers) for model in self._versions
+        }
         return Evaluation(
             rows=len(data.rows),
             tokens=sum(len(passage.targets) for passage in passages),
@@ -80,20 +104,20 @@ class Examiner:
             answers=answers,
         )
 
-    def _ask(self, passages: Sequence[Passage], questions: Sequence[Question]) -> tuple[PromptScorer, Drawn]:
+    def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Drawn]:
         """Run all requests of all models to their end."""
         engine = self._parts.engine
         targets = {
             _passage_id(model, i): passage.targets
             for model in self._versions
-            for i, passage in enumerate(passages)
+            for i, passage in enumerate(asked[model].passages)
         }
         engine.model = scorer = PromptScorer(self._parts.model, targets)
         drawn: Drawn = {}
         for model in self._versions:
-            for i, passage in enumerate(passages):
+            for i, passage in enumerate(asked[model].passages):
                 self._add(model, _passage_id(model, i), passage.tokens, 1, drawn)
-            for i, question in enumerate(questions):
+            for i, question in enumerate(asked[model].questions):
                 self._add(model, _question_id(model, i), question.prompt, question.max_tokens, drawn)
         done = 0
         hidden = None if self._progress else True  # None: without a terminal
@@ -114,7 +138,8 @@ class Examiner:
             self._parts.registry.acquire(version)
         greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         name = version.name if version is not None else None
-        self._parts.engine.add(GenerationRequest(request_id, prompt, name, greedy), version, seed=0)
+        request = GenerationRequest(request_id, prompt, name, greedy)
+        self._parts.engine.add(request, version, seed=0, eos=self._speeches[model].eos)
         drawn[request_id] = []
 
     def _step(self, drawn: Drawn) -> None:

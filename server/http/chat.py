@@ -7,8 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.engine.request import Delta, TokenLogprob
-from server.http.context import context_of
+from server.engine.request import Delta, SamplingParams, TokenLogprob
+from server.http.context import Context, context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
 from server.http.json_response import JSONResponse
@@ -23,13 +23,10 @@ async def chat_completions(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     async with body_in_hand(request, ChatBody, context.config.max_body_bytes) as body:
         await begin(record, context, body, "chatcmpl")
-        prompt = await context.service.render_chat([message.rendered() for message in body.messages])
-    base = context.service.base
-    limit = room_for_answer(
-        "messages", len(prompt), body.asked_tokens, base.max_model_len, base.defaults.max_tokens
-    )
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    running = await submit(record, context, [(tuple(prompt), body.sampling(limit, logprobs, base.defaults))])
+        messages = [message.rendered() for message in body.messages]
+    with context.service.holding(record.adapter) as version:
+        prompt = tuple(await context.service.render_chat(messages, version))
+        running = await submit(record, context, version, [(prompt, _sampling(context, body, prompt))])
     if body.stream:
         return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:
@@ -37,6 +34,15 @@ async def chat_completions(request: Request) -> Response:
     finally:
         running.cancel()
     return JSONResponse(_whole(running, answers, body.logprobs))
+
+
+def _sampling(context: Context, body: ChatBody, prompt: tuple[int, ...]) -> SamplingParams:
+    base = context.service.base
+    limit = room_for_answer(
+        "messages", len(prompt), body.asked_tokens, base.max_model_len, base.defaults.max_tokens
+    )
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return body.sampling(limit, logprobs, base.defaults)
 
 
 def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:

@@ -27,10 +27,11 @@ async def completions(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     async with body_in_hand(request, CompletionBody, context.config.max_body_bytes) as body:
         await begin(record, context, body, "cmpl")
-        prompts = [await _tokens(context, prompt) for prompt in body.prompt]
-    running = await submit(
-        record, context, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
-    )
+        with context.service.holding(record.adapter) as version:
+            prompts = [await _tokens(context, prompt) for prompt in body.prompt]
+            running = await submit(
+                record, context, version, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
+            )
     if body.stream:
         return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.engine.request import Delta, Generation, GenerationRequest, SamplingParams, TokenLogprob
 from server.errors import PromptTooLong
@@ -21,6 +21,9 @@ from server.http.models import resolve_adapter
 from server.http.record import Record
 from server.http.schema import Generate, UsageInStream
 from server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from adapters.registry import Version
 
 
 def room_for_answer(
@@ -49,13 +52,18 @@ async def begin(record: Record, context: Context, body: Generate, prefix: str) -
 
 
 async def submit(
-    record: Record, context: Context, prompts: Sequence[tuple[tuple[int, ...], SamplingParams]]
+    record: Record,
+    context: Context,
+    version: Version | None,
+    prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
 ) -> Running:
-    """Queue one generation a prompt, all or none of them."""
+    """Queue one generation a prompt, all or none of them, on the version that the prompts are for."""
     generations: list[Generation] = []
     try:
         for number, (prompt, sampling) in enumerate(prompts):
-            request = GenerationRequest(f"{record.completion_id}-{number}", prompt, record.adapter, sampling)
+            request = GenerationRequest(
+                f"{record.completion_id}-{number}", prompt, record.adapter, sampling, version
+            )
             generations.append(await context.service.submit(request))
     except BaseException:
         for generation in generations:

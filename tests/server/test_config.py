@@ -31,6 +31,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--lora-extra-memory": ("64MiB", 64 << 20),
     "--lora-host-memory": ("2GiB", 2 << 30),
     "--max-lora-bytes": ("1M", 1 << 20),
+    "--ignore-adapter-templates": ("true", True),
     "--max-model-len": ("2048", 2048),
     "--max-num-seqs": ("32", 32),
     "--max-num-batched-tokens": ("1024", 1024),

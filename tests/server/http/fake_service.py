@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from adapters.errors import AdapterExists, AdapterNotFound
@@ -94,7 +95,11 @@ class FakeService:
     async def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def holding(self, adapter: str | None) -> AbstractContextManager[None]:  # noqa: ARG002
+        """No version of an adapter differs from another."""
+        return nullcontext()
+
+    async def render_chat(self, messages: list[dict[str, str]], _: object = None) -> list[int]:
         self.conversations.append(messages)
         return [1, *"".join(message["content"] for message in messages).encode()]
 

@@ -1,0 +1,132 @@
+"""How one adapter speaks: its own chat template and end of answers, where they differ from the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from adapters.errors import AdapterUnsupported
+from adapters.text.renderer import ChatRenderer
+from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox
+from adapters.text.special import SpecialTokens
+from adapters.text.template import ChatTemplate, TemplateRefused
+
+if TYPE_CHECKING:
+    from adapters.artifact.own_text import OwnText
+
+_PROBE = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How conversations with a model are rendered, and which tokens end its answers.
+
+    Attributes:
+        renderer: None = there is no chat template.
+        own: whether the template is an adapter's.
+    """
+
+    renderer: ChatRenderer | None
+    eos: frozenset[int]
+    own: bool = False
+
+
+@dataclass(eq=False)
+class Speeches:
+    """Finds how adapters speak. Thread-safe.
+
+    Attributes:
+        fast: the base's transformers tokenizer.
+        vocab_size: of the model's logits.
+        base: how the base speaks.
+        generation_eos: the base's generation config's part of what ends an answer.
+        sandbox: where templates of adapters are rendered.
+    """
+
+    fast: Any
+    vocab_size: int
+    base: Speech
+    generation_eos: frozenset[int]
+    allow_special_tokens: bool = False
+    sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
+
+    def of(self, own: OwnText | None) -> Speech:
+        """How an adapter with such files speaks. Raises AdapterUnsupported: the base cannot speak so."""
+        return self.base if own is None else self._of(own)
+
+    def check(self, own: OwnText | None) -> None:
+        """Raises AdapterUnsupported if the base cannot speak so, or the template renders nothing."""
+        speech = self.of(own)
+        if not speech.own or speech.renderer is None:
+            return
+        try:
+            speech.renderer.template.render(_PROBE, add_generation_prompt=True)
+        except TemplateRefused as error:
+            raise AdapterUnsupported(
+                f"Its own chat template cannot be used: {error}. Mend it, or serve with "
+                "--ignore-adapter-templates."
+            ) from error
+
+    def close(self) -> None:
+        """End the processes."""
+        self.sandbox.close()
+
+    @lru_cache(maxsize=1024)  # noqa: B019  (lives as long as the server)
+    def _of(self, own: OwnText) -> Speech:
+        eos = self._eos(own)
+        template = self._template(own)
+        if template is None:
+            return Speech(self.base.renderer, eos)
+        self._check_vocabulary(own, template.source)
+        renderer = ChatRenderer(self._special, template, self.allow_special_tokens)
+        return Speech(renderer, eos, own=True)
+
+    @property
+    def _special(self) -> SpecialTokens:
+        return self.base.renderer.special if self.base.renderer else SpecialTokens(self.fast)
+
+    def _template(self, own: OwnText) -> ChatTemplate | None:
+        """None if it is the base's."""
+        if own.template is None:
+            return None
+        variables = dict(self.fast.special_tokens_map) | dict(own.tokens)
+        base = self.base.renderer.template if self.base.renderer else None
+        if base is not None and (base.source, dict(base.variables)) == (own.template, variables):
+            return None
+        return SandboxedTemplate(own.template, variables, self.sandbox)
+
+    def _eos(self, own: OwnText) -> frozenset[int]:
+        ids = set(own.eos_ids) or set(self.generation_eos)
+        wrong = next((id_ for id_ in sorted(ids) if not 0 <= id_ < self.vocab_size), None)
+        if wrong is not None:
+            raise AdapterUnsupported(
+                f"Its generation_config.json ends answers with token {wrong}, but the base's vocabulary has "
+                f"{self.vocab_size}; it was trained with another tokenizer."
+            )
+        text = dict(own.tokens).get("eos_token")
+        ids |= {self.fast.eos_token_id} if text is None else {self._id_of(text, "eos_token")}
+        return frozenset(ids - {None})
+
+    def _id_of(self, text: str, name: str) -> int:
+        id_: int | None = self.fast.backend_tokenizer.token_to_id(text)
+        if id_ is None:
+            raise AdapterUnsupported(
+                f"Its {name} is {text!r:.80}, which is no token of the base; it was trained with another "
+                "tokenizer. If the base's own will do, serve with --ignore-adapter-templates."
+            )
+        return id_
+
+    def _check_vocabulary(self, own: OwnText, source: str) -> None:
+        """What the template writes must be the tokens that the adapter was trained with."""
+        for id_, text in _written(own.added, source):
+            if self.fast.backend_tokenizer.token_to_id(text) != id_:
+                raise AdapterUnsupported(
+                    f"Its chat template writes {text!r:.80}, which its tokenizer has as token {id_} and the "
+                    "base has not; it was trained with another vocabulary."
+                )
+
+
+def _written(added: Iterable[tuple[int, str]], source: str) -> Iterable[tuple[int, str]]:
+    return ((id_, text) for id_, text in added if text and not text.isspace() and text in source)

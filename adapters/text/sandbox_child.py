@@ -1,0 +1,56 @@
+"""The other side of ``sandbox.py``: a line of JSON in, a line of JSON out, within limits.
+
+A limit that is broken ends the process; there is nothing in it to lose.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from typing import Any
+
+from adapters.text.sandbox import MAX_CPU_SECONDS, MAX_MEMORY, MAX_TEXT
+from adapters.text.template import ChatTemplate, TemplateRefused
+
+
+def main() -> None:
+    """Answer until the parent is gone."""
+    _limit()
+    _answer({"ready": True})
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)  # SIGPROF kills
+        answer = _rendered(json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _answer(answer)
+
+
+def _rendered(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        template = ChatTemplate(request["source"], request["variables"])
+        text = template.render(request["messages"], request["add_generation_prompt"])
+    except TemplateRefused as error:
+        return {"refused": str(error)[:1000]}
+    if len(text) > MAX_TEXT:
+        return {"refused": f"it renders {len(text)} characters; at most {MAX_TEXT} are allowed"}
+    return {"text": text}
+
+
+def _limit() -> None:
+    """Memory beside what the interpreter has taken, and no files."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    most = pages * resource.getpagesize() + MAX_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _answer(answer: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A template that anyone may have written stalls nobody, and takes no memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox
+from adapters.text.template import ChatTemplate, TemplateRefused
+from tests.tiny_models import tiny_tokenizer
+
+ASKED = [{"role": "user", "content": "é tile"}]
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[TemplateSandbox]:
+    sandbox = TemplateSandbox(2)
+    yield sandbox
+    sandbox.close()
+
+
+def render(sandbox: TemplateSandbox, source: str, **variables: str) -> str:
+    return SandboxedTemplate(source, variables, sandbox).render(ASKED, add_generation_prompt=True)
+
+
+def test_it_renders_what_the_server_would(sandbox: TemplateSandbox) -> None:
+    source = tiny_tokenizer().chat_template + "{{ bos_token }}{{ messages | tojson }}"
+    here = ChatTemplate(source, {"bos_token": "<s>"}).render(ASKED, add_generation_prompt=True)
+    assert render(sandbox, source, bos_token="<s>") == here
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+        ("{{ 'x' * 10 ** 8 }}", "at most"),
+    ],
+)
+def test_what_cannot_be_rendered_says_why(sandbox: TemplateSandbox, source: str, reason: str) -> None:
+    with pytest.raises(TemplateRefused, match=reason):
+        render(sandbox, source)
+    assert render(sandbox, "{{ messages[0].content }}") == "é tile"
+
+
+def test_a_template_without_end_is_killed_and_others_go_on(sandbox: TemplateSandbox) -> None:
+    render(sandbox, "a")
+    with ThreadPoolExecutor(1) as threads:
+        began = time.monotonic()
+        hostile = threads.submit(render, sandbox, ENDLESS)
+        assert render(sandbox, "b") == "b"
+        assert not hostile.done(), "the other waited for it"
+        with pytest.raises(TemplateRefused, match=r"takes more than 2 s"):
+            hostile.result()
+        assert time.monotonic() - began < 30
+    with pytest.raises(TemplateRefused, match="in a minute"):  # at once, without a try
+        render(sandbox, ENDLESS)
+    assert render(sandbox, "c") == "c"
+
+
+def test_after_a_while_it_is_tried_again(sandbox: TemplateSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox._refuse("{{ 1 }}")
+    with pytest.raises(TemplateRefused):
+        render(sandbox, "{{ 1 }}")
+    now = time.monotonic()
+    monkeypatch.setattr("adapters.text.sandbox.time.monotonic", lambda: now + 61)
+    assert render(sandbox, "{{ 1 }}") == "1"
+
+
+def test_nothing_of_our_environment_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYLORA_API_KEY", "sesame")
+    sandbox = TemplateSandbox(1)
+    render(sandbox, "a")
+    process = sandbox._all[0]._process
+    assert process is not None
+    with open(f"/proc/{process.pid}/environ", "rb") as file:
+        assert b"sesame" not in file.read()
+    sandbox.close()
+    assert not os.path.exists(f"/proc/{process.pid}")
