@@ -22,7 +22,7 @@ from server.jobs.process import Child
 from server.jobs.runner import Plan, Runner
 from server.jobs.served import Served
 from server.jobs.store import Jobs, Wanted
-from server.jobs.vetting import vet
+from server.jobs.vetting import Vetting
 from server.pools import Pool
 from server.train.origin import Origin
 
@@ -59,7 +59,7 @@ class Training:
         self.jobs = Jobs(self._database, self._runner.wake)
         self.disk, self.checks = Pool("disk"), Pool("file-checks")
         self._readers, self._writers = Pool("database"), Pool("database-writes")
-        self._vetting = Pool("job-checks")
+        self._vetting, self._vetters = Vetting(self.files, config), Pool("job-checks")
         self.feed = Feed(self.jobs, self._readers)
 
     def start(self) -> None:
@@ -75,7 +75,8 @@ class Training:
         """Wait for that. The service must still run."""
         self.begin_stop()
         await self.disk.run(self._runner.join)
-        for pool in (self.disk, self.checks, self._vetting, self._readers, self._writers):
+        self._vetting.close()
+        for pool in (self.disk, self.checks, self._vetters, self._readers, self._writers):
             pool.close()
         self._database.close()
 
@@ -90,7 +91,7 @@ class Training:
     async def create_job(self, wanted: Wanted) -> Job:
         """Queue a job that can be trained and served, as far as can be known. Raises InvalidRequest."""
         job = await self.read(self.jobs.draft, wanted)
-        warnings = await self._vetting.run(vet, job, self.files, self._server)
+        warnings = await self._vetters.run(self._vetting.vet, job)
         return await self.write(self.jobs.add, job, warnings)
 
     def collector(self) -> TrainingCollector:

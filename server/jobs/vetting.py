@@ -22,39 +22,61 @@ _SECONDS = 60.0
 _WRONG = 2
 
 
-def vet(job: Job, files: Files, config: ServerConfig) -> list[str]:
-    """Warnings for whoever asks for ``job``. Blocks for seconds.
+class Vetting:
+    """One check at a time, which ``close`` ends."""
 
-    A check that cannot be made refuses nothing: the job itself will tell.
+    def __init__(self, files: Files, config: ServerConfig) -> None:
+        self._files, self._config = files, config
+        self._process: subprocess.Popen[str] | None = None
 
-    Raises:
-        InvalidRequest: it would fail, or its model could not be served; names the field.
-    """
-    for field in ("training_file", "validation_file"):
-        file_id = getattr(job, field)
-        if file_id is not None:
-            try:
-                files.content(file_id)
-            except FileNotKnown as error:
-                raise InvalidRequest(str(error), field, "invalid_file_id") from None
-    command = [*train_command(job, config.home / "jobs" / job.id, files, config), "--check"]
-    try:
-        done = subprocess.run(
+    def vet(self, job: Job) -> list[str]:
+        """Warnings for whoever asks for ``job``. Blocks for seconds.
+
+        A check that cannot be made refuses nothing: the job itself will tell.
+
+        Raises:
+            InvalidRequest: it would fail, or its model could not be served; names the field.
+        """
+        for field in ("training_file", "validation_file"):
+            file_id = getattr(job, field)
+            if file_id is not None:
+                try:
+                    self._files.content(file_id)
+                except FileNotKnown as error:
+                    raise InvalidRequest(str(error), field, "invalid_file_id") from None
+        try:
+            code, output = self._check(job)
+            found = json.loads(output)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            reason = {"job": job.id, "reason": repr(error)}
+            logger.warning("a job could not be checked", extra={"fields": reason})
+            return []
+        if code == _WRONG and found["error"]:
+            raise _refusal(found["error"], job)
+        return [str(warning) for warning in found["warnings"]]
+
+    def close(self) -> None:
+        """Wait for no check any longer."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def _check(self, job: Job) -> tuple[int, str]:
+        """The exit code of the check and what it printed."""
+        folder = self._config.home / "jobs" / job.id
+        command = [*train_command(job, folder, self._files, self._config), "--check"]
+        with subprocess.Popen(
             wrapped(command, _NICE),
-            env=train_environ(config.training),
+            env=train_environ(self._config.training),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
-            timeout=_SECONDS,
-        )
-        found = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        logger.warning("a job could not be checked", extra={"fields": {"job": job.id, "reason": repr(error)}})
-        return []
-    if done.returncode == _WRONG and found["error"]:
-        raise _refusal(found["error"], job)
-    return [str(warning) for warning in found["warnings"]]
+        ) as self._process:
+            try:
+                output = self._process.communicate(timeout=_SECONDS)[0]
+                return self._process.returncode, output
+            finally:
+                self._process.kill()
 
 
 def _refusal(message: str, job: Job) -> InvalidRequest:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from server.jobs import command, runner
+from server.jobs import command, runner, vetting
 from tests.server.http.conftest import wait_until
 from tests.server.http.fake_service import FakeService
 from tests.server.http.training_server import TrainingServer, rows, training_server
@@ -392,12 +391,10 @@ def test_what_the_check_finds_is_refused_in_the_apis_words(
 
 
 def test_bad_rows_are_the_files_fault(openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bad(*_: Any, **__: Any) -> Any:
-        words = f"{job_file} has 1 row that cannot be used: line 1 is longer than --max-seq-len 8."
-        return subprocess.CompletedProcess([], 2, json.dumps({"error": words, "warnings": []}))
-
     job_file = upload(openai_client)
-    monkeypatch.setattr(subprocess, "run", bad)
+    words = f"{job_file} has 1 row that cannot be used: line 1 is longer than --max-seq-len 8."
+    told = json.dumps({"error": words, "warnings": []})
+    monkeypatch.setattr(vetting.Vetting, "_check", lambda *_: (2, told))
     with pytest.raises(openai.BadRequestError, match="line 1 is longer than max_seq_len 8") as refused:
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=job_file)
     assert (refused.value.param, refused.value.code) == ("training_file", "invalid_training_file")
