@@ -42,7 +42,7 @@ class Readers:
         """Calls ``read`` for each folder, in this order, for so many seconds.
 
         One that takes longer goes on while the caller does. With an infinite budget all are waited for.
-        Where patterns are slow to match, ``read`` gets OutOfPatience.
+        Where patterns or chat templates are slow, ``read`` gets OutOfPatience.
         """
         self._late = {late for late in self._late if not late.done()}
         if len(self._late) >= MAX_LATE:

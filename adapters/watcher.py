@@ -133,7 +133,7 @@ class Watcher:
         """One look: registers, replaces and unregisters what has changed.
 
         ``progress`` shows a bar on a terminal. After ``budget`` seconds no further folder is begun, and those
-        under way are not waited for; nor are ever those whose patterns are slow to match.
+        under way are not waited for; nor are ever those that are slow to read.
         """
         began = time.monotonic()
         self._take_over_read()  # before listing: then what is not listed was removed since
@@ -291,7 +291,9 @@ class Watcher:
                 raise
             self._registry.fail(name, path, str(error))
         except OutOfPatience:
-            self._registry.wait(name, path, "Its patterns are slow to match, so others are read first.")
+            self._registry.wait(
+                name, path, "It is slow to read (its patterns, its chat template), so others are first."
+            )
             raise
         except Exception as error:
             logger.exception("Reading adapter %s failed.", name)

@@ -79,6 +79,20 @@ class Patience:
                 self._left += max(0.0, seconds - (time.monotonic() - began))
 
 
+@contextmanager
+def time_for(most: float) -> Iterator[float]:
+    """Seconds for other work of a folder that may be slow, of the patience that there is in this thread.
+
+    Raises OutOfPatience if nothing is left of it.
+    """
+    patience = _patience.get()
+    if patience is None:
+        yield most
+        return
+    with patience.taken() as seconds:
+        yield min(seconds, most)
+
+
 @dataclass(slots=True)
 class _Budget:
     seconds: float

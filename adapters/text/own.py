@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.errors import AdapterUnsupported
 from adapters.text.renderer import ChatRenderer
-from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox
+from adapters.text.sandbox import MAX_CPU_SECONDS, SandboxedTemplate, TemplateSandbox, TemplateTooSlow
 from adapters.text.special import SpecialTokens
 from adapters.text.template import ChatTemplate, TemplateRefused
 
@@ -56,14 +56,21 @@ class Speeches:
         """How an adapter with such files speaks. Raises AdapterUnsupported: the base cannot speak so."""
         return self.base if own is None else self._of(own)
 
-    def check(self, own: OwnText | None) -> None:
-        """Raises AdapterUnsupported if the base cannot speak so, or the template renders nothing."""
+    def check(self, own: OwnText | None, seconds: float = MAX_CPU_SECONDS) -> None:
+        """Try the template on a greeting.
+
+        Raises:
+            AdapterUnsupported: the base cannot speak so, or the template renders nothing.
+            TemplateTooSlow: it took more than ``seconds``, which are less than it has in use.
+        """
         speech = self.of(own)
         if not speech.own or speech.renderer is None:
             return
         try:
-            speech.renderer.template.render(_PROBE, add_generation_prompt=True)
+            self.sandbox.render(speech.renderer.template, _PROBE, True, seconds)
         except TemplateRefused as error:
+            if isinstance(error, TemplateTooSlow) and seconds < MAX_CPU_SECONDS:
+                raise
             raise AdapterUnsupported(
                 f"Its own chat template cannot be used: {error}. Mend it, or serve with "
                 "--ignore-adapter-templates."

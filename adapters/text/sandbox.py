@@ -34,6 +34,10 @@ _CHILD = "adapters.text.sandbox_child"
 _BROKE = f"it takes more than {MAX_CPU_SECONDS:g} s or {MAX_MEMORY >> 20} MiB"
 
 
+class TemplateTooSlow(TemplateRefused):
+    """It broke a limit, and was killed."""
+
+
 class TemplateSandbox:
     """A few children, each started when it is first needed. Thread-safe.
 
@@ -42,21 +46,31 @@ class TemplateSandbox:
     """
 
     def __init__(self, size: int = 2) -> None:
-        self._children: queue.LifoQueue[_Child] = queue.LifoQueue()
+        self._children: queue.Queue[_Child] = queue.Queue()
         self._all = [_Child() for _ in range(size)]
         for child in self._all:
             self._children.put(child)
         self._refused_until: dict[str, float] = {}
 
-    def render(self, template: ChatTemplate, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises TemplateRefused."""
+    def render(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        seconds: float = MAX_CPU_SECONDS,
+    ) -> str:
+        """The conversation as text, in so much processor time.
+
+        Raises TemplateRefused; TemplateTooSlow is remembered if the template had all of the usual time.
+        """
         if time.monotonic() < self._refused_until.get(template.source, 0.0):
-            raise TemplateRefused(f"{_BROKE}; it is tried again in a minute")
+            raise TemplateTooSlow(f"{_BROKE}; it is tried again in a minute")
         request = {
             "source": template.source,
             "variables": dict(template.variables),
             "messages": list(messages),
             "add_generation_prompt": add_generation_prompt,
+            "seconds": seconds,
         }
         child = self._children.get()
         try:
@@ -64,8 +78,9 @@ class TemplateSandbox:
         finally:
             self._children.put(child)
         if answer is None:
-            self._refuse(template.source)
-            raise TemplateRefused(_BROKE)
+            if seconds >= MAX_CPU_SECONDS:
+                self._refuse(template.source)
+            raise TemplateTooSlow(_BROKE)
         if "refused" in answer:
             raise TemplateRefused(answer["refused"])
         text: str = answer["text"]
@@ -102,15 +117,15 @@ class _Child:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Its answer; None if it broke a limit, and is dead."""
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._process = _start()
-            if self._line(process, _START_SECONDS) is None:
-                self.kill()
-                raise TemplateRefused("the process that renders templates of adapters cannot be started")
+        """Its answer; None if it broke a limit: then the next is on its way."""
+        process = self._started()
+        if not self._ready and self._line(process, _START_SECONDS) is None:
+            self.kill()
+            raise TemplateRefused("the process that renders templates of adapters cannot be started")
+        self._ready = True
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # killed for its memory while it read: the line below says so
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -118,13 +133,20 @@ class _Child:
         line = self._line(process, _WALL_SECONDS)
         if line is None:
             self.kill()
+            self._started()
             return None
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.kill()
+            self._process = _start()
+        return self._process
+
     def kill(self) -> None:
         """Whatever it does."""
-        process, self._process = self._process, None
+        process, self._process, self._ready = self._process, None, False
         if process is not None:
             process.kill()
             for pipe in (process.stdin, process.stdout):

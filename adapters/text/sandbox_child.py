@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any
 
-from adapters.text.sandbox import MAX_CPU_SECONDS, MAX_MEMORY, MAX_TEXT
+from adapters.text.sandbox import MAX_MEMORY, MAX_TEXT
 from adapters.text.template import ChatTemplate, TemplateRefused
 
 
@@ -20,8 +20,9 @@ def main() -> None:
     _limit()
     _answer({"ready": True})
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)  # SIGPROF kills
-        answer = _rendered(json.loads(line))
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # SIGPROF kills
+        answer = _rendered(request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(answer)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, load_adapter
+from adapters.artifact.own_text import OwnText
+from adapters.artifact.regex import OutOfPatience, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
 from adapters.native import isa
@@ -21,6 +23,7 @@ from adapters.registry import Registry, Version
 from adapters.residency import Residency
 from adapters.text.own import Speech, Speeches
 from adapters.text.renderer import base_renderer
+from adapters.text.sandbox import MAX_CPU_SECONDS, TemplateTooSlow
 from adapters.transfer import copying_for
 from adapters.watcher import Watcher
 from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
@@ -208,7 +211,9 @@ def _adapters(
     def inspect(folder: Path) -> AdapterInfo:
         with copying():  # DoRA reads the base's weights on the device
             info = inspect_adapter(folder, base.layout, limits, dtype, weights, ignored)
-        speeches.check(info.own_text)
+        if info.own_text is not None:
+            with time_for(MAX_CPU_SECONDS) as seconds:
+                _check_text(speeches, info.own_text, seconds)
         return info
 
     registry = Registry(config.folder, inspect, reserved)
@@ -219,6 +224,13 @@ def _adapters(
     residency = Residency(pool, load or from_folder, config.host_memory)
     registry.on_retired.append(lambda version: residency.forget(version.digest))
     return registry, residency
+
+
+def _check_text(speeches: Speeches, own: OwnText, seconds: float) -> None:
+    try:
+        speeches.check(own, seconds)
+    except TemplateTooSlow:
+        raise OutOfPatience from None
 
 
 def _tokenizer(base: LoadedBase, allow_special_tokens: bool, context: int) -> Tokenizer:

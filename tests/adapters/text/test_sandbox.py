@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox
+from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox, TemplateTooSlow
 from adapters.text.template import ChatTemplate, TemplateRefused
 from tests.tiny_models import tiny_tokenizer
 
@@ -84,3 +84,11 @@ def test_nothing_of_our_environment_is_there(monkeypatch: pytest.MonkeyPatch) ->
         assert b"sesame" not in file.read()
     sandbox.close()
     assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def test_a_short_try_says_nothing_against_a_template(sandbox: TemplateSandbox) -> None:
+    endless = SandboxedTemplate(ENDLESS + " ", {}, sandbox)
+    for _ in range(2):
+        with pytest.raises(TemplateTooSlow) as raised:
+            sandbox.render(endless, ASKED, True, seconds=0.2)
+        assert "in a minute" not in str(raised.value)
