@@ -33,6 +33,7 @@ def evaluate_adapter(
     progress: bool = False,
     head_quantization: str = "none",
     allow_special_tokens: bool = False,
+    ignore_adapter_templates: bool = False,
     tick: Tick = lambda *_: None,
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
@@ -40,7 +41,8 @@ def evaluate_adapter(
     It takes no more of a GPU than it needs: a server that has taken its share may be running there.
 
     Args:
-        base, home, quantization, head_quantization, device, allow_special_tokens: as for ``manylora serve``.
+        base, home, quantization, head_quantization, device, allow_special_tokens, ignore_adapter_templates:
+            as for ``manylora serve``.
         data: held-out conversations.
         adapter, replaced: PEFT folders, anywhere.
         threads: of the CPU kernels; None = as many as this process may run on.
@@ -57,6 +59,7 @@ def evaluate_adapter(
     flags += ["--quantization", quantization, "--head-quantization", head_quantization]
     flags += [] if threads is None else ["--threads", str(threads)]
     flags += ["--allow-special-tokens"] if allow_special_tokens else []
+    flags += ["--ignore-adapter-templates"] if ignore_adapter_templates else []
     flags += _FRUGAL
     return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress, tick)
 

@@ -49,6 +49,7 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--quantization": config.base.quantization,
         "--head-quantization": config.base.head_quantization,
         "--allow-special-tokens": config.base.allow_special_tokens,
+        "--ignore-adapter-templates": config.adapters.ignore_templates,
         "--device": "cpu" if config.training.gpu == "none" else config.base.device,
         "--gpu-memory": config.training.gpu_memory,
         "--max-lora-rank": config.adapters.max_lora_rank,

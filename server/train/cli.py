@@ -32,6 +32,7 @@ _SHARED = (
     "--quantization",
     "--head-quantization",
     "--allow-special-tokens",
+    "--ignore-adapter-templates",
     "--device",
     "--adapter-dir",
 )

@@ -117,6 +117,7 @@ class Command:
             progress=sys.stderr.isatty(),
             head_quantization=config.head_quantization,
             allow_special_tokens=config.allow_special_tokens,
+            ignore_adapter_templates=self._server.adapters.ignore_templates,
             tick=self._ticking(run),
         )
         decision = decide(evaluation)

@@ -70,13 +70,16 @@ def test_the_server_is_followed(room: Room) -> None:
     (room.home / "other").mkdir()
     job_room = Room(room.home / "other", "--train-threads", "3", "--train-yield", "0.25", "--base", "b")
     assert not parsed(room).allow_special_tokens
+    assert not parsed(room).ignore_adapter_templates
     given = parsed(job_room, name="acme", require_improvement=True, validation_file=job_room.upload().id)
     assert (given.threads, given.duty, given.base, given.name) == (3, 0.75, "b", "acme")
     assert (given.output_dir, given.run_dir) == (job_room.config.adapters.folder, Path("/run"))
     assert given.require_improvement
     assert given.resume
     room.config = replace(room.config, base=replace(room.config.base, allow_special_tokens=True))
+    room.config = replace(room.config, adapters=replace(room.config.adapters, ignore_templates=True))
     assert parsed(room).allow_special_tokens
+    assert parsed(room).ignore_adapter_templates
 
 
 def test_keys_are_not_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
