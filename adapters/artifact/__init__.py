@@ -2,7 +2,8 @@
 
 Nothing here knows of registries, pools or models: the base is seen through ``BaseLayout`` alone.
 Reading order: ``adapter.py`` (the nouns), ``load.py`` (the way through), then its steps ``files.py``,
-``config.py``, ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``own.py``) and ``assemble.py``.
+``config.py`` (``fields.py``), ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``own.py``) and
+``assemble.py``; ``recognise.py`` says what a folder is that is no adapter.
 """
 
 from adapters.artifact.adapter import (
