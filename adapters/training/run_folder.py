@@ -105,6 +105,8 @@ class RunFolder:
     def check_same_run(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
         """Keep the config of a new run; of a resumed one, see that it asks for the same.
 
+        A switch that did not exist yet when the run was begun was off.
+
         Raises RunFolderInvalid, naming what differs.
         """
         known = self.read("config.json")
@@ -112,7 +114,7 @@ class RunFolder:
             self.write("config.json", config)
             return
         keys = (config.keys() | known.keys()) - set(may_differ)
-        differ = sorted(key for key in keys if config.get(key) != known.get(key))
+        differ = sorted(key for key in keys if _differs(config.get(key), known, key))
         if differ:
             raise RunFolderInvalid(
                 f"{self.path} holds a run with another {', '.join(differ)}; "
@@ -180,3 +182,7 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _differs(value: Any, known: dict[str, Any], key: str) -> bool:
+    return bool(value != known.get(key, False if value is False else None))
