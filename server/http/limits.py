@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from server.errors import InvalidRequest
 from server.http.context import context_of
 from server.http.errors import BodyNotJson, BodyTooLarge, ClientDisconnected
-from server.http.schema import MAX_VALUES
+from server.http.schema import MAX_NAMES, MAX_VALUES
 
 SMALL_BODY = 64 << 10
 """Bytes up to which a body is parsed at once: a millisecond or two."""
@@ -61,6 +61,8 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         raise InvalidRequest(f"The body is not valid UTF-8 at byte {error.start}.") from None
     if _has_many_values(body):
         raise InvalidRequest(f"The body has more than {MAX_VALUES} values; send fewer.")
+    if _has_many_names(body):
+        raise InvalidRequest(f"The body has more than {MAX_NAMES} names of fields; send fewer.")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -88,19 +90,29 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 def _has_many_values(body: bytes) -> bool:
     """Whether more than ``MAX_VALUES`` commas and opening brackets stand outside strings."""
-    if _separators(body) <= MAX_VALUES:  # even with those inside
+    return _has_more(body, MAX_VALUES, b",[{")
+
+
+def _has_many_names(body: bytes) -> bool:
+    """Whether more than ``MAX_NAMES`` colons do: a name costs far more to parse than a number."""
+    return _has_more(body, MAX_NAMES, b":")
+
+
+def _has_more(body: bytes, most: int, marks: bytes) -> bool:
+    """Whether more than ``most`` bytes outside strings are one of ``marks``."""
+    if _count(body, marks) <= most:  # even with those inside
         return False
     # Without escapes, every second piece between quotes is outside.
     text, inside, count = body.replace(rb"\\", b"").replace(rb"\"", b""), False, 0
     for start in range(0, len(text), _PIECE):
         pieces = text[start : start + _PIECE].split(b'"')
-        count += _separators(b"".join(pieces[inside::2]))
+        count += _count(b"".join(pieces[inside::2]), marks)
         inside ^= len(pieces) % 2 == 0
-    return count > MAX_VALUES
+    return count > most
 
 
-def _separators(text: bytes) -> int:
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
+def _count(text: bytes, marks: bytes) -> int:
+    return sum(text.count(mark) for mark in marks)
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:

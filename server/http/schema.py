@@ -35,6 +35,8 @@ MAX_PARTS = 8192
 MAX_BIASES = 1024
 MAX_VALUES = 1 << 19
 """Most values (numbers, texts, lists, …) of a whole body; token ids are what there may be many of."""
+MAX_NAMES = 1 << 16
+"""Most names of fields in a whole body, at all levels together: far more than parts and tools need."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

@@ -22,7 +22,15 @@ from server.http import limits
 from server.http.app import create_app
 from server.http.fine_tuning_schema import CreateJob
 from server.http.limits import SMALL_BODY, parse_body
-from server.http.schema import MAX_ITEMS, MAX_PARTS, MAX_VALUES, ChatBody, CompletionBody, LoadAdapter
+from server.http.schema import (
+    MAX_ITEMS,
+    MAX_NAMES,
+    MAX_PARTS,
+    MAX_VALUES,
+    ChatBody,
+    CompletionBody,
+    LoadAdapter,
+)
 from tests.server.http.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -30,6 +38,7 @@ TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
 JOB: dict[str, Any] = {"model": "tiny", "training_file": "file-1"}
 LOAD: dict[str, Any] = {"lora_name": "a", "lora_path": "a"}
 MANY = 100_000
+NAMES = MAX_NAMES - 10
 
 
 def refused(model: type[BaseModel], body: dict[str, Any]) -> InvalidRequest:
@@ -47,17 +56,17 @@ def refused(model: type[BaseModel], body: dict[str, Any]) -> InvalidRequest:
         (ChatBody, CHAT | {"messages": [{}] * MAX_ITEMS}, "messages.0"),
         (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MANY}]}, "messages"),
         (ChatBody, CHAT | {"messages": [{"role": "user", "content": [0] * MAX_ITEMS}]}, "messages.0.content"),
-        (ChatBody, CHAT | {"messages": [{str(number): 1 for number in range(MANY)}]}, "messages.0"),
-        (ChatBody, CHAT | {str(number): 1 for number in range(MANY)}, None),
+        (ChatBody, CHAT | {"messages": [{str(number): 1 for number in range(NAMES)}]}, "messages.0"),
+        (ChatBody, CHAT | {str(number): 1 for number in range(NAMES)}, None),
         (ChatBody, CHAT | {str(number): 1 for number in range(1000)}, "0"),
         (ChatBody, CHAT | {"stop": [1] * MANY}, "stop"),
         (ChatBody, CHAT | {"stop_token_ids": ["x"] * MANY}, "stop_token_ids"),
-        (ChatBody, CHAT | {"logit_bias": {str(number): "x" for number in range(MANY)}}, "logit_bias"),
-        (ChatBody, CHAT | {"metadata": {str(number): 1 for number in range(MANY)}}, "metadata"),
-        (ChatBody, CHAT | {"stream_options": {str(number): 1 for number in range(MANY)}}, "stream_options"),
+        (ChatBody, CHAT | {"logit_bias": {str(number): "x" for number in range(NAMES)}}, "logit_bias"),
+        (ChatBody, CHAT | {"metadata": {str(number): 1 for number in range(NAMES)}}, "metadata"),
+        (ChatBody, CHAT | {"stream_options": {str(number): 1 for number in range(NAMES)}}, "stream_options"),
         (CompletionBody, TEXT | {"prompt": [[]] * MANY}, "prompt"),
         (CompletionBody, TEXT | {"prompt": [-1] * MANY}, "prompt"),
-        (CreateJob, JOB | {"metadata": {str(number): 1 for number in range(MANY)}}, "metadata"),
+        (CreateJob, JOB | {"metadata": {str(number): 1 for number in range(NAMES)}}, "metadata"),
         (CreateJob, JOB | {"target_modules": [0] * MANY}, "target_modules"),
         (LoadAdapter, LOAD | {"lora_path": [0] * MANY}, "lora_path"),
     ],
@@ -102,6 +111,14 @@ class TestValues:
         data = b'{"model":"tiny","prompt":[' + b"0," * (MAX_VALUES + 1) + b"0]}"
         with pytest.raises(InvalidRequest, match=f"more than {MAX_VALUES} values"):
             parse_body(data, CompletionBody)
+
+    def test_too_many_names_are_refused_before_they_are_parsed(self) -> None:
+        data = json.dumps(CHAT | {str(number): 1 for number in range(MAX_NAMES)}).encode()
+        with pytest.raises(InvalidRequest, match=f"more than {MAX_NAMES} names"):
+            parse_body(data, ChatBody)
+
+    def test_those_in_texts_are_no_names(self) -> None:
+        parse_body(json.dumps(TEXT | {"prompt": '":"' * MAX_NAMES}).encode(), CompletionBody)
 
     def test_as_many_token_ids_as_allowed(self) -> None:
         ids = [7] * (MAX_VALUES - 10)
