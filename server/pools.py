@@ -37,8 +37,8 @@ POOLS: dict[Kind, int] = {
     "database": 2,
     "database-writes": 1,  # SQLite has one writer; whoever waits for it must not keep readers waiting
     "disk": 2,
-    "file-checks": 2,  # each has a process of its own
-    "job-checks": 1,  # the same, of some hundred MB
+    "file-checks": 1,  # each has a process of its own, and two would take all of a small machine
+    "job-checks": 1,  # the same, of some hundred MB each
 }
 
 

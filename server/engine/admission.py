@@ -18,8 +18,9 @@ class ResidencyGate:
     """Pins a sequence's adapter when it starts and unpins it when it ends.
 
     A request of which no answer has started moves on to the new version of its adapter, all its answers at
-    once, if the old one's content is gone from disk. One that has started keeps its version; an answer of it
-    that cannot have that version any more fails.
+    once, if the old one's content is gone from disk. It fails instead if the new version has another chat
+    template, since the prompt was rendered with the old one's. A request that has started keeps its version;
+    an answer of it that cannot have that version any more fails.
 
     Attributes:
         failures: sequences that cannot be admitted and why, for the engine to collect.
@@ -88,6 +89,9 @@ class ResidencyGate:
             new = self._registry.resolve(old.name)
         except AdapterError as gone:
             self.failures.append((sequence, gone))
+            return
+        if new.info.own_text != old.info.own_text:
+            self.failures.append((sequence, error))
             return
         if new is not old:
             self._registry.acquire(new)

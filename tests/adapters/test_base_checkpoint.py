@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -214,14 +215,20 @@ def test_truncated_weights_are_refused(copied: Path, tmp_path: Path) -> None:
         prepare_base(str(copied), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_bars_are_shown_on_stderr_if_asked_for(
-    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], progress: bool
+@pytest.mark.parametrize(("progress", "terminal"), [(True, True), (True, False), (False, True)])
+def test_bars_are_shown_on_a_terminal_if_asked_for(
+    llama: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    progress: bool,
+    terminal: bool,
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     load_base(prepare_base(str(llama), tmp_path, progress=progress), progress=progress)
     out, err = capfd.readouterr()
     assert out == ""
-    assert ("Loading weights" in err) == progress
+    assert ("Loading weights" in err) == (progress and terminal)
 
 
 def test_dying_half_way_leaves_no_checkpoint(

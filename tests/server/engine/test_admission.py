@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
+from adapters.artifact.own_text import OwnText
 from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterNotFound
 from adapters.registry import Version
 from server.engine.admission import ResidencyGate
@@ -155,6 +156,20 @@ def test_all_answers_of_a_request_move_to_the_new_version_together() -> None:
     serving.step()
     serving.step()
     assert first.num_generated
+
+
+def test_a_prompt_is_not_answered_by_a_version_with_another_chat_template() -> None:
+    serving = Serving()
+    old, new = make_version("a"), make_version("a")
+    own_text = OwnText(template="{{ messages }}", tokens=(), eos_ids=(), added=())
+    serving.names.current["a"] = replace(new, info=replace(new.info, own_text=own_text))
+    serving.world.broken["a"] = AdapterChanged("it is another")
+    asked = serving.ask(old)
+    serving.step()
+    (failed, error), *_ = serving.step()
+    assert failed is asked
+    assert isinstance(error, AdapterChanged)
+    assert asked.adapter is old
 
 
 def test_an_answer_never_moves_away_from_the_version_that_another_began_with() -> None:
