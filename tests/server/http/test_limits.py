@@ -170,7 +170,7 @@ async def test_large_bodies_that_wait_are_bounded(
     monkeypatch.setattr(context_module, "MAX_LARGEST", 1)
     rendering, go_on, real = asyncio.Event(), asyncio.Event(), service.render_chat
 
-    async def slow(messages: list[dict[str, str]]) -> list[int]:
+    async def slow(messages: list[dict[str, str]], _: object) -> list[int]:
         rendering.set()
         await go_on.wait()
         return (await real(messages))[:8]
