@@ -23,10 +23,10 @@ async def chat_completions(request: Request) -> Response:
     context, record = context_of(request), record_of(request)
     async with body_in_hand(request, ChatBody, context.config.max_body_bytes) as body:
         await begin(record, context, body, "chatcmpl")
-        messages = [message.rendered() for message in body.messages]
-    with context.service.holding(record.adapter) as version:
-        prompt = tuple(await context.service.render_chat(messages, version))
-        running = await submit(record, context, version, [(prompt, _sampling(context, body, prompt))])
+        with context.service.holding(record.adapter) as version:
+            messages = [message.rendered() for message in body.messages]
+            prompt = tuple(await context.service.render_chat(messages, version))
+            running = await submit(record, context, version, [(prompt, _sampling(context, body, prompt))])
     if body.stream:
         return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
     try:
