@@ -17,11 +17,9 @@ from typing import Any, NoReturn
 MAX_DEPTH = 128
 """Levels of objects and arrays."""
 
-MAX_DIGITS = 20
-"""Characters of an integer: 64 bits and a sign. Converting longer ones costs their length squared."""
-
-MAX_FLOAT_LENGTH = 64
-"""Characters of a number with a fraction or an exponent; the longest that a double needs is 24."""
+MAX_NUMBER_LENGTH = 64
+"""Characters of a number. Converting a long integer costs its length squared, a double needs 24 characters,
+and transformers writes 31 digits, ``int(1e30)``, as the length of a tokenizer that has no limit."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
@@ -83,19 +81,22 @@ def _no_constant(text: str) -> NoReturn:
 
 
 def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise _LongNumber(text, f"a number of {len(text)} digits", f"at most {MAX_DIGITS} are read")
+    _check_length(text, "digits")
     return int(text)
 
 
 def _float(text: str) -> float:
-    if len(text) > MAX_FLOAT_LENGTH:
-        limit = f"at most {MAX_FLOAT_LENGTH} are read"
-        raise _LongNumber(text, f"a number of {len(text)} characters", limit)
+    _check_length(text, "characters")
     value = float(text)
     if math.isinf(value):
         raise _LongNumber(text, f"the number {text}", "that is more than a double can hold")
     return value
+
+
+def _check_length(text: str, unit: str) -> None:
+    if len(text) > MAX_NUMBER_LENGTH:
+        limit = f"at most {MAX_NUMBER_LENGTH} are read"
+        raise _LongNumber(text, f"a number of {len(text)} {unit}", limit)
 
 
 def _field_of(number: str, data: bytes | bytearray) -> str:
