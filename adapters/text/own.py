@@ -67,14 +67,13 @@ class Speeches:
         if not speech.own or speech.renderer is None:
             return
         try:
-            self.sandbox.render(speech.renderer.template, _PROBE, True, seconds)
+            text = self.sandbox.render(speech.renderer.template, _PROBE, True, seconds)
         except TemplateRefused as error:
             if isinstance(error, TemplateTooSlow) and seconds < MAX_CPU_SECONDS:
                 raise
-            raise AdapterUnsupported(
-                f"Its own chat template cannot be used: {error}. Mend it, or serve with "
-                "--ignore-adapter-templates."
-            ) from error
+            raise _unusable(str(error)) from error
+        if not text:
+            raise _unusable("it renders nothing")
 
     def close(self) -> None:
         """End the processes."""
@@ -133,6 +132,13 @@ class Speeches:
                     f"Its chat template writes {text!r:.80}, which its tokenizer has as token {id_} and the "
                     "base has not; it was trained with another vocabulary."
                 )
+
+
+def _unusable(reason: str) -> AdapterUnsupported:
+    return AdapterUnsupported(
+        f"Its own chat template cannot be used: {reason.rstrip('.')}. Mend it, or serve with "
+        "--ignore-adapter-templates."
+    )
 
 
 def _written(added: Iterable[tuple[int, str]], source: str) -> Iterable[tuple[int, str]]:

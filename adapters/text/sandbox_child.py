@@ -32,6 +32,8 @@ def _rendered(request: dict[str, Any]) -> dict[str, Any]:
         template = ChatTemplate(request["source"], request["variables"])
         text = template.render(request["messages"], request["add_generation_prompt"])
     except TemplateRefused as error:
+        if isinstance(error.__cause__, MemoryError):
+            return {"refused": f"it takes more than {MAX_MEMORY >> 20} MiB"}
         return {"refused": str(error)[:1000]}
     if len(text) > MAX_TEXT:
         return {"refused": f"it renders {len(text)} characters; at most {MAX_TEXT} are allowed"}

@@ -55,6 +55,19 @@ def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path, files: 
     assert own.template == OWN
 
 
+def test_the_files_that_transformers_saves_beside_an_adapter_are_read(tmp_path: Path) -> None:
+    """Among them a length of 31 digits, for a tokenizer that has no limit."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OWN
+    folder = write_folder(tmp_path / "a")
+    tokenizer.save_pretrained(folder)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] >= 10**30
+    own = inspect(folder).own_text
+    assert own is not None
+    assert own.template == OWN
+    assert dict(own.tokens)["eos_token"] == tokenizer.eos_token
+
+
 def test_ends_of_answers_are_read(tmp_path: Path) -> None:
     tokenizer = {"eos_token": {"content": "<|im_end|>", "special": True}}
     files: dict[str, Any] = {
@@ -168,4 +181,18 @@ def test_what_the_base_cannot_speak_is_refused(text: OwnText, reason: str) -> No
 def test_tokens_that_the_template_does_not_write_do_no_harm() -> None:
     all_ = speeches()
     all_.check(own("{{ messages[0].content }}", added=((600, "[PAD]"), (2, "<|im_end|>"))))
+    all_.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("", "it renders nothing. Mend it"),
+        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate. Mend it"),
+    ],
+)
+def test_a_template_that_cannot_render_a_greeting_is_refused(template: str, reason: str) -> None:
+    all_ = speeches()
+    with pytest.raises(AdapterUnsupported, match=reason):
+        all_.check(own(template))
     all_.close()

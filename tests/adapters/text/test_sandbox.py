@@ -40,7 +40,7 @@ def test_it_renders_what_the_server_would(sandbox: TemplateSandbox) -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{% if %}", "Expected an expression"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+        ("{{ 'x' * 10 ** 10 }}", "it takes more than 512 MiB"),
         ("{{ 'x' * 10 ** 8 }}", "at most"),
     ],
 )
