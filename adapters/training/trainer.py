@@ -108,7 +108,11 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         )
         self._run.event("eval", **self._place(), loss=loss, accuracy=accuracy)
         self._last |= {"eval_loss": loss, "eval_accuracy": accuracy}
-        return {"eval_loss": loss}
+        metrics = {"eval_loss": loss}
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def finish(self) -> None:
         if self._progress is not None:

@@ -238,6 +238,8 @@ def test_a_checkpoint_says_how_good_it_is(task: dict[str, Any], tmp_path: Path) 
     assert (last["eval_loss"], last["eval_accuracy"]) == (held_out["loss"], held_out["accuracy"])
     accuracies = [event["accuracy"] for event in events(tmp_path, "step")]
     assert accuracies[0] < accuracies[-1] <= 1
+    measured = [event["step"] for event in events(tmp_path, "eval")]
+    assert len(measured) == len(set(measured)), "measured twice with the same weights"
 
 
 def test_without_a_terminal_progress_is_lines(
