@@ -100,8 +100,8 @@ def text_of(value: Any, where: str) -> str:
 
     Raises RowInvalid.
     """
-    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        value = join_parts(part["text"] for part in value)
+    if isinstance(value, list) and value:
+        value = join_parts(_text_of_part(part, f"{where}[{place}]") for place, part in enumerate(value))
     if not isinstance(value, str):
         raise RowInvalid(f"{where} must be a text, not {_kind(value)}")
     if not value.strip():
@@ -115,8 +115,11 @@ def _unicode(text: str, where: str) -> str:
     return text
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _text_of_part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = f"type {part.get('type')!r:.60}" if isinstance(part, dict) else _kind(part)
+    raise RowInvalid(f"{where} must be a text part, not {kind}; rows are learnt from text alone")
 
 
 def _unused_in_parts(content: Any) -> set[str]:

@@ -18,6 +18,7 @@ from adapters.training.file_kind import HEAD_BYTES
 
 USER = {"role": "user", "content": "Hello?"}
 ASSISTANT = {"role": "assistant", "content": "Hi."}
+TEXT_PART = {"type": "text", "text": "Hi"}
 GOOD = {"messages": [USER, ASSISTANT]}
 PLAIN = [USER, ASSISTANT]
 
@@ -96,6 +97,15 @@ def test_formats_are_detected_and_become_chat(
         ({"messages": [{"role": [], "content": "x"}]}, "messages[0].role must be one of"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content must be a text, not null"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1].content is empty"),
+        ({"messages": [{"role": "user", "content": []}, ASSISTANT]}, "content must be a text, not a list"),
+        (
+            {"messages": [{"role": "user", "content": [TEXT_PART, {"type": "image_url"}]}, ASSISTANT]},
+            "messages[0].content[1] must be a text part, not type 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["Hi"]}, ASSISTANT]},
+            "messages[0].content[0] must be a text part, not a text",
+        ),
         ({"messages": [USER, {**ASSISTANT, "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [1]}]}, "messages[1] has tool_calls"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "nothing to learn from"),
