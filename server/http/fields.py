@@ -141,8 +141,13 @@ MESSAGE: Rules = {
     "refusal": _neutral("", remedy="say it in 'content'"),
     "audio": _refused("conversations are text, so say it in 'content'"),
 }
+_NOT_TEXT = _refused("conversations are text here, so leave the part out")
 PART: Rules = {
     "type": SERVED,
     "text": SERVED,
     "cache_control": NO_EFFECT,
+    "image_url": _NOT_TEXT,
+    "input_audio": _NOT_TEXT,
+    "video_url": _NOT_TEXT,
+    "file": _NOT_TEXT,
 }

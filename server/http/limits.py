@@ -120,7 +120,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     kind, context = first["type"], first.get("ctx", {})
     place = [*first["loc"], *([context["field"]] if "field" in context else [])]
     param = ".".join(str(part)[:_MAX_NAME] for part in place) or None
-    message = first["msg"].removeprefix("Value error, ")[:_MAX_MESSAGE]
+    message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")[:_MAX_MESSAGE]
     if kind == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}.")
     if kind == "unsupported":

@@ -106,7 +106,11 @@ def _one_as_list(value: object) -> object:
 
 
 def _text_as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a text, or a list of parts such as {'type': 'text', 'text': 'Hi'}")
+    return value
 
 
 def _biases(value: object) -> dict[int, float]:
@@ -269,7 +273,7 @@ class Message(Body):
     rules = fields.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_text_as_parts), Field(min_length=1)]
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_text_as_parts)]
     reasoning_content: str | None = None
     reasoning: str | None = None
 

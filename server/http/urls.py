@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.http.json_response import JSONResponse
@@ -32,8 +32,9 @@ async def on_http_exception(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code)
     record_of(http).error = code
+    headers = {"Allow": _allowed(http)} if error.status_code == 405 else error.headers
     body = {"message": _message(http, error), "type": "invalid_request_error", "param": None, "code": code}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=headers)
 
 
 def _message(http: Request, error: HTTPException) -> str:
@@ -41,9 +42,15 @@ def _message(http: Request, error: HTTPException) -> str:
     if error.status_code == 404:
         return f"Unknown request URL: {asked}. {_hint(http)}"
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return f"{asked} is not supported; this URL takes {allowed}."
+        return f"{asked} is not supported; this URL takes {_allowed(http)}."
     return f"{asked}: {error.detail}."
+
+
+def _allowed(http: Request) -> str:
+    """The methods of every route with that path; Starlette names those of the first alone."""
+    routes = [each for each in http.app.routes if isinstance(each, Route)]
+    fitting = [each.methods or () for each in routes if each.matches(http.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for methods in fitting for method in methods} - {"HEAD"}))
 
 
 def _hint(http: Request) -> str:

@@ -422,3 +422,10 @@ def test_a_file_whose_bytes_are_gone_is_named(openai_client: openai.OpenAI, serv
     with pytest.raises(openai.NotFoundError, match="upload it again"):
         openai_client.files.content(file_id)
     assert openai_client.files.delete(file_id).deleted
+
+
+@pytest.mark.parametrize(("path", "methods"), [("/v1/files", "GET, POST"), ("/v1/models/a", "DELETE, GET")])
+def test_every_method_of_a_url_is_named(server: TrainingServer, path: str, methods: str) -> None:
+    response = httpx.put(f"{server.url}{path}")
+    assert (response.status_code, response.headers["Allow"]) == (405, methods)
+    assert response.json()["error"]["message"].endswith(f"this URL takes {methods}.")

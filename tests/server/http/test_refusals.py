@@ -136,6 +136,27 @@ def test_a_wrong_field_of_completions_is_named(
     assert (status, error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": 5}, "'messages.0.content': must be a text, or a list of parts such as {'type': 'text'"),
+        ({"content": []}, "'messages.0.content': must be a text, or a list of parts such as {'type': 'text'"),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
+            "'messages.0.content.0.image_url' is not supported; conversations are text here",
+        ),
+    ],
+)
+def test_what_content_may_be_is_said(client: TestClient, fields: dict[str, Any], message: str) -> None:
+    body = CHAT | {"messages": [{"role": "user"} | fields]}
+    assert post(client, "/v1/chat/completions", body)[1]["message"].startswith(message)
+
+
+def test_no_word_of_the_library_is_repeated(client: TestClient) -> None:
+    _, error = post(client, "/v1/chat/completions", CHAT | {"stop": ["a"] * 17})
+    assert error["message"] == "'stop': Value should have at most 16 items, not 17."
+
+
 def test_unsupported_is_said_plainly(client: TestClient) -> None:
     _, error = post(client, "/v1/chat/completions", CHAT | {"temprature": 1})
     assert error["code"] == "unsupported_parameter"
