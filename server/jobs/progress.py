@@ -73,6 +73,8 @@ class Line:
             return f"{at}: validation loss={_short(numbers.get('full_valid_loss'))}"
         if self.event == "checkpoint":
             return f"Checkpoint created at step {numbers.get('step')}"
+        if self.event == "end":  # its own message says where on the server's disk the adapter is
+            return "The adapter is trained"
         return str(self.values.get("message") or f"Training: {self.event}")
 
 

@@ -65,3 +65,9 @@ def test_a_broken_result_is_none(tmp_path: Path, text: str) -> None:
     assert read_result(tmp_path) is None
     (tmp_path / RESULT).write_text(text)
     assert read_result(tmp_path) is None
+
+
+def test_clients_are_not_told_where_the_servers_files_are() -> None:
+    line = Line({"event": "end", "message": "The adapter is in /srv/jobs/1/adapter.", "path": "/srv/jobs/1"})
+    event = line.as_event("job")
+    assert (event.message, event.data) == ("The adapter is trained", {})
