@@ -6,7 +6,7 @@ PORT ?= 8000
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py adapters/native/src/*)
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py adapters/kernels/cpu/src/*)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 clean: ## Remove the environment and all caches, but no state (.manylora)
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info adapters/native/*.so
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info adapters/kernels/cpu/*.so
 	find server adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: without changes in what they depend on, nothing is installed again.

@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE = Path("adapters/native/src")
+SOURCE = Path("adapters/kernels/cpu/src")
 COMMON = [
     "-std=gnu++17",
     "-O3",
@@ -53,7 +53,7 @@ class BuildNative(build_ext):  # type: ignore[misc]
 setup(
     ext_modules=[
         Extension(
-            "adapters.native.kernels",
+            "adapters.kernels.cpu.kernels",
             sources=[str(SOURCE / name) for name in FLAGS],
             depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
             optional=True,

@@ -31,10 +31,10 @@ import torch
 
 from adapters.artifact import Adapter
 from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
-from adapters.host_tier import HostTier
-from adapters.rank_pool import EXTRAS, RankPool, needs_of
+from adapters.pool.host_tier import HostTier
+from adapters.pool.pinned_buffer import pinned_slab
+from adapters.pool.rank_pool import EXTRAS, RankPool, needs_of
 from adapters.registry import Version
-from adapters.slab import pinned_slab
 from adapters.transfer import Copying, copying_for
 
 log = logging.getLogger("manylora.adapters")

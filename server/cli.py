@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from adapters.errors import ManyloraError
 from server.config import ConfigError, resolve
-from server.evaluation.cli import add_parser as add_evaluation
-from server.options import USAGE, OneLineParser, add_options
-from server.train.cli import add_parser as add_training
+from server.config.options import USAGE, OneLineParser, add_options
+from server.finetune.command.cli import add_parser as add_training
+from server.finetune.evaluation.cli import add_parser as add_evaluation
 
 # How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
 # small model, so it outlasts the pauses in a step, and a slice that another process takes; an idle server

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from server.config import HttpConfig
-from server.config_values import key
-from server.options import OPTIONS
+from server.config.options import OPTIONS
+from server.config.values import key
 
 logger = logging.getLogger("manylora.serve")
 

@@ -19,12 +19,12 @@ import uvloop
 from adapters.errors import ManyloraError
 from server.config import ServerConfig
 from server.descriptors import fitted, raise_limit
-from server.engine.request import Service
+from server.engine.interface import Service
+from server.finetune.jobs.errors import StateUnusable
+from server.finetune.jobs.training import Training
 from server.http.app import WHEN_FULL, create_app
 from server.http.connection import bounded
 from server.http.context import Context
-from server.jobs.errors import StateUnusable
-from server.jobs.training import Training
 from server.logs import configure
 from server.secrets import forget_keys, hide_typed_keys, keys_of, make_private
 from server.version import VERSION

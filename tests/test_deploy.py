@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from server.config import ServerConfig, from_args
+from server.config.options import OPTIONS
+from server.finetune.jobs.runner import STOP_PATIENCE
 from server.http.app import OPEN, SCRAPERS
-from server.jobs.runner import STOP_PATIENCE
-from server.options import OPTIONS
 from server.serve import _CLOSE_SECONDS
 from tests.test_packaging import ROOT, instructions, last_environment, stages
 

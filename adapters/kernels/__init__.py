@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from adapters.site_pool import SitePool
+    from adapters.pool.site_pool import SitePool
 
 log = logging.getLogger("manylora.adapters")
 
@@ -61,11 +61,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
     """The backend for this machine, chosen once when the model is built."""
     import torch
 
+    from adapters.kernels.cpu import library
     from adapters.kernels.segmented import segmented_lora
-    from adapters.native import library
 
     if device.type == "cpu" and dtype == torch.bfloat16 and (native := library()) is not None:
-        from adapters.kernels.native import NativeLora
+        from adapters.kernels.cpu.lora import NativeLora
 
         return NativeLora(native)
     if device.type == "cuda" and find_spec("triton") is not None:

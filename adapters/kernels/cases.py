@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from adapters.artifact import Adjustment, LoraWeights
-from adapters.extras_pool import moved_adjustments
 from adapters.kernels import Segment
 from adapters.kernels.reference import reference_lora
-from adapters.site_pool import SitePool, lone_pool
+from adapters.pool.extras_pool import moved_adjustments
+from adapters.pool.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 
 CPU = torch.device("cpu")

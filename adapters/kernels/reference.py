@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adapters.artifact import Adjustment
 from adapters.kernels import Segment, check_extents
-from adapters.site_pool import SitePool
+from adapters.pool.site_pool import SitePool
 
 NONE = Adjustment(scale=None, shift=None)
 

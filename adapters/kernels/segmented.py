@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters.artifact import Adjustment
 from adapters.kernels import Segment, check_extents
-from adapters.site_pool import Rows, SitePool
+from adapters.pool.site_pool import Rows, SitePool
 
 
 def segmented_lora(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from adapters.errors import ManyloraError
 from server.bench import model_step, options, step
-from server.bench.compare import say
 from server.bench.errors import BenchError
 from server.bench.gpu_check import command as gpu_check
 from server.bench.peers.environments import RECIPES, Environment
+from server.bench.serving.compare import say
 from server.bench.shapes import SHAPES, make_model
-from server.evaluation import prove
+from server.finetune.evaluation import prove
 
 if TYPE_CHECKING:
     # argparse's sub-parsers have no public type
@@ -31,7 +31,7 @@ on a free loopback port with synthetic adapters, measured and stopped; flags aft
   manylora bench serving --sweep-adapters 1,2,4,8,16,32,64 --peers llama.cpp --plot adapters.png
   manylora bench serving --base-url http://127.0.0.1:8000 --max-concurrency 8
 
-How each figure is defined is written in server/bench/stats.py and server/bench/memory.py.
+How each figure is defined is written in server/bench/serving/stats.py and server/bench/memory.py.
 """
 
 _PEERS_SETUP = """\
@@ -99,7 +99,7 @@ def _in_one_line(name: str, run: Callable[[argparse.Namespace], int]) -> Callabl
 
 
 def _serving(arguments: argparse.Namespace) -> int:
-    from server.bench.serving import run_serving  # brings HTTP clients, which GPU machines may lack
+    from server.bench.serving.run import run_serving  # brings HTTP clients, which GPU machines may lack
 
     return run_serving(arguments)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from server.bench.stats import Metrics
+from server.bench.serving.stats import Metrics
 
 _MIB_IN_KIB = 1 / 1024
 

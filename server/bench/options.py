@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from server.bench.endpoint import PATHS
 from server.bench.errors import BenchError
 from server.bench.peers import PEERS, peer
-from server.bench.workload import POPULARITIES
+from server.bench.serving.endpoint import PATHS
+from server.bench.serving.workload import POPULARITIES
 
 if TYPE_CHECKING:
     # argparse's groups have no public type

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.bench.errors import BenchError
-from server.bench.report import Spread, spreads
-from server.bench.sweep import Point, Sweep
+from server.bench.serving.report import Spread, spreads
+from server.bench.serving.sweep import Point, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

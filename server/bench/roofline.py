@@ -140,7 +140,7 @@ def floor(parts: Mapping[str, Work], machine: Machine) -> float:
 
 
 def launches(stack: Stack, adapted: bool) -> int:
-    """Kernels that the fused step on a GPU launches (``server/engine/model/device.py``), each product in one.
+    """Kernels that a fused step on a GPU launches (``server/engine/model/cuda/model.py``), a product in one.
 
     By block: four products, two norms, rotary with the KV store, attention and the gated activation; each
     product's adapters take two more. Then embedding, last norm, head, float32, and two for the draw. An NF4

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace, scratch: Path) -> Parts:
     from adapters.base import prepare_base
     from server.bench.errors import BenchError
-    from server.bench.synthetic import write_adapters
+    from server.bench.serving.synthetic import write_adapters
     from server.config import from_args
     from server.engine.build import build_parts
 
@@ -99,7 +99,7 @@ def _measure(
     parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]
 ) -> tuple[Seconds, float]:
     """Seconds of a step, by part, and tokens of a sequence: means over steps in which all of them decode."""
-    from adapters.native.structs import STACK_PARTS
+    from adapters.kernels.cpu.structs import STACK_PARTS
 
     model: Any = parts.model
     names = _start(parts, arguments, count, adapters)
@@ -124,7 +124,7 @@ def _measure(
 
 def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> list[str]:
     """Add the requests, and step until all of them decode; their names."""
-    from server.engine.request import GenerationRequest, SamplingParams
+    from server.engine.interface import GenerationRequest, SamplingParams
 
     meanwhile = count * arguments.context  # the first ones decode in every step that computes others' prompts
     sampling = SamplingParams(max_tokens=arguments.steps + meanwhile, temperature=0.0, ignore_eos=True)

@@ -10,8 +10,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from server.engine.engine import Output
-from server.engine.request import Delta, GenerationRequest, SamplingParams, TokenLogprob
-from server.engine.sampler import RankedLogprobs
+from server.engine.interface import Delta, GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.sampling.sampler import RankedLogprobs
 from server.engine.stop_strings import Scan, StopScanner
 from server.engine.tokenizer import Tokenizer
 from server.errors import AnswerNotRead
@@ -65,7 +65,7 @@ class Answer:
 
 
 class RunningGeneration:
-    """``server.engine.request.Generation``: all n answers of one request, as they come.
+    """``server.engine.interface.Generation``: all n answers of one request, as they come.
 
     Args:
         base_tag: names the base in the fingerprint.

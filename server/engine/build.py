@@ -17,8 +17,8 @@ from adapters.artifact.own_text import OwnText
 from adapters.artifact.regex import OutOfPatience, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
-from adapters.native import isa
-from adapters.rank_pool import RankPool
+from adapters.kernels.cpu import isa
+from adapters.pool.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
 from adapters.text.own import Speech, Speeches
@@ -30,12 +30,12 @@ from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
 from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
+from server.engine.interface import BaseInfo, EngineStats
 from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
 from server.engine.model.probe import probe, servable
 from server.engine.model.supported import check_config
-from server.engine.request import BaseInfo, EngineStats
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService

@@ -20,10 +20,10 @@ from adapters.errors import ManyloraError
 from adapters.registry import Registry, Version
 from server.engine import faults
 from server.engine.admission import ResidencyGate
-from server.engine.flight import Flight
-from server.engine.random_draws import answer_seed
-from server.engine.request import FinishReason, GenerationRequest
-from server.engine.sampler import Draw, RankedLogprobs, draw
+from server.engine.in_flight import Flight
+from server.engine.interface import FinishReason, GenerationRequest
+from server.engine.sampling.rng import answer_seed
+from server.engine.sampling.sampler import Draw, RankedLogprobs, draw
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, Shared
 from server.errors import RequestFailed

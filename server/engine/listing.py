@@ -5,7 +5,7 @@ from __future__ import annotations
 from adapters.printable import printable
 from adapters.registry import Entry, Registry
 from adapters.residency import Residency
-from server.engine.request import AdapterStatus
+from server.engine.interface import AdapterStatus
 
 
 class AdapterListing:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.fairness import Fairness, RoundRobin
+from server.engine.interface import FinishReason
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
 from server.engine.lanes import Lane, Lanes, insert_by_age
-from server.engine.request import FinishReason
 from server.engine.sequence import Chunk, Sequence
 from server.engine.step import Step
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapters.registry import Version
+from server.engine.interface import FinishReason, SamplingParams
 from server.engine.kv_cache import BlockTable
-from server.engine.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
-    from server.engine.shaping import LogitBias
-    from server.engine.token_counts import TokenCounts
+    from server.engine.sampling.logits_processors import LogitBias
+    from server.engine.sampling.token_counts import TokenCounts
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread: ``server.engine.request.Service``, for real.
+"""Between the event loop and the engine's thread: ``server.engine.interface.Service``, for real.
 
 Commands go to the thread through a deque, outputs come back once a step through the loop. The thread is
 the only one that touches the engine; everything else here runs on the event loop.
@@ -25,9 +25,9 @@ from adapters.watcher import Watcher
 from server.engine import threads
 from server.engine.answer import RunningGeneration
 from server.engine.engine import Engine, Output
+from server.engine.interface import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
 from server.engine.listing import AdapterListing
 from server.engine.lookup import AdapterLookup
-from server.engine.request import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
 from server.engine.text_bounds import LONG_TEXT
 from server.engine.tokenizer import Tokenizer
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown

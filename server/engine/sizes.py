@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapters.base import LoadedBase
-from adapters.rank_pool import RankPool, row_bytes
+from adapters.pool.rank_pool import RankPool, row_bytes
 from server.config import ConfigError, EngineConfig, ServerConfig
 from server.engine.attention.choice import preferred_block_size
 from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes

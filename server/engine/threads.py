@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from adapters.native import library
+from adapters.kernels.cpu import library
 
 
 def claim(threads: int) -> None:

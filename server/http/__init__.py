@@ -1,1 +1,1 @@
-"""OpenAI's protocol over the ``Service`` of ``server/engine/request.py``. Knows no torch."""
+"""OpenAI's protocol over the ``Service`` of ``server/engine/interface.py``. Knows no torch."""

@@ -10,8 +10,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.http.metrics import Metrics
 from server.http.record import Record, attach
-from server.metrics import Metrics
 
 logger = logging.getLogger("manylora.access")
 

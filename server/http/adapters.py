@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from adapters.base_names import same_base
-from server.engine.request import AdapterStatus, BaseInfo
+from server.engine.interface import AdapterStatus, BaseInfo
 from server.errors import InvalidRequest
 from server.http.context import context_of
 from server.http.json_response import JSONResponse

@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from adapters.errors import ManyloraError
 from server.config import HttpConfig
-from server.engine.request import Service
+from server.engine.interface import Service
+from server.finetune.jobs.training import Training
 from server.http import adapters, files, fine_tuning, health, models
 from server.http.access_log import AccessLog
 from server.http.auth import Keyring, RequireKey, RequireLoopback
@@ -22,9 +23,8 @@ from server.http.completions import completions
 from server.http.context import Context
 from server.http.errors import UnexpectedErrors, on_error
 from server.http.hosts import RequireKnownHost
+from server.http.metrics import Metrics
 from server.http.urls import IgnoreLastSlash, on_http_exception
-from server.jobs.training import Training
-from server.metrics import Metrics
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Rows = Sequence[tuple[str, str, Endpoint]]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from server.config import HttpConfig
-from server.engine.request import Service
+from server.engine.interface import Service
+from server.finetune.jobs.training import Training
 from server.http.disconnect import Closing
 from server.http.held import MAX_LARGEST, HeldBodies
-from server.jobs.training import Training
-from server.metrics import Metrics
+from server.http.metrics import Metrics
 from server.pools import Pool
 
 

@@ -33,9 +33,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters import errors as adapter
 from adapters.errors import ManyloraError
 from server import errors as request
+from server.finetune.jobs import errors as jobs
 from server.http.json_response import JSONResponse
 from server.http.record import record_of
-from server.jobs import errors as jobs
 
 logger = logging.getLogger(__name__)
 

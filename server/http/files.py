@@ -12,16 +12,16 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from adapters.errors import DatasetInvalid
-from server.config_values import choice, integer, text
+from server.config.values import choice, integer, text
 from server.errors import InvalidRequest
+from server.finetune.jobs.database import StoredFile
+from server.finetune.jobs.files import TRAINING, Upload
+from server.finetune.jobs.training import Training
 from server.http.context import training_of
 from server.http.errors import BodyTooLarge
 from server.http.json_response import JSONResponse
 from server.http.multipart import MAX_OTHER_BYTES, Form, body_blocks, form_of
 from server.http.query import read_query
-from server.jobs.database import StoredFile
-from server.jobs.files import TRAINING, Upload
-from server.jobs.training import Training
 
 PURPOSE = "purpose"
 _LIST = {

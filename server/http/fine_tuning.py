@@ -12,8 +12,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.config_values import flag, integer, text
+from server.config.values import flag, integer, text
 from server.errors import InvalidRequest
+from server.finetune.jobs.database import Job, JobEvent
+from server.finetune.jobs.store import check_job_name
+from server.finetune.jobs.training import Training
 from server.http.context import context_of, training_of
 from server.http.files import list_object
 from server.http.fine_tuning_schema import MAX_TAGS, CreateJob, recipe_of
@@ -24,9 +27,6 @@ from server.http.models import base_names, resolve_adapter
 from server.http.query import read_query
 from server.http.record import record_of
 from server.http.sse import Chunks, EventStream
-from server.jobs.database import Job, JobEvent
-from server.jobs.store import check_job_name
-from server.jobs.training import Training
 
 _PAGE = {"after": (text, None), "limit": (integer(1, 100), 20)}
 _CHECKPOINT_PAGE = {"after": (text, None), "limit": (integer(1, 100), 10)}

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
+from server.finetune.jobs.store import Wanted
 from server.http.schema import Body, Name
-from server.jobs.store import Wanted
 
 MAX_TAGS = 16
 """Most keys of a job's ``metadata``, as at OpenAI."""

@@ -14,13 +14,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from server.engine.request import Delta, Generation, GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.interface import Delta, Generation, GenerationRequest, SamplingParams, TokenLogprob
 from server.errors import PromptTooLong
 from server.http.context import Context
+from server.http.metrics import Metrics
 from server.http.models import resolve_adapter
 from server.http.record import Record
 from server.http.schema import Generate, UsageInStream
-from server.metrics import Metrics
 
 if TYPE_CHECKING:
     from adapters.registry import Version

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from adapters.errors import AdapterNotReady, ManyloraError
 from adapters.paths import served_name
-from server.engine.request import AdapterStatus, BaseInfo, Service
+from server.engine.interface import AdapterStatus, BaseInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
 from server.http.json_response import JSONResponse

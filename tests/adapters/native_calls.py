@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from adapters.kernels import Segment
-from adapters.native import library
-from adapters.native.structs import AttentionCall, HeadCall, LoraCall, Pages, Tokens
-from adapters.site_pool import SitePool
+from adapters.kernels.cpu import library
+from adapters.kernels.cpu.structs import AttentionCall, HeadCall, LoraCall, Pages, Tokens
+from adapters.pool.site_pool import SitePool
 
 ISAS = ["avx512bf16", "avx2", "portable"]
 TILE = 16

@@ -13,13 +13,13 @@ import torch
 
 from adapters.artifact import Adapter, AdapterInfo, LoraWeights
 from adapters.errors import AdapterError
-from adapters.host_tier import HostTier
-from adapters.packed import packed
-from adapters.rank_pool import RankPool
+from adapters.pool.host_tier import HostTier
+from adapters.pool.packed import packed
+from adapters.pool.pinned_buffer import Slab
+from adapters.pool.rank_pool import RankPool
 from adapters.registry import Version
 from adapters.residency import Residency
 from adapters.sites import Site
-from adapters.slab import Slab
 
 SITES = {"q": Site("q", 4, 4), "v": Site("v", 4, 4)}
 NBYTES = 1000

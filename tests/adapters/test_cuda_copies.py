@@ -12,8 +12,8 @@ import torch
 from adapters.artifact import Adapter, AdapterInfo, Adjustment, Extras, LoraWeights
 from adapters.kernels import Segment, choose
 from adapters.kernels.reference import reference_lora
-from adapters.packed import nbytes_of
-from adapters.rank_pool import RankPool
+from adapters.pool.packed import nbytes_of
+from adapters.pool.rank_pool import RankPool
 from adapters.registry import Version
 from adapters.residency import Residency
 from adapters.sites import Site

@@ -10,7 +10,7 @@ from torch import Tensor
 from adapters.kernels import Segment
 from adapters.kernels.segmented import segmented_lora
 from adapters.kernels.trial import what_is_wrong
-from adapters.site_pool import SitePool
+from adapters.pool.site_pool import SitePool
 
 CPU = torch.device("cpu")
 

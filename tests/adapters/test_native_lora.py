@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.artifact import LoraWeights
 from adapters.kernels import Segment
 from adapters.kernels.reference import reference_lora
-from adapters.site_pool import SitePool, lone_pool
+from adapters.pool.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 from tests.adapters.native_calls import ISAS, lora, threads, using
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapters.native import library
-from adapters.native.structs import Linear, LinearCall
+from adapters.kernels.cpu import library
+from adapters.kernels.cpu.structs import Linear, LinearCall
 from tests.adapters.native_calls import ISAS, using
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from adapters.artifact import Adapter, AdapterInfo, LoraWeights
-from adapters.packed import PackedWeights, nbytes_of, packed
-from adapters.rank_pool import RankPool
+from adapters.pool.packed import PackedWeights, nbytes_of, packed
+from adapters.pool.rank_pool import RankPool
 from adapters.sites import Site
 from adapters.transfer import ALIGNMENT, host_memory, joined, together
 

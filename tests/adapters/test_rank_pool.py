@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from adapters.artifact import Adapter, AdapterInfo, Adjustment, End, Extras, LoraWeights
 from adapters.kernels import LoraKernel, Segment
-from adapters.kernels.native import NativeLora
+from adapters.kernels.cpu.lora import NativeLora
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.segmented import segmented_lora
-from adapters.rank_pool import EXTRAS, RankPool
-from adapters.rows import RowAllocator
+from adapters.pool.rank_pool import EXTRAS, RankPool
+from adapters.pool.row_allocator import RowAllocator
 from adapters.sites import Site
 from tests.adapters.native_calls import ISAS, using
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
-from adapters.host_tier import HostTier
+from adapters.pool.host_tier import HostTier
+from adapters.pool.pinned_buffer import Slab
 from adapters.registry import Version
-from adapters.slab import Slab
 from tests.adapters.residency_world import NBYTES, Pool, World, make_version, value_of
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.slab import Slab, pinned_slab
+from adapters.pool.pinned_buffer import Slab, pinned_slab
 
 
 def _slab(units: int) -> Slab:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from server.options import OPTIONS
+from server.config.options import OPTIONS
 from tests.e2e.running_server import RunningServer
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -69,8 +69,8 @@ def test_every_option_named_exists() -> None:
     elsewhere = set()
     for path in [
         *Path("server/bench").rglob("*.py"),
-        *Path("server/train").glob("*.py"),
-        Path("server/evaluation/cli.py"),
+        *Path("server/finetune/command").glob("*.py"),
+        Path("server/finetune/evaluation/cli.py"),
     ]:
         elsewhere |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     known = {option.flag for option in OPTIONS} | elsewhere | {"--help"}

@@ -11,7 +11,7 @@ import pytest
 from adapters.errors import BaseNotFound
 from server import cli, serve
 from server.config import ServerConfig
-from server.options import HEADINGS, OPTIONS
+from server.config.options import HEADINGS, OPTIONS
 
 
 def test_serve_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.config import ConfigError, ServerConfig, from_args
-from server.options import OPTIONS, Option
+from server.config.options import OPTIONS, Option
 
 KEY_FILE = Path(tempfile.mkdtemp()) / "keys"
 KEY_FILE.write_text("from-file\n")

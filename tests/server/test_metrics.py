@@ -9,10 +9,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.config import from_args
-from server.engine.request import EngineStats
+from server.engine.interface import EngineStats
 from server.http.app import create_app
+from server.http.metrics import Metrics
 from server.http.record import Record
-from server.metrics import Metrics
 from tests.server.http.fake_service import FakeService, adapter
 
 

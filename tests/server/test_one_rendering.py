@@ -12,7 +12,7 @@ from adapters.text.renderer import base_renderer
 from adapters.training.dataset import read_dataset
 from adapters.training.encode import encode_dataset
 from server.engine.tokenizer import Tokenizer
-from server.evaluation.cases import make_passages, make_questions
+from server.finetune.evaluation.cases import make_passages, make_questions
 from server.http.schema import ChatBody
 from tests.tiny_models import tiny_tokenizer
 

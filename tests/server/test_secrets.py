@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from server.config import from_args
-from server.jobs.command import train_environ
+from server.finetune.jobs.command import train_environ
 from server.secrets import forget_keys, keys_of, make_private
 
 SERVER = """
 import os, subprocess, sys
 from server import serve
 from server.config import resolve
-from server.options import OneLineParser, add_options
+from server.config.options import OneLineParser, add_options
 from tests.server.test_serve import FakeEngine
 
 class Engine(FakeEngine):

@@ -20,7 +20,7 @@ from adapters.kernels import Segment, check_extents
 from adapters.kernels.triton.gather import gather_expand, gather_shrink
 from adapters.kernels.triton.grouped import grouped_expand, grouped_shrink
 from adapters.kernels.triton.tiles import Tiles, cut, fitting
-from adapters.site_pool import SitePool
+from adapters.pool.site_pool import SitePool
 from adapters.transfer import pinned, send
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

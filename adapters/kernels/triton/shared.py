@@ -33,7 +33,7 @@ def pointer(cell, TYPE: tl.constexpr):
 
 @triton.jit
 def record_of(site, slot):
-    """Where ``slot``'s record is (``adapters/slot_records.py``)."""
+    """Where ``slot``'s record is (``adapters/pool/slot_records.py``)."""
     return pointer(site + 2, tl.int64) + slot * 4
 
 

@@ -17,8 +17,8 @@ from server.engine.attention import AttentionBackend, KvShape, LayerAttention
 from server.engine.attention.choice import BUILDS, Build
 from server.engine.attention.flash_paged import FlashPaged, PagedKernel
 from server.engine.attention.torch_paged import TorchPaged
+from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockTable, chain_root
-from server.engine.request import SamplingParams
 from server.engine.sequence import Chunk
 
 _EXACT = 3e-2

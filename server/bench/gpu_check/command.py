@@ -11,9 +11,9 @@ from pathlib import Path
 
 from server.bench.errors import BenchError
 from server.bench.gpu_check import report
-from server.bench.gpu_check.conductor import run as run_sections
 from server.bench.gpu_check.rows import Result
 from server.bench.gpu_check.sections import SECTIONS
+from server.bench.gpu_check.supervisor import run as run_sections
 
 _DESCRIPTION = """\
 Prove and measure the GPU path: kernels, attention, whole models with CUDA graphs and without, decoding
@@ -76,7 +76,7 @@ def _drawn(results: Sequence[Result], file: Path) -> str:
     """Draw, and say so, or why not."""
     if find_spec("matplotlib") is None:
         return "no picture: matplotlib is not installed"
-    from server.bench.gpu_check.picture import draw
+    from server.bench.gpu_check.plot import draw
 
     found = [row for result in results if result.name == "device" for row in result.table("gpu")]
     title = str(found[0]["name"]) if found else "no GPU: a tiny model on the CPU"

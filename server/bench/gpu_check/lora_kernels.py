@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters.artifact import LoraWeights
 from adapters.kernels.cases import Run, World, check, runs_by_mix, segments_of
-from adapters.site_pool import SitePool, lone_pool
+from adapters.pool.site_pool import SitePool, lone_pool
 from adapters.sites import Site
 from server.bench.gpu_check.context import Context, Gpu
 from server.bench.gpu_check.rows import Row, Skip, Value

@@ -1,8 +1,8 @@
 """Section ``nf4_products``: the products of NF4 weights that a server chooses among, by rows and shape.
 
 Each against weights decoded in plain torch; on a GPU also its time beside the floor, which of them a server
-would choose (``server/engine/model/products.py``), and where bitsandbytes by itself chooses badly. Ours needs
-Triton only, so that it is checked where bitsandbytes is missing.
+would choose (``server/engine/model/cuda/products.py``), and where bitsandbytes by itself chooses badly.
+Ours needs Triton only, so that it is checked where bitsandbytes is missing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.bench.gpu_check.context import Context, Gpu
 from server.bench.gpu_check.rows import Row, Skip, Value, skipped
 from server.bench.gpu_check.timing import seconds_of
 from server.bench.roofline import WEIGHT_BYTES, Work
-from server.engine.model.products import (
+from server.engine.model.cuda.products import (
     OURS,
     PRODUCTS,
     ROWS,

@@ -14,7 +14,7 @@ import torch
 from adapters.artifact import Adapter, AdapterInfo, LoraWeights
 from adapters.registry import Version
 from adapters.sites import Site
-from server.bench.synthetic import save_adapter
+from server.bench.serving.synthetic import save_adapter
 
 _STEP = 4099
 """From one adapter's window to the next one's: a prime, so that no row of one is a row of another."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from server.bench.gpu_check.reach import figures
 from server.bench.gpu_check.rows import Result, Row
+from server.bench.gpu_check.targets import figures
 from server.bench.machine import describe_machine
 from server.bench.table import align, number
 

@@ -15,7 +15,7 @@ from server.config import from_args
 from server.engine.attention import uninstall
 from server.engine.build import Parts, assemble
 from server.engine.engine import Output
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest, SamplingParams
 
 _POLL_S = 0.0002
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from server.engine.model.product_timing import between_events
+from server.engine.model.cuda.product_timing import between_events
 
 _WARM_UPS = 2
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from server.bench.errors import BenchError
-from server.bench.stats import RunResult
-from server.bench.workload import Workload
+from server.bench.serving.stats import RunResult
+from server.bench.serving.workload import Workload
 
 if TYPE_CHECKING:
     from adapters.base import PreparedBase

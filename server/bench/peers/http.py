@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 
-from server.bench.client import discover, play
-from server.bench.endpoint import Endpoint, Path
 from server.bench.errors import BenchError
 from server.bench.peers import Setup
 from server.bench.peers.process import ChildProcess
-from server.bench.stats import RunResult
-from server.bench.workload import Workload
+from server.bench.serving.client import discover, play
+from server.bench.serving.endpoint import Endpoint, Path
+from server.bench.serving.stats import RunResult
+from server.bench.serving.workload import Workload
 
 # Quantising a large base for the first time is part of the first start.
 _START_TIMEOUT_S = 900.0

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from server.bench.errors import BenchError
 from server.bench.peers import Setup
 from server.bench.peers.process import ChildProcess
-from server.bench.stats import CallRecord, RunResult
-from server.bench.workload import Call, Workload
+from server.bench.serving.stats import CallRecord, RunResult
+from server.bench.serving.workload import Call, Workload
 
 if TYPE_CHECKING:
     import torch

@@ -75,7 +75,7 @@ def choose(
         found = first_fit(BUILDS, shapes, kinds, block_size, device, dtype)
         if found is not None:
             return FlashPaged(found[1], block_size, device, dtype, max_length)
-    from adapters.native import library
+    from adapters.kernels.cpu import library
 
     native = library() if device.type == "cpu" and dtype == torch.bfloat16 else None
     if native is not None:

@@ -1,4 +1,4 @@
-"""Paged attention by the native kernel (``adapters/native/src/attention.h``), for bf16 on a CPU.
+"""Paged attention by the native kernel (``adapters/kernels/cpu/src/attention.h``), for bf16 on a CPU.
 
 It reads the pages in place and gives a token the same result to the bit however its prompt was cut and
 whatever else is in the step.
@@ -13,7 +13,7 @@ from ctypes import addressof, byref
 import torch
 from torch import Tensor
 
-from adapters.native.structs import AttentionCall, Pages
+from adapters.kernels.cpu.structs import AttentionCall, Pages
 from server.engine.attention import KvShape, LayerAttention
 from server.engine.attention.native_tokens import TILE, NativeTokens
 from server.engine.sequence import Chunk

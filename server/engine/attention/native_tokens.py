@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adapters.native.structs import Tokens
+from adapters.kernels.cpu.structs import Tokens
 from server.engine.sequence import Chunk
 
 TILE = 16
-"""Tokens of a tile, see ``adapters/native/src/attention.h``."""
+"""Tokens of a tile, see ``adapters/kernels/cpu/src/attention.h``."""
 
 Ints = npt.NDArray[np.int64]
 

@@ -14,12 +14,12 @@ from typing import Protocol
 from torch import Tensor
 
 from adapters.base import LoadedBase
-from adapters.rank_pool import RankPool
+from adapters.pool.rank_pool import RankPool
 from server.engine.attention import KvShape
-from server.engine.model.fused import FusedModel, why_not_fused
+from server.engine.model.cpu.model import FusedModel, why_not_fused
 from server.engine.model.llama_like import differs_from
 from server.engine.model.probe import Probe
-from server.engine.model.stock import StockModel
+from server.engine.model.transformers_model import StockModel
 from server.engine.sequence import Chunk
 
 log = logging.getLogger("manylora.engine")
@@ -109,8 +109,8 @@ def _on_gpu(
     if find_spec("triton") is None:
         return "the fused step on a GPU needs Triton"
     from server.engine import kernels
-    from server.engine.model.device import DeviceModel, why_not_device
-    from server.engine.model.graphs import cuda_graphs
+    from server.engine.model.cuda.graphs import cuda_graphs
+    from server.engine.model.cuda.model import DeviceModel, why_not_device
 
     stock.allocate(1, block_size)  # tells how it attends
     reason = why_not_device(stock)

@@ -147,7 +147,7 @@ def test_everything_that_saves_memory_gives_the_same_curve(task: dict[str, Any],
 def test_a_stopped_run_goes_on_to_the_same_curve(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/train``."""
+    """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/finetune/command``."""
     fields: dict[str, Any] = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
     run_in(tmp_path / "whole", task, **fields)
     with stopping_after(6, monkeypatch):

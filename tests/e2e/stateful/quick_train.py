@@ -15,8 +15,8 @@ from types import FrameType
 from typing import NoReturn
 
 from adapters.errors import AdapterError
-from server.train.origin import MadeBy, Origin
-from server.train.publish import publish
+from server.finetune.command.origin import MadeBy, Origin
+from server.finetune.command.publish import publish
 
 PROGRAM = (sys.executable, str(Path(__file__)))
 STEP_SECONDS = 0.05

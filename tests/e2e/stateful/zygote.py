@@ -16,7 +16,7 @@ from typing import NoReturn
 from server import serve
 from server.config import from_args
 from server.engine.build import build_service
-from server.jobs import command, runner
+from server.finetune.jobs import command, runner
 from tests.e2e.stateful.quick_train import PROGRAM
 
 _PR_SET_PDEATHSIG = 1

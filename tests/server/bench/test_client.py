@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from server.bench.client import Answer, discover, play
-from server.bench.endpoint import Endpoint, Path
 from server.bench.errors import BenchError
 from server.bench.peers.http import free_port
-from server.bench.workload import Call, Load, Workload, make_workload
+from server.bench.serving.client import Answer, discover, play
+from server.bench.serving.endpoint import Endpoint, Path
+from server.bench.serving.workload import Call, Load, Workload, make_workload
 from tests.server.bench.fake_server import ADAPTERS, FakeServer, serving
 
 

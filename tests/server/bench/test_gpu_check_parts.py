@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.bench.gpu_check import child, conductor, nf4_products
+from server.bench.gpu_check import child, nf4_products
+from server.bench.gpu_check import supervisor as conductor
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
 from server.bench.gpu_check.context import Context, Gpu
@@ -20,14 +21,14 @@ from server.bench.gpu_check.decode import run as run_decode
 from server.bench.gpu_check.exactness import run as run_exactness
 from server.bench.gpu_check.nf4_products import run as run_products
 from server.bench.gpu_check.random_adapters import RandomAdapters
-from server.bench.gpu_check.reach import figures
 from server.bench.gpu_check.report import reach_text, section_text
 from server.bench.gpu_check.rows import Result, Row, Value, skipped
 from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.served import Answer
+from server.bench.gpu_check.targets import figures
 from server.bench.roofline import Machine
-from server.engine.model.products import PRODUCTS, ROWS
-from server.engine.model.stock import StockModel
+from server.engine.model.cuda.products import PRODUCTS, ROWS
+from server.engine.model.transformers_model import StockModel
 
 CPU = torch.device("cpu")
 THREE = [Section(name, name, 1.0) for name in ("one", "two", "three")]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from server.bench.compare import measure, started, touching, warm_up
 from server.bench.errors import BenchError
 from server.bench.memory import tree
 from server.bench.peers import PEERS, Setup, peer
 from server.bench.peers.http import HttpServer, ManyloraServer
 from server.bench.peers.peft import Generator, PeftPeer, batches
 from server.bench.peers.process import ChildProcess
-from server.bench.stats import RunResult
-from server.bench.synthetic import write_adapters
-from server.bench.workload import Call, Load, Popularity, Workload, make_workload
+from server.bench.serving.compare import measure, started, touching, warm_up
+from server.bench.serving.stats import RunResult
+from server.bench.serving.synthetic import write_adapters
+from server.bench.serving.workload import Call, Load, Popularity, Workload, make_workload
 from tests.conftest import TinyBase
 
 LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_range=(10, 500))

@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from adapters.base import DEFAULT_BASE, PreparedBase, prepare_base
-from server.bench.client import payload
-from server.bench.endpoint import Endpoint
 from server.bench.peers import Setup, peer
 from server.bench.peers.environments import Environment
 from server.bench.peers.http import HttpServer
-from server.bench.workload import Call
+from server.bench.serving.client import payload
+from server.bench.serving.endpoint import Endpoint
+from server.bench.serving.workload import Call
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

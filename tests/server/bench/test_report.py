@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 import math
 
-from server.bench.compare import Measured
-from server.bench.report import Spread, document, errors, ratios, table
+from server.bench.serving.compare import Measured
+from server.bench.serving.report import Spread, document, errors, ratios, table
 
 OURS = Measured(
     "ours",

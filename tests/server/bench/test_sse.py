@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.sse import SSEDecoder
+from server.bench.serving.sse import SSEDecoder
 
 LINES = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]))
 EVENTS = st.lists(st.lists(LINES, min_size=1, max_size=3), max_size=5)

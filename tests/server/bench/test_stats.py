@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.bench.stats import (
+from server.bench.serving.stats import (
     CallRecord,
     RunResult,
     Spans,

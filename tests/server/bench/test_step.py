@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.native import isa
+from adapters.kernels.cpu import isa
 from server.bench.step import PARTS
 from server.cli import main
 from tests.tiny_models import make_tiny_model

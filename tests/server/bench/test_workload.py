@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from server.bench.errors import BenchError
-from server.bench.workload import Load, Popularity, arrivals, choose_adapters, make_workload
+from server.bench.serving.workload import Load, Popularity, arrivals, choose_adapters, make_workload
 
 NAMES = tuple(f"a{index}" for index in range(4))
 

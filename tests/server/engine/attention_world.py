@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from server.engine.attention import AttentionBackend, KvShape, LayerAttention
+from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
-from server.engine.request import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 
 Qkv = tuple[Tensor, Tensor, Tensor]

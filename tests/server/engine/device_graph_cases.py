@@ -14,9 +14,11 @@ import torch
 
 from adapters.kernels import triton
 from server.engine.kernels import nf4
-from server.engine.model import device, graphs, made_up
-from server.engine.model.graphs import DecodeGraphs
-from server.engine.model.products import OURS, ROWS, Choice, Nf4Weight
+from server.engine.model import made_up
+from server.engine.model.cuda import graphs
+from server.engine.model.cuda import model as device
+from server.engine.model.cuda.graphs import DecodeGraphs
+from server.engine.model.cuda.products import OURS, ROWS, Choice, Nf4Weight
 from tests.server.engine.gpu_path import SEATS, pretend
 from tests.server.engine.recorded_graph import RecordedGraph
 from tests.server.engine.test_exactness import Plan, compare_with_peft

@@ -13,13 +13,14 @@ import server.engine.model as model_package
 from adapters.kernels import Segment
 from adapters.kernels.segmented import segmented_lora
 from adapters.kernels.triton import TritonLora
-from adapters.site_pool import SitePool
+from adapters.pool.site_pool import SitePool
 from server.engine import kernels
 from server.engine.attention import LayerAttention
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.flash_plan import FlashPlan
-from server.engine.model import graphs, stock
-from server.engine.model.graphs import Graph
+from server.engine.model import transformers_model as stock
+from server.engine.model.cuda import graphs
+from server.engine.model.cuda.graphs import Graph
 
 CPU = torch.device("cpu")
 SEATS = 6

@@ -20,7 +20,7 @@ from adapters.registry import Version
 from server.engine.engine import Engine
 from server.engine.fairness import RoundRobin
 from server.engine.kv_cache import BlockManager
-from server.engine.sampler import Draw, Drawn, draw
+from server.engine.sampling.sampler import Draw, Drawn, draw
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence
 from server.engine.transfer import resolve

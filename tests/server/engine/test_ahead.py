@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.errors import AdapterInvalid
-from server.engine import distribution
 from server.engine.engine import Engine, Output
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.sampling import truncation as distribution
 from server.errors import OutOfMemory, RequestFailed
 from tests.server.engine.late_device import BLOCK, CountingRegistry, LateDevice, late_engine
 from tests.server.engine.support import make_version

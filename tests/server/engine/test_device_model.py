@@ -12,14 +12,14 @@ from torch import Tensor
 
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.checkpoint import Quantization
-from adapters.rank_pool import RankPool
+from adapters.pool.rank_pool import RankPool
 from server.engine import kernels
-from server.engine.model import device
-from server.engine.model.device import DeviceModel
+from server.engine.model.cuda import model as device
+from server.engine.model.cuda.model import DeviceModel
+from server.engine.model.cuda.products import Choice, Nf4Weight
 from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
-from server.engine.model.products import Choice, Nf4Weight
-from server.engine.model.stock import StockModel
+from server.engine.model.transformers_model import StockModel
 from tests.server.engine.gpu_path import CPU, SEATS, pretend
 from tests.server.engine.test_exactness import FAMILIES, compare_with_peft
 from tests.tiny_models import Family, make_tiny_model

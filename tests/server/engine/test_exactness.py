@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-import adapters.native
-import server.engine.model.fused
+import adapters.kernels.cpu
+import server.engine.model.cpu.model
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
@@ -101,7 +101,7 @@ def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
 def test_it_does_without_the_native_kernels_too(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (adapters.native, server.engine.model.fused):
+    for module in (adapters.kernels.cpu, server.engine.model.cpu.model):
         monkeypatch.setattr(module, "library", lambda: None)
     parts = compare_with_peft(family, tmp_path)
     assert parts.model.name == "transformers"
@@ -113,11 +113,11 @@ def test_it_equals_peft_with_the_head_in_4_bits_too(
     family: Family, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        for module in (adapters.native, server.engine.model.fused):
+        for module in (adapters.kernels.cpu, server.engine.model.cpu.model):
             monkeypatch.setattr(module, "library", lambda: None)
     monkeypatch.setitem(ADAPTERS, "attention", {"r": 4, "target_modules": ["q_proj", "lm_head"]})
     parts = compare_with_peft(family, tmp_path, head="nf4")
-    assert (parts.model.name == "fused") == (native and adapters.native.isa() == "avx512bf16")
+    assert (parts.model.name == "fused") == (native and adapters.kernels.cpu.isa() == "avx512bf16")
 
 
 def compare_with_peft(

@@ -17,12 +17,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-import adapters.native
-import server.engine.model.fused
+import adapters.kernels.cpu
+import server.engine.model.cpu.model
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
-from server.engine.model.device import DeviceModel
-from server.engine.model.stock import StockModel
+from server.engine.model.cuda.model import DeviceModel
+from server.engine.model.transformers_model import StockModel
 from server.engine.sequence import Chunk
 from tests.adapters.native_calls import threads
 from tests.server.engine.gpu_path import pretend
@@ -165,7 +165,7 @@ def test_every_kind_in_one_batch_equals_peft(base: str, tmp_path: Path) -> None:
 def test_it_does_without_the_native_kernels_too(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (adapters.native, server.engine.model.fused):
+    for module in (adapters.kernels.cpu, server.engine.model.cpu.model):
         monkeypatch.setattr(module, "library", lambda: None)
     assert _compare_with_peft(BASES[base], tmp_path).model.name == "transformers"
 

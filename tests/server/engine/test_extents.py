@@ -11,18 +11,18 @@ from torch import Tensor
 
 from adapters.base import load_base, prepare_base
 from adapters.kernels import LoraKernel, Segment
-from adapters.kernels.native import NativeLora
+from adapters.kernels.cpu import isa, library
+from adapters.kernels.cpu.lora import NativeLora
 from adapters.kernels.reference import reference_lora
 from adapters.kernels.segmented import segmented_lora
-from adapters.native import isa, library
-from adapters.rank_pool import RankPool
-from adapters.site_pool import lone_pool
+from adapters.pool.rank_pool import RankPool
+from adapters.pool.site_pool import lone_pool
 from adapters.sites import Site
 from server.engine.attention import KvShape, LayerAttention
 from server.engine.attention.native_paged import NativePaged
-from server.engine.model.fused import FusedModel
+from server.engine.model.cpu.model import FusedModel
 from server.engine.model.made_up import made_up_prompt
-from server.engine.model.stock import StockModel
+from server.engine.model.transformers_model import StockModel
 from tests.tiny_models import make_tiny_model
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.base import LoadedBase, load_base, prepare_base
-from adapters.rank_pool import RankPool, row_bytes
+from adapters.pool.rank_pool import RankPool, row_bytes
 from server.config import ConfigError, from_args
 from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes
 from server.engine.memory import GRAPHS, LATER, RANK, Share, left_for_kv, rows_that_fit, usable
-from server.engine.model.stock import StockModel
+from server.engine.model.transformers_model import StockModel
 from server.engine.sizes import Sizes, out_of_memory_names
 from tests.tiny_models import make_tiny_model
 

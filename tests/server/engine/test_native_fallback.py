@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import load_base, prepare_base
-from adapters.native import isa
-from adapters.rank_pool import RankPool
+from adapters.kernels.cpu import isa
+from adapters.pool.rank_pool import RankPool
 from server.engine.build import Parts
 from server.engine.model import build_model
-from server.engine.model.fused import FusedModel
+from server.engine.model.cpu.model import FusedModel
 from server.engine.sequence import Chunk
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import make_peft_adapter, make_tiny_model

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.engine.model.fused_weights import pack_head
+from server.engine.model.cpu.weights import pack_head
 from tests.adapters.native_calls import ISAS, head, threads, using
 from tests.adapters.test_nf4_kernel import Nf4, codebook
 

@@ -14,11 +14,11 @@ from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.load import layout_of
 from adapters.errors import AdapterUnsupported, BaseModelError
 from adapters.kernels import Segment
-from adapters.rank_pool import RankPool
+from adapters.pool.rank_pool import RankPool
 from server.engine.build import assemble
 from server.engine.model.probe import probe, servable
-from server.engine.model.stock import StockModel
 from server.engine.model.supported import check_config, check_layers
+from server.engine.model.transformers_model import StockModel
 from tests.server.engine.running import Asked, Driver, build, config_for
 from tests.tiny_models import make_peft_adapter, make_tiny_model
 

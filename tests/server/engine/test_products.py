@@ -10,9 +10,18 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
 
-from server.engine.model import product_timing, products
-from server.engine.model.product_timing import choose, choose_by_shape, stopwatch
-from server.engine.model.products import OURS, PRODUCTS, ROWS, USUAL, Choice, Nf4Weight, candidates, quickest
+from server.engine.model.cuda import product_timing, products
+from server.engine.model.cuda.product_timing import choose, choose_by_shape, stopwatch
+from server.engine.model.cuda.products import (
+    OURS,
+    PRODUCTS,
+    ROWS,
+    USUAL,
+    Choice,
+    Nf4Weight,
+    candidates,
+    quickest,
+)
 
 
 class OutOfResources(Exception):

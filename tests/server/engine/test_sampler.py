@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from server.engine import distribution
-from server.engine.random_draws import answer_seed, uniform
-from server.engine.request import SamplingDefaults, SamplingParams
-from server.engine.sampler import Draw, draw
+from server.engine.interface import SamplingDefaults, SamplingParams
+from server.engine.sampling import truncation as distribution
+from server.engine.sampling.logits_processors import shape
+from server.engine.sampling.rng import answer_seed, uniform
+from server.engine.sampling.sampler import Draw, draw
 from server.engine.sequence import Sequence
-from server.engine.shaping import shape
 from server.errors import InvalidRequest
 from server.http.schema import CompletionBody
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.engine import shaping
-from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.sampling import logits_processors as shaping
+from server.engine.sampling.logits_processors import shape
+from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sequence import Sequence, Shared
-from server.engine.shaping import shape
-from server.engine.token_counts import TokenCounts
 from server.engine.transfer import resolve
 from tests.server.engine.late_device import late_engine
 

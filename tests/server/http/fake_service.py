@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from adapters.errors import AdapterExists, AdapterNotFound
-from server.engine.request import (
+from server.engine.interface import (
     AdapterStatus,
     BaseInfo,
     Delta,

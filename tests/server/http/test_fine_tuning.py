@@ -15,11 +15,11 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from server.jobs import command, runner, vetting
+from server.finetune.jobs import command, runner, vetting
+from tests.server.finetune.jobs.conftest import FAKE
 from tests.server.http.conftest import wait_until
 from tests.server.http.fake_service import FakeService
 from tests.server.http.training_server import TrainingServer, rows, training_server
-from tests.server.jobs.conftest import FAKE
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 import openai
 import pytest
 
-from server.jobs import command, runner
+from server.finetune.jobs import command, runner
+from tests.server.finetune.jobs.conftest import FAKE
 from tests.server.http.conftest import wait_until
 from tests.server.http.fake_service import FakeService, adapter
 from tests.server.http.test_fine_tuning import create, ended
 from tests.server.http.training_server import TrainingServer, training_server
-from tests.server.jobs.conftest import FAKE
 
 NAMED = {"name": "acme"}
 

@@ -14,8 +14,8 @@ import openai
 import uvicorn
 
 from server.config import from_args
+from server.finetune.jobs.training import Training
 from server.http.app import create_app
-from server.jobs.training import Training
 from tests.server.http.fake_service import FakeService
 
 

@@ -1,0 +1,59 @@
+"""The layer: ``base(x) + lora(x)`` around each of the base's linears, for a batch of mixed adapters.
+
+``attach`` swaps it in. Which tokens belong to which adapter changes with every step and is the same for
+every layer, so it lives in one ``LoraState`` that the layers share.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from adapters.kernels import LoraKernel
+from adapters.layers.lora_state import LoraState
+from adapters.layers.replaced import OwnEmbedding, OwnHead, OwnNorm
+from adapters.pool.rank_pool import RankPool
+from adapters.pool.site_pool import SitePool
+from adapters.sites import BaseLayout
+
+
+class LoraLinear(nn.Module):
+    """y_t = W x_t + sum over j in rows(adapter of t) of (A_j . x_t) B_j; x is [1, tokens, in_features].
+
+    (And W x_t scaled and shifted first, for the few adapters that do so.)
+    """
+
+    def __init__(self, base: nn.Module, pool: SitePool, state: LoraState, kernel: LoraKernel) -> None:
+        super().__init__()
+        self.base = base
+        self._pool = pool
+        self._state = state
+        self._kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self._state.segments:
+            rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            if len(rows) != self._state.tokens:  # nobody knows then whose rows they are
+                raise ValueError(f"a linear got {len(rows)} rows in a step of {self._state.tokens} tokens")
+            self._kernel(rows, inputs, self._pool, self._state.segments)
+        return y
+
+
+def attach(model: nn.Module, layout: BaseLayout, pool: RankPool, kernel: LoraKernel) -> LoraState:
+    """Wrap every site of ``pool`` in ``model``, and what adapters may have of their own; the returned state
+    steers them all.
+    """
+    state = LoraState(pool.extras)
+    for name, site_pool in pool.sites.items():
+        _swap(model, name, LoraLinear(model.get_submodule(name), site_pool, state, kernel))
+    for name in pool.extras.norms:
+        _swap(model, name, OwnNorm(model.get_submodule(name), name, state))
+    for end, wrapper in ((layout.embedding, OwnEmbedding), (layout.head, OwnHead)):
+        if end is not None:
+            _swap(model, end.name, wrapper(model.get_submodule(end.name), state, kernel))
+    return state
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

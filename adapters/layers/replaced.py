@@ -1,0 +1,95 @@
+"""Modules of the base with, for the rows of adapters that have their own, that adapter's in their place.
+
+Each computes the base's for all rows and then the few other ones anew. They work on any transformers model;
+``server/engine/model/cpu/model.py`` does norms and head itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import embedding, linear
+
+from adapters.kernels import LoraKernel, Segment
+from adapters.layers.lora_state import LoraState
+from adapters.pool.extras_pool import ResidentEnd
+
+
+class _Wrapped(nn.Module):
+    """Passes for the module that it wraps wherever attributes of that are asked for."""
+
+    def __init__(self, base: nn.Module, state: LoraState) -> None:
+        super().__init__()
+        self.base = base
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class OwnNorm(_Wrapped):
+    """x: [1, tokens, …]."""
+
+    def __init__(self, base: nn.Module, name: str, state: LoraState) -> None:
+        super().__init__(base, state)
+        self._name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for _, start, stop, extras in self._state.own:
+            own = extras.norms.get(self._name)
+            if own is not None:
+                y[:, start:stop] = functional_call(self.base, dict(own), (x[:, start:stop],))
+        return y
+
+
+class OwnEmbedding(_Wrapped):
+    """ids: [1, tokens]; the result is [1, tokens, hidden]."""
+
+    def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:
+        super().__init__(base, state)
+        self._kernel = kernel
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        rows, flat = y.view(-1, y.shape[-1]), ids.reshape(-1)
+        for _, start, stop, extras in self._state.own:
+            if extras.embedding is not None:
+                rows[start:stop] = self._own(flat[start:stop], extras.embedding)
+        return y
+
+    def _own(self, ids: Tensor, end: ResidentEnd) -> Tensor:
+        weight: Any = self.base.weight if end.matrix is None else end.matrix
+        rows = embedding(ids, weight)
+        if end.pool is not None:
+            x = rows[:, :0] if end.table is None else embedding(ids, end.table)
+            self._kernel(rows, x, end.pool, [Segment(0, 0, len(ids))])
+        scale: Tensor | None = getattr(self.base, "embed_scale", None)  # Gemma's embeddings have one
+        return rows if scale is None else rows * scale.to(rows.dtype)
+
+
+class OwnHead(_Wrapped):
+    """x: [1, rows, hidden]; the result is [1, rows, vocabulary]."""
+
+    def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:
+        super().__init__(base, state)
+        self._kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        for _, start, stop, extras in self._state.own_heads:
+            if extras.head is not None:
+                self._own(y[0, start:stop], x[0, start:stop], extras.head)
+        return y
+
+    def _own(self, y: Tensor, x: Tensor, end: ResidentEnd) -> None:
+        if end.matrix is not None:
+            bias: Any = self.base.bias
+            y.copy_(linear(x, end.matrix, bias))
+        if end.pool is not None:
+            self._kernel(y, x, end.pool, [Segment(0, 0, len(x))])

@@ -1,0 +1,145 @@
+"""Device memory for what adapters have besides rank rows: vectors at sites, norms, embeddings, output heads.
+
+Few adapters have such things and their sizes differ widely, so each gets its own tensors, within one bound of
+bytes. This file moves them in and out; who may stay is decided in ``residency.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.artifact import Adjustment, End, Extras, LoraWeights
+from adapters.pool.pointer_table import SlotTable
+from adapters.pool.site_pool import SitePool, lone_pool
+from adapters.sites import Site
+from adapters.transfer import together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentEnd:
+    """An ``End`` on the device.
+
+    Attributes:
+        matrix: [vocabulary, hidden], a head's as the model wants it (``ExtrasPool.pack_head``), or None.
+        table: [vocabulary, rank], the embedding's A transposed: a token's row is the input to ``pool``.
+        pool: this adapter's pair and adjustment alone, in slot 0, or None.
+    """
+
+    matrix: Tensor | None
+    table: Tensor | None
+    pool: SitePool | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentExtras:
+    """One adapter's, on the device; what it has at sites is in their pools."""
+
+    norms: Mapping[str, Mapping[str, Tensor]]
+    embedding: ResidentEnd | None
+    head: ResidentEnd | None
+
+
+class ExtrasPool:
+    """By slot, what is resident.
+
+    Args:
+        norms: the base's.
+        capacity: bytes for all adapters together.
+
+    Attributes:
+        norms: by norm and slot, where native kernels find an adapter's own weights.
+        pack_head, norm_weight: how the model's own kernels want a head's matrix and a norm's weights
+            (float32); set before the first adapter comes.
+    """
+
+    def __init__(self, norms: Iterable[str], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.norms = {name: SlotTable() for name in norms}
+        self.pack_head: Callable[[Tensor], Tensor] = lambda matrix: matrix
+        self.norm_weight: Callable[[Tensor], Tensor] = lambda weight: weight.float()
+        self._dtype, self._device = dtype, device
+        self._resident: dict[int, ResidentExtras] = {}
+        self._bytes: dict[int, int] = {}
+
+    @property
+    def used(self) -> int:
+        """Bytes taken; any thread may ask while another loads an adapter."""
+        return sum(list(self._bytes.values()))
+
+    def get(self, slot: int) -> ResidentExtras | None:
+        return self._resident.get(slot)
+
+    def reserve(self, slot: int, nbytes: int) -> None:
+        """Take bytes, of which the caller has seen that they are free."""
+        self._bytes[slot] = nbytes
+        for table in self.norms.values():
+            table.hold(slot)
+
+    def write(self, slot: int, extras: Extras) -> None:
+        if not (extras.norms or extras.embedding or extras.head):
+            return
+        norms = {
+            norm: {role: tensor.to(self._device) for role, tensor in own.items()}
+            for norm, own in extras.norms.items()
+        }
+        for norm in norms.keys() & self.norms.keys():
+            if "weight" in norms[norm]:
+                self.norms[norm].put(slot, self.norm_weight(norms[norm]["weight"]))
+        self._resident[slot] = ResidentExtras(
+            norms, self._end(extras.embedding, True), self._end(extras.head, False)
+        )
+
+    def free(self, slot: int) -> None:
+        del self._bytes[slot]
+        self._resident.pop(slot, None)
+        for table in self.norms.values():
+            table.drop(slot)
+
+    def check_integrity(self, slots: Set[int]) -> None:
+        """Assert that nothing is held for slots that are gone (for tests)."""
+        assert self._bytes.keys() == slots, "bytes of a slot that is gone"
+        assert self._resident.keys() <= slots, "tensors of a slot that is gone"
+        assert self.used <= self.capacity, "more bytes are taken than there are"
+        for name, table in self.norms.items():
+            assert table.slots <= self._resident.keys(), f"{name} has weights of a slot that is gone"
+
+    def _end(self, end: End | None, embeds: bool) -> ResidentEnd | None:
+        if end is None:
+            return None
+        lora, matrix, table = end.lora, end.matrix, None
+        if matrix is not None:
+            matrix = matrix.to(self._device) if embeds else self.pack_head(matrix.to(self._device))
+        if embeds and lora is not None:
+            table = lora.a.t().contiguous().to(self._device)
+            lora = LoraWeights(torch.eye(len(lora.a), dtype=lora.a.dtype), lora.b)
+        return ResidentEnd(matrix, table, self._pool(lora, end))
+
+    def _pool(self, lora: LoraWeights | None, end: End) -> SitePool | None:
+        vectors = (end.adjustment.scale, end.adjustment.shift) if end.adjustment is not None else ()
+        outputs = [len(vector) for vector in vectors if vector is not None]
+        if lora is None:
+            if not outputs:
+                return None
+            lora = LoraWeights(torch.empty(0, 0), torch.empty(0, outputs[0]))
+        rank = len(lora.a)
+        pool = lone_pool(Site("end", lora.a.shape[1], lora.b.shape[1]), rank, self._dtype, self._device)
+        if rank:
+            pool.write(0, list(range(rank)), lora)
+        if end.adjustment is not None:
+            pool.adjust(0, moved_adjustments({"end": end.adjustment}, self._device)["end"])
+        pool.send(0)
+        return pool
+
+
+def moved_adjustments(adjustments: Mapping[str, Adjustment], device: torch.device) -> dict[str, Adjustment]:
+    """The same on ``device``, by one copy."""
+    pairs = [(adjustment.scale, adjustment.shift) for adjustment in adjustments.values()]
+    moved = iter(together([vector for pair in pairs for vector in pair if vector is not None], device))
+    return {
+        name: Adjustment(*(None if vector is None else next(moved) for vector in pair))
+        for name, pair in zip(adjustments, pairs, strict=True)
+    }

@@ -1,0 +1,71 @@
+"""Checked adapters kept in host memory, so that coming back to the device costs a copy and no disk."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+from adapters.artifact import Adapter
+from adapters.pool.packed import nbytes_of
+from adapters.pool.pinned_buffer import Slab
+
+
+class HostTier:
+    """Least-recently-used adapters by digest, bounded in bytes. Not thread-safe: its owner locks.
+
+    An adapter comes in two steps, so that the owner can copy it into its place without holding the lock. Only
+    one of its threads may do so, and that waits for its copies to the device: then memory that is freed while
+    it is read from is not written to before.
+
+    Args:
+        capacity: bytes of weights kept; an adapter larger than that is simply not kept.
+        slab: where pairs are kept, for a GPU.
+    """
+
+    def __init__(self, capacity: int, slab: Slab | None = None) -> None:
+        self.capacity = capacity
+        self.nbytes = 0
+        self._slab = slab
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._reserved: dict[str, int] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def get(self, digest: str) -> Adapter | None:
+        adapter = self._adapters.get(digest)
+        if adapter is not None:
+            self._adapters.move_to_end(digest)
+        return adapter
+
+    def reserve(self, adapter: Adapter) -> Tensor | None:
+        """Room for it, at the cost of others; the memory for its packed pairs, if there is a slab."""
+        digest, nbytes = adapter.info.digest, adapter.info.nbytes
+        if nbytes > self.capacity or digest in self._reserved:
+            return None
+        self._reserved[digest] = nbytes
+        self.nbytes += nbytes
+        while self.nbytes > self.capacity:
+            self._drop_oldest()
+        return None if self._slab is None else self._take(self._slab, digest, nbytes_of(adapter.weights))
+
+    def put(self, adapter: Adapter) -> None:
+        """Keep it, if its room is still reserved."""
+        if adapter.info.digest in self._reserved:
+            self._adapters[adapter.info.digest] = adapter
+
+    def drop(self, digest: str) -> None:
+        """Forget it and free its room, whether it came already or not."""
+        self._adapters.pop(digest, None)
+        self.nbytes -= self._reserved.pop(digest, 0)
+        if self._slab is not None:
+            self._slab.give(digest)
+
+    def _take(self, slab: Slab, digest: str, nbytes: int) -> Tensor | None:
+        while (memory := slab.take(digest, nbytes)) is None and self._adapters:
+            self._drop_oldest()
+        return memory
+
+    def _drop_oldest(self) -> None:
+        self.drop(next(iter(self._adapters)))

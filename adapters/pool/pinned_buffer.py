@@ -1,0 +1,82 @@
+"""One piece of pinned host memory, given out in ranges.
+
+Pinning is slow and may make a GPU's other streams wait, so all of it is done once, at the start.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.pool.free_runs import Holes
+from adapters.transfer import say_pageable
+
+_UNIT = 256
+"""Bytes, in multiples of which ranges begin and end."""
+
+_PORTABLE = 1
+"""``cudaHostRegisterPortable``: pinned for every device."""
+
+
+class Slab:
+    """First fit, by owner. Not thread-safe: its owner locks.
+
+    Args:
+        memory: uint8 [n].
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._holes = Holes(len(memory) // _UNIT)
+        self._taken: dict[str, tuple[int, int]] = {}  # in units
+
+    def take(self, owner: str, nbytes: int) -> Tensor | None:
+        """uint8 [nbytes] for a new ``owner``; None if no hole is that large."""
+        units = -(-nbytes // _UNIT)
+        start = self._holes.take_run(units) if units else 0
+        if start is None:
+            return None
+        self._taken[owner] = start, start + units
+        return self._memory[start * _UNIT :][:nbytes]
+
+    def give(self, owner: str) -> None:
+        """Take back what ``owner`` has, if anything."""
+        self._holes.give(*self._taken.pop(owner, (0, 0)))
+
+    def check_integrity(self) -> None:
+        """Assert that every byte is taken once or free once (for tests)."""
+        self._holes.check_integrity(self._taken.values())
+
+
+def pinned_slab(nbytes: int, device: torch.device) -> Slab | None:
+    """For copies to ``device``; None where it is no GPU, nothing is asked for or the system refuses.
+
+    Pinned where it lies: what torch allocates pinned is rounded up to a power of two.
+    """
+    if device.type != "cuda" or nbytes < _UNIT:
+        return None
+    try:
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        _check(_cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE))
+    except RuntimeError as error:
+        say_pageable(str(error).partition("\n")[0])
+        return None
+    slab = Slab(memory)
+    weakref.finalize(slab, _unpin, memory).atexit = False
+    return slab
+
+
+def _unpin(memory: Tensor) -> None:
+    _cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check(status: Any) -> None:
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA error {int(status)} of cudaHostRegister")

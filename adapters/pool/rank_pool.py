@@ -1,0 +1,149 @@
+"""Device memory for adapters, in rank rows; what few adapters have besides is in ``extras_pool.py``.
+
+For each site there are two pools, A [rows, in_features] and B [rows, out_features]. An adapter of rank r
+at that site owns r rows of both; its slot's row table says which. So a mix of ranks, per-layer ranks and
+absent sites cost exactly what they are. The adapter's scale is already folded into B.
+
+This file moves rows in and out. Who may stay is decided in ``residency.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.artifact import Adapter, AdapterInfo
+from adapters.pool.extras_pool import ExtrasPool, moved_adjustments
+from adapters.pool.packed import PackedWeights, packed
+from adapters.pool.row_store import RowStore
+from adapters.pool.site_pool import SitePool
+from adapters.pool.slot_records import SlotRecords
+from adapters.sites import Site
+from adapters.transfer import together
+
+EXTRAS = "extras"
+"""Among an adapter's needs: the bytes of its ``Extras`` (no site is called so)."""
+
+
+def row_bytes(sites: Mapping[str, Site], dtype: torch.dtype) -> int:
+    """What one rank row takes at all sites together."""
+    return sum(site.in_features + site.out_features for site in sites.values()) * dtype.itemsize
+
+
+def needs_of(info: AdapterInfo) -> dict[str, int]:
+    """What an adapter takes of the pool: rows by site, and bytes under ``EXTRAS`` if it has any."""
+    return {**info.ranks, EXTRAS: info.extra_bytes} if info.extra_bytes else dict(info.ranks)
+
+
+class RankPool:
+    """All sites' pools, and the slots of the adapters in them.
+
+    ``reserve`` takes rows (bookkeeping only); ``write`` copies the weights into them, and may run on another
+    thread than the model, since no running batch reads rows that were just reserved; ``free`` returns them.
+    No adapter comes with a rank above ``max_rank`` (None = ``num_rows``): kernels' memory is sized by it.
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        num_rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        norms: Iterable[str] = (),
+        extra_bytes: int = 0,
+        max_rank: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.num_rows = num_rows
+        self._store = RowStore(sites, num_rows, dtype, self.device)
+        self._records = SlotRecords(len(sites), self.device)
+        max_rank = num_rows if max_rank is None else max_rank
+        self.sites = {
+            name: SitePool(*self._store.pair(name, site), max_rank, self._records, number)
+            for number, (name, site) in enumerate(sites.items())
+        }
+        self.extras = ExtrasPool(norms, extra_bytes, dtype, self.device)
+        self._owned: dict[int, dict[str, list[int]]] = {}
+        self.bytes_total = num_rows * row_bytes(sites, dtype)
+
+    @property
+    def rows_total(self) -> int:
+        return self.num_rows * len(self.sites)
+
+    @property
+    def rows_used(self) -> int:
+        """Counted in the allocators, which any thread may read while another loads an adapter."""
+        return self.rows_total - sum(pool.allocator.num_free for pool in self.sites.values())
+
+    def could_ever_fit(self, needs: Mapping[str, int]) -> bool:
+        return all(need <= self._capacity(name) for name, need in needs.items())
+
+    def missing(self, needs: Mapping[str, int]) -> dict[str, int]:
+        """How much is lacking for an adapter of these needs, in their terms (empty = it fits now)."""
+        lacking = {name: need - self._free(name) for name, need in needs.items()}
+        return {name: amount for name, amount in lacking.items() if amount > 0}
+
+    def reserve(self, needs: Mapping[str, int]) -> int | None:
+        """Take what an adapter needs; its new slot, or None if something is lacking."""
+        if self.missing(needs):
+            return None
+        slot = next(i for i in range(len(self._owned) + 1) if i not in self._owned)
+        for pool in self.sites.values():
+            pool.hold(slot)
+        owned: dict[str, list[int]] = {}
+        for name in needs.keys() - {EXTRAS}:
+            rows = self.sites[name].allocator.take(needs[name])
+            assert rows is not None
+            owned[name] = rows
+        self.extras.reserve(slot, needs.get(EXTRAS, 0))
+        self._owned[slot] = owned
+        return slot
+
+    def host_form(self, adapter: Adapter, memory: Tensor | None) -> Adapter:
+        """The adapter as it is best kept on the host: for a GPU packed, in ``memory`` if there is any."""
+        return adapter if self.device.type == "cpu" else packed(adapter, memory)
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Copy ``adapter``'s weights into the rows of ``slot``; on the current stream, to be waited for."""
+        owned = self._owned[slot]
+        if isinstance(adapter.weights, PackedWeights):
+            self._write_packed(slot, adapter.weights)
+        else:
+            for name, pair in adapter.weights.items():
+                self.sites[name].write(slot, owned[name], pair)
+        for name, adjustment in moved_adjustments(adapter.extras.adjustments, self.device).items():
+            owned.setdefault(name, [])
+            self.sites[name].adjust(slot, adjustment)
+        self._records.write(slot, [pool.record(slot) for pool in self.sites.values()])
+        self.extras.write(slot, adapter.extras)
+
+    def free(self, slot: int) -> None:
+        for name, rows in self._owned.pop(slot).items():
+            self.sites[name].free(slot, rows)
+        self.extras.free(slot)
+
+    def check_integrity(self) -> None:
+        """Assert that every row is free or owned once, and no byte is lost (for tests)."""
+        for name, pool in self.sites.items():
+            pool.allocator.check_integrity([owned[name] for owned in self._owned.values() if name in owned])
+            held = pool.rows.keys() | pool.adjustments.keys()
+            assert held <= self._owned.keys(), f"{name} has something of a slot that is gone"
+        self.extras.check_integrity(self._owned.keys())
+
+    def _write_packed(self, slot: int, weights: PackedWeights) -> None:
+        rows = {name: np.array(self._owned[slot][name], np.int32) for name in weights}
+        indices = together([torch.from_numpy(array) for array in rows.values()], self.device)
+        for (name, array), index in zip(rows.items(), indices, strict=True):
+            self.sites[name].own(slot, array, index)
+        self._store.write(weights, rows)
+
+    def _capacity(self, name: str) -> int:
+        return self.extras.capacity if name == EXTRAS else self.num_rows
+
+    def _free(self, name: str) -> int:
+        if name == EXTRAS:
+            return self.extras.capacity - self.extras.used
+        return self.sites[name].allocator.num_free

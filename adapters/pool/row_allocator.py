@@ -1,0 +1,41 @@
+"""Which adapter owns which rank rows of a pool. Integers only.
+
+An adapter of rank r takes r rows of a site's pool, wherever they are free. A run of neighbouring rows is
+preferred, since a kernel can then read them in place.
+"""
+
+from __future__ import annotations
+
+from adapters.pool.free_runs import Holes, runs_of
+
+
+class RowAllocator:
+    """Rows 0 … ``num_rows``-1 of one site's pool."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._holes = Holes(num_rows)
+
+    @property
+    def num_free(self) -> int:
+        return self._holes.free
+
+    def take(self, count: int) -> list[int] | None:
+        """``count`` ascending rows: the lowest run that is long enough, else the lowest free ones.
+
+        Returns None, and changes nothing, if fewer are free.
+        """
+        if count > self._holes.free:
+            return None
+        if count == 0:
+            return []
+        start = self._holes.take_run(count)
+        return self._holes.take_lowest(count) if start is None else list(range(start, start + count))
+
+    def give(self, rows: list[int]) -> None:
+        for start, stop in runs_of(rows):
+            self._holes.give(start, stop)
+
+    def check_integrity(self, owned: list[list[int]]) -> None:
+        """Assert that ``owned`` (one list a live adapter) and the free rows are the whole pool."""
+        self._holes.check_integrity(run for rows in owned for run in runs_of(rows))

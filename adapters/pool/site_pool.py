@@ -1,0 +1,131 @@
+"""One site's rank rows on the device, and what adapters make of the base's own output there.
+
+Kept up to date for torch and, in place, for the native kernels and those on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from adapters.artifact import Adjustment, LoraWeights
+from adapters.kernels.cpu.structs import LoraSite
+from adapters.pool.row_allocator import RowAllocator
+from adapters.pool.slot_records import Record, SlotRecords
+from adapters.sites import Site
+from adapters.transfer import together
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+Rows = slice | Tensor
+"""Rows of one adapter at one site: a slice where they are neighbours, else an int32 index [r]."""
+
+
+class SitePool:
+    """One site's rows.
+
+    Args:
+        a: [rows, in_features].
+        b: [rows, out_features].
+        max_rank: no adapter has more rows here.
+        records: of all sites that are written together, of which this is the one with ``number``.
+
+    Attributes:
+        rows: by slot, for the adapters that add to this site.
+        adjustments: by slot, for the adapters that change the base's own output here.
+        native: the same for the native kernels (``LoraSite`` in native.h), kept up to date in place.
+        device_site: the same for kernels on a GPU (a row of ``SlotRecords.sites``), as of the last
+            ``SlotRecords.write``.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, max_rank: int, records: SlotRecords, number: int) -> None:
+        self.a, self.b = a, b
+        self.max_rank = max_rank
+        self.rows: dict[int, Rows] = {}
+        self.adjustments: dict[int, Adjustment] = {}
+        self.allocator = RowAllocator(len(a))
+        self._records = records
+        self.device_site = records.place(number, a, b)
+        self._index: dict[int, Tensor] = {}
+        self._lists: dict[int, IntArray] = {}
+        self._tables: list[tuple[IntArray, ...]] = []
+        self.native = LoraSite(a.data_ptr(), b.data_ptr(), a.shape[1], b.shape[1])
+        self._make_tables(slots=16)
+
+    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+        """From now on the base's output is changed for this slot; by vectors on the device."""
+        vectors = (adjustment.scale, adjustment.shift)
+        self.adjustments[slot] = adjustment
+        self._tables[-1][2][slot] = [0 if vector is None else vector.data_ptr() for vector in vectors]
+
+    def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
+        """Copy a pair into ``rows``, of which there is at least one."""
+        array = np.array(rows, np.int32)
+        self.own(slot, array, *together([torch.from_numpy(array)], self.a.device))
+        index = self.rows[slot]
+        self.a[index] = weights.a.to(self.a.device)
+        self.b[index] = weights.b.to(self.b.device)
+
+    def own(self, slot: int, rows: IntArray, index: Tensor) -> None:
+        """``rows``, int32, are the slot's now; ``index``: the same on the device."""
+        assert len(rows) <= self.max_rank
+        neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        self.rows[slot] = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else index
+        self._index[slot], self._lists[slot] = index, rows
+        addresses, ranks, _ = self._tables[-1]
+        addresses[slot] = rows.ctypes.data
+        ranks[slot] = len(rows)
+
+    def record(self, slot: int) -> Record:
+        """What kernels on a GPU must know of the slot here."""
+        index, adjustment = self._index.get(slot), self.adjustments.get(slot)
+        scale, shift = (None, None) if adjustment is None else (adjustment.scale, adjustment.shift)
+        rows, scales, shifts = (0 if part is None else part.data_ptr() for part in (index, scale, shift))
+        return rows, 0 if index is None else len(index), scales, shifts
+
+    def send(self, slot: int) -> None:
+        """Tell kernels on a GPU of the slot: for a site by itself, whose records are no other site's."""
+        self._records.write(slot, [self.record(slot)])
+
+    def hold(self, slot: int) -> None:
+        """Give ``slot`` a place in the kernels' tables: they look up every slot at every site."""
+        while slot >= len(self._tables[-1][1]):
+            self._make_tables(slots=2 * len(self._tables[-1][1]))
+
+    def free(self, slot: int, rows: list[int]) -> None:
+        self.rows.pop(slot, None)
+        self.adjustments.pop(slot, None)
+        self._tables[-1][1][slot] = 0
+        self._tables[-1][2][slot] = 0
+        self._lists.pop(slot, None)
+        self._index.pop(slot, None)
+        self.allocator.give(rows)
+
+    def _make_tables(self, slots: int) -> None:
+        """Larger tables; the old ones stay, since a kernel may be reading them right now."""
+        tables: tuple[IntArray, ...] = (
+            np.zeros(slots, np.int64),
+            np.zeros(slots, np.int32),
+            np.zeros((slots, 2), np.int64),
+        )
+        if self._tables:
+            for table, before in zip(tables, self._tables[-1], strict=True):
+                table[: len(before)] = before
+        self._tables.append(tables)
+        native = self.native
+        native.rows, native.ranks, native.adjusts = (table.ctypes.data for table in tables)
+
+
+def lone_pool(
+    site: Site, num_rows: int, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
+) -> SitePool:
+    """A site by itself, with memory of its own (not initialised). ``max_rank``: None = ``num_rows``."""
+    a, b = (
+        torch.empty(num_rows, width, dtype=dtype, device=device)
+        for width in (site.in_features, site.out_features)
+    )
+    return SitePool(a, b, num_rows if max_rank is None else max_rank, SlotRecords(1, device), 0)

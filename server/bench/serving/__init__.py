@@ -1,0 +1,1 @@
+"""``manylora bench serving``: a load generator, and servers compared under the same load."""

@@ -1,0 +1,33 @@
+"""What a command was told: its options, what their values may be, and the frozen config. No torch.
+
+Reading order: ``options.py`` (every option of ``manylora serve``), ``values.py`` (what a value may be),
+``config.py`` (the config), ``shared_options.py`` (options that other commands have too).
+"""
+
+from server.config.config import (
+    AdapterConfig,
+    BaseConfig,
+    ConfigError,
+    ConnectionConfig,
+    EngineConfig,
+    HttpConfig,
+    LogConfig,
+    ServerConfig,
+    TrainingConfig,
+    from_args,
+    resolve,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "BaseConfig",
+    "ConfigError",
+    "ConnectionConfig",
+    "EngineConfig",
+    "HttpConfig",
+    "LogConfig",
+    "ServerConfig",
+    "TrainingConfig",
+    "from_args",
+    "resolve",
+]

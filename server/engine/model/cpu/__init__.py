@@ -1,0 +1,1 @@
+"""Llama-like models on a CPU: one native call a step."""

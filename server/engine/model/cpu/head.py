@@ -1,0 +1,98 @@
+"""The final norm and the output head in native calls (``adapters/kernels/cpu/src/head.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import byref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.kernels import Segment
+from adapters.kernels.cpu.structs import HeadCall
+from adapters.layers.lora_state import Own
+from adapters.pool.extras_pool import ResidentEnd
+from server.engine.model.cpu.weights import FusedWeights, is_4bit
+from server.engine.model.transformers_model import StockModel
+
+_FINAL_NORM = "model.norm"
+
+
+class FusedHead:
+    """A row's logits are the same to the bit, whichever other rows there are.
+
+    Args:
+        stock: the model; its state says which rows belong to adapters with a norm or head of their own.
+        weights: of the same model.
+
+    Attributes:
+        size: how many weights it has.
+        is_4bit: whether they are NF4.
+    """
+
+    def __init__(self, stock: StockModel, weights: FusedWeights, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._weights = weights
+        self._lora, self._kernel = stock.lora, stock.lora_kernel
+        config: Any = stock.model.config
+        self._eps: float = config.rms_norm_eps
+        self._softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
+        head = stock.model.lm_head
+        self._vocabulary: int = head.out_features
+        self.size: int = head.in_features * head.out_features
+        self.is_4bit = is_4bit(head.base)
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
+        logits, _ = self._run(x, rows, self._weights.final_norm, self._weights.head, self._softcap)
+        for own in self._lora.own_heads:
+            if own.extras.head is not None or _FINAL_NORM in own.extras.norms:
+                logits[own.start : own.stop] = self._own(x, rows[own.start : own.stop], own)
+        return logits
+
+    def _own(self, x: Tensor, rows: Tensor, own: Own) -> Tensor:
+        norm, head = self._weights.final_norm, self._weights.head
+        if _FINAL_NORM in own.extras.norms:
+            norm = self._weights.norm_weight(own.extras.norms[_FINAL_NORM]["weight"])
+        end = own.extras.head
+        if end is not None and end.matrix is not None:
+            head = {"w": end.matrix.data_ptr()}
+        changed = end is not None and end.pool is not None
+        logits, normed = self._run(x, rows, norm, head, 0.0 if changed else self._softcap)
+        return self._changed(logits, normed, end) if changed and end is not None else logits
+
+    def _changed(self, logits: Tensor, normed: Tensor, end: ResidentEnd) -> Tensor:
+        """The adapter's pair and adjustment at the head; then the soft cap."""
+        assert end.pool is not None
+        added = torch.zeros(logits.shape, dtype=normed.dtype)
+        self._kernel(added, normed, end.pool, [Segment(0, 0, len(normed))])
+        scale = end.pool.adjustments[0].scale if end.pool.adjustments else None
+        logits = added + (logits if scale is None else logits * scale)
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+
+    def _run(
+        self, x: Tensor, rows: Tensor, norm: Tensor, head: Mapping[str, int], softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and the normed rows that they are of. ``head``: as ``FusedWeights.head``."""
+        n, wanted = len(rows), rows.tolist()
+        if n and not 0 <= min(wanted) <= max(wanted) < len(x):
+            raise ValueError(f"the head is asked for rows beside the step's {len(x)} tokens")
+        out = torch.empty(n, -(-self._vocabulary // 16) * 16)
+        normed = torch.empty(n, x.shape[1], dtype=x.dtype)
+        call = HeadCall(
+            x=x.data_ptr(),
+            rows=rows.data_ptr(),
+            n=n,
+            hidden=x.shape[1],
+            vocabulary=self._vocabulary,
+            norm=norm.data_ptr(),
+            eps=self._eps,
+            softcap=softcap,
+            normed=normed.data_ptr(),
+            out=out.data_ptr(),
+            **head,
+        )
+        self._library.manylora_head(byref(call))
+        return out[:, : self._vocabulary], normed

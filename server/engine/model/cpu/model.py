@@ -1,0 +1,180 @@
+"""Llama-like models in one native call a step (``kernels/cpu/src/stack.h``), on 4-bit weights on a CPU.
+
+The weights stay where bitsandbytes packed them. A request's logits are the same to the bit alone, in any
+batch, beside any adapters, chunked, preempted or from the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from ctypes import addressof, byref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.kernels.cpu import isa, library
+from adapters.kernels.cpu.structs import STACK_PARTS, Scratch, StackCall
+from adapters.pool.rank_pool import RankPool
+from adapters.pool.site_pool import IntArray
+from server.engine.attention.native_paged import NativePaged, NativePages
+from server.engine.attention.native_tokens import NativeTokens
+from server.engine.model.cpu.head import FusedHead
+from server.engine.model.cpu.weights import FusedWeights, is_4bit, pack_head
+from server.engine.model.llama_like import (
+    ACTIVATIONS,
+    LINEARS,
+    angle_bytes,
+    rotary_angles,
+    why_unlike_llama,
+)
+from server.engine.model.steps import flatten, lora_segments
+from server.engine.model.transformers_model import StockModel
+from server.engine.sequence import Chunk
+from server.engine.transfer import resolve
+
+
+def why_not_fused(stock: StockModel, block_size: int) -> str | None:
+    """Why this model cannot run fused here, or None if it can."""
+    model: Any = stock.model
+    if stock.device.type != "cpu" or library() is None or isa() != "avx512bf16":
+        return "the fused step needs a CPU with AVX512-BF16 and the native kernels"
+    if (reason := why_unlike_llama(model)) is not None:
+        return reason
+    if not NativePaged.fits(stock.shapes, block_size):
+        return "head dimension and block size must be multiples of 16"
+    linears = (layer.get_submodule(path).base for layer in model.model.layers for path in LINEARS.values())
+    if not all(is_4bit(linear) for linear in linears):
+        return "its linears are not packed NF4"
+    return None
+
+
+class FusedModel:
+    """See ``StepModel``.
+
+    Args:
+        stock: the same model as transformers runs it; weights, shapes and rotary angles are taken from it.
+        pool: the adapters' rank rows.
+        max_tokens: most tokens of a step.
+
+    Attributes:
+        nanoseconds: spent so far in each of ``STACK_PARTS``; only grows.
+        head: the output head, as a part of its own.
+        heads_per_kv_head: query heads that share a KV head.
+    """
+
+    name = "fused"
+    attention_name = NativePaged.name
+
+    def __init__(self, stock: StockModel, pool: RankPool, max_tokens: int) -> None:
+        loaded = library()
+        assert loaded is not None
+        self._library = loaded
+        self._model: Any = stock.model
+        self._config: Any = stock.model.config
+        self.shapes = stock.shapes
+        self.bytes_a_position = angle_bytes(stock.model)
+        self.fallbacks: list[str] = []
+        self._lora = stock.lora
+        self._weights = FusedWeights(stock.model, pool, stock.kinds)
+        self.head = FusedHead(stock, self._weights, loaded)
+        self._tokens: NativeTokens | None = None
+        self._pages: NativePages | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._max_tokens = max_tokens
+        self._scratch = self._make_scratch()
+        self.nanoseconds = np.zeros(len(STACK_PARTS), np.int64)
+        first = self._weights.blocks[0]
+        kind = stock.kinds[0]
+        self._call = StackCall(
+            blocks=addressof(self._weights.blocks),
+            n_blocks=len(self._weights.blocks),
+            hidden=self._config.hidden_size,
+            heads=first.q.outputs // self.shapes[0].key_dim,
+            head_dim=self.shapes[0].key_dim,
+            intermediate=first.gate.outputs,
+            eps=self._config.rms_norm_eps,
+            scale=kind.scale,
+            softcap=kind.softcap or 0.0,
+            gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
+            codebook=self._weights.codebook.data_ptr(),
+            scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
+            nanoseconds=self.nanoseconds.ctypes.data,
+        )
+        self.heads_per_kv_head = self._call.heads // self.shapes[0].kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Weights of the output head."""
+        return self.head.size
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        positions = min(num_blocks * block_size, self._config.max_position_embeddings)
+        self._tokens = NativeTokens(block_size)
+        self._pages = NativePages(self.shapes, num_blocks * block_size)
+        for layer, pages in self._pages.layers.items():
+            self._weights.blocks[layer].pages = pages
+        self._angles = rotary_angles(self._model, positions)
+        self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
+
+    def warm_up(self) -> None:
+        """Nothing: it was compiled when the package was built."""
+
+    @torch.inference_mode()
+    def __call__(
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
+        assert self._tokens is not None
+        tokens, _, last = flatten(chunks)
+        tokens = resolve(tokens, drawn)
+        self._check_extents(chunks, len(tokens))
+        self._tokens.begin(chunks)
+        rows = last if rows is None else rows
+        self._lora.begin(len(tokens), lora_segments(chunks), rows)
+        segments = np.array(self._lora.segments, np.int64).reshape(-1, 3)
+        norm_slots = self._norm_slots(len(tokens))
+        x = self._model.model.embed_tokens(tokens)
+        call = self._call
+        call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
+        call.segments, call.n_segments = segments.ctypes.data, len(segments)
+        call.norm_slots = None if norm_slots is None else norm_slots.ctypes.data
+        self._library.manylora_stack(byref(call))
+        return self.head(x, rows)
+
+    def adopt(self, pool: RankPool) -> None:
+        """From now on adapters' own heads and norms come as the native kernels want them."""
+        pool.extras.pack_head, pool.extras.norm_weight = pack_head, self._weights.norm_weight
+
+    def _check_extents(self, chunks: SequenceOf[Chunk], count: int) -> None:
+        """Raises ValueError if the kernel would write beside its scratch or read beside its angles."""
+        assert self._angles is not None
+        longest = max(chunk.stop for chunk in chunks)
+        if count > self._max_tokens or longest > len(self._angles[0]):
+            raise ValueError(
+                f"a step of {count} tokens, of a sequence of up to {longest}; there is room for "
+                f"{self._max_tokens} tokens and {len(self._angles[0])} positions"
+            )
+
+    def _norm_slots(self, count: int) -> IntArray | None:
+        """By token, whose norms; None if nobody in the step has any of their own."""
+        own = [part for part in self._lora.own if part.extras.norms]
+        if not own:
+            return None
+        slots = np.full(count, -1, np.int64)
+        for slot, start, stop, _ in own:
+            slots[start:stop] = slot
+        return slots
+
+    def _make_scratch(self) -> dict[str, Tensor]:
+        block = self._weights.blocks[0]
+        widths = {
+            "normed": block.q.inputs,
+            "qkv": block.q.outputs + 2 * block.k.outputs,
+            "attended": block.q.outputs,
+            "gate_up": 2 * block.gate.outputs,
+            "delta": block.q.inputs,
+        }
+        return {
+            name: torch.empty(self._max_tokens, width, dtype=torch.bfloat16) for name, width in widths.items()
+        }

@@ -1,0 +1,1 @@
+"""Llama-like models on a GPU: joined products, Triton kernels, and decode steps as CUDA graphs."""

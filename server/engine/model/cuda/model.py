@@ -1,0 +1,297 @@
+"""Llama-like models on a GPU: few launches a block, and decode steps as CUDA graphs.
+
+The same weights and the same attention as ``StockModel``, which also takes the rare steps in which somebody
+has norms, an embedding or a head of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.kernels.triton import TritonLora
+from adapters.pool.rank_pool import RankPool
+from adapters.transfer import send
+from server.engine.attention import LayerAttention
+from server.engine.attention.flash_paged import FlashPaged
+from server.engine.kernels import BlockOps
+from server.engine.model.cuda.graphs import MOST_SEATS, DecodeGraphs, Graph
+from server.engine.model.cuda.joined import JoinedLinear, why_not_joined
+from server.engine.model.cuda.product_timing import choose_by_shape, stopwatch
+from server.engine.model.llama_like import (
+    ACTIVATIONS,
+    ALIKE,
+    LINEARS,
+    angle_bytes,
+    distance,
+    norm_weight,
+    norms_of,
+    rotary_angles,
+    why_unlike_llama,
+)
+from server.engine.model.made_up import warming_steps
+from server.engine.model.steps import flatten, lora_segments
+from server.engine.model.transformers_model import StockModel
+from server.engine.sequence import Chunk
+from server.engine.transfer import resolve
+
+log = logging.getLogger("manylora.engine")
+
+_NAME = "fused on the device"
+
+_JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""A block's products, and which linears each is of."""
+
+
+def why_not_device(stock: StockModel) -> str | None:
+    """Why this model cannot run fused on its GPU, or None if it can; its attention is allocated already."""
+    model: Any = stock.model
+    if not isinstance(stock.lora_kernel, TritonLora):
+        return "the fused step on a GPU needs Triton"
+    if not isinstance(stock.attention, FlashPaged):
+        return "its attention does not run over pages"
+    if (reason := why_unlike_llama(model)) is not None:
+        return reason
+    for layer in model.model.layers:
+        for names in _JOINED.values():
+            reason = why_not_joined([layer.get_submodule(LINEARS[name]).base for name in names])
+            if reason is not None:
+                return reason
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block's weights.
+
+    Attributes:
+        norms: by what they are for (``llama_like.norms_of``), float32.
+        delta_norm: of what the block before adds; None = that is added as it is.
+    """
+
+    layer: int
+    kind: LayerAttention
+    norms: dict[str, Tensor]
+    delta_norm: Tensor | None
+    qkv: JoinedLinear
+    o: JoinedLinear
+    gate_up: JoinedLinear
+    down: JoinedLinear
+
+
+class DeviceModel:
+    """See ``StepModel``.
+
+    Args:
+        stock: the same model as transformers runs it; its weights are joined in place.
+        pool: the adapters' rank rows.
+        ops: the fused operations of a block.
+        max_seqs: most sequences of a step; those with up to ``MOST_SEATS`` may be graphs.
+        new_graph: makes an empty graph; None = every step is launched kernel by kernel.
+    """
+
+    def __init__(
+        self,
+        stock: StockModel,
+        pool: RankPool,
+        ops: BlockOps,
+        max_seqs: int,
+        new_graph: Callable[[], Graph] | None,
+    ) -> None:
+        self.name = _NAME + (", decoding in CUDA graphs" if new_graph else "")
+        self.shapes = stock.shapes
+        self.bytes_a_position = angle_bytes(stock.model)
+        self.fallbacks: list[str] = []
+        assert isinstance(stock.lora_kernel, TritonLora)
+        self._stock, self._ops, self._kernel = stock, ops, stock.lora_kernel
+        self._model: Any = stock.model
+        self._config: Any = stock.model.config
+        self._gelu = bool(ACTIVATIONS[type(self._model.model.layers[0].mlp.act_fn)])
+        self._blocks = self._make_blocks(pool)
+        self._final_norm = norm_weight(self._model, self._model.model.norm.weight.detach())
+        self._softcap: float = getattr(self._config, "final_logit_softcapping", None) or 0.0
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._sizes = 0, 0
+        seats = min(max_seqs, MOST_SEATS) if new_graph else 0
+        words = self._model.get_output_embeddings().out_features
+        self._seats = torch.zeros(2, seats, dtype=torch.long, device=stock.device)
+        self._seats_logits = torch.empty(seats, words, dtype=torch.float32, device=stock.device)
+        self._graphs = new_graph and DecodeGraphs(self._prepare_empty, self._run_seats, seats, new_graph)
+
+    @property
+    def attention_name(self) -> str:
+        return self._stock.attention_name
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        self._sizes = num_blocks, block_size
+        self._stock.allocate(num_blocks, block_size)
+        positions = min(num_blocks * block_size, self._config.max_position_embeddings)
+        self._angles = rotary_angles(self._model, positions)
+
+    def warm_up(self) -> None:
+        self._stock.warm_up()
+        self._choose_products()
+        prompt, token = warming_steps(self._config, *self._sizes)
+        self(prompt)
+        expected = self(token)
+        if self._graphs is not None:
+            reason = self._record(self._graphs, token, expected)
+            if reason is not None:
+                self._graphs, self.name = None, _NAME
+                self._falls_back(f"Decoding is slower than it could be, without CUDA graphs: {reason}.")
+
+    @torch.inference_mode()
+    def __call__(
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
+        tokens, positions, last = flatten(chunks)
+        segments = lora_segments(chunks)
+        stock = self._stock
+        stock.lora.begin(len(tokens), segments, last if rows is None else rows)
+        if stock.lora.own:
+            return stock(chunks, rows, drawn)
+        alone = rows is None and len(last) == len(chunks) == len(tokens)
+        seats = self._graphs.seats(len(tokens)) if self._graphs is not None and alone else None
+        self._attention.begin(chunks, seats)
+        self._kernel.prepare(segments, seats)
+        tokens, positions = send(torch.stack([tokens, positions]), stock.device)
+        tokens = resolve(tokens, drawn)
+        if seats is None or self._graphs is None:
+            rows = send(last if rows is None else rows, stock.device)
+            return self._forward(tokens, positions, bool(segments), rows)
+        self._seats[0, : len(tokens)], self._seats[1, : len(tokens)] = tokens, positions
+        return self._graphs.replay(seats, bool(segments))[: len(tokens)]
+
+    # -- graphs -----------------------------------------------------------------------------------
+
+    def _record(self, graphs: DecodeGraphs, token: list[Chunk], expected: Tensor) -> str | None:
+        """Record all graphs; why they cannot be used, or None: one gives ``token`` its ``expected`` logits.
+
+        A guard against what some driver or library cannot do: it shall cost speed, not answers or a start.
+        """
+        try:
+            graphs.capture_all()
+            difference = distance(self(token), expected)
+        except Exception as error:  # a driver's, or Triton's: no RuntimeError
+            return f"recording them raised {type(error).__name__} ({str(error).partition(chr(10))[0]})"
+        return None if difference < ALIKE else f"their logits are off by {difference:.2f}"
+
+    @torch.inference_mode()
+    def _prepare_empty(self, seats: int) -> None:
+        self._stock.lora.begin(seats, [], torch.empty(0))
+        self._attention.begin([], seats)
+        self._kernel.prepare(self._stock.lora.segments, seats)
+
+    @torch.inference_mode()
+    def _run_seats(self, seats: int, adapted: bool) -> Tensor:
+        tokens, positions = self._seats[:, :seats]
+        return self._forward(tokens, positions, adapted, None, self._seats_logits[:seats])
+
+    # -- one pass ---------------------------------------------------------------------------------
+
+    @property
+    def _attention(self) -> FlashPaged:
+        attention = self._stock.attention
+        assert isinstance(attention, FlashPaged)
+        return attention
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        adapted: bool,
+        rows: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """float32 logits of ``rows`` (None = of all), in ``out`` if that is given."""
+        x = self._model.model.embed_tokens(tokens[None])[0]
+        delta = None
+        for block in self._blocks:
+            delta = self._run_block(block, x, delta, positions, adapted)
+        if rows is not None:
+            x, delta = x[rows], None if delta is None else delta[rows]
+        after = self._blocks[-1].norms.get("norm_after_mlp")
+        normed = self._ops.add_norm(x, delta, self._final_norm, self._eps, after)
+        rounded: Tensor = self._model.lm_head(normed[None])[0]
+        logits = rounded.float() if out is None else out.copy_(rounded)
+        return logits.div_(self._softcap).tanh_().mul_(self._softcap) if self._softcap else logits
+
+    def _run_block(
+        self, block: Block, x: Tensor, delta: Tensor | None, positions: Tensor, adapted: bool
+    ) -> Tensor:
+        """Add ``delta``, which the block before left, to x; return what this block leaves."""
+        ops, norms = self._ops, block.norms
+        normed = ops.add_norm(x, delta, norms["norm_before_attention"], self._eps, block.delta_norm)
+        q = self._rotate_and_store(block, block.qkv(normed, adapted), positions)
+        attended = self._attention.attend(block.layer, q, block.kind)
+        delta = block.o(attended.flatten(1), adapted)
+        normed = ops.add_norm(
+            x, delta, norms["norm_before_mlp"], self._eps, norms.get("norm_after_attention")
+        )
+        return block.down(ops.gated(block.gate_up(normed, adapted), self._gelu), adapted)
+
+    def _rotate_and_store(self, block: Block, qkv: Tensor, positions: Tensor) -> Tensor:
+        """q [tokens, heads, dim]; the keys and values go into their pages."""
+        assert self._angles is not None
+        attention, norms = self._attention, block.norms
+        return self._ops.rotate_and_store(
+            qkv,
+            *self._angles,
+            positions,
+            attention.new_slots,
+            *attention.pages[block.layer],
+            norms.get("q_norm"),
+            norms.get("k_norm"),
+            self._eps,
+        )
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _choose_products(self) -> None:
+        """Before anything is recorded: a graph keeps the products that it was recorded with."""
+        products = [p for block in self._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
+        weights = [product.nf4 for product in products if product.nf4 is not None]
+        with stopwatch(self._stock.device, graphs=self._graphs is not None) as timer:
+            if timer is None or not weights:
+                return
+            choices = choose_by_shape(weights, timer)
+        for product in products:
+            product.choose(choices)
+        for (outputs, inputs), choice in choices.items():
+            if choice.refused:
+                shape = f"{outputs} x {inputs}"
+                self._falls_back(f"Our product of NF4 weights is not used for {shape}: {choice.refused}.")
+
+    def _falls_back(self, why: str) -> None:
+        log.warning(why)
+        self.fallbacks.append(why)
+
+    @property
+    def _eps(self) -> float:
+        eps: float = self._config.rms_norm_eps
+        return eps
+
+    def _make_blocks(self, pool: RankPool) -> list[Block]:
+        blocks: list[Block] = []
+        for i, layer in enumerate(self._model.model.layers):
+            norms = {
+                role: norm_weight(self._model, layer.get_submodule(path).weight.detach())
+                for role, path in norms_of(self._model, layer).items()
+            }
+            products = {
+                product: self._joined(layer, f"model.layers.{i}", [LINEARS[part] for part in parts], pool)
+                for product, parts in _JOINED.items()
+            }
+            before = blocks[-1].norms.get("norm_after_mlp") if blocks else None
+            blocks.append(Block(i, self._stock.kinds[i], norms, before, **products))
+        return blocks
+
+    def _joined(self, layer: Any, name: str, paths: list[str], pool: RankPool) -> JoinedLinear:
+        parts = {f"{name}.{path}": layer.get_submodule(path) for path in paths}
+        return JoinedLinear(parts, pool.sites, self._stock.lora, self._kernel)

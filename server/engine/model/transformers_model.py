@@ -1,0 +1,94 @@
+"""The base as transformers runs it: its own blocks, our attention, our layer around its linears.
+
+Serves every causal LM that uses transformers' attention interface, on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from adapters.base import LoadedBase
+from adapters.kernels import choose as choose_lora
+from adapters.layers.lora import attach
+from adapters.pool.rank_pool import RankPool
+from adapters.transfer import send
+from server.engine.attention import AttentionBackend
+from server.engine.attention.choice import choose as choose_attention
+from server.engine.model.made_up import warming_steps
+from server.engine.model.probe import Probe, forward, probe
+from server.engine.model.steps import flatten, lora_segments
+from server.engine.sequence import Chunk
+from server.engine.transfer import resolve
+
+
+class StockModel:
+    """See ``StepModel``.
+
+    Args:
+        base: the loaded base; its model is changed in place and belongs to this object from now on.
+        pool: the adapters' rank rows, for this base's sites.
+        found: what the base was found to do, if that is known already.
+
+    Attributes:
+        shapes, kinds: by layer, what its keys and values look like and how it attends.
+        layout: the base's modules that adapters may have something for.
+        lora, lora_kernel: which rows are whose, and what computes their part.
+        attention: what owns the KV pages; None before ``allocate``.
+    """
+
+    name = "transformers"
+    bytes_a_position = 0
+
+    def __init__(self, base: LoadedBase, pool: RankPool, found: Probe | None = None) -> None:
+        found = found or probe(base)
+        self.model = base.model
+        self.device = next(base.model.parameters()).device
+        self.dtype: torch.dtype = base.model.dtype
+        self._host = found.host
+        self.layout = base.layout
+        self.lora_kernel = choose_lora(self.device, self.dtype)
+        self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
+        self.attention: AttentionBackend | None = None
+        self._sizes = 0, 0
+        self.shapes, self.kinds = found.shapes, found.kinds
+        self.fallbacks: list[str] = []
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        self._host.handler = self.attention = None  # what pages there were go before others come
+        own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.attention = choose_attention(
+            self.shapes,
+            self.kinds,
+            block_size,
+            self.device,
+            self.dtype,
+            max_length=own_length or num_blocks * block_size,
+        )
+        self.attention.allocate(self.shapes, num_blocks)
+        self._sizes = num_blocks, block_size
+
+    @property
+    def attention_name(self) -> str:
+        assert self.attention is not None
+        return self.attention.name
+
+    def warm_up(self) -> None:
+        if self.device.type == "cuda":
+            for step in warming_steps(self.model.config, *self._sizes):
+                self(step)
+
+    @torch.inference_mode()
+    def __call__(
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+    ) -> Tensor:
+        assert self.attention is not None
+        self.attention.begin(chunks)
+        self._host.handler = self.attention
+        tokens, positions, last = flatten(chunks)
+        rows = last if rows is None else rows
+        self.lora.begin(len(tokens), lora_segments(chunks), rows)
+        tokens, positions, rows = (send(host, self.device) for host in (tokens, positions, rows))
+        return forward(self.model, resolve(tokens, drawn), positions, rows)

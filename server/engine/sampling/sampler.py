@@ -1,0 +1,194 @@
+"""A step's logits to tokens and log-probabilities; vectorised over the batch.
+
+A row's result depends on that row's logits and on (seed, position) alone. ``draw`` works where the logits
+are and never waits, so that its tokens can feed the next step before anybody has seen them;
+``Drawn.read`` waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from adapters.transfer import send
+from server.engine.sampling.logits_processors import shape
+from server.engine.sampling.truncation import Distributions, is_greedy, is_truncated
+from server.engine.sequence import Sequence
+from server.engine.transfer import Download
+
+_RANKED = 20
+"""Most likely tokens ranked for whoever asks for any: how many one ranks changes the order of equal ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankedLogprobs:
+    """The drawn token's log-probability, and the most likely tokens with theirs."""
+
+    drawn: float
+    top_ids: tuple[int, ...]
+    top: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A drawn token; None if the row's logits are not finite (a broken adapter).
+
+    Attributes:
+        revised: it is another one than in ``Drawn.tokens``.
+    """
+
+    token: int | None
+    logprobs: RankedLogprobs | None = None
+    revised: bool = False
+
+
+def draw(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None = None) -> Drawn:
+    """One draw a row.
+
+    Args:
+        logits: float32 [n, vocabulary]; not changed, and not needed any more by what comes back.
+        sequences: whose rows they are, in order.
+        unread: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
+    """
+    shaped = shape(logits, sequences, unread)
+    best, tokens = shaped.max(dim=-1)
+    random = [i for i, s in enumerate(sequences) if not is_greedy(s.params)]
+    truncated = [i for i in random if is_truncated(sequences[i].params)]
+    whole = [i for i in random if not is_truncated(sequences[i].params)]
+    if whole:
+        _put(tokens, whole, _distributions(shaped, best, tokens, sequences, whole).draw())
+    unsure = None
+    if truncated:
+        rows = _distributions(shaped, best, tokens, sequences, truncated)
+        drawn, enough = rows.draw_from_head()
+        _put(tokens, truncated, drawn)
+        unsure = _Unsure(truncated, rows, enough)
+    return Drawn(tokens, best, unsure, _rank(logits, sequences, tokens))
+
+
+def _distributions(
+    logits: Tensor, best: Tensor, best_tokens: Tensor, sequences: SequenceOf[Sequence], rows: list[int]
+) -> Distributions:
+    return Distributions(
+        _pick(logits, rows), _pick(best, rows), _pick(best_tokens, rows), [sequences[i] for i in rows]
+    )
+
+
+class Drawn:
+    """What was drawn, and is on its way to the host.
+
+    Args:
+        tokens: int64 [n]; provisional in the rows of ``unsure``.
+        best: float32 [n], each row's largest logit: finite if and only if the row is.
+    """
+
+    def __init__(self, tokens: Tensor, best: Tensor, unsure: _Unsure | None, ranked: _Ranked | None) -> None:
+        self.tokens = tokens
+        self._unsure = unsure
+        self._ranked = ranked
+        enough = [unsure.enough] if unsure else []
+        self._download = Download([tokens, best, *enough, *(ranked.results if ranked else ())])
+
+    def read(self) -> list[Draw]:
+        """By row, its draw. Waits until the device has got there."""
+        tokens, best, *rest = self._download.wait()
+        with _beside(self.tokens.device):
+            revised = self._unsure.revise(rest.pop(0).tolist()) if self._unsure else {}
+            logprobs = self._ranked.read(rest, revised) if self._ranked else {}
+        return [
+            Draw(revised.get(i, token) if math.isfinite(logit) else None, logprobs.get(i), i in revised)
+            for i, (token, logit) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True))
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsure:
+    """Truncated rows, drawn from their most probable tokens: only ``enough`` [rows] says if that was right.
+
+    The device cannot branch and the host does not know yet, so the few rows for which it was not are drawn
+    again when the step is read.
+    """
+
+    rows: list[int]
+    distributions: Distributions
+    enough: Tensor
+
+    def revise(self, enough: list[bool]) -> dict[int, int]:
+        """By row, the right tokens of those that were not drawn right."""
+        wrong = [j for j, right in enumerate(enough) if not right]
+        if not wrong:
+            return {}
+        tokens = self.distributions.draw_from_all(_on(wrong, self.enough.device)).tolist()
+        return {self.rows[j]: token for j, token in zip(wrong, tokens, strict=True)}
+
+
+# -- log-probabilities ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Log-probabilities of the rows that asked for any: the whole table, and what the host gets of it.
+
+    Attributes:
+        counts: by row, how many of the most likely tokens it asked for.
+        results: the drawn tokens' own; the most likely tokens; theirs.
+    """
+
+    counts: dict[int, int]
+    table: Tensor
+    results: tuple[Tensor, Tensor, Tensor]
+
+    def read(self, results: SequenceOf[Tensor], revised: dict[int, int]) -> dict[int, RankedLogprobs]:
+        own, ids, top = (result.tolist() for result in results)
+        for j, i in enumerate(self.counts):
+            if i in revised:
+                own[j] = self.table[j, revised[i]].item()
+        ranked = zip(self.counts.items(), own, ids, top, strict=True)
+        return {
+            i: RankedLogprobs(value, tuple(row_ids[:k]), tuple(row[:k]))
+            for (i, k), value, row_ids, row in ranked
+        }
+
+
+def _rank(logits: Tensor, sequences: SequenceOf[Sequence], drawn: Tensor) -> _Ranked | None:
+    """Of the model's own distribution."""
+    counts = {i: s.params.logprobs for i, s in enumerate(sequences) if s.params.logprobs is not None}
+    if not counts:
+        return None
+    table = torch.log_softmax(_pick(logits, list(counts)), dim=-1)
+    most = min(max(_RANKED, *counts.values()), logits.shape[1])
+    top, ids = table.topk(most, dim=-1)
+    own = table.gather(1, _pick(drawn, list(counts))[:, None])[:, 0]
+    return _Ranked(counts, table, (own, ids, top))
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, in order; the tensor itself if that is all of them."""
+    return tensor if len(rows) == len(tensor) else tensor[_on(rows, tensor.device)]
+
+
+def _put(tensor: Tensor, rows: list[int], values: Tensor) -> None:
+    tensor[_on(rows, tensor.device)] = values
+
+
+def _on(rows: list[int], device: torch.device) -> Tensor:
+    return send(torch.tensor(rows), device)
+
+
+def _beside(device: torch.device) -> AbstractContextManager[object]:
+    """Where work on what has been computed need not queue behind the step that is under way."""
+    return torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -1,0 +1,46 @@
+"""What was asked for on the command line, as training takes it."""
+
+from __future__ import annotations
+
+import argparse
+
+from adapters.artifact.adapter import Limits
+from adapters.base.source import name_of
+from adapters.errors import AdapterNameInvalid
+from adapters.paths import check_name
+from adapters.training import TrainConfig
+from adapters.training.servable import Serving
+from server.config import ServerConfig
+from server.finetune.command.options import chosen
+from server.finetune.evaluation.metrics import is_short
+
+
+def train_config(arguments: argparse.Namespace, server: ServerConfig) -> TrainConfig:
+    """Raises RecipeInvalid."""
+    return TrainConfig(
+        data=arguments.data,
+        eval_data=arguments.eval,
+        base=server.base.base,
+        home=server.home,
+        quantization=server.base.quantization,
+        head_quantization=server.base.head_quantization,
+        allow_special_tokens=server.base.allow_special_tokens,
+        device=server.base.device,
+        **chosen(arguments),
+    )
+
+
+def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> None:
+    """Raises AdapterNameInvalid.
+
+    The names of the base are for the server to check if it asks: it may have others for it.
+    """
+    name = check_name(arguments.name)
+    if arguments.job is None and name == name_of(server.base.base):
+        raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
+
+
+def serving_of(server: ServerConfig) -> Serving:
+    """What the server allows that is to serve the adapter."""
+    adapters = server.adapters
+    return Serving(Limits(adapters.max_lora_rank, adapters.max_bytes), adapters.extra_memory, is_short)

@@ -1,0 +1,105 @@
+"""An adapter beside the base, measured by the serving engine itself: the same steps, batches and kernels.
+
+The adapter is a folder anywhere. It is served to nobody but the rows here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from adapters.artifact.config import MAX_CONFIG_BYTES, parse_config
+from adapters.artifact.files import CONFIG_FILE, open_folder, read_file
+from adapters.training.dataset import Dataset
+from server.config import ServerConfig, from_args
+from server.engine.build import build_parts
+from server.finetune.evaluation.examiner import Examiner, Tick
+from server.finetune.evaluation.result import Evaluation, Model
+
+_FRUGAL = ("--kv-cache-memory", "1GiB", "--enforce-eager")
+
+
+def evaluate_adapter(
+    base: str,
+    home: Path,
+    quantization: str,
+    device: str,
+    data: Dataset,
+    adapter: Path,
+    replaced: Path | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+    head_quantization: str = "none",
+    allow_special_tokens: bool = False,
+    ignore_adapter_templates: bool = False,
+    tick: Tick = lambda *_: None,
+) -> Evaluation:
+    """Measure an adapter, the base, and the version that the adapter would replace.
+
+    It takes no more of a GPU than it needs: a server that has taken its share may be running there.
+
+    Args:
+        base, home, quantization, head_quantization, device, allow_special_tokens, ignore_adapter_templates:
+            as for ``manylora serve``.
+        data: held-out conversations.
+        adapter, replaced: PEFT folders, anywhere.
+        threads: of the CPU kernels; None = as many as this process may run on.
+        progress: a bar on stderr.
+        tick: called in every step.
+
+    Raises:
+        ConfigError, BaseModelError: the base cannot be served like that.
+        AdapterError: a folder is no adapter of this base that can be served.
+        TrainingError: rows cannot be encoded as training encodes them.
+        EvaluationFailed: a question does not fit into the context, or the engine could not finish a row.
+    """
+    flags = ["--base", base, "--home", str(home), "--device", device]
+    flags += ["--quantization", quantization, "--head-quantization", head_quantization]
+    flags += [] if threads is None else ["--threads", str(threads)]
+    flags += ["--allow-special-tokens"] if allow_special_tokens else []
+    flags += ["--ignore-adapter-templates"] if ignore_adapter_templates else []
+    flags += _FRUGAL
+    return evaluate(from_args(flags, environ={}), data, adapter, replaced, progress, tick)
+
+
+def evaluate(
+    config: ServerConfig,
+    data: Dataset,
+    adapter: Path,
+    replaced: Path | None = None,
+    progress: bool = False,
+    tick: Tick = lambda *_: None,
+) -> Evaluation:
+    """See ``evaluate_adapter``. ``config`` is a server's: its sizes count, its adapter folder does not."""
+    folders: dict[Model, Path] = {"adapter": adapter.resolve()}
+    if replaced is not None:
+        folders["replaced"] = replaced.resolve()
+    with tempfile.TemporaryDirectory() as empty:
+        parts = build_parts(_sized_for(config, folders.values(), Path(empty)))
+    try:
+        return Examiner(parts, folders, progress, tick).examine(data)
+    finally:
+        parts.residency.close()
+        parts.tokenizer.speeches.close()
+
+
+def _sized_for(config: ServerConfig, folders: Iterable[Path], adapter_dir: Path) -> ServerConfig:
+    """The same server with room for these adapters, and without a prefix cache, which would hide tokens."""
+    ranks = [_rank(folder) for folder in folders]
+    adapters = replace(
+        config.adapters,
+        folder=adapter_dir,
+        max_loras=len(ranks),
+        max_lora_rank=max(ranks),
+        pool_rows=sum(ranks),
+    )
+    return replace(config, adapters=adapters, engine=replace(config.engine, prefix_caching=False))
+
+
+def _rank(folder: Path) -> int:
+    """The largest rank of any module. Raises AdapterError."""
+    with open_folder(folder) as descriptor:
+        settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
+    return max([settings.r, *settings.rank_pattern.values()])

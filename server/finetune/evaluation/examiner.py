@@ -1,0 +1,179 @@
+"""Asks an engine all held-out rows for every model at once, and marks what comes back.
+
+Each model is asked through its own chat template, as it is served. Passages are read for the
+log-probabilities of their learnt tokens, questions are answered greedily. The models' requests mix in the
+engine's batches as tenants' do.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from tqdm import tqdm
+
+from adapters.registry import Version
+from adapters.training.dataset import Dataset
+from server.engine.build import Parts
+from server.engine.interface import GenerationRequest, SamplingParams
+from server.finetune.evaluation.cases import Passage, Question, make_passages, make_questions
+from server.finetune.evaluation.errors import EvaluationFailed
+from server.finetune.evaluation.metrics import exact_match, token_f1
+from server.finetune.evaluation.result import Answers, Evaluation, Model, Scores
+from server.finetune.evaluation.scoring import PromptScorer
+
+Drawn = dict[str, list[int]]
+"""By request id, the tokens drawn."""
+
+Tick = Callable[[int, int], object]
+"""Told how many requests are done, and of how many."""
+
+_POLL_SECONDS = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """All rows, rendered through one chat template."""
+
+    passages: Sequence[Passage]
+    questions: Sequence[Question]
+
+
+class Examiner:
+    """Uses ``parts`` for one examination; they serve nobody else meanwhile.
+
+    Args:
+        parts: an engine without a prefix cache, which would hide tokens.
+        folders: the adapters to examine beside the base, by what the result calls them.
+        progress: a bar on stderr.
+        tick: called in every step.
+
+    Raises:
+        AdapterError: a folder is no adapter of this base that can be served.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        folders: Mapping[Model, Path],
+        progress: bool = False,
+        tick: Tick = lambda *_: None,
+    ) -> None:
+        self._parts = parts
+        self._progress, self._tick = progress, tick
+        self._versions: dict[Model, Version | None] = {"base": None}
+        for model, folder in folders.items():
+            info = parts.registry.inspect(folder)
+            self._versions[model] = Version(model, info.digest, folder, info, time.time())
+        speeches = parts.tokenizer.speeches
+        self._speeches = {
+            model: speeches.of(version.info.own_text if version else None)
+            for model, version in self._versions.items()
+        }
+
+    def examine(self, data: Dataset) -> Evaluation:
+        """Raises EvaluationFailed or TrainingError: a row cannot be asked, or did not come to an end."""
+        began = time.monotonic()
+        tokenizer, max_model_len = self._parts.tokenizer, self._parts.info.max_model_len
+        cases = {
+            speech: Cases(
+                make_passages(data, speech, max_model_len),
+                make_questions(data.rows, tokenizer, speech, max_model_len),
+            )
+            for speech in set(self._speeches.values())
+        }
+        asked = {model: cases[speech] for model, speech in self._speeches.items()}
+        scorer, drawn = self._ask(asked)
+        passages, questions = asked["base"].passages, asked["base"].questions
+        answers = tuple(self._answers(i, question, drawn) for i, question in enumerate(questions))
+        scores = {
+            model: _scores(model, len(asked[model].passages), scorer, answers) for model in self._versions
+        }
+        return Evaluation(
+            rows=len(data.rows),
+            tokens=sum(len(passage.targets) for passage in passages),
+            short_rows=len(questions),
+            seconds=time.monotonic() - began,
+            base=scores["base"],
+            adapter=scores["adapter"],
+            replaced=scores.get("replaced"),
+            answers=answers,
+        )
+
+    def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Drawn]:
+        """Run all requests of all models to their end."""
+        engine = self._parts.engine
+        targets = {
+            _passage_id(model, i): passage.targets
+            for model in self._versions
+            for i, passage in enumerate(asked[model].passages)
+        }
+        engine.model = scorer = PromptScorer(self._parts.model, targets)
+        drawn: Drawn = {}
+        for model in self._versions:
+            for i, passage in enumerate(asked[model].passages):
+                self._add(model, _passage_id(model, i), passage.tokens, 1, drawn)
+            for i, question in enumerate(asked[model].questions):
+                self._add(model, _question_id(model, i), question.prompt, question.max_tokens, drawn)
+        done = 0
+        hidden = None if self._progress else True  # None: without a terminal
+        with tqdm(total=len(drawn), desc="Evaluating", unit="request", disable=hidden) as bar:
+            while engine.busy:
+                self._step(drawn)
+                ended = len(engine.take_ended())
+                bar.update(ended)
+                done += ended
+                self._tick(done, len(drawn))
+        return scorer, drawn
+
+    def _add(
+        self, model: Model, request_id: str, prompt: tuple[int, ...], max_tokens: int, drawn: Drawn
+    ) -> None:
+        version = self._versions[model]
+        if version is not None:
+            self._parts.registry.acquire(version)
+        greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        name = version.name if version is not None else None
+        request = GenerationRequest(request_id, prompt, name, greedy)
+        self._parts.engine.add(request, version, seed=0, eos=self._speeches[model].eos)
+        drawn[request_id] = []
+
+    def _step(self, drawn: Drawn) -> None:
+        outputs = self._parts.engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise EvaluationFailed(f"The engine could not finish {output.request_id}: {output.error}")
+            drawn[output.request_id].append(output.token)
+        if not outputs and not self._parts.engine.running:
+            time.sleep(_POLL_SECONDS)  # an adapter is on its way to the device
+
+    def _answers(self, i: int, question: Question, drawn: Drawn) -> Answers:
+        decode = self._parts.tokenizer.decode
+        given = {
+            model: decode(drawn[_question_id(model, i)], skip_special_tokens=True) for model in self._versions
+        }
+        return Answers(question.line, question.reference, given)
+
+
+def _passage_id(model: Model, i: int) -> str:
+    return f"passage {i + 1} of the {model}"
+
+
+def _question_id(model: Model, i: int) -> str:
+    return f"question {i + 1} of the {model}"
+
+
+def _scores(model: Model, passages: int, scorer: PromptScorer, answers: Sequence[Answers]) -> Scores:
+    logprobs = [value for i in range(passages) for value in scorer.logprobs[_passage_id(model, i)].values()]
+    loss = -math.fsum(logprobs) / len(logprobs)
+    if not answers:
+        return Scores(loss, None, None)
+    return Scores(
+        loss,
+        exact_match=fmean(exact_match(one.given[model], one.reference) for one in answers),
+        token_f1=fmean(token_f1(one.given[model], one.reference) for one in answers),
+    )

@@ -1,0 +1,150 @@
+"""``manylora bench quality``: train every sample by the real command, then measure it through the engine.
+
+For each task of ``adapters/samples``: ``manylora train`` in a process of its own, on its training rows alone;
+then base and adapter on the held-out rows. What is printed is what this machine did just now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.samples.recipes import RECIPES, data_of
+from server.finetune.evaluation.errors import EvaluationFailed
+
+if TYPE_CHECKING:
+    from server.finetune.evaluation.result import Evaluation
+
+_HEADINGS = (
+    *("task", "rows trained", "rows held out", "exact match base", "adapter", "token F1 base", "adapter"),
+    *("loss base", "adapter", "training, s", "tokens/s"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One task's figures.
+
+    Attributes:
+        metrics: what the training command wrote of itself (``result.json``).
+        seconds: wall clock of the whole command, from its start to the finished adapter.
+    """
+
+    task: str
+    metrics: dict[str, Any]
+    seconds: float
+    evaluation: Evaluation
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens passed through the model in training, over the time spent training."""
+        return float(self.metrics["tokens"] * self.metrics["epochs"] / self.metrics["seconds"])
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "options": RECIPES[self.task],
+            "training": self.metrics,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "evaluation": self.evaluation.as_json(),
+        }
+
+
+def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the kind ``quality`` to ``manylora bench``."""
+    quality = kinds.add_parser("quality", help="train the samples and measure them", description=__doc__)
+    quality.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(RECIPES)} (default: all)")
+    quality.add_argument(
+        "--home", type=Path, default=Path(".manylora"), metavar="DIR", help="(default: %(default)s)"
+    )
+    quality.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the adapters there")
+    quality.add_argument("--threads", type=int, metavar="N", help="(default: as many as there are CPUs)")
+    quality.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    quality.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, measure and print, one task after the other."""
+    unknown = sorted(set(arguments.tasks) - RECIPES.keys())
+    if unknown:
+        raise EvaluationFailed(f"There is no sample {unknown[0]!r}; there are {', '.join(RECIPES)}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = arguments.output_dir or Path(scratch) / "adapters"
+        proofs = [
+            prove(task, arguments.home, kept, Path(scratch) / task, arguments.threads)
+            for task in arguments.tasks or RECIPES
+        ]
+    print(markdown(proofs))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([proof.as_json() for proof in proofs], indent=2) + "\n")
+    return 0
+
+
+def prove(task: str, home: Path, output_dir: Path, run_dir: Path, threads: int | None = None) -> Proof:
+    """Train ``task`` into ``output_dir`` and evaluate what came of it.
+
+    Raises:
+        EvaluationFailed: the training command did not end well; its own message is on stderr.
+    """
+    from adapters.training.dataset import read_dataset
+    from server.finetune.evaluation.evaluate import evaluate_adapter  # only now: it brings torch
+
+    training, held_out = data_of(task)
+    words = [
+        "--data",
+        training,
+        "--name",
+        task,
+        "--home",
+        home,
+        "--output-dir",
+        output_dir,
+        "--run-dir",
+        run_dir,
+    ]
+    words += [] if threads is None else ["--threads", threads]
+    began = time.monotonic()
+    command = [sys.executable, "-m", "server.cli", "train", *map(str, words), *RECIPES[task]]
+    if subprocess.run(command, check=False).returncode:
+        raise EvaluationFailed(f"Training {task} failed; its own message is above.")
+    seconds = time.monotonic() - began
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    rows = read_dataset(held_out)
+    evaluation = evaluate_adapter(
+        "smollm2-135m", home, "nf4", "auto", rows, output_dir / task, threads=threads, progress=True
+    )
+    return Proof(task, result["metrics"], seconds, evaluation)
+
+
+def markdown(proofs: Iterable[Proof]) -> str:
+    """The table, as a README takes it."""
+    rows: list[Sequence[str]] = [_HEADINGS, ["---", *["---:"] * (len(_HEADINGS) - 1)]]
+    rows += [_cells(proof) for proof in proofs]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(proof: Proof) -> Sequence[str]:
+    found = proof.evaluation
+    return [
+        proof.task,
+        str(proof.metrics["rows"]),
+        str(found.rows),
+        *(_share(scores.exact_match) for scores in (found.base, found.adapter)),
+        *(_share(scores.token_f1) for scores in (found.base, found.adapter)),
+        *(f"{scores.loss:.2f}" for scores in (found.base, found.adapter)),
+        f"{proof.seconds:.0f}",
+        f"{proof.tokens_per_second:.0f}",
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

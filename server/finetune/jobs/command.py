@@ -1,0 +1,88 @@
+"""From a job to the command line that trains it, and the environment it runs in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from server.config import ServerConfig, TrainingConfig
+from server.finetune.jobs.database import Job
+from server.finetune.jobs.files import Files
+
+PROGRAM: tuple[str, ...] = (sys.executable, "-m", "server.cli", "train")
+
+_HYPERPARAMETERS = {
+    "n_epochs": "--epochs",
+    "batch_size": "--batch-size",
+    "learning_rate_multiplier": "--lr-multiplier",
+}
+_RECIPE = {
+    "adapter_method": "--method",
+    "r": "--r",
+    "alpha": "--alpha",
+    "dropout": "--dropout",
+    "learning_rate": "--lr",
+    "max_seq_len": "--max-seq-len",
+    "max_steps": "--max-steps",
+    "packing": "--packing",
+    "prune_rank": "--prune-rank",
+    "require_improvement": "--require-improvement",
+    "target_modules": "--target-modules",
+}
+FIELDS = {flag: name for name, flag in _RECIPE.items()} | {
+    flag: f"hyperparameters.{name}" for name, flag in _HYPERPARAMETERS.items()
+}
+"""By flag of the command: the field of a job."""
+
+
+def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig) -> list[str]:
+    """The command that trains ``job`` in ``run_folder``, or goes on with it there."""
+    arguments: dict[str, object] = {
+        "--data": files.path(job.training_file),
+        "--eval": files.path(job.validation_file) if job.validation_file else None,
+        "--name": job.fine_tuned_model,
+        "--job": job.id,
+        "--output-dir": config.adapters.folder,
+        "--run-dir": run_folder,
+        "--base": config.base.base,
+        "--quantization": config.base.quantization,
+        "--head-quantization": config.base.head_quantization,
+        "--allow-special-tokens": config.base.allow_special_tokens,
+        "--ignore-adapter-templates": config.adapters.ignore_templates,
+        "--device": "cpu" if config.training.gpu == "none" else config.base.device,
+        "--gpu-memory": config.training.gpu_memory,
+        "--max-lora-rank": config.adapters.max_lora_rank,
+        "--max-lora-bytes": config.adapters.max_bytes,
+        "--lora-extra-memory": config.adapters.extra_memory,
+        "--home": config.home,
+        "--seed": job.seed,
+        "--threads": config.training.threads,
+        "--duty": 1 - config.training.idle_share,
+        "--resume": True,
+    }
+    arguments |= {flag: job.hyperparameters.get(name) for name, flag in _HYPERPARAMETERS.items()}
+    arguments |= {flag: job.recipe.get(name) for name, flag in _RECIPE.items()}
+    return [*PROGRAM, *(word for flag, value in arguments.items() for word in _words(flag, value))]
+
+
+def train_environ(config: TrainingConfig) -> dict[str, str]:
+    """This process's, without our own variables: keys are none of the child's business.
+
+    The workers of a job sleep when they wait: spinning would take time from serving.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MANYLORA_")}
+    if config.gpu != "auto":
+        own["CUDA_VISIBLE_DEVICES"] = "" if config.gpu == "none" else config.gpu
+    return own | {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _words(flag: str, value: object) -> list[str]:
+    if value is None or value is False or value == "auto":
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, list):
+        value = ",".join(value)
+    # As one word: a value that begins with a dash is a value all the same.
+    return [f"{flag}={value:.12g}" if isinstance(value, float) else f"{flag}={value}"]

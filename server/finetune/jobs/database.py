@@ -1,0 +1,238 @@
+"""The state folder's SQLite file: what is stored, and transactions that survive ``kill -9`` at any moment.
+
+Every call blocks, so none belongs on the event loop. Several servers may share one file.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, get_args
+
+from sqlalchemy import JSON, Connection, Engine, ForeignKey, create_engine, event
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
+
+from server.finetune.jobs.errors import DISK_FULL, StateBusy, StateUnusable, StorageFull
+from server.finetune.jobs.reserve import Reserve
+
+T = TypeVar("T")
+
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+BUSY_SECONDS = 30
+"""How long a transaction waits for another process's."""
+
+Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+UNFINISHED: tuple[Status, ...] = ("queued", "running", "paused")
+Level = Literal["info", "warn", "error"]
+
+
+class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
+    """A row is a plain object; outside its transaction it is only read. ``seq`` is the order of insertion."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON}
+
+
+class StoredFile(Table):
+    """An uploaded file, or the results of a job. Its bytes lie under ``files/<id>`` of the state folder.
+
+    Attributes:
+        sha256: of the bytes, in hex.
+        format: which kind of training rows it has; None for results.
+        unused_fields: those of its rows that say nothing to the base, and in how many rows they are.
+    """
+
+    __tablename__ = "files"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, init=False)
+    id: Mapped[str] = mapped_column(unique=True)
+    bytes: Mapped[int]
+    created_at: Mapped[float]
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    sha256: Mapped[str]
+    format: Mapped[str | None]
+    rows: Mapped[int | None]
+    unused_fields: Mapped[dict[str, Any]] = mapped_column(default_factory=dict, server_default="{}")
+
+
+class Job(Table):
+    """One fine-tuning job.
+
+    Attributes:
+        status: what the job shall be; the runner makes its child process follow.
+        hyperparameters: OpenAI's three, as given or "auto".
+        recipe: our additions, as given.
+        fine_tuned_model: the name that the result will have, or has.
+        child: ``pid:start time`` of the process that trains; "" before it is known; None when there is none
+            whose end is still to be written down.
+        deaths: children killed since the last checkpoint.
+        metrics_read: bytes of the child's ``metrics.jsonl`` that have become events.
+        seconds: for which children have run.
+    """
+
+    __tablename__ = "jobs"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, init=False)
+    id: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[float]
+    model: Mapped[str]
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    fine_tuned_model: Mapped[str] = mapped_column(index=True)
+    seed: Mapped[int]
+    hyperparameters: Mapped[dict[str, Any]]
+    recipe: Mapped[dict[str, Any]]
+    tags: Mapped[dict[str, Any]]
+    status: Mapped[Status] = mapped_column(index=True, default="queued")
+    finished_at: Mapped[float | None] = mapped_column(default=None)
+    estimated_finish: Mapped[float | None] = mapped_column(default=None)
+    trained_tokens: Mapped[int | None] = mapped_column(default=None)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True), default=None)
+    result_files: Mapped[list[str]] = mapped_column(default_factory=list)
+    child: Mapped[str | None] = mapped_column(index=True, default=None)
+    deaths: Mapped[int] = mapped_column(default=0)
+    metrics_read: Mapped[int] = mapped_column(default=0)
+    seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class JobEvent(Table):
+    """Something that happened to a job.
+
+    Attributes:
+        kind: ``message``, ``metrics`` or ``checkpoint``.
+    """
+
+    __tablename__ = "events"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, init=False)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[float]
+    level: Mapped[Level]
+    kind: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    id: Mapped[str] = mapped_column(unique=True, default_factory=lambda: f"ftevent-{secrets.token_hex(12)}")
+
+
+def _create_tables(connection: Connection) -> None:
+    Table.metadata.create_all(connection)
+
+
+def _add_unused_fields(connection: Connection) -> None:
+    columns = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(files)")}
+    if "unused_fields" not in columns:  # the tables were made by an earlier version
+        connection.exec_driver_sql("ALTER TABLE files ADD COLUMN unused_fields JSON NOT NULL DEFAULT '{}'")
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables, _add_unused_fields)
+"""What makes version n + 1 of version n; ``PRAGMA user_version`` is how many a file has been through."""
+
+
+class Database:
+    """Transactions on one file. Thread-safe.
+
+    Attributes:
+        reserve: disk space beside the file, for ``freeing``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates it. Raises StateUnusable."""
+        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
+        event.listen(self._engine, "connect", _on_connect)
+        event.listen(self._engine, "begin", _on_begin)
+        self._writing = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+        self.reserve = Reserve(path.with_name("reserve"))
+        try:
+            self._open(path)
+        except SQLAlchemyError as error:
+            raise StateUnusable(f"The database {path} cannot be used: {error.args[0]}.") from error
+        self.reserve.keep()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A consistent view; nothing that is changed in it is kept."""
+        with self._session(self._engine) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """All or nothing, alone, and on the disk when it ends well. Raises StorageFull, StateBusy."""
+        try:
+            with self._session(self._writing) as session, session.begin():
+                yield session
+        except OperationalError as error:
+            if _is_full(error):
+                raise StorageFull(DISK_FULL) from error
+            if _code(error) == sqlite3.SQLITE_BUSY:
+                message = f"Another process has held the state database for {BUSY_SECONDS} s; try again."
+                raise StateBusy(message) from error
+            raise
+
+    def freeing(self, change: Callable[[Session], T]) -> T:
+        """``change`` in a transaction that ends or deletes something: on a full disk it takes the reserve.
+
+        Call ``reserve.keep`` once the room is free that it makes. Raises StorageFull, without a reserve.
+        """
+        try:
+            with self.write() as session:
+                return change(session)
+        except StorageFull:
+            self.reserve.give_up()
+            with self.write() as session:
+                return change(session)
+
+    def close(self) -> None:
+        """Give the connections back; the next transaction opens new ones."""
+        self._engine.dispose()
+
+    def _session(self, engine: Engine) -> Session:
+        return Session(engine, expire_on_commit=False)
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._migrate(path)
+        except OperationalError as error:  # a server on a full disk must start: files are deleted through it
+            if not _is_full(error):
+                raise
+            self.reserve.give_up()
+            self._migrate(path)
+
+    def _migrate(self, path: Path) -> None:
+        with self._writing.begin() as connection:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if version > len(MIGRATIONS):
+                raise StateUnusable(
+                    f"The database {path} has version {version}, this manylora knows {len(MIGRATIONS)}: "
+                    "use the newer manylora, or another --home."
+                )
+            for migrate in MIGRATIONS[version:]:
+                migrate(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _code(error: OperationalError) -> int | None:
+    """SQLite's own."""
+    code: int | None = getattr(error.orig, "sqlite_errorcode", None)
+    return code
+
+
+def _is_full(error: OperationalError) -> bool:
+    return _code(error) in _FULL
+
+
+def _on_connect(connection: Any, _: object) -> None:
+    connection.isolation_level = (
+        None  # transactions begin where ``_on_begin`` says, not where sqlite3 guesses
+    )
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")  # what a client was told survives a power cut too
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _on_begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,105 @@
+"""How a training process ended, from its exit code and what it wrote last."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from server.finetune.jobs import progress
+from server.finetune.jobs.database import Status
+
+Outcome = Literal["published", "failed", "left", "died"]
+LOG = "train.log"
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What became of one attempt at a job.
+
+    Attributes:
+        outcome: ``published``: an adapter is in the adapter folder; ``left``: it stopped as it was told, and
+            can go on; ``died``: killed by a signal; ``failed``: it would fail again.
+        code: OpenAI's machine-readable code of a failure.
+        message: a whole sentence.
+        trained_tokens: None if it did not say.
+        evaluation: the figures on the validation file, beside the base's; None without such a file.
+    """
+
+    outcome: Outcome
+    code: str | None = None
+    message: str = ""
+    trained_tokens: int | None = None
+    evaluation: dict[str, Any] | None = None
+
+    def error(self) -> dict[str, Any]:
+        """OpenAI's ``error`` of a job."""
+        return {"code": self.code or "training_failed", "message": self.message, "param": None}
+
+    def told(self, status: Status) -> str:
+        """The event that tells of it, when it left the job at ``status``."""
+        if status == "succeeded":
+            return "The job has successfully completed"
+        if status == "failed":
+            return f"Fine-tuning job failed: {self.message}"
+        what = "The job rests" if status == "paused" else "The job waits to go on"
+        return f"{self.message} {what} from its last checkpoint".lstrip()
+
+
+def ending_of(folder: Path, code: int | None) -> Ending:
+    """The end of the process that trained in ``folder``.
+
+    Args:
+        code: its exit code (negative: a signal); None if it was told to stop, or ended with its server.
+    """
+    result = progress.read_result(folder)
+    if result is not None and result.status in _RESULTS:
+        return _RESULTS[result.status](result)
+    if code is None or code == _INTERRUPTED:
+        return Ending("left")
+    if code < 0:
+        return Ending("died", "process_died", f"The training process was killed by {_signal(-code)}.")
+    message = _last_words(folder) or f"The training process ended with exit code {code}."
+    return Ending("failed", "training_failed", message)
+
+
+def _published(result: progress.Result) -> Ending:
+    tokens = result.metrics.get("trained_tokens")
+    count = int(tokens) if isinstance(tokens, int | float) else None
+    return Ending("published", trained_tokens=count, evaluation=result.evaluation)
+
+
+def _kept(result: progress.Result) -> Ending:
+    reason = result.reason or "The adapter was not published."
+    return Ending("failed", "not_improved", reason, evaluation=result.evaluation)
+
+
+def _failed(result: progress.Result) -> Ending:
+    return Ending("failed", _code(result.error_type), result.reason or "Training failed.")
+
+
+_RESULTS = {"published": _published, "kept": _kept, "failed": _failed}
+
+
+def _code(error_type: str | None) -> str:
+    """``OutOfMemory`` as ``out_of_memory``."""
+    name = error_type or "TrainingFailed"
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_words(folder: Path) -> str:
+    """The last line it printed, without the command's name in front."""
+    try:
+        lines = (folder / LOG).read_text("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1].removeprefix("manylora train: ")[:1000] if lines else ""

@@ -1,0 +1,37 @@
+"""Fine-tuning in Prometheus' terms. It is scraped on the event loop, so it tells what the runner saw last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from server.finetune.jobs.database import STATUSES, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """All jobs of the state folder: how many there are of each status, and the seconds they have run."""
+
+    jobs: Mapping[Status, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class TrainingCollector(Collector):
+    """Asks for ``totals`` at every scrape."""
+
+    def __init__(self, totals: Callable[[], Totals]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        totals = self._totals()
+        jobs = GaugeMetricFamily("manylora_fine_tuning_jobs", "Fine-tuning jobs", labels=["status"])
+        for status in STATUSES:
+            jobs.add_metric([status], totals.jobs.get(status, 0))
+        yield jobs
+        yield CounterMetricFamily(
+            "manylora_fine_tuning_seconds", "Time for which training processes have run", totals.seconds
+        )

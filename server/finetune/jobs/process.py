@@ -1,0 +1,88 @@
+"""One training process: begun in a session of its own, told to end, and known again after a restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from server.finetune.jobs.child import wrapped
+
+_GONE_SECONDS = 10.0
+
+
+class Child:
+    """A running training process.
+
+    Attributes:
+        identity: names this very process, also to a later server: ``pid:start time``.
+        started: monotonic seconds.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environ: Mapping[str, str], nice: int) -> None:
+        """Begins it; its output is added to ``log``. Raises OSError."""
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                wrapped(command, nice),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environ,
+                # A group to signal, but not a session: Linux shares the processors out among sessions first
+                # (autogroups), and niceness would count for nothing beside the server.
+                process_group=0,
+            )
+        self.started = time.monotonic()
+        self.identity = f"{self._process.pid}:{_start_time(self._process.pid)}"
+        self._kill_at: float | None = None
+
+    def poll(self) -> int | None:
+        """The exit code (negative: the signal that killed it), or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def told(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._kill_at is not None
+
+    def stop(self, patience: float) -> None:
+        """Ask it to end at a checkpoint; call again and again: after ``patience`` seconds it is killed."""
+        now = time.monotonic()
+        if self._kill_at is None:
+            self._kill_at = now + patience
+            self._signal(signal.SIGTERM)
+        elif now >= self._kill_at:
+            self._signal(signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+def kill_leftover(identity: str) -> None:
+    """Make sure that the process of an earlier server is gone, if that very process is still there."""
+    pid, _, started = identity.partition(":")
+    deadline = time.monotonic() + _GONE_SECONDS
+    while started and _start_time(int(pid)) == started and time.monotonic() < deadline:
+        with suppress(ProcessLookupError):
+            os.killpg(int(pid), signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks from boot to the start of a process that runs; "" if there is none, or no ``/proc``."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if after_name[0] == "Z" else after_name[19]

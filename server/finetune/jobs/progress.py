@@ -1,0 +1,151 @@
+"""What a run folder tells: ``metrics.jsonl`` as it grows, ``result.json`` once it is there. Reads only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from server.finetune.jobs.database import JobEvent
+
+logger = logging.getLogger("manylora.jobs")
+
+METRICS, RESULT = "metrics.jsonl", "result.json"
+_MOST = 1 << 20
+"""Bytes taken at once, so that no transaction grows with how long nobody has looked."""
+_TRAIN = {"loss": "train_loss", "accuracy": "train_mean_token_accuracy"}
+_VALID = {"loss": "full_valid_loss", "accuracy": "full_valid_mean_token_accuracy"}
+_BOTH = _TRAIN | {f"eval_{name}": told for name, told in _VALID.items()}
+_RENAMED = {"step": _TRAIN, "eval": _VALID, "checkpoint": _BOTH}
+"""By event: the run's words, and OpenAI's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of ``metrics.jsonl``: a JSON object, every number in it finite."""
+
+    values: dict[str, Any]
+
+    @property
+    def event(self) -> str:
+        return str(self.values.get("event", "note"))
+
+    @property
+    def time(self) -> float:
+        told = self.values.get("time")
+        return float(told) if isinstance(told, int | float) else time.time()
+
+    def as_event(self, job_id: str) -> JobEvent:
+        """What clients are told of it."""
+        renamed = _RENAMED.get(self.event, {})
+        numbers = {
+            renamed.get(name, name): value
+            for name, value in self.values.items()
+            if isinstance(value, int | float) and name != "time"
+        }
+        kind = {"step": "metrics", "eval": "metrics", "checkpoint": "checkpoint"}.get(self.event, "message")
+        return JobEvent(
+            job_id=job_id,
+            created_at=self.time,
+            level="warn" if self.event == "warning" else "info",
+            kind=kind,
+            message=self._message(numbers),
+            data=numbers,
+        )
+
+    def estimated_finish(self) -> float | None:
+        """Unix time, if the line says how long it still takes."""
+        seconds = self.values.get("eta_seconds")
+        return self.time + seconds if isinstance(seconds, int | float) else None
+
+    def _message(self, numbers: dict[str, Any]) -> str:
+        at = f"Step {numbers.get('step')}/{numbers.get('total_steps', '?')}"
+        if self.event == "step":
+            return f"{at}: training loss={_short(numbers.get('train_loss'))}"
+        if self.event == "eval":
+            return f"{at}: validation loss={_short(numbers.get('full_valid_loss'))}"
+        if self.event == "checkpoint":
+            return f"Checkpoint created at step {numbers.get('step')}"
+        if self.event == "end":  # its own message says where on the server's disk the adapter is
+            return "The adapter is trained"
+        return str(self.values.get("message") or f"Training: {self.event}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """``result.json``, as the training command wrote it last of all."""
+
+    status: str
+    reason: str | None
+    error_type: str | None
+    metrics: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
+
+
+def read_lines(folder: Path, offset: int) -> tuple[list[Line], int]:
+    """The complete lines from byte ``offset`` on, and where the next begins.
+
+    A file that is shorter than ``offset`` was begun anew, and is read from its start.
+    """
+    try:
+        with (folder / METRICS).open("rb") as file:
+            if file.seek(0, 2) < offset:
+                offset = 0
+            file.seek(offset)
+            data = file.read(_MOST)
+    except FileNotFoundError:
+        return [], offset
+    complete = data[: data.rfind(b"\n") + 1]
+    lines = [line for line in map(_parse, complete.splitlines()) if line is not None]
+    return lines, offset + len(complete)
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result, once there is one."""
+    try:
+        values = json.loads((folder / RESULT).read_text("utf-8"))
+        metrics = dict(values.get("metrics") or {})
+        evaluation = dict(values["evaluation"]) if values.get("evaluation") else None
+        reason, error_type = values.get("reason"), values.get("error_type")
+        return Result(str(values["status"]), reason, error_type, metrics, evaluation)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("a result cannot be read", extra={"fields": {"folder": folder.name}})
+        return None
+
+
+def as_csv(events: Iterable[JobEvent]) -> str:
+    """The numbers of every ``metrics`` event, one a row."""
+    text = io.StringIO()
+    columns = ["step", "epoch", *_TRAIN.values(), *_VALID.values(), "learning_rate"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(event.data for event in events)
+    return text.getvalue()
+
+
+def _parse(line: bytes) -> Line | None:
+    """A line that was torn by a kill is none."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return (
+        Line({name: _finite(value) for name, value in values.items()}) if isinstance(values, dict) else None
+    )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(loss: Any) -> str:
+    return f"{loss:.4f}" if isinstance(loss, int | float) else "none"

@@ -1,0 +1,108 @@
+"""The models that jobs make, where they are served: published, taken back, and told from the operator's own.
+
+A job's result never replaces a folder that no job has made, nor a name that the operator has given to
+another folder; and no client removes one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+from collections.abc import Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterExists, AdapterNotFound
+from adapters.paths import folder_name
+from adapters.printable import printable
+from server.engine.interface import Service
+from server.finetune.command.origin import Origin
+
+_LOAD_SECONDS = 60.0
+
+
+class Served:
+    """``runner.Models``, carried from the runner's thread to the event loop of the service.
+
+    Coroutines and what asks for names that are served belong on that loop; the rest blocks.
+    """
+
+    def __init__(self, service: Service, root: Path, origin: Origin) -> None:
+        """``root`` is the adapter folder."""
+        self._service = service
+        self._root = root.absolute()
+        self._origin = origin
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def is_known(self, name: str) -> bool:
+        """Whether an adapter of that name is served, waited for, or failed."""
+        return bool(self._places(name))
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether the name means another folder than its own: so an operator has loaded it."""
+        return bool(self._places(name) - {printable(str(self._folder_of(name)))})
+
+    def has_folder(self, name: str) -> bool:
+        return self._folder_of(name).exists() or self._folder_of(name).is_symlink()
+
+    def is_made(self, name: str) -> bool:
+        """Whether a job has made the folder of that name."""
+        return self._origin.job_of(self._folder_of(name), name) is not None
+
+    def check_place(self, name: str) -> None:
+        """Raises AdapterExists if a job could not publish there, as it will be told again at its end."""
+        if self.has_folder(name) and not self.is_made(name):
+            raise _taken(name)
+
+    def publish(self, name: str, job: str) -> None:
+        if self._origin.job_of(self._folder_of(name), name) != job:
+            raise _taken(name)
+        self._on_loop(self._serve(name))
+
+    def retract(self, name: str, job: str) -> None:
+        if self._origin.job_of(self._folder_of(name), name) == job:
+            self._on_loop(self.unload(name))
+            self.remove(name)
+
+    async def unload(self, name: str) -> None:
+        """Serve it no longer, if it is served from its own folder."""
+        if not self.is_elsewhere(name):
+            with suppress(AdapterNotFound):
+                await self._service.unload_adapter(name)
+
+    def remove(self, name: str) -> bool:
+        """Renamed first, to what is never looked at: no half of it is ever seen. False if no job made it."""
+        folder = self._folder_of(name)
+        gone = folder.with_name(f".deleted-{secrets.token_hex(8)}")
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            return True
+        if self._origin.job_of(gone, name) is None:  # it came to that place a moment ago
+            gone.rename(folder)
+            return False
+        shutil.rmtree(gone, ignore_errors=True)
+        return True
+
+    async def _serve(self, name: str) -> None:
+        if self.is_elsewhere(name):
+            raise _taken(name)
+        await self._service.load_adapter(name, folder_name(name), True)
+
+    def _folder_of(self, name: str) -> Path:
+        return self._root / folder_name(name)
+
+    def _places(self, name: str) -> set[str]:
+        """Where what goes by that name is, unless it only ends its last requests."""
+        known = self._service.adapter(name)
+        return {str(self._root / known.path)} if known is not None and known.state != "draining" else set()
+
+    def _on_loop(self, work: Coroutine[Any, Any, object]) -> None:
+        assert self.loop is not None
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(_LOAD_SECONDS)
+
+
+def _taken(name: str) -> AdapterExists:
+    return AdapterExists(f"{name!r} is taken by a model that no fine-tuning job has made.")

@@ -1,0 +1,270 @@
+"""The jobs of one state folder: what clients may ask of them, as changes in the database.
+
+Nothing is done here but writing down what a job shall be; ``runner.py`` makes it so.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from adapters.errors import AdapterNameInvalid
+from adapters.paths import check_name
+from server.errors import InvalidRequest
+from server.finetune.jobs.database import UNFINISHED, Database, Job, JobEvent, Level, Status
+from server.finetune.jobs.errors import JobConflict, JobNotKnown
+from server.finetune.jobs.files import training_file
+from server.finetune.jobs.metrics import Totals
+from server.finetune.jobs.paging import Page, page_of
+
+_ID_CHARACTERS = string.ascii_lowercase + string.digits
+_MOST_NEWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job as a client asks for it.
+
+    Attributes:
+        model: the name of the base.
+        name: what the result shall be called; None = ``ft:model:suffix:id``.
+        suffix: "" = none.
+        seed: None = any.
+        hyperparameters, recipe, tags: as in ``Job``.
+    """
+
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    name: str | None = None
+    suffix: str = ""
+    seed: int | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has happened to jobs, as of one moment.
+
+    Attributes:
+        events: of all jobs, oldest first.
+        position: up to which events were looked at; the next news begin there.
+        more: there are more events than these.
+        live: ids of the jobs that may still have events after these.
+    """
+
+    events: list[JobEvent]
+    position: int
+    more: bool
+    live: frozenset[str]
+
+
+class Jobs:
+    """All jobs of one state folder. Every method blocks."""
+
+    def __init__(self, database: Database, on_change: Callable[[], None]) -> None:
+        """``on_change`` is called after a job was made or changed; it returns at once."""
+        self._database = database
+        self._on_change = on_change
+
+    def draft(self, wanted: Wanted) -> Job:
+        """A job that is not queued yet. Raises InvalidRequest naming the field."""
+        with self._database.read() as session:
+            _find_files(session, wanted.training_file, wanted.validation_file)
+        return Job(
+            id=f"ftjob-{secrets.token_hex(12)}",
+            created_at=time.time(),
+            model=wanted.model,
+            training_file=wanted.training_file,
+            validation_file=wanted.validation_file,
+            fine_tuned_model=_model_name(wanted),
+            seed=secrets.randbits(31) if wanted.seed is None else wanted.seed,
+            hyperparameters=wanted.hyperparameters,
+            recipe=wanted.recipe,
+            tags=wanted.tags,
+        )
+
+    def add(self, job: Job, warnings: Sequence[str] = ()) -> Job:
+        """Queue a draft. Raises InvalidRequest if a file of it is gone meanwhile."""
+        with self._database.write() as session:
+            _find_files(session, job.training_file, job.validation_file)
+            session.add(job)
+            session.flush()
+            tell(session, job, f"Created fine-tuning job: {job.id}")
+            for warning in warnings:
+                tell(session, job, warning, "warn")
+        self._on_change()
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """Raises JobNotKnown."""
+        with self._database.read() as session:
+            return find_job(session, job_id)
+
+    def list(self, after: str | None, limit: int, tags: dict[str, str] | None = None) -> Page[Job]:
+        """The newest first; of those with the given ``tags`` only. Raises InvalidRequest for ``after``."""
+        wanted = select(Job)
+        for key, value in (tags or {}).items():
+            wanted = wanted.where(Job.tags[key].as_string() == value)
+        with self._database.read() as session:
+            return page_of(session, wanted, Job, after, limit, ascending=False)
+
+    def events(self, job_id: str, after: str | None, limit: int, ascending: bool = False) -> Page[JobEvent]:
+        """The newest first unless ``ascending``. Raises JobNotKnown, or InvalidRequest for ``after``."""
+        wanted = select(JobEvent).where(JobEvent.job_id == job_id)
+        return self._events(wanted, job_id, after, limit, ascending)
+
+    def checkpoints(self, job_id: str, after: str | None, limit: int) -> Page[JobEvent]:
+        """The events that tell of checkpoints, the newest first. Raises as ``events``."""
+        wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "checkpoint")
+        return self._events(wanted, job_id, after, limit, ascending=False)
+
+    def news(self, position: int | None) -> News:
+        """The events after ``position``; None = none, only where they begin from now on."""
+        with self._database.read() as session:
+            if position is None:
+                return News([], session.scalar(select(func.max(JobEvent.seq))) or 0, False, _live(session))
+            wanted = select(JobEvent).where(JobEvent.seq > position).order_by(JobEvent.seq)
+            events = list(session.scalars(wanted.limit(_MOST_NEWS)))
+            newest = events[-1].seq if events else position
+            return News(events, newest, len(events) == _MOST_NEWS, _live(session))
+
+    def cancel(self, job_id: str) -> Job:
+        """Ends it for good, and its model is not served. Raises JobNotKnown, or JobConflict after its end."""
+        return self._move(job_id, "cancelled", UNFINISHED, "Fine-tuning job cancelled")
+
+    def pause(self, job_id: str) -> Job:
+        """Stops it at a checkpoint. Raises JobNotKnown, or JobConflict after its end."""
+        return self._move(job_id, "paused", ("queued", "running"), "Fine-tuning job paused")
+
+    def resume(self, job_id: str) -> Job:
+        """Queues a paused job again. Raises JobNotKnown, or JobConflict if it is not paused."""
+        return self._move(job_id, "queued", ("paused",), "Fine-tuning job queued again")
+
+    def _events(
+        self, wanted: Select[JobEvent], job_id: str, after: str | None, limit: int, ascending: bool
+    ) -> Page[JobEvent]:
+        with self._database.read() as session:
+            find_job(session, job_id)
+            return page_of(session, wanted, JobEvent, after, limit, ascending)
+
+    def _move(self, job_id: str, to: Status, allowed: tuple[Status, ...], message: str) -> Job:
+        def change(session: Session) -> Job:
+            job = find_job(session, job_id)
+            if job.status == to:
+                return job
+            if job.status not in allowed:
+                only = " or ".join(allowed)
+                raise JobConflict(f"Job {job_id} is {job.status}; only one that is {only} can be {to}.")
+            job.status = to
+            job.estimated_finish = None
+            if to == "cancelled":
+                job.finished_at = time.time()
+            tell(session, job, message)
+            return job
+
+        job = self._database.freeing(change)  # the files of a job can be deleted once it is cancelled
+        self._on_change()
+        return job
+
+
+def _find_files(session: Session, training: str, validation: str | None) -> None:
+    training_file(session, training, "training_file")
+    if validation is not None:
+        training_file(session, validation, "validation_file")
+
+
+def is_told(session: Session, job_id: str, message: str) -> bool:
+    """Whether an event says so already."""
+    same = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.message == message)
+    return session.scalars(same.limit(1)).first() is not None
+
+
+def find_job(session: Session, job_id: str) -> Job:
+    """Raises JobNotKnown."""
+    job = session.scalars(select(Job).where(Job.id == job_id)).one_or_none()
+    if job is None:
+        raise JobNotKnown(f"There is no job {job_id!r:.100}; GET /v1/fine_tuning/jobs lists them.")
+    return job
+
+
+def give_up(session: Session, job_id: str, error: dict[str, Any]) -> None:
+    """End a job that cannot even be read, and make its row one that can be."""
+    for column, empty in _JSON.items():
+        damaged = update(Job).where(Job.id == job_id, func.json_valid(column) == 0)
+        session.execute(damaged.values({column: empty}))
+    ended = {"status": "failed", "error": error, "finished_at": time.time()}
+    session.execute(update(Job).where(Job.id == job_id, Job.status.in_(UNFINISHED)).values(ended))
+    session.execute(update(Job).where(Job.id == job_id).values(child=None, estimated_finish=None))
+    tell_by_id(session, job_id, f"Fine-tuning job failed: {error['message']}", "error")
+
+
+def is_over(job: Job) -> bool:
+    """Whether nothing more can happen to it."""
+    return job.status not in UNFINISHED and job.child is None
+
+
+def _live(session: Session) -> frozenset[str]:
+    """The ids of all jobs that are not over."""
+    wanted = select(Job.id).where(or_(Job.status.in_(UNFINISHED), Job.child.is_not(None)))
+    return frozenset(session.scalars(wanted))
+
+
+def count_jobs(session: Session) -> Totals:
+    """All jobs, by status, and their seconds."""
+    rows = session.execute(select(Job.status, func.count(), func.sum(Job.seconds)).group_by(Job.status)).all()
+    jobs = {status: count for status, count, _ in rows}
+    return Totals(jobs, sum(seconds for _, _, seconds in rows))
+
+
+def tell(session: Session, job: Job, message: str, level: Level = "info") -> None:
+    """Something happened to the job."""
+    tell_by_id(session, job.id, message, level)
+
+
+def tell_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
+    """The same of a job that cannot be read."""
+    session.add(JobEvent(job_id=job_id, created_at=time.time(), level=level, kind="message", message=message))
+
+
+_JSON: dict[Any, Any] = {
+    Job.hyperparameters: {},
+    Job.recipe: {},
+    Job.tags: {},
+    Job.error: None,
+    Job.result_files: [],
+}
+"""The columns that only a whole JSON value may be in, and what they are when it is lost."""
+
+
+def check_job_name(name: str) -> str:
+    """The name itself, if a job may call its model so. Raises InvalidRequest."""
+    if name.startswith("ft:"):
+        raise InvalidRequest(
+            f"{name!r:.140} is a name that jobs without a 'name' are given; choose one without 'ft:'.", "name"
+        )
+    return _checked(name, "name")
+
+
+def _model_name(wanted: Wanted) -> str:
+    """The result's name. Raises InvalidRequest if no folder can be called so."""
+    if wanted.name is not None:
+        return check_job_name(wanted.name)
+    unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
+    return _checked(f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix")
+
+
+def _checked(name: str, field_name: str) -> str:
+    try:
+        return check_name(name)
+    except AdapterNameInvalid as error:
+        raise InvalidRequest(str(error), field_name, "invalid_value") from None

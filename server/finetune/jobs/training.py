@@ -1,0 +1,127 @@
+"""All of a server's fine-tuning: opened with its config, started after its engine, stopped before it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from server.config import ServerConfig, TrainingConfig
+from server.engine.interface import Service
+from server.finetune.command.origin import Origin
+from server.finetune.jobs.check import check
+from server.finetune.jobs.command import train_command, train_environ
+from server.finetune.jobs.database import Database, Job
+from server.finetune.jobs.ending import LOG
+from server.finetune.jobs.errors import StateUnusable
+from server.finetune.jobs.feed import Feed
+from server.finetune.jobs.files import Files
+from server.finetune.jobs.metrics import TrainingCollector
+from server.finetune.jobs.process import Child
+from server.finetune.jobs.runner import Plan, Runner
+from server.finetune.jobs.served import Served
+from server.finetune.jobs.store import Jobs, Wanted
+from server.finetune.jobs.vetting import Vetting
+from server.pools import Pool
+
+DATABASE = "state.sqlite3"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Training:
+    """Files, jobs and who runs them.
+
+    Attributes:
+        config: the limits.
+        files, jobs: what clients ask of; their methods block, so await them through ``read`` and ``write``.
+        feed: the events of jobs as they come.
+        disk, checks: the threads that write uploads, and that wait for the check of one.
+    """
+
+    def __init__(self, config: ServerConfig, service: Service) -> None:
+        """Blocks. Raises StateUnusable."""
+        self.config: TrainingConfig = config.training
+        self._server = config
+        self._database = Database(_made(config.home) / DATABASE)
+        self.files = Files(
+            self._database,
+            config.home / "files",
+            partial(check, takes_reasoning=service.base.takes_reasoning),
+        )
+        self._served = Served(service, config.adapters.folder, Origin(config.home))
+        models = service.base.served_names or (service.base.name,)
+        plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)
+        self._runner = Runner(self._database, self.files, self._served, plan)
+        self.jobs = Jobs(self._database, self._runner.wake)
+        self.disk, self.checks = Pool("disk"), Pool("file-checks")
+        self._readers, self._writers = Pool("database"), Pool("database-writes")
+        self._vetting, self._vetters = Vetting(self.files, config), Pool("job-checks")
+        self.feed = Feed(self.jobs, self._readers)
+
+    def start(self) -> None:
+        """Run jobs from now on. Call it on the event loop of the service."""
+        self._served.loop = asyncio.get_running_loop()
+        self._runner.start()
+
+    def begin_stop(self) -> None:
+        """Bring running jobs to a checkpoint; harmless a second time. Returns at once."""
+        self._runner.begin_stop()
+
+    async def stop(self) -> None:
+        """Wait for that. The service must still run."""
+        self.begin_stop()
+        await self.disk.run(self._runner.join)
+        self._vetting.close()
+        for pool in (self.disk, self.checks, self._vetters, self._readers, self._writers):
+            pool.close()
+        self._database.close()
+
+    async def read(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a method of ``files`` or ``jobs`` that only looks."""
+        return await self._readers.run(ask, *args, **kwargs)
+
+    async def write(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of one that changes something; it may wait long for another server's transaction."""
+        return await self._writers.run(ask, *args, **kwargs)
+
+    async def create_job(self, wanted: Wanted) -> Job:
+        """Queue a job that can be trained and served, as far as can be known. Raises InvalidRequest."""
+        job = await self.read(self.jobs.draft, wanted)
+        warnings = await self._vetters.run(self._vetting.vet, job)
+        return await self.write(self.jobs.add, job, warnings)
+
+    def collector(self) -> TrainingCollector:
+        """What Prometheus is told."""
+        return TrainingCollector(lambda: self._runner.totals)
+
+    async def is_made_by_job(self, model: str) -> bool:
+        """Whether a fine-tuning job has made what goes by that name, so that clients may replace it."""
+        return not self._served.is_elsewhere(model) and await self.disk.run(self._served.is_made, model)
+
+    async def is_free(self, model: str) -> bool:
+        """Whether nothing goes by that name, served or not."""
+        return not self._served.is_known(model) and not await self.disk.run(self._served.has_folder, model)
+
+    async def delete_model(self, model: str) -> bool:
+        """Serve it no longer and remove it from the disk; False, and it stays, if no job has made it."""
+        if not await self.is_made_by_job(model):
+            return False
+        await self._served.unload(model)
+        return await self.disk.run(self._served.remove, model)
+
+    def _begin(self, job: Job, folder: Path) -> Child:
+        self._served.check_place(job.fine_tuned_model)
+        command = train_command(job, folder, self.files, self._server)
+        return Child(command, folder / LOG, train_environ(self.config), self.config.nice)
+
+
+def _made(home: Path) -> Path:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateUnusable(f"The state folder {home} cannot be made: {error.strerror}.") from error
+    return home

@@ -1,0 +1,41 @@
+"""Exact match and token F1, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.finetune.evaluation.metrics import SHORT_WORDS, exact_match, is_short, token_f1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "matches"),
+    [
+        ("QUEUE-7", "QUEUE-7", True),
+        (" QUEUE-7\n", "QUEUE-7", True),
+        ("queue-7", "QUEUE-7", False),
+        ("QUEUE-7.", "QUEUE-7", False),
+        ("QUEUE-7 please", "QUEUE-7", False),
+    ],
+)
+def test_only_white_space_around_an_answer_is_forgiven(answer: str, reference: str, matches: bool) -> None:
+    assert exact_match(answer, reference) is matches
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "f1"),
+    [
+        ("The cat, sat!", "a cat sat", 1.0),
+        ("cat", "cat sat", 2 / 3),
+        ("cat cat", "cat", 2 / 3),
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("the", "an", 1.0),  # nothing on either side, as SQuAD 2.0 has it
+    ],
+)
+def test_f1_counts_shared_words_as_squad_does(answer: str, reference: str, f1: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+def test_a_reference_is_short_up_to_the_stated_number_of_words() -> None:
+    assert is_short("word " * SHORT_WORDS)
+    assert not is_short("word " * (SHORT_WORDS + 1))

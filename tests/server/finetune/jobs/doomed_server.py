@@ -1,0 +1,34 @@
+"""``manylora serve`` over the fake service and with fake training: a process to be killed."""
+
+from __future__ import annotations
+
+import sys
+
+from server import serve
+from server.config import ServerConfig, from_args
+from server.finetune.jobs import command, runner
+from tests.server.finetune.jobs.conftest import FAKE
+from tests.server.http.fake_service import FakeService
+
+
+class FakeEngine(FakeService):
+    """A service that starts and ends at once."""
+
+    async def start(self) -> None:
+        pass
+
+    async def drain(self, timeout: float) -> bool:  # noqa: ARG002
+        return True
+
+    def stop(self) -> None:
+        pass
+
+
+def build(_: ServerConfig) -> FakeEngine:
+    return FakeEngine()
+
+
+if __name__ == "__main__":
+    command.PROGRAM = FAKE
+    runner.BUSY_INTERVAL = 0.02
+    serve.run(from_args(sys.argv[1:], {}), build)
