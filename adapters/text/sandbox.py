@@ -158,9 +158,11 @@ class _Child:
         """One line of its output; None if there is none in time."""
         assert process.stdout is not None
         descriptor, deadline = process.stdout.fileno(), time.monotonic() + seconds
+        poll = select.poll()  # select() takes no descriptor beyond 1023, and a server may have many
+        poll.register(descriptor, select.POLLIN)
         pieces: list[bytes] = []
         while not pieces or not pieces[-1].endswith(b"\n"):
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             piece = os.read(descriptor, 1 << 20) if ready else b""
             if not piece:
                 return None

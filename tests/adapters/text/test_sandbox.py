@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,3 +93,22 @@ def test_a_short_try_says_nothing_against_a_template(sandbox: TemplateSandbox) -
         with pytest.raises(TemplateTooSlow) as raised:
             sandbox.render(endless, ASKED, True, seconds=0.2)
         assert "in a minute" not in str(raised.value)
+
+
+def test_many_open_connections_do_not_matter() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1300
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip("this machine allows few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    opened: list[int] = []
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        sandbox = TemplateSandbox(1)
+        assert render(sandbox, "{{ messages[0].content }}") == "é tile"
+        sandbox.close()
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
