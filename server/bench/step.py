@@ -124,7 +124,8 @@ def _measure(
 
 def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> list[str]:
     """Add the requests, and step until all of them decode; their names."""
-    from server.engine.interface import GenerationRequest, SamplingParams
+    from server.engine.interface import GenerationRequest
+    from server.engine.sampling_params import SamplingParams
 
     meanwhile = count * arguments.context  # the first ones decode in every step that computes others' prompts
     sampling = SamplingParams(max_tokens=arguments.steps + meanwhile, temperature=0.0, ignore_eos=True)

@@ -10,8 +10,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from server.engine.engine import Output
-from server.engine.interface import Delta, GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.interface import Delta, GenerationRequest, TokenLogprob
 from server.engine.sampling.sampler import RankedLogprobs
+from server.engine.sampling_params import SamplingParams
 from server.engine.stop_strings import Scan, StopScanner
 from server.engine.tokenizer import Tokenizer
 from server.errors import AnswerNotRead

@@ -30,7 +30,7 @@ from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
 from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.engine import Engine
-from server.engine.interface import BaseInfo, EngineStats
+from server.engine.interface import EngineStats, ModelInfo
 from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
@@ -50,7 +50,7 @@ log = logging.getLogger("manylora.engine")
 class Parts:
     """Everything a server is made of, put together and not yet started."""
 
-    info: BaseInfo
+    info: ModelInfo
     model: StepModel
     engine: Engine
     registry: Registry
@@ -131,10 +131,10 @@ def build_service(config: ServerConfig) -> EngineService:
 
 def _info(
     config: ServerConfig, base: LoadedBase, tokenizer: Tokenizer, max_model_len: int, attention: str
-) -> BaseInfo:
+) -> ModelInfo:
     prepared = base.prepared
     names = config.base.served_names or (prepared.name,)
-    return BaseInfo(
+    return ModelInfo(
         prepared.name,
         names,
         prepared.digest,
@@ -266,7 +266,7 @@ def _stats(engine: Engine, residency: Residency) -> EngineStats:
 
 
 def _log_sizes(
-    model: StepModel, base: BaseInfo, blocks: BlockManager, pool: RankPool, registry: Registry
+    model: StepModel, base: ModelInfo, blocks: BlockManager, pool: RankPool, registry: Registry
 ) -> None:
     log.info(
         "base %s: %s, output head %s, digest %s",

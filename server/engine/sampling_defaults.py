@@ -8,7 +8,7 @@ from typing import Any
 
 from adapters.base import LoadedBase
 from server.config import ConfigError
-from server.engine.interface import SAMPLING_RANGES, SamplingDefaults
+from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults
 
 _FILE = "generation_config.json"
 _REMEDY = "give --generation-config none, or a folder with another file"

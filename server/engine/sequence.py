@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapters.registry import Version
-from server.engine.interface import FinishReason, SamplingParams
+from server.engine.interface import FinishReason
 from server.engine.kv_cache import BlockTable
+from server.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from server.engine.sampling.logits_processors import LogitBias

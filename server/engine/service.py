@@ -25,7 +25,7 @@ from adapters.watcher import Watcher
 from server.engine import threads
 from server.engine.answer import RunningGeneration
 from server.engine.engine import Engine, Output
-from server.engine.interface import AdapterStatus, BaseInfo, EngineStats, Generation, GenerationRequest
+from server.engine.interface import AdapterStatus, EngineStats, Generation, GenerationRequest, ModelInfo
 from server.engine.listing import AdapterListing
 from server.engine.lookup import AdapterLookup
 from server.engine.text_bounds import LONG_TEXT
@@ -53,7 +53,7 @@ class EngineService:
 
     def __init__(
         self,
-        base: BaseInfo,
+        base: ModelInfo,
         engine: Engine,
         registry: Registry,
         watcher: Watcher,
@@ -134,7 +134,7 @@ class EngineService:
     # -- what HTTP asks ---------------------------------------------------------------------------
 
     @property
-    def base(self) -> BaseInfo:
+    def base(self) -> ModelInfo:
         return self._base
 
     def stats(self) -> EngineStats:

@@ -86,9 +86,9 @@ class Tokenizer:
         if self._bounds is not None:
             self._bounds.check("messages", text)
 
-    def stream(self, skip_special_tokens: bool) -> TextStream:
+    def stream(self, skip_special_tokens: bool) -> Detokenizer:
         """An answer's text from the beginning."""
-        return TextStream(self, skip_special_tokens)
+        return Detokenizer(self, skip_special_tokens)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
         """An answer's text as it is streamed."""
@@ -131,7 +131,7 @@ class Tokenizer:
         return []
 
 
-class TextStream:
+class Detokenizer:
     """One answer's text, token by token; a character split over tokens comes with its last one.
 
     Bytes that are no UTF-8 become U+FFFD, and what is valid around them stays.

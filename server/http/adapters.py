@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from adapters.base_names import same_base
-from server.engine.interface import AdapterStatus, BaseInfo
+from server.engine.interface import AdapterStatus, ModelInfo
 from server.errors import InvalidRequest
 from server.http.context import context_of
 from server.http.json_response import JSONResponse
@@ -43,7 +43,7 @@ async def list_adapters(request: Request) -> JSONResponse:
     return JSONResponse({"object": "list", "data": data})
 
 
-def _check_base(base: BaseInfo, named: str | None) -> None:
+def _check_base(base: ModelInfo, named: str | None) -> None:
     """Hub ids and paths are compared by the model's own name, as those in adapters' configs are."""
     if named is None or named in base_names(base) or same_base(named, base.name):
         return

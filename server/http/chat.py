@@ -7,7 +7,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.engine.interface import Delta, SamplingParams, TokenLogprob
+from server.engine.interface import Delta, TokenLogprob
+from server.engine.sampling_params import SamplingParams
 from server.http.context import Context, context_of
 from server.http.disconnect import until_disconnect
 from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit

@@ -8,7 +8,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.engine.interface import SamplingParams, TokenLogprob
+from server.engine.interface import TokenLogprob
+from server.engine.sampling_params import SamplingParams
 from server.errors import InvalidRequest
 from server.http.context import Context, context_of
 from server.http.disconnect import until_disconnect

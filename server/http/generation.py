@@ -14,7 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from server.engine.interface import Delta, Generation, GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.interface import Delta, Generation, GenerationRequest, TokenLogprob
+from server.engine.sampling_params import SamplingParams
 from server.errors import PromptTooLong
 from server.http.context import Context
 from server.http.metrics import Metrics

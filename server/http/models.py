@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from adapters.errors import AdapterNotReady, ManyloraError
 from adapters.paths import served_name
-from server.engine.interface import AdapterStatus, BaseInfo, Service
+from server.engine.interface import AdapterStatus, ModelInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
 from server.http.json_response import JSONResponse
@@ -21,7 +21,7 @@ NEIGHBOURS = 50
 """Names before and behind an unknown one, in the order of the alphabet, that are compared with it."""
 
 
-def base_names(base: BaseInfo) -> tuple[str, ...]:
+def base_names(base: ModelInfo) -> tuple[str, ...]:
     """The names that mean the base itself."""
     return base.served_names or (base.name,)
 
@@ -79,7 +79,7 @@ def _unavailable(status: AdapterStatus) -> ManyloraError:
     return ModelUnavailable(f"Adapter '{status.name}' could not be loaded: {status.reason}", "model")
 
 
-def _behind_base(base: BaseInfo, model: str) -> list[str]:
+def _behind_base(base: ModelInfo, model: str) -> list[str]:
     """``adapter`` if ``model`` is ``base:adapter``."""
     prefixes = [f"{name}:" for name in base_names(base)]
     return [model.removeprefix(prefix) for prefix in prefixes if model.startswith(prefix)]
@@ -110,7 +110,7 @@ def _cards(service: Service) -> list[dict[str, Any]]:
     return bases + [_adapter_card(base, each) for each in service.adapters() if each.state == "ready"]
 
 
-def _card(name: str, created: float, base: BaseInfo) -> dict[str, Any]:
+def _card(name: str, created: float, base: ModelInfo) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
@@ -120,7 +120,7 @@ def _card(name: str, created: float, base: BaseInfo) -> dict[str, Any]:
     }
 
 
-def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
+def _base_card(base: ModelInfo, name: str) -> dict[str, Any]:
     own = {
         "root": base.name,
         "parent": None,
@@ -132,7 +132,7 @@ def _base_card(base: BaseInfo, name: str) -> dict[str, Any]:
     return _card(name, base.created, base) | own
 
 
-def _adapter_card(base: BaseInfo, status: AdapterStatus) -> dict[str, Any]:
+def _adapter_card(base: ModelInfo, status: AdapterStatus) -> dict[str, Any]:
     # vLLM gives the whole path as root; clients need not learn how the server's disk is laid out.
     root = served_name(PurePath(status.path).name)
     own = {"root": root, "parent": base_names(base)[0], "digest": status.digest}

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from adapters.text.messages import ROLES, join_parts
 from adapters.text.messages import Message as Conversed
-from server.engine.interface import SAMPLING_RANGES, SamplingDefaults, SamplingParams
+from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from server.errors import InvalidRequest
 from server.http import fields
 from server.http.fields import Rules

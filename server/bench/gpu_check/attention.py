@@ -13,12 +13,12 @@ from server.bench.gpu_check.context import Context, Gpu
 from server.bench.gpu_check.rows import Row, Value, skipped
 from server.bench.gpu_check.timing import seconds_of
 from server.engine import sequence
-from server.engine.attention import AttentionBackend, KvShape, LayerAttention
+from server.engine.attention import AttentionBackend, AttentionSpec, KvShape
 from server.engine.attention.choice import BUILDS, Build
 from server.engine.attention.flash_paged import FlashPaged, PagedKernel
 from server.engine.attention.torch_paged import TorchPaged
-from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockTable, chain_root
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk
 
 _EXACT = 3e-2
@@ -42,10 +42,10 @@ def run(context: Context) -> Iterator[Row]:
     """By build and kind of layer, whether it agrees in a prompt and in decoding; on a GPU also its time."""
     sizes = _LARGE if context.gpu else _SMALL
     scale = sizes.shape.key_dim**-0.5
-    kinds = {
-        "plain": LayerAttention(scale),
-        "window": LayerAttention(scale, window=max(sizes.lengths) // 3),
-        "softcap": LayerAttention(scale, softcap=20.0),
+    specs = {
+        "plain": AttentionSpec(scale),
+        "window": AttentionSpec(scale, window=max(sizes.lengths) // 3),
+        "softcap": AttentionSpec(scale, softcap=20.0),
     }
     for build in BUILDS:
         try:
@@ -56,26 +56,26 @@ def run(context: Context) -> Iterator[Row]:
         if context.gpu is None and "Triton" not in kernel.name:
             yield skipped("equal to gathered pages", f"{build.name}: needs a GPU")
             continue
-        yield from _of_build(context, build, kernel, sizes, kinds)
+        yield from _of_build(context, build, kernel, sizes, specs)
 
 
 def _of_build(
-    context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes, kinds: dict[str, LayerAttention]
+    context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes, specs: dict[str, AttentionSpec]
 ) -> Iterator[Row]:
-    for name, kind in kinds.items():
+    for name, spec in specs.items():
         context.check_time()
-        if kind.softcap is None or build.softcap:
+        if spec.softcap is None or build.softcap:
             values: dict[str, Value] = {
                 "backend": kernel.name,
                 "layer": name,
                 "sequences": len(sizes.lengths),
             }
-            yield Row("equal to gathered pages", values, _compare(context, build, kernel, sizes, kind))
+            yield Row("equal to gathered pages", values, _compare(context, build, kernel, sizes, spec))
     if context.gpu is not None:
-        yield _timed(context.gpu, build, kernel, kinds["plain"])
+        yield _timed(context.gpu, build, kernel, specs["plain"])
 
 
-def _compare(context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes, kind: LayerAttention) -> str:
+def _compare(context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes, spec: AttentionSpec) -> str:
     """What is wrong, in the step of all prompts or in the one after it; "" = nothing."""
     world = _World(sizes, build.suits, context.device)
     gathered = TorchPaged(build.suits, context.device, torch.bfloat16)
@@ -85,7 +85,7 @@ def _compare(context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes,
     for decoding in (False, True):
         chunks = world.step(decoding)
         qkv = world.inputs(chunks)
-        expected, got = (_attend(backend, chunks, qkv, kind).float() for backend in (gathered, paged))
+        expected, got = (_attend(backend, chunks, qkv, spec).float() for backend in (gathered, paged))
         if not torch.allclose(got, expected, rtol=_EXACT, atol=_EXACT):
             step = "decoding" if decoding else "prompts"
             return f"{step}: off by {(got - expected).abs().max().item():.3g}"
@@ -93,14 +93,14 @@ def _compare(context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes,
 
 
 def _attend(
-    backend: AttentionBackend, chunks: Sequence[Chunk], qkv: Sequence[Tensor], kind: LayerAttention
+    backend: AttentionBackend, chunks: Sequence[Chunk], qkv: Sequence[Tensor], spec: AttentionSpec
 ) -> Tensor:
     backend.begin(chunks)
     q, k, v = qkv
-    return backend(0, q, k, v, kind)
+    return backend(0, q, k, v, spec)
 
 
-def _timed(gpu: Gpu, build: Build, kernel: PagedKernel, kind: LayerAttention) -> Row:
+def _timed(gpu: Gpu, build: Build, kernel: PagedKernel, spec: AttentionSpec) -> Row:
     """64 sequences of 1000 tokens and more that decode, in a layer of the 8B shape."""
     device, sizes = torch.device("cuda"), _Sizes(_LARGE.shape, _LARGE.group, _DECODING)
     world = _World(sizes, build.suits, device)
@@ -108,8 +108,8 @@ def _timed(gpu: Gpu, build: Build, kernel: PagedKernel, kind: LayerAttention) ->
     backend.allocate({0: sizes.shape}, world.num_blocks)
     chunks = world.step(decoding=True)
     q, _, _ = world.inputs(chunks)
-    backend.begin(chunks, seats=len(chunks))
-    took = seconds_of([lambda: backend.attend(0, q, kind)])
+    backend.begin(chunks, graph_batch_size=len(chunks))
+    took = seconds_of([lambda: backend.attend(0, q, spec)])
     least = sum(_DECODING) * sizes.shape.bytes_per_token(torch.bfloat16) / gpu.machine.bandwidth
     values: dict[str, Value] = {"backend": kernel.name, "sequences": len(_DECODING), "tokens": sum(_DECODING)}
     values |= {

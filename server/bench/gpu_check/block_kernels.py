@@ -77,18 +77,20 @@ def _operations(context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype
     weight, other = (random(sizes.hidden, kind=torch.float32) for _ in range(2))
     turn = _Turn(context, sizes, tokens, dtype, random)
 
-    def add_norm(ops: BlockOps, fresh: bool, delta_weight: Tensor | None = None) -> tuple[Tensor, ...]:
+    def fused_add_rms_norm(
+        ops: BlockOps, fresh: bool, delta_weight: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         own = x.clone() if fresh else x
-        return ops.add_norm(own, delta, weight, _EPS, delta_weight), own
+        return ops.fused_add_rms_norm(own, delta, weight, _EPS, delta_weight), own
 
     return {
-        "norm": lambda ops, _: (ops.add_norm(x, None, weight, _EPS),),
-        "add, norm": add_norm,
-        "norm, add, norm": lambda ops, fresh: add_norm(ops, fresh, other),
+        "norm": lambda ops, _: (ops.fused_add_rms_norm(x, None, weight, _EPS),),
+        "add, norm": fused_add_rms_norm,
+        "norm, add, norm": lambda ops, fresh: fused_add_rms_norm(ops, fresh, other),
         "rotary, KV store": turn,
         "norms, rotary, KV store": lambda ops, fresh: turn(ops, fresh, normed=True),
-        "SiLU gate": lambda ops, _: (ops.gated(gate_up, gelu=False),),
-        "GELU gate": lambda ops, _: (ops.gated(gate_up, gelu=True),),
+        "SiLU gate": lambda ops, _: (ops.act_and_mul(gate_up, gelu=False),),
+        "GELU gate": lambda ops, _: (ops.act_and_mul(gate_up, gelu=True),),
     }
 
 
@@ -115,5 +117,5 @@ class _Turn:
         cos, sin = self._angles
         q_norm, k_norm = self._norms if normed else (None, None)
         step = qkv, cos, sin, self._positions, self._slots
-        q = ops.rotate_and_store(*step, keys, values, q_norm, k_norm, _EPS)
+        q = ops.rope_and_cache(*step, keys, values, q_norm, k_norm, _EPS)
         return q, keys, values

@@ -15,7 +15,8 @@ from server.config import from_args
 from server.engine.attention import uninstall
 from server.engine.build import Parts, assemble
 from server.engine.engine import Output
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
+from server.engine.sampling_params import SamplingParams
 
 _POLL_S = 0.0002
 

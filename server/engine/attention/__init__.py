@@ -23,7 +23,7 @@ NAME = "manylora"
 
 
 @dataclass(frozen=True, slots=True)
-class LayerAttention:
+class AttentionSpec:
     """What is fixed for a layer.
 
     Attributes:
@@ -63,20 +63,21 @@ class AttentionBackend(Protocol):
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         """Take the memory: for each layer, ``num_blocks`` blocks of keys and of values."""
 
-    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
+    def begin(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> None:
         """A step starts, whose tokens are ``chunks``, one after the other.
 
         Args:
-            seats: None, unless ``graphable``. A number n makes a step of n tokens in n sequences for a CUDA
-                graph: ``chunks`` are at most n, of one token each; the rest is padding, which writes and
-                reads a spare block that nobody owns, and whose results mean nothing. Until the next
-                ``begin``, every tensor that the kernels get besides q, k and v lies at the address, and has
-                the shape, that it had at the last ``begin`` with the same n; and so do the numbers they
-                get. So what was captured after one ``begin(…, seats=n)`` is replayed after another. It must
-                run on the stream that this was called on: the one copy to the device is only queued.
+            graph_batch_size: None, unless ``graphable``. A number n makes a step of n tokens in n sequences
+                for a CUDA graph. ``chunks`` are at most n, of one token each. The rest is padding: it writes
+                and reads a spare block that nobody owns, and its results mean nothing. Until the next
+                ``begin``, every tensor that the kernels get besides q, k and v has the address and the shape
+                that it had at the last ``begin`` with the same n. The numbers that they get are the same too.
+                So what was captured after one ``begin(…, graph_batch_size=n)`` is replayed after another. It
+                must run on the stream that ``begin`` was called on, because the one copy to the device is
+                only queued.
         """
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """Store the new k and v, then attend.
 
         Args:
@@ -91,7 +92,7 @@ class AttentionHost:
     """Where the model's attention calls arrive; the runner sets ``handler`` for what is under way."""
 
     def __init__(self) -> None:
-        self.handler: Callable[[int, Tensor, Tensor, Tensor, LayerAttention], Tensor] | None = None
+        self.handler: Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor] | None = None
 
     def __call__(
         self,
@@ -111,7 +112,7 @@ class AttentionHost:
                 raise BaseModelError(f"This model's attention needs {name!r}, which is not supported yet.")
         assert self.handler is not None
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        layer = LayerAttention(scale, sliding_window, softcap)
+        layer = AttentionSpec(scale, sliding_window, softcap)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.handler(int(module.layer_idx), q, k, v, layer).unsqueeze(0), None  # type: ignore[arg-type]
 

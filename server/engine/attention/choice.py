@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from server.engine.attention import AttentionBackend, KvShape, LayerAttention
+from server.engine.attention import AttentionBackend, AttentionSpec, KvShape
 from server.engine.attention.flash_check import what_is_wrong
 from server.engine.attention.flash_kernels import PAGE, FlashAttn, TorchVarlen
 from server.engine.attention.flash_paged import FlashPaged, PagedKernel
@@ -59,7 +59,7 @@ BUILDS = (
 
 def choose(
     shapes: Mapping[int, KvShape],
-    kinds: Mapping[int, LayerAttention],
+    specs: Mapping[int, AttentionSpec],
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -68,11 +68,11 @@ def choose(
     """The backend for this model on this machine. Why a better one is not used, is logged.
 
     Args:
-        shapes, kinds: by layer.
+        shapes, specs: by layer.
         max_length: tokens of the longest sequence there can be.
     """
     if device.type == "cuda":
-        found = first_fit(BUILDS, shapes, kinds, block_size, device, dtype)
+        found = first_fit(BUILDS, shapes, specs, block_size, device, dtype)
         if found is not None:
             return FlashPaged(found[1], block_size, device, dtype, max_length)
     from adapters.kernels.cpu import library
@@ -91,21 +91,21 @@ def preferred_block_size(text_config: Any, device: torch.device, dtype: torch.dt
     if device.type != "cuda":
         return GATHERED
     dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    kind = LayerAttention(dim**-0.5, softcap=getattr(text_config, "attn_logit_softcapping", None))
-    found = first_fit(BUILDS, {0: KvShape(1, dim, dim)}, {0: kind}, None, device, dtype)
+    spec = AttentionSpec(dim**-0.5, softcap=getattr(text_config, "attn_logit_softcapping", None))
+    found = first_fit(BUILDS, {0: KvShape(1, dim, dim)}, {0: spec}, None, device, dtype)
     return GATHERED if found is None else found[0].suits
 
 
 def first_fit(
     builds: Sequence[Build],
     shapes: Mapping[int, KvShape],
-    kinds: Mapping[int, LayerAttention],
+    specs: Mapping[int, AttentionSpec],
     block_size: int | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Build, PagedKernel] | None:
     """The first build that serves these layers on this device; ``block_size`` None = what suits it."""
-    layers = frozenset((shape, kinds[layer]) for layer, shape in shapes.items())
+    layers = frozenset((shape, specs[layer]) for layer, shape in shapes.items())
     for build in builds:
         found = _tried(build, layers, block_size or build.suits, device, dtype)
         if not isinstance(found, str):
@@ -117,7 +117,7 @@ def first_fit(
 @cache
 def _tried(
     build: Build,
-    layers: frozenset[tuple[KvShape, LayerAttention]],
+    layers: frozenset[tuple[KvShape, AttentionSpec]],
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -143,7 +143,7 @@ def _say(name: str, reason: str) -> None:
 
 def _why_not(
     build: Build,
-    layers: frozenset[tuple[KvShape, LayerAttention]],
+    layers: frozenset[tuple[KvShape, AttentionSpec]],
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -153,12 +153,12 @@ def _why_not(
         return "the GPU is older than compute capability 8.0"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the model computes in {dtype}, not in 16 bits"
-    for shape, kind in layers:
+    for shape, spec in layers:
         if shape.key_dim != shape.value_dim:
             return f"keys have {shape.key_dim} dimensions and values {shape.value_dim}"
         if shape.key_dim > 256 or shape.key_dim % 8:
             return f"heads of {shape.key_dim} dimensions are not a multiple of 8 up to 256"
-        if kind.softcap is not None and not build.softcap:
+        if spec.softcap is not None and not build.softcap:
             return "it cannot cap scores, as this model does"
     if block_size % build.page:
         return f"a block holds {block_size} tokens, not a multiple of {build.page} (--block-size)"

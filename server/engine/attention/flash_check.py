@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.engine.attention import KvShape, LayerAttention
+from server.engine.attention import AttentionSpec, KvShape
+from server.engine.attention.flash_metadata import FlashMetadata
 from server.engine.attention.flash_paged import PagedKernel
-from server.engine.attention.flash_plan import FlashPlan
 from server.engine.attention.reference import ReferencePaged
 
 _GROUP = 2
@@ -18,7 +18,7 @@ _ALIKE = 0.05
 def what_is_wrong(
     kernel: PagedKernel,
     shape: KvShape,
-    kind: LayerAttention,
+    spec: AttentionSpec,
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -32,11 +32,11 @@ def what_is_wrong(
     pages = 2, 4, block_size, shape.kv_heads, shape.key_dim
     keys, values = random(*pages)
     for counts in ([9, 1], [1, 1]):
-        plan = _plan(counts, [block_size + 9, 5], device)
+        metadata = _metadata_of(counts, [block_size + 9, 5], device)
         q = random(sum(counts), shape.kv_heads * _GROUP, shape.key_dim)
-        expected = ReferencePaged()(q, keys, values, plan, kind).float()
+        expected = ReferencePaged()(q, keys, values, metadata, spec).float()
         try:
-            got = kernel(q, keys, values, plan, kind).float()
+            got = kernel(q, keys, values, metadata, spec).float()
         except Exception as error:  # whatever is wrong with it: another one will do
             return f"it fails: {str(error).partition(chr(10))[0] or type(error).__name__}"
         difference = ((got - expected).abs().max() / expected.abs().max()).item()
@@ -45,12 +45,12 @@ def what_is_wrong(
     return None
 
 
-def _plan(counts: list[int], lengths: list[int], device: torch.device) -> FlashPlan:
+def _metadata_of(counts: list[int], lengths: list[int], device: torch.device) -> FlashMetadata:
     def ints(*values: int | list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     (m, _), (n, k) = counts, lengths
-    return FlashPlan(
+    return FlashMetadata(
         new_slots=torch.empty(0, dtype=torch.int64, device=device),
         query_starts=ints(0, m, sum(counts)),
         kv_starts=ints(0, n, n + k),

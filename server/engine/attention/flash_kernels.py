@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from server.engine.attention import LayerAttention
-from server.engine.attention.flash_plan import FlashPlan
+from server.engine.attention import AttentionSpec
+from server.engine.attention.flash_metadata import FlashMetadata
 
 PAGE = 256
 """A page holds a multiple of so many tokens."""
@@ -50,21 +50,21 @@ class FlashAttn:
         return cls(varlen, with_kvcache, flash_attn.__version__)
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
         how: dict[str, Any] = {
-            "softmax_scale": kind.scale,
+            "softmax_scale": spec.scale,
             "causal": True,
-            "window_size": _EVERYTHING if kind.window is None else (kind.window - 1, 0),
-            "softcap": kind.softcap or 0.0,
-            "block_table": plan.tables,
+            "window_size": _EVERYTHING if spec.window is None else (spec.window - 1, 0),
+            "softcap": spec.softcap or 0.0,
+            "block_table": metadata.tables,
         }
         out: Tensor
-        if plan.max_query == 1:
-            out = self._with_kvcache(q.unsqueeze(1), keys, values, cache_seqlens=plan.lengths, **how)
+        if metadata.max_query == 1:
+            out = self._with_kvcache(q.unsqueeze(1), keys, values, cache_seqlens=metadata.lengths, **how)
             return out.squeeze(1)
-        sums = plan.query_starts, plan.kv_starts
-        out = self._varlen(q, keys, values, *sums, plan.max_query, plan.max_length, **how)
+        sums = metadata.query_starts, metadata.kv_starts
+        out = self._varlen(q, keys, values, *sums, metadata.max_query, metadata.max_length, **how)
         return out
 
 
@@ -90,22 +90,22 @@ class TorchVarlen:
         return cls(varlen_attn)
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
-        causal = _EVERYTHING if plan.max_query == 1 else (-1, 0)
+        causal = _EVERYTHING if metadata.max_query == 1 else (-1, 0)
         out: Tensor = self._varlen(
             q,
             keys,
             values,
-            plan.query_starts,
-            plan.kv_starts,
-            plan.max_query,
-            plan.max_length,
-            scale=kind.scale,
-            window_size=causal if kind.window is None else (kind.window - 1, 0),
+            metadata.query_starts,
+            metadata.kv_starts,
+            metadata.max_query,
+            metadata.max_length,
+            scale=spec.scale,
+            window_size=causal if spec.window is None else (spec.window - 1, 0),
             enable_gqa=True,
-            seqused_k=plan.lengths,
-            block_table=plan.tables,
+            seqused_k=metadata.lengths,
+            block_table=metadata.tables,
         )
         return out
 

@@ -1,6 +1,6 @@
 """Paged attention by kernels that read the pages in place, on a GPU: FlashAttention-2 and its like.
 
-The plan (``flash_plan.py``) says where everything lies, a kernel (``flash_kernels.py``) attends.
+The metadata (``flash_metadata.py``) says where everything lies, a kernel (``flash_kernels.py``) attends.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.engine.attention import KvShape, LayerAttention
-from server.engine.attention.flash_plan import FlashPlan, FlashPlanner
+from server.engine.attention import AttentionSpec, KvShape
+from server.engine.attention.flash_metadata import FlashMetadata, FlashMetadataBuilder
 from server.engine.sequence import Chunk
 
 
@@ -22,9 +22,9 @@ class PagedKernel(Protocol):
     name: str
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
-        """For each sequence of the plan, its m tokens of the step attend to its n tokens of the pages.
+        """For each sequence of the metadata, its m tokens of the step attend to its n tokens of the pages.
 
         The m tokens are its last ones: the mask is aligned bottom right, token i of the m sees the first
         n - m + i + 1 of the n, or as many of their last as the window has. What the tables hold beyond a
@@ -63,8 +63,8 @@ class FlashPaged:
         self._device = device
         self._dtype = dtype
         self._max_length = max_length
-        self._planner: FlashPlanner | None = None
-        self._plan: FlashPlan | None = None
+        self._builder: FlashMetadataBuilder | None = None
+        self._metadata: FlashMetadata | None = None
 
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         self.pages = {
@@ -72,11 +72,11 @@ class FlashPaged:
             for layer, shape in shapes.items()
         }
         width = min(num_blocks, -(-self._max_length // self._block_size))
-        self._planner = FlashPlanner(self._block_size, num_blocks, width, self._device)
+        self._builder = FlashMetadataBuilder(self._block_size, num_blocks, width, self._device)
 
-    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
-        assert self._planner is not None
-        self._plan = self._planner.plan(chunks, seats)
+    def begin(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> None:
+        assert self._builder is not None
+        self._metadata = self._builder.build(chunks, graph_batch_size)
 
     @property
     def new_slots(self) -> Tensor:
@@ -88,18 +88,18 @@ class FlashPaged:
         for pages, new in zip(self.pages[layer], (k, v), strict=True):
             pages.view(-1, *pages.shape[2:]).index_copy_(0, self.new_slots, new)
 
-    def attend(self, layer: int, q: Tensor, kind: LayerAttention) -> Tensor:
+    def attend(self, layer: int, q: Tensor, spec: AttentionSpec) -> Tensor:
         """q [tokens, heads, dim] -> [tokens, heads, dim]; the step's keys and values are stored already."""
-        return self._kernel(q, *self.pages[layer], self._begun, kind)
+        return self._kernel(q, *self.pages[layer], self._begun, spec)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         self.store(layer, k, v)
-        return self.attend(layer, q, kind)
+        return self.attend(layer, q, spec)
 
     @property
-    def _begun(self) -> FlashPlan:
-        assert self._plan is not None
-        return self._plan
+    def _begun(self) -> FlashMetadata:
+        assert self._metadata is not None
+        return self._metadata
 
     def _zeros(self, num_blocks: int, shape: KvShape) -> Tensor:
         size = num_blocks + 1, self._block_size, shape.kv_heads, shape.key_dim

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters.kernels.cpu.structs import AttentionCall, Pages
-from server.engine.attention import KvShape, LayerAttention
+from server.engine.attention import AttentionSpec, KvShape
 from server.engine.attention.native_tokens import TILE, NativeTokens
 from server.engine.sequence import Chunk
 
@@ -69,11 +69,11 @@ class NativePaged:
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         self._pages = NativePages(shapes, num_blocks * self._block_size)
 
-    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
-        assert seats is None, "a CPU has no CUDA graphs"
+    def begin(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> None:
+        assert graph_batch_size is None, "a CPU has no CUDA graphs"
         self._tokens.begin(chunks)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         assert self._pages is not None
         self._pages.check(layer, q, k, v, self._tokens.struct.count)
         q, k, v = (x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
@@ -89,9 +89,9 @@ class NativePaged:
             v_stride=v.stride(0),
             out=out.data_ptr(),
             heads=q.shape[1],
-            scale=kind.scale,
-            softcap=kind.softcap or 0.0,
-            window=kind.window or 0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            window=spec.window or 0,
         )
         self._run(byref(call))
         return out

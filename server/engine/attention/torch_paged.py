@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.engine.attention import KvShape, LayerAttention
-from server.engine.attention.plan import AttentionPlan, DecodePart, PrefillPart, make_plan
+from server.engine.attention import AttentionSpec, KvShape
+from server.engine.attention.metadata import AttentionMetadata, DecodePart, PrefillPart, build_metadata
 from server.engine.sequence import Chunk
 
 Cache = tuple[Tensor, Tensor]
@@ -35,34 +35,34 @@ class TorchPaged:
         self._dtype = dtype
         self._caches: dict[int, Cache] = {}
         self._padding = 0
-        self._plan: AttentionPlan | None = None
+        self._metadata: AttentionMetadata | None = None
 
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
         self._padding = num_blocks * self._block_size
         for layer, shape in shapes.items():
             self._caches[layer] = (self._pages(shape, shape.key_dim), self._pages(shape, shape.value_dim))
 
-    def begin(self, chunks: Sequence[Chunk], seats: int | None = None) -> None:
-        assert seats is None, "its shapes vary from step to step"
-        self._plan = make_plan(chunks, self._block_size, self._padding, self._device)
+    def begin(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> None:
+        assert graph_batch_size is None, "its shapes vary from step to step"
+        self._metadata = build_metadata(chunks, self._block_size, self._padding, self._device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
-        cache, plan = self._caches[layer], self._plan
-        assert plan is not None
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        cache, metadata = self._caches[layer], self._metadata
+        assert metadata is not None
         for pages, new in zip(cache, (k, v), strict=True):
-            pages.index_copy_(0, plan.new_slots, new)
+            pages.index_copy_(0, metadata.new_slots, new)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        if plan.decode is not None:
-            out[plan.decode.tokens] = _decode(q[plan.decode.tokens], cache, plan.decode, kind)
-        for part in plan.prefills:
-            out[part.start : part.stop] = _prefill(q[part.start : part.stop], cache, part, kind)
+        if metadata.decode is not None:
+            out[metadata.decode.tokens] = _decode(q[metadata.decode.tokens], cache, metadata.decode, spec)
+        for part in metadata.prefills:
+            out[part.start : part.stop] = _prefill(q[part.start : part.stop], cache, part, spec)
         return out
 
     def _pages(self, shape: KvShape, dim: int) -> Tensor:
         return torch.zeros(self._padding + 1, shape.kv_heads, dim, dtype=self._dtype, device=self._device)
 
 
-def _decode(q: Tensor, cache: Cache, part: DecodePart, layer: LayerAttention) -> Tensor:
+def _decode(q: Tensor, cache: Cache, part: DecodePart, layer: AttentionSpec) -> Tensor:
     """q [n, heads, dim] -> [n, heads, dim]."""
     n, longest = part.kv_slots.shape
     keys, values = (
@@ -74,7 +74,7 @@ def _decode(q: Tensor, cache: Cache, part: DecodePart, layer: LayerAttention) ->
     return out.reshape(n, q.shape[1], -1)
 
 
-def _prefill(q: Tensor, cache: Cache, part: PrefillPart, layer: LayerAttention) -> Tensor:
+def _prefill(q: Tensor, cache: Cache, part: PrefillPart, layer: AttentionSpec) -> Tensor:
     """q [new, heads, dim] -> [new, heads, dim]."""
     keys, values = (pages.index_select(0, part.kv_slots).transpose(0, 1)[None] for pages in cache)
     query = q.transpose(0, 1)[None]
@@ -91,7 +91,7 @@ def _prefill(q: Tensor, cache: Cache, part: PrefillPart, layer: LayerAttention) 
     return out[0].transpose(0, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layer: LayerAttention) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layer: AttentionSpec) -> Tensor:
     if layer.softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=layer.scale)
     scores = (q @ k.transpose(-1, -2)).float() * layer.scale

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.engine.attention import LayerAttention
-from server.engine.attention.flash_plan import FlashPlan
+from server.engine.attention import AttentionSpec
+from server.engine.attention.flash_metadata import FlashMetadata
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,16 +46,16 @@ class TritonPaged:
     name = "FlashAttention-2 in Triton"
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
         tokens, heads, dim = q.shape
         assert q.stride(2) == 1
-        sequences, kv_heads = len(plan.lengths), keys.shape[2]
+        sequences, kv_heads = len(metadata.lengths), keys.shape[2]
         group = heads // kv_heads
-        form = form_of(q.dtype, kv_heads, group, keys.shape[1], dim, kind, decode=plan.max_query == 1)
+        form = form_of(q.dtype, kv_heads, group, keys.shape[1], dim, spec, decode=metadata.max_query == 1)
         splits = 1
         blocks = tokens // (form["M"] // group) + sequences
-        if plan.max_query == 1:
+        if metadata.max_query == 1:
             blocks = sequences
             splits = min(max(_PROGRAMS // (sequences * kv_heads), 1), _MOST_SPLITS)
         out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
@@ -64,9 +64,9 @@ class TritonPaged:
             parts = torch.empty(splits, tokens, heads, dim, dtype=torch.float32, device=q.device)
             sums = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
         attend_pages[blocks, kv_heads, splits](
-            parts, sums, q, keys, values, plan.query_starts, plan.lengths, plan.tables,
-            q.stride(0), q.stride(1), sequences, plan.tables.stride(0), splits, kind.scale,
-            kind.softcap or 1.0, SPLIT=splits > 1, **form,
+            parts, sums, q, keys, values, metadata.query_starts, metadata.lengths, metadata.tables,
+            q.stride(0), q.stride(1), sequences, metadata.tables.stride(0), splits, spec.scale,
+            spec.softcap or 1.0, SPLIT=splits > 1, **form,
         )  # fmt: skip
         if splits > 1:
             join_parts[tokens, heads](
@@ -81,7 +81,7 @@ def form_of(
     group: int,
     page: int,
     dim: int,
-    kind: LayerAttention,
+    spec: AttentionSpec,
     decode: bool,
 ) -> dict[str, Any]:
     """The constants of ``attend_pages``."""
@@ -97,8 +97,8 @@ def form_of(
         "PAGE": page,
         "DIM": dim,
         "D": padded,
-        "WINDOW": kind.window or 0,
-        "CAPPED": kind.softcap is not None,
+        "WINDOW": spec.window or 0,
+        "CAPPED": spec.softcap is not None,
         "DECODE": decode,
         "M": rows if decode else max(rows, _ROWS),
         "TILE": 64 if padded <= 128 else 32,
@@ -141,7 +141,7 @@ def attend_pages(
             exponentials; -inf where a split has no key, and then its result is not written.
         q: [tokens, heads, DIM], ``q_token`` and ``q_head`` apart.
         keys, values: [blocks, PAGE, KV_HEADS, DIM].
-        query_starts, lengths, tables: see ``FlashPlan``; a table's row has ``width`` blocks.
+        query_starts, lengths, tables: see ``FlashMetadata``; a table's row has ``width`` blocks.
         DOT: what is multiplied in: TYPE, or float32 where the interpreter cannot do TYPE.
         WINDOW: 0 = none.
         DECODE: every sequence has one query token.

@@ -1,8 +1,8 @@
 """The small operations of a Llama-like block, on a step's flattened tokens, several backends.
 
-    add_norm:          x = x + delta, or x + RMSNorm(delta); then RMSNorm(x), where
+    fused_add_rms_norm:          x = x + delta, or x + RMSNorm(delta); then RMSNorm(x), where
                        RMSNorm(x) = x / sqrt(mean(x²) + eps) * weight
-    rotate_and_store:  q, k = rotate(q), rotate(k), or of the RMSNorm of each head, where
+    rope_and_cache:  q, k = rotate(q), rotate(k), or of the RMSNorm of each head, where
                        rotate(x) = x * cos + rotate_half(x) * sin and rotate_half((a, b)) = (-b, a);
                        pages[new_slots] = k, v
     gated:             act(gate) * up
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class BlockOps(Protocol):
     """See the module's docstring. n = tokens of the step."""
 
-    def add_norm(
+    def fused_add_rms_norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
     ) -> Tensor:
         """Add delta to x, in place; the new x's norm in a new tensor.
@@ -39,7 +39,7 @@ class BlockOps(Protocol):
             delta_weight: [hidden], of the norm through which delta goes first (Gemma2's "post" norms).
         """
 
-    def rotate_and_store(
+    def rope_and_cache(
         self,
         qkv: Tensor,
         cos: Tensor,
@@ -70,7 +70,7 @@ class BlockOps(Protocol):
             as it was.
         """
 
-    def gated(self, gate_up: Tensor, gelu: bool) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, gelu: bool) -> Tensor:
         """act(gate) * up [n, m] of gate_up [n, 2 * m]; act is SiLU, or GELU by its tanh formula."""
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def add_norm(
+def fused_add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
 ) -> Tensor:
     if delta is not None:
@@ -15,7 +15,7 @@ def add_norm(
     return _normed(x.float(), weight, eps).to(x.dtype)
 
 
-def rotate_and_store(
+def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -38,7 +38,7 @@ def rotate_and_store(
     return q
 
 
-def gated(gate_up: Tensor, gelu: bool) -> Tensor:
+def act_and_mul(gate_up: Tensor, gelu: bool) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=1)
     acted: Tensor = functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
     return (acted * up).to(gate_up.dtype)

@@ -18,7 +18,7 @@ _WIDE = 8
 """16-bit values in 16 bytes."""
 
 
-def add_norm(
+def fused_add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
 ) -> Tensor:
     assert x.is_contiguous()
@@ -27,11 +27,11 @@ def add_norm(
     block = triton.next_power_of_2(x.shape[1])
     # A row stays in registers, so it is read once: two wide reads a thread, by up to 512 threads.
     warps = min(max(block // (2 * _WIDE * _WARP), 1), 16)
-    _add_norm[len(x),](out, x, delta, weight, delta_weight, eps, x.shape[1], block, num_warps=warps)
+    _fused_add_rms_norm[len(x),](out, x, delta, weight, delta_weight, eps, x.shape[1], block, num_warps=warps)
     return out
 
 
-def rotate_and_store(
+def rope_and_cache(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -48,31 +48,31 @@ def rotate_and_store(
     every = qkv.shape[1] // dim
     heads = every - 2 * kv_heads
     block = triton.next_power_of_2(dim // 2)
-    group = max(_ROTATE_WARPS * _WARP * _WIDE // block, 1)
-    _rotate_and_store[len(qkv), triton.cdiv(every, group)](
+    group = max(_ROPE_WARPS * _WARP * _WIDE // block, 1)
+    _rope_and_cache[len(qkv), triton.cdiv(every, group)](
         qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
-        heads, kv_heads, dim, group, block, num_warps=_ROTATE_WARPS,
+        heads, kv_heads, dim, group, block, num_warps=_ROPE_WARPS,
     )  # fmt: skip
     return qkv.view(len(qkv), every, dim)[:, :heads]
 
 
-_ROTATE_WARPS = 4
+_ROPE_WARPS = 4
 """Each thread reads either half of a head once; so a group is 16 heads of 128 values."""
 
 
-def gated(gate_up: Tensor, gelu: bool) -> Tensor:
+def act_and_mul(gate_up: Tensor, gelu: bool) -> Tensor:
     assert gate_up.is_contiguous()
     tokens, inner = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, inner)
-    _gated[tokens, triton.cdiv(inner, _GATED_BLOCK)](out, gate_up, gelu, inner, _GATED_BLOCK, num_warps=4)
+    _act_and_mul[tokens, triton.cdiv(inner, _ACT_BLOCK)](out, gate_up, gelu, inner, _ACT_BLOCK, num_warps=4)
     return out
 
 
-_GATED_BLOCK = 4 * _WARP * _WIDE
+_ACT_BLOCK = 4 * _WARP * _WIDE
 
 
 @triton.jit
-def _add_norm(out, x, delta, weight, delta_weight, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+def _fused_add_rms_norm(out, x, delta, weight, delta_weight, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (tokens,)."""
     i = tl.arange(0, BLOCK)
     inside = i < HIDDEN
@@ -93,7 +93,7 @@ def _add_norm(out, x, delta, weight, delta_weight, eps, HIDDEN: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["positions", "new_slots"])
-def _rotate_and_store(
+def _rope_and_cache(
     qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _of_q_or_k(q_norm, k_norm, i, is_q, is_k):
 
 
 @triton.jit
-def _gated(out, gate_up, GELU: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
+def _act_and_mul(out, gate_up, GELU: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (tokens, blocks of INNER).
 
     GELU's tanh formula is x * (1 + tanh(z)) / 2 with z = sqrt(2 / pi) * (x + 0.044715 x³), and

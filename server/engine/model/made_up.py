@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockTable, chain_root
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 
 _WARM_TOKENS = 256

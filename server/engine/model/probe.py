@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.base import LoadedBase
 from adapters.errors import BaseModelError
-from server.engine.attention import AttentionHost, KvShape, LayerAttention, install
+from server.engine.attention import AttentionHost, AttentionSpec, KvShape, install
 from server.engine.model.supported import check_config, check_layers, name_of
 
 log = logging.getLogger("manylora.engine")
@@ -29,13 +29,13 @@ class Probe:
 
     Attributes:
         host: where the model's attention calls arrive from now on.
-        shapes, kinds: by layer, what its keys and values look like and how it attends.
+        shapes, specs: by layer, what its keys and values look like and how it attends.
         rows: by linear, of how many rows its inputs were; empty = nothing came to it.
     """
 
     host: AttentionHost
     shapes: Mapping[int, KvShape]
-    kinds: Mapping[int, LayerAttention]
+    specs: Mapping[int, AttentionSpec]
     rows: Mapping[str, frozenset[int]]
 
 
@@ -49,11 +49,11 @@ def probe(base: LoadedBase) -> Probe:
     model, config = base.model, base.model.config
     check_config(config)
     shapes: dict[int, KvShape] = {}
-    kinds: dict[int, LayerAttention] = {}
+    specs: dict[int, AttentionSpec] = {}
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, kind: LayerAttention) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         shapes[layer] = KvShape(k.shape[1], k.shape[2], v.shape[2])
-        kinds[layer] = kind
+        specs[layer] = spec
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
     rows: dict[str, set[int]] = {name: set() for name in base.layout.sites}
@@ -63,7 +63,7 @@ def probe(base: LoadedBase) -> Probe:
         tokens = torch.arange(_TOKENS, device=model.device)
         forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
     check_layers(config, shapes)
-    return Probe(host, shapes, kinds, {name: frozenset(counts) for name, counts in rows.items()})
+    return Probe(host, shapes, specs, {name: frozenset(counts) for name, counts in rows.items()})
 
 
 def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class StockModel:
         found: what the base was found to do, if that is known already.
 
     Attributes:
-        shapes, kinds: by layer, what its keys and values look like and how it attends.
+        shapes, specs: by layer, what its keys and values look like and how it attends.
         layout: the base's modules that adapters may have something for.
         lora, lora_kernel: which rows are whose, and what computes their part.
         attention: what owns the KV pages; None before ``allocate``.
@@ -53,7 +53,7 @@ class StockModel:
         self.lora = attach(base.model, base.layout, pool, self.lora_kernel)
         self.attention: AttentionBackend | None = None
         self._sizes = 0, 0
-        self.shapes, self.kinds = found.shapes, found.kinds
+        self.shapes, self.specs = found.shapes, found.specs
         self.fallbacks: list[str] = []
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
@@ -61,7 +61,7 @@ class StockModel:
         own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.attention = choose_attention(
             self.shapes,
-            self.kinds,
+            self.specs,
             block_size,
             self.device,
             self.dtype,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from adapters.transfer import send
-from server.engine.interface import SamplingParams
 from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence
 from server.engine.transfer import resolve
 

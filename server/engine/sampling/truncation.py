@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adapters.transfer import send
-from server.engine.interface import SamplingParams
 from server.engine.sampling.rng import uniform
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence
 
 _HEAD = 512

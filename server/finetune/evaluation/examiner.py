@@ -19,7 +19,8 @@ from tqdm import tqdm
 from adapters.registry import Version
 from adapters.training.dataset import Dataset
 from server.engine.build import Parts
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
+from server.engine.sampling_params import SamplingParams
 from server.finetune.evaluation.cases import Passage, Question, make_passages, make_questions
 from server.finetune.evaluation.errors import EvaluationFailed
 from server.finetune.evaluation.metrics import exact_match, token_f1

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from server.engine.attention import AttentionBackend, KvShape, LayerAttention
-from server.engine.interface import SamplingParams
+from server.engine.attention import AttentionBackend, AttentionSpec, KvShape
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 
 Qkv = tuple[Tensor, Tensor, Tensor]
@@ -74,13 +74,16 @@ class World:
             self.manager.release(sequence.table)
             sequence.table, sequence.num_computed = None, 0
 
-    def inputs(self, chunks: SequenceOf[Chunk], seats: int | None = None) -> Qkv:
+    def inputs(self, chunks: SequenceOf[Chunk], graph_batch_size: int | None = None) -> Qkv:
         """q, k and v of a step; those of padding are NaN."""
         tokens = sum(chunk.length for chunk in chunks)
-        q = self._random(seats or tokens, self.kv_heads * self.group, self.dim)
+        q = self._random(graph_batch_size or tokens, self.kv_heads * self.group, self.dim)
         k, v = (torch.cat([self._stored(which, chunk) for chunk in chunks]) for which in (0, 1))
-        if seats is not None:
-            k, v = (torch.cat([x, x.new_full((seats - tokens, *x.shape[1:]), torch.nan)]) for x in (k, v))
+        if graph_batch_size is not None:
+            k, v = (
+                torch.cat([x, x.new_full((graph_batch_size - tokens, *x.shape[1:]), torch.nan)])
+                for x in (k, v)
+            )
         return q, k, v
 
     def _stored(self, which: int, chunk: Chunk) -> Tensor:
@@ -102,12 +105,12 @@ class World:
 
 def run(
     backend: AttentionBackend,
-    kind: LayerAttention,
+    spec: AttentionSpec,
     chunks: SequenceOf[Chunk],
     qkv: Qkv,
-    seats: int | None = None,
+    graph_batch_size: int | None = None,
 ) -> Tensor:
     """What the backend gives for the step's own tokens."""
-    backend.begin(chunks, seats)
-    out = backend(0, *qkv, kind)
+    backend.begin(chunks, graph_batch_size)
+    out = backend(0, *qkv, spec)
     return out[: sum(chunk.length for chunk in chunks)]

@@ -37,14 +37,14 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(tokens, hidden_sizes, dtypes, st.sampled_from(["no delta", "delta", "normed delta"]))
-def test_add_norm(n: int, hidden: int, dtype: torch.dtype, kind: str) -> None:
+def test_fused_add_rms_norm(n: int, hidden: int, dtype: torch.dtype, kind: str) -> None:
     x, delta = rand(n, hidden, dtype=dtype), rand(n, hidden, dtype=dtype, seed=1)
     delta_weight = rand(hidden, seed=2) if kind == "normed delta" else None
     weight = rand(hidden, seed=3)
     ours, theirs = x.clone(), x.clone()
     used = None if kind == "no delta" else delta
-    got = triton.add_norm(ours, used, weight, 1e-5, delta_weight)
-    check(got, reference.add_norm(theirs, used, weight, 1e-5, delta_weight))
+    got = triton.fused_add_rms_norm(ours, used, weight, 1e-5, delta_weight)
+    check(got, reference.fused_add_rms_norm(theirs, used, weight, 1e-5, delta_weight))
     check(ours, theirs)
     assert torch.equal(delta, rand(n, hidden, dtype=dtype, seed=1)), "delta is only read"
 
@@ -69,7 +69,7 @@ heads = st.builds(
 @given(tokens, heads, dtypes, st.permutations(range(3 * BLOCK_SIZE)))
 @example(2, Heads(32, 8, 128, False), torch.bfloat16, [5, 0])
 @example(1, Heads(28, 4, 128, True), torch.float16, [11])
-def test_rotate_and_store(n: int, shape: Heads, dtype: torch.dtype, slots: list[int]) -> None:
+def test_rope_and_cache(n: int, shape: Heads, dtype: torch.dtype, slots: list[int]) -> None:
     qkv = rand(n, (shape.q + 2 * shape.kv) * shape.dim, dtype=dtype)
     cos, sin = (rand(50, shape.dim, seed=seed) for seed in (1, 2))
     q_norm, k_norm = (rand(shape.dim, seed=seed) if shape.normed else None for seed in (3, 4))
@@ -78,7 +78,7 @@ def test_rotate_and_store(n: int, shape: Heads, dtype: torch.dtype, slots: list[
     pages = torch.full((2, 3, BLOCK_SIZE, shape.kv, shape.dim), 7.0, dtype=dtype, device=DEVICE)
     ours, theirs = (qkv.clone(), pages.clone()), (qkv.clone(), pages.clone())
     got, expected = (
-        ops.rotate_and_store(mine, *step, kv[0], kv[1], q_norm, k_norm, 1e-5)
+        ops.rope_and_cache(mine, *step, kv[0], kv[1], q_norm, k_norm, 1e-5)
         for ops, (mine, kv) in ((triton, ours), (reference, theirs))
     )
     check(got, expected)
@@ -91,12 +91,12 @@ def test_rotate_and_store(n: int, shape: Heads, dtype: torch.dtype, slots: list[
 
 @settings(deadline=None, max_examples=30)
 @given(tokens, st.sampled_from([1024, 1536, 2560]) | st.integers(1, 1100), dtypes, st.booleans())
-def test_gated(n: int, inner: int, dtype: torch.dtype, gelu: bool) -> None:
+def test_act_and_mul(n: int, inner: int, dtype: torch.dtype, gelu: bool) -> None:
     gate_up = 3 * rand(n, 2 * inner, dtype=dtype)
-    check(triton.gated(gate_up, gelu), reference.gated(gate_up, gelu))
+    check(triton.act_and_mul(gate_up, gelu), reference.act_and_mul(gate_up, gelu))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
 def test_gates_far_from_zero_are_open_or_shut(gelu: bool) -> None:
     gate_up = torch.tensor([[-1e4, -90.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
-    check(triton.gated(gate_up, gelu), torch.tensor([[0.0, 0.0, 90.0, 1e4]], device=DEVICE))
+    check(triton.act_and_mul(gate_up, gelu), torch.tensor([[0.0, 0.0, 90.0, 1e4]], device=DEVICE))

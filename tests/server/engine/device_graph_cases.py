@@ -34,10 +34,10 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     places: set[int] = set()
     replay = DecodeGraphs.replay
 
-    def noted(self: DecodeGraphs, seats: int, adapted: bool) -> torch.Tensor:
-        replays.append((seats, adapted))
+    def noted(self: DecodeGraphs, graph_batch_size: int, adapted: bool) -> torch.Tensor:
+        replays.append((graph_batch_size, adapted))
         places.update(result.untyped_storage().data_ptr() for _, result in self._graphs.values())
-        return replay(self, seats, adapted)
+        return replay(self, graph_batch_size, adapted)
 
     def ours(weights: Sequence[Nf4Weight], _: object) -> dict[tuple[int, int], Choice]:
         return {(weight.outputs, weight.inputs): Choice([OURS] * len(ROWS)) for weight in weights}
@@ -55,7 +55,7 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(device, "stopwatch", lambda *_, **__: nullcontext(True))
     monkeypatch.setattr(device, "choose_by_shape", ours)
     monkeypatch.setattr(DecodeGraphs, "replay", noted)
-    monkeypatch.setattr(graphs, "seat_counts", lambda most: [most // 2, most])
+    monkeypatch.setattr(graphs, "graph_batch_sizes", lambda most: [most // 2, most])
     monkeypatch.setattr(made_up, "_WARM_TOKENS", 8)
     monkeypatch.setattr(triton, "_PROGRAMS", 8)  # the interpreter takes them one by one
     pretend(monkeypatch, RecordedGraph)

@@ -15,9 +15,9 @@ from adapters.kernels.segmented import segmented_lora
 from adapters.kernels.triton import TritonLora
 from adapters.pool.site_pool import SitePool
 from server.engine import kernels
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
+from server.engine.attention.flash_metadata import FlashMetadata
 from server.engine.attention.flash_paged import FlashPaged
-from server.engine.attention.flash_plan import FlashPlan
 from server.engine.model import transformers_model as stock
 from server.engine.model.cuda import graphs
 from server.engine.model.cuda.graphs import Graph
@@ -45,19 +45,19 @@ class MaskedPaged:
     name = "masked"
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
         tokens = torch.arange(len(q))
-        owner = torch.searchsorted(plan.query_starts[1:].long(), tokens, right=True)
-        position = plan.lengths[owner] - plan.query_starts[owner + 1] + tokens
-        age = position[:, None] - torch.arange(plan.tables.shape[1] * keys.shape[1])
-        unseen = (age < 0) | (age >= (kind.window or 1 << 30))
-        tables = plan.tables[owner].long().clamp(0, len(keys) - 1)
+        owner = torch.searchsorted(metadata.query_starts[1:].long(), tokens, right=True)
+        position = metadata.lengths[owner] - metadata.query_starts[owner + 1] + tokens
+        age = position[:, None] - torch.arange(metadata.tables.shape[1] * keys.shape[1])
+        unseen = (age < 0) | (age >= (spec.window or 1 << 30))
+        tables = metadata.tables[owner].long().clamp(0, len(keys) - 1)
         group = q.shape[1] // keys.shape[2]
         k, v = (p[tables].flatten(1, 2).float().repeat_interleave(group, dim=2) for p in (keys, values))
-        scores = torch.einsum("thd,tnhd->thn", q.float(), k) * kind.scale
-        if kind.softcap is not None:
-            scores = kind.softcap * torch.tanh(scores / kind.softcap)
+        scores = torch.einsum("thd,tnhd->thn", q.float(), k) * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
         shares = scores.masked_fill(unseen[:, None], -torch.inf).softmax(-1)
         return torch.einsum("thn,tnhd->thd", shares, v).to(q.dtype)
 

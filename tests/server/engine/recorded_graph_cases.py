@@ -50,9 +50,9 @@ def test_a_graph_serves_other_adapters_than_it_was_captured_with(monkeypatch: py
 def test_a_graph_of_a_blocks_kernels_reads_what_lies_at_its_places() -> None:
     x, delta, weight = torch.randn(3, 40), torch.randn(3, 40), torch.rand(40)
     graph = RecordedGraph()
-    result = graph.capture(lambda: ops.gated(ops.add_norm(x, delta, weight, 1e-5), gelu=True))
+    result = graph.capture(lambda: ops.act_and_mul(ops.fused_add_rms_norm(x, delta, weight, 1e-5), gelu=True))
     x.copy_(torch.randn(3, 40))
     delta.copy_(torch.randn(3, 40))
-    awaited = reference.gated(reference.add_norm(x.clone(), delta, weight, 1e-5), gelu=True)
+    awaited = reference.act_and_mul(reference.fused_add_rms_norm(x.clone(), delta, weight, 1e-5), gelu=True)
     graph.replay()
     torch.testing.assert_close(result, awaited)

@@ -16,7 +16,8 @@ from torch import Tensor
 from server.config import ServerConfig, from_args
 from server.engine.build import Parts, build_parts
 from server.engine.engine import Model, Output
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk
 
 _numbers = itertools.count()

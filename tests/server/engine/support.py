@@ -8,8 +8,8 @@ from typing import Any
 
 from adapters.artifact import AdapterInfo
 from adapters.registry import Version
-from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockManager
+from server.engine.sampling_params import SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
 

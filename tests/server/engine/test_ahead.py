@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from adapters.errors import AdapterInvalid
 from server.engine.engine import Engine, Output
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
 from server.engine.sampling import truncation as distribution
+from server.engine.sampling_params import SamplingParams
 from server.errors import OutOfMemory, RequestFailed
 from tests.server.engine.late_device import BLOCK, CountingRegistry, LateDevice, late_engine
 from tests.server.engine.support import make_version

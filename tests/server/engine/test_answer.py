@@ -9,8 +9,9 @@ import pytest
 from server.engine import answer
 from server.engine.answer import RunningGeneration
 from server.engine.engine import Output
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
 from server.engine.sampling.sampler import RankedLogprobs
+from server.engine.sampling_params import SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import AnswerNotRead
 from tests.tiny_models import tiny_tokenizer

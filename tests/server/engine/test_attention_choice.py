@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.attention import KvShape, LayerAttention, choice
+from server.engine.attention import AttentionSpec, KvShape, choice
 from server.engine.attention.choice import BUILDS, Build, choose, first_fit, preferred_block_size
+from server.engine.attention.flash_metadata import FlashMetadata
 from server.engine.attention.flash_paged import FlashPaged
-from server.engine.attention.flash_plan import FlashPlan
 from server.engine.attention.reference import ReferencePaged
 from server.engine.attention.torch_paged import TorchPaged
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-SHAPE, PLAIN, CAPPED = KvShape(2, 64, 64), LayerAttention(0.125), LayerAttention(0.125, softcap=30.0)
+SHAPE, PLAIN, CAPPED = KvShape(2, 64, 64), AttentionSpec(0.125), AttentionSpec(0.125, softcap=30.0)
 
 
 def missing() -> ReferencePaged:
@@ -30,9 +30,9 @@ class Wrong(ReferencePaged):
     """Sees one token too many of what is masked."""
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
-        return super().__call__(q, keys, values, replace(plan, lengths=plan.lengths - 1), kind)
+        return super().__call__(q, keys, values, replace(metadata, lengths=metadata.lengths - 1), spec)
 
 
 class Failing:
@@ -48,11 +48,11 @@ def build(load: Any = ReferencePaged, page: int = 16, suits: int = 16, softcap: 
 
 def why_not(caplog: pytest.LogCaptureFixture, wanted: Build, **changed: Any) -> str:
     """The reason that is logged when ``wanted`` is not used."""
-    case: dict[str, Any] = {"shape": SHAPE, "kind": PLAIN, "block": 32, "dtype": torch.bfloat16} | changed
+    case: dict[str, Any] = {"shape": SHAPE, "spec": PLAIN, "block": 32, "dtype": torch.bfloat16} | changed
     choice._say.cache_clear()
     with caplog.at_level(logging.INFO, "manylora.engine"):
-        shapes, kinds = {0: SHAPE, 1: case["shape"]}, {0: PLAIN, 1: case["kind"]}
-        found = first_fit([wanted], shapes, kinds, case["block"], CPU, case["dtype"])
+        shapes, specs = {0: SHAPE, 1: case["shape"]}, {0: PLAIN, 1: case["spec"]}
+        found = first_fit([wanted], shapes, specs, case["block"], CPU, case["dtype"])
     assert found is None
     (record,) = caplog.records
     return record.getMessage().removeprefix("attention without it: ")
@@ -67,7 +67,7 @@ def test_why_a_build_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
         (build(), {"shape": KvShape(2, 64, 32)}),
         (build(), {"shape": KvShape(2, 20, 20)}),
         (build(), {"shape": KvShape(2, 512, 512)}),
-        (build(softcap=False), {"kind": CAPPED}),
+        (build(softcap=False), {"spec": CAPPED}),
         (build(page=256), {}),
     ):
         reasons.append(why_not(caplog, wanted, **changed))
@@ -93,22 +93,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choice._tried.cache_clear()
 
 
-def chosen(kind: LayerAttention, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    return choose({0: SHAPE}, {0: kind}, block_size, GPU, dtype, max_length=100)
+def chosen(spec: AttentionSpec, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    return choose({0: SHAPE}, {0: spec}, block_size, GPU, dtype, max_length=100)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_gets_the_first_build_that_serves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     builds = tuple(replace(wanted, load=ReferencePaged) for wanted in BUILDS)
     monkeypatch.setattr(choice, "BUILDS", builds)
-    for absent, kind, block_size, expected in (
+    for absent, spec, block_size, expected in (
         (0, PLAIN, 256, 0), (1, PLAIN, 512, 1), (1, CAPPED, 256, 2), (0, PLAIN, 16, 2), (2, PLAIN, 64, 2),
     ):  # fmt: skip
         monkeypatch.setattr(choice, "BUILDS", builds[absent:])
-        found = first_fit(choice.BUILDS, {0: SHAPE}, {0: kind}, block_size, GPU, torch.bfloat16)
+        found = first_fit(choice.BUILDS, {0: SHAPE}, {0: spec}, block_size, GPU, torch.bfloat16)
         assert found is not None
         assert found[0] == builds[expected]
-        assert type(chosen(kind, block_size)) is FlashPaged
+        assert type(chosen(spec, block_size)) is FlashPaged
     assert type(chosen(PLAIN, 256, torch.float32)) is TorchPaged
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     choice._tried.cache_clear()

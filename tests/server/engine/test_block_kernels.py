@@ -42,8 +42,8 @@ def test_the_reference_norms_as_llama_does(n: int, hidden: int, dtype: torch.dty
     theirs.weight.copy_(torch.randn(hidden))
     x, delta = torch.randn(2, n, hidden).to(dtype)
     total = x + delta
-    check(reference.add_norm(x, None, theirs.weight.float(), 1e-5), theirs(x))
-    check(reference.add_norm(x, delta, theirs.weight.float(), 1e-5), theirs(total))
+    check(reference.fused_add_rms_norm(x, None, theirs.weight.float(), 1e-5), theirs(x))
+    check(reference.fused_add_rms_norm(x, delta, theirs.weight.float(), 1e-5), theirs(total))
     assert torch.equal(x, total)
 
 
@@ -58,7 +58,7 @@ def test_the_reference_norms_around_the_addition_as_gemma2_does(
         norm.weight.copy_(0.3 * torch.randn(hidden))
     x, delta = torch.randn(2, n, hidden).to(dtype)
     total = x + after(delta)
-    got = reference.add_norm(x, delta, 1 + before.weight.float(), 1e-6, 1 + after.weight.float())
+    got = reference.fused_add_rms_norm(x, delta, 1 + before.weight.float(), 1e-6, 1 + after.weight.float())
     check(got, before(total))
     check(x, total)
 
@@ -89,7 +89,7 @@ def test_the_reference_turns_heads_as_llama_and_qwen3_do(
     q, k = apply_rotary_pos_emb(q.float(), k.float(), cos[positions][None], sin[positions][None], 2)
     pages = torch.zeros(2, 2, 4, kv_heads, dim, dtype=dtype)
     q_norm, k_norm = [norm.weight.float() for norm in norms] if normed else [None, None]
-    got = reference.rotate_and_store(
+    got = reference.rope_and_cache(
         qkv, cos, sin, positions, slots, pages[0], pages[1], q_norm, k_norm, eps=1e-6
     )
     check(got, q[0].to(dtype))
@@ -103,7 +103,7 @@ def test_the_reference_turns_heads_as_llama_and_qwen3_do(
 def test_the_reference_gates_as_transformers_does(n: int, inner: int, dtype: torch.dtype, gelu: bool) -> None:
     gate, up = gate_up = 3 * torch.randn(2, n, inner).to(dtype)
     act = ACT2FN["gelu_pytorch_tanh" if gelu else "silu"]
-    check(reference.gated(torch.cat(list(gate_up), dim=1), gelu), act(gate) * up)
+    check(reference.act_and_mul(torch.cat(list(gate_up), dim=1), gelu), act(gate) * up)
 
 
 def test_triton_is_chosen_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,10 @@ def test_compiled_for_a_gpu_a_norm_reads_a_row_once_and_keeps_it_in_registers(
     x, weight = torch.empty(2, hidden, dtype=dtype), torch.empty(hidden)
     delta_weight = weight if normed else None
     compiled = compiled_launch(
-        "_add_norm", lambda ops: ops.add_norm(x, x, weight, 1e-5, delta_weight), capability, monkeypatch
+        "_fused_add_rms_norm",
+        lambda ops: ops.fused_add_rms_norm(x, x, weight, 1e-5, delta_weight),
+        capability,
+        monkeypatch,
     )
     check_wide(compiled)
     assert compiled.metadata.shared <= 16 * 4, "more than a sum from each warp goes through shared memory"
@@ -187,8 +190,8 @@ def test_compiled_for_a_gpu_heads_are_turned_without_shared_memory(
     where, pages = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, 3, 16, kv_heads, dim, dtype=dtype)
     norms = [angles[0]] * 2 if normed else []
     compiled = compiled_launch(
-        "_rotate_and_store",
-        lambda ops: ops.rotate_and_store(qkv, angles, angles, *where, *pages, *norms),
+        "_rope_and_cache",
+        lambda ops: ops.rope_and_cache(qkv, angles, angles, *where, *pages, *norms),
         capability,
         monkeypatch,
     )
@@ -203,5 +206,7 @@ def test_compiled_for_a_gpu_gates_are_read_in_16_bytes(
     gelu: bool, capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate_up = torch.empty(2, 2 * 14336, dtype=dtype)
-    compiled = compiled_launch("_gated", lambda ops: ops.gated(gate_up, gelu), capability, monkeypatch)
+    compiled = compiled_launch(
+        "_act_and_mul", lambda ops: ops.act_and_mul(gate_up, gelu), capability, monkeypatch
+    )
     check_wide(compiled)

@@ -18,7 +18,7 @@ from adapters.kernels.segmented import segmented_lora
 from adapters.pool.rank_pool import RankPool
 from adapters.pool.site_pool import lone_pool
 from adapters.sites import Site
-from server.engine.attention import KvShape, LayerAttention
+from server.engine.attention import AttentionSpec, KvShape
 from server.engine.attention.native_paged import NativePaged
 from server.engine.model.cpu.model import FusedModel
 from server.engine.model.made_up import made_up_prompt
@@ -76,7 +76,7 @@ def test_attention(shapes: dict[str, tuple[int, ...]]) -> None:
 
     def attend(shapes: dict[str, tuple[int, ...]]) -> Tensor:
         q, k, v = (torch.zeros(shape, dtype=BF16) for shape in (right | shapes).values())
-        return paged(0, q, k, v, LayerAttention(0.25))
+        return paged(0, q, k, v, AttentionSpec(0.25))
 
     assert attend({}).shape == right["q"]
     with pytest.raises(ValueError, match="layer 0 attends with"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
 from server.engine.attention.choice import BUILDS, Build
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.torch_paged import TorchPaged
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 LONGEST, SEATS = 800, 4
 KINDS = [
-    LayerAttention(0.1),
-    LayerAttention(0.1, 1),
-    LayerAttention(0.1, 300),
-    LayerAttention(0.1, None, 5.0),
+    AttentionSpec(0.1),
+    AttentionSpec(0.1, 1),
+    AttentionSpec(0.1, 300),
+    AttentionSpec(0.1, None, 5.0),
 ]
 STEPS = [
     [600, 0, 3],
@@ -62,29 +62,29 @@ def check(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("spec", KINDS, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_steps(build: Build, kind: LayerAttention, dim: int) -> None:
-    if kind.softcap is not None and not build.softcap:
+def test_steps(build: Build, spec: AttentionSpec, dim: int) -> None:
+    if spec.softcap is not None and not build.softcap:
         pytest.skip("it cannot cap scores")
     world = make_world(build, dim)
     ours, theirs = backends(build, world)
     for step in STEPS:
         chunks = world.step(step)
         qkv = world.inputs(chunks)
-        check(run(ours, kind, chunks, qkv), run(theirs, kind, chunks, qkv))
+        check(run(ours, spec, chunks, qkv), run(theirs, spec, chunks, qkv))
         world.done(chunks)
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
-def test_one_graph_serves_all_decode_steps(build: Build, kind: LayerAttention) -> None:
+@pytest.mark.parametrize("spec", KINDS[:3], ids=str)
+def test_one_graph_serves_all_decode_steps(build: Build, spec: AttentionSpec) -> None:
     world = make_world(build, 128)
     ours, theirs = backends(build, world)
-    graph, inputs, out = captured(ours, world, kind)
+    graph, inputs, out = captured(ours, world, spec)
     chunks = world.step([LONGEST] * 3)
     qkv = world.inputs(chunks)
     for backend in (ours, theirs):
-        run(backend, kind, chunks, qkv)
+        run(backend, spec, chunks, qkv)
     world.done(chunks)
     for live in (1, 3, 2, 3):
         chunks = world.step([1] * live)
@@ -93,23 +93,23 @@ def test_one_graph_serves_all_decode_steps(build: Build, kind: LayerAttention) -
             static[:live] = new
         ours.begin(chunks, SEATS)
         graph.replay()
-        check(out[:live], run(theirs, kind, chunks, qkv))
+        check(out[:live], run(theirs, spec, chunks, qkv))
         world.done(chunks)
 
 
 def captured(
-    backend: FlashPaged, world: World, kind: LayerAttention
+    backend: FlashPaged, world: World, spec: AttentionSpec
 ) -> tuple[torch.cuda.CUDAGraph, Qkv, Tensor]:
-    """A graph of the attention in seats, where its inputs are, and where its results will be."""
+    """A graph of the attention in graph_batch_size, where its inputs are, and where its results will be."""
     heads = world.kv_heads * world.group, world.kv_heads, world.kv_heads
     q, k, v = (torch.zeros(SEATS, n, world.dim, dtype=world.dtype, device=world.device) for n in heads)
     backend.begin([], SEATS)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        backend(0, q, k, v, kind)
+        backend(0, q, k, v, spec)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = backend(0, q, k, v, kind)
+        out = backend(0, q, k, v, spec)
     return graph, (q, k, v), out

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
 from server.engine.attention.flash_kernels import FlashAttn, TorchVarlen
+from server.engine.attention.flash_metadata import FlashMetadata
 from server.engine.attention.flash_paged import FlashPaged, PagedKernel
-from server.engine.attention.flash_plan import FlashPlan
 from server.engine.attention.reference import ReferencePaged
 from server.engine.attention.torch_paged import TorchPaged
 from server.engine.sequence import Chunk
@@ -60,7 +60,7 @@ def without_padding(qkv: Qkv, chunks: list[Chunk]) -> Qkv:
     group=st.sampled_from([1, 3]),
     window=st.sampled_from([None, 1, 16, 21]),
     softcap=st.sampled_from([None, 2.0]),
-    seated=st.booleans(),
+    graph_batch=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
 def test_any_steps_give_what_gathered_pages_give(
@@ -71,27 +71,29 @@ def test_any_steps_give_what_gathered_pages_give(
     group: int,
     window: int | None,
     softcap: float | None,
-    seated: bool,
+    graph_batch: bool,
 ) -> None:
     world = World([[0, *[1] * (length - 1)] for length in lengths], kv_heads, group)
-    kind = LayerAttention(0.3, window, None if isinstance(kernel, TorchVarlen) else softcap)
+    spec = AttentionSpec(0.3, window, None if isinstance(kernel, TorchVarlen) else softcap)
     ours, theirs = flash(world, kernel), gathered(world)
     for step in [*steps, [LONGEST] * 3, [1] * 3]:
         chunks = world.step(step)
         if not chunks:
             continue
-        seats = 5 if seated and all(chunk.length == 1 for chunk in chunks) else None
-        qkv = world.inputs(chunks, seats)
-        expected = run(theirs, kind, chunks, without_padding(qkv, chunks))
-        torch.testing.assert_close(run(ours, kind, chunks, qkv, seats), expected, rtol=1e-5, atol=1e-5)
+        graph_batch_size = 5 if graph_batch and all(chunk.length == 1 for chunk in chunks) else None
+        qkv = world.inputs(chunks, graph_batch_size)
+        expected = run(theirs, spec, chunks, without_padding(qkv, chunks))
+        torch.testing.assert_close(
+            run(ours, spec, chunks, qkv, graph_batch_size), expected, rtol=1e-5, atol=1e-5
+        )
         world.done(chunks)
 
 
 def test_prefixes_are_read_from_shared_blocks() -> None:
     world = World([[0] * 40, [0] * 50])
-    kind, backend = LayerAttention(0.3), flash(world, ReferencePaged())
+    spec, backend = AttentionSpec(0.3), flash(world, ReferencePaged())
     chunks = world.step([40])
-    run(backend, kind, chunks, world.inputs(chunks))
+    run(backend, spec, chunks, world.inputs(chunks))
     world.done(chunks)
     chunks = world.step([0, 50])
     assert chunks[0].start == 32
@@ -99,13 +101,13 @@ def test_prefixes_are_read_from_shared_blocks() -> None:
     alone = flash(other := World([[0] * 50]), ReferencePaged())
     whole = other.step([50])
     expected = run(
-        alone, kind, whole, (torch.cat([torch.zeros(32, *q.shape[1:]), q]), *other.inputs(whole)[1:])
+        alone, spec, whole, (torch.cat([torch.zeros(32, *q.shape[1:]), q]), *other.inputs(whole)[1:])
     )
-    torch.testing.assert_close(run(backend, kind, chunks, (q, k, v)), expected[32:])
+    torch.testing.assert_close(run(backend, spec, chunks, (q, k, v)), expected[32:])
 
 
 class Recorder:
-    """A kernel that notes, by seats, where everything lies that it gets, and what the numbers are."""
+    """A kernel that notes, by batch size, the addresses and the numbers that it gets."""
 
     name = "recorder"
 
@@ -113,48 +115,58 @@ class Recorder:
         self.seen: dict[int, list[Any]] = defaultdict(list)
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan, kind: LayerAttention
+        self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
-        fixed = (keys, values, plan.new_slots, plan.query_starts, plan.kv_starts, plan.lengths, plan.tables)
+        fixed = (
+            keys,
+            values,
+            metadata.new_slots,
+            metadata.query_starts,
+            metadata.kv_starts,
+            metadata.lengths,
+            metadata.tables,
+        )
         places = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in fixed]
-        self.seen[len(q)].append((places, plan.max_query, plan.max_length))
-        return ReferencePaged()(q, keys, values, plan, kind)
+        self.seen[len(q)].append((places, metadata.max_query, metadata.max_length))
+        return ReferencePaged()(q, keys, values, metadata, spec)
 
 
 def test_what_a_graph_has_captured_stays_where_it_is() -> None:
     world = World([[i % 4] * (3 + 7 * i) for i in range(6)])
     recorder = Recorder()
-    backend, theirs, kind = flash(world, recorder), gathered(world), LayerAttention(0.3)
+    backend, theirs, spec = flash(world, recorder), gathered(world), AttentionSpec(0.3)
     chunks = world.step([LONGEST] * 6)
     qkv = world.inputs(chunks)
-    assert run(backend, kind, chunks, qkv).isfinite().all()
-    run(theirs, kind, chunks, qkv)
+    assert run(backend, spec, chunks, qkv).isfinite().all()
+    run(theirs, spec, chunks, qkv)
     world.done(chunks)
     backend.begin([], 8)
-    backend.attend(0, torch.zeros(8, 4, 8), kind)
+    backend.attend(0, torch.zeros(8, 4, 8), spec)
     for live in (1, 6, 3, 4, 6, 2, 5, 6):
         world.preempt(world.sequences[0])
         chunks = world.step([1] * live)
         chunks = [chunk for chunk in chunks if chunk.length == 1]
-        for seats in (8, 16):
-            qkv = world.inputs(chunks, seats)
-            expected = run(theirs, kind, chunks, without_padding(qkv, chunks))
-            torch.testing.assert_close(run(backend, kind, chunks, qkv, seats), expected, rtol=1e-5, atol=1e-5)
+        for graph_batch_size in (8, 16):
+            qkv = world.inputs(chunks, graph_batch_size)
+            expected = run(theirs, spec, chunks, without_padding(qkv, chunks))
+            torch.testing.assert_close(
+                run(backend, spec, chunks, qkv, graph_batch_size), expected, rtol=1e-5, atol=1e-5
+            )
         world.done(chunks)
-    for seats in (8, 16):
-        assert len(recorder.seen[seats]) >= 8
-        assert all(seen == recorder.seen[seats][0] for seen in recorder.seen[seats])
+    for graph_batch_size in (8, 16):
+        assert len(recorder.seen[graph_batch_size]) >= 8
+        assert all(seen == recorder.seen[graph_batch_size][0] for seen in recorder.seen[graph_batch_size])
 
 
 def test_padding_writes_nothing_but_the_spare_block() -> None:
     world = World([[0] * 20])
-    backend, kind = flash(world, ReferencePaged()), LayerAttention(0.3)
+    backend, spec = flash(world, ReferencePaged()), AttentionSpec(0.3)
     chunks = world.step([19])
-    run(backend, kind, chunks, world.inputs(chunks))
+    run(backend, spec, chunks, world.inputs(chunks))
     world.done(chunks)
     before = [pages[:-1].clone() for pages in backend.pages[0]]
     chunks = world.step([1])
-    run(backend, kind, chunks, world.inputs(chunks, 4), 4)
+    run(backend, spec, chunks, world.inputs(chunks, 4), 4)
     assert backend.new_slots[1:].tolist() == [world.num_blocks * world.block_size] * 3
     for pages, old in zip(backend.pages[0], before, strict=True):
         changed = (pages[:-1] != old).any(-1).any(-1)
@@ -177,10 +189,10 @@ class Noted:
 def both_kinds_of_step(kernel: PagedKernel) -> None:
     world = World([[0] * 20, [1] * 9])
     backend = flash(world, kernel)
-    for kind in (LayerAttention(0.3), LayerAttention(0.3, 4)):
+    for spec in (AttentionSpec(0.3), AttentionSpec(0.3, 4)):
         for step in ([20, 5], [1, 1]):
             chunks = world.step(step)
-            run(backend, kind, chunks, world.inputs(chunks))
+            run(backend, spec, chunks, world.inputs(chunks))
             world.done(chunks)
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from adapters.pool.rank_pool import RankPool
-from server.engine.interface import SamplingParams
 from server.engine.kv_cache import BlockTable, chain_root
 from server.engine.model.cpu.model import FusedModel, why_not_fused
 from server.engine.model.transformers_model import StockModel
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 from tests.adapters.native_calls import ISAS, TILE, using
 from tests.tiny_models import make_tiny_model

@@ -13,7 +13,8 @@ import pytest_asyncio
 
 from server.config import from_args
 from server.engine.build import build_service
-from server.engine.interface import Generation, GenerationRequest, SamplingParams
+from server.engine.interface import Generation, GenerationRequest
+from server.engine.sampling_params import SamplingParams
 from server.engine.service import EngineService
 from server.errors import InvalidRequest
 from tests.tiny_models import make_peft_adapter, make_tiny_model, tiny_tokenizer

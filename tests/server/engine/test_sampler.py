@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from server.engine.interface import SamplingDefaults, SamplingParams
 from server.engine.sampling import truncation as distribution
 from server.engine.sampling.logits_processors import shape
 from server.engine.sampling.rng import answer_seed, uniform
 from server.engine.sampling.sampler import Draw, draw
+from server.engine.sampling_params import SamplingDefaults, SamplingParams
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequest
 from server.http.schema import CompletionBody

@@ -11,8 +11,8 @@ import pytest
 from transformers import GenerationConfig
 
 from server.config import ConfigError, from_args
-from server.engine.interface import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from server.engine.sampling_defaults import sampling_defaults
+from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from tests.server.engine.running import build
 from tests.tiny_models import make_tiny_model
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from adapters.errors import AdapterExists, AdapterNameInvalid, AdapterNotFound
 from server.config import from_args
 from server.engine.build import build_service
-from server.engine.interface import Delta, Generation, GenerationRequest, SamplingParams
+from server.engine.interface import Delta, Generation, GenerationRequest
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk
 from server.engine.service import EngineService
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, RequestFailed, ShuttingDown

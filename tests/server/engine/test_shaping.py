@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.engine.interface import GenerationRequest, SamplingParams
+from server.engine.interface import GenerationRequest
 from server.engine.sampling import logits_processors as shaping
 from server.engine.sampling.logits_processors import shape
 from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence, Shared
 from server.engine.transfer import resolve
 from tests.server.engine.late_device import late_engine

@@ -18,8 +18,9 @@ import pytest
 from adapters.errors import AdapterNotFound
 from server.config import from_args
 from server.engine.build import build_service
-from server.engine.interface import GenerationRequest, SamplingParams, TokenLogprob
+from server.engine.interface import GenerationRequest, TokenLogprob
 from server.engine.model.cpu.model import FusedModel
+from server.engine.sampling_params import SamplingParams
 from server.engine.service import EngineService
 from tests.tiny_models import make_peft_adapter, make_tiny_model
 

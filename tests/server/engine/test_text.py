@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from server.engine.answer import Answer
 from server.engine.engine import Output
-from server.engine.interface import Delta, SamplingParams
+from server.engine.interface import Delta
+from server.engine.sampling_params import SamplingParams
 from server.engine.stop_strings import StopScanner
 from server.engine.tokenizer import Tokenizer
 from tests.tiny_models import tiny_tokenizer

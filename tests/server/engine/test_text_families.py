@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from server.engine.answer import Answer
 from server.engine.engine import Output
-from server.engine.interface import Delta, SamplingParams
+from server.engine.interface import Delta
 from server.engine.sampling.sampler import RankedLogprobs
+from server.engine.sampling_params import SamplingParams
 from server.engine.tokenizer import Tokenizer
 from tests.tokenizer_families import BYTE_FALLBACK, TOKENIZER_FAMILIES, TokenizerFamily, family_tokenizer
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
 from tests.triton_running import compile_for
 
-PLAIN, CAPPED = LayerAttention(0.1), LayerAttention(0.1, 4096, 50.0)
+PLAIN, CAPPED = AttentionSpec(0.1), AttentionSpec(0.1, 4096, 50.0)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "dim", "decode", "split", "kind"),
+    ("capability", "dtype", "dim", "decode", "split", "spec"),
     [
         (80, torch.float16, 64, True, True, PLAIN),
         (90, torch.bfloat16, 128, True, False, PLAIN),
@@ -31,7 +31,7 @@ def test_compiled_for_a_gpu_pages_are_read_in_16_bytes_and_products_use_tensor_c
     dim: int,
     decode: bool,
     split: bool,
-    kind: LayerAttention,
+    spec: AttentionSpec,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -39,7 +39,7 @@ def test_compiled_for_a_gpu_pages_are_read_in_16_bytes_and_products_use_tensor_c
     from server.engine.attention.triton_paged import SHAPE_FREE, attend_pages, form_of
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    form: dict[str, Any] = form_of(dtype, 8, 4, 64, dim, kind, decode)
+    form: dict[str, Any] = form_of(dtype, 8, 4, 64, dim, spec, decode)
     warps, _ = form.pop("num_warps"), form.pop("num_stages")
     values = f"*{'bf16' if dtype == torch.bfloat16 else 'fp16'}"
     types = {

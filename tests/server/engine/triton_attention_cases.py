@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.engine.attention import LayerAttention, triton_paged
+from server.engine.attention import AttentionSpec, triton_paged
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.reference import ReferencePaged
 from server.engine.attention.triton_paged import TritonPaged
@@ -20,7 +20,7 @@ STEPS = [[70, 0, 3], [0, 40, 1], [1, 1, 1], [1, PREEMPT, 1], [1, 33, 0], [1, 9, 
 EXACT = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def check(world: World, kind: LayerAttention, seats: int | None = None) -> None:
+def check(world: World, spec: AttentionSpec, graph_batch_size: int | None = None) -> None:
     """Some steps, in which prompts are cut, continued and mixed with decoding, against the definition."""
     backends = [
         FlashPaged(kernel, world.block_size, world.device, world.dtype, LONGEST)
@@ -33,9 +33,9 @@ def check(world: World, kind: LayerAttention, seats: int | None = None) -> None:
     exact = EXACT[world.dtype]
     for step in STEPS:
         chunks = world.step(step)
-        seated = seats if all(chunk.length == 1 for chunk in chunks) else None
-        qkv = world.inputs(chunks, seated)
-        ours, theirs = (run(backend, kind, chunks, qkv, seated) for backend in backends)
+        graph_batch = graph_batch_size if all(chunk.length == 1 for chunk in chunks) else None
+        qkv = world.inputs(chunks, graph_batch)
+        ours, theirs = (run(backend, spec, chunks, qkv, graph_batch) for backend in backends)
         torch.testing.assert_close(ours, theirs, rtol=exact, atol=exact)
         world.done(chunks)
 
@@ -48,17 +48,17 @@ def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize("kind", [LayerAttention(0.3), LayerAttention(0.3, 21, 2.0)], ids=["plain", "window"])
-def test_steps_equal_the_definition(kind: LayerAttention, dtype: torch.dtype) -> None:
-    check(World(PROMPTS, group=3, dtype=dtype, device=DEVICE), kind)
+@pytest.mark.parametrize("spec", [AttentionSpec(0.3), AttentionSpec(0.3, 21, 2.0)], ids=["plain", "window"])
+def test_steps_equal_the_definition(spec: AttentionSpec, dtype: torch.dtype) -> None:
+    check(World(PROMPTS, group=3, dtype=dtype, device=DEVICE), spec)
 
 
 @pytest.mark.parametrize(("group", "dim", "page"), [(1, 72, 16), (20, 16, 64), (4, 256, 5)])
 def test_any_heads_and_pages(group: int, dim: int, page: int) -> None:
     world = World(PROMPTS, 1, group, dim, page, dtype=torch.float16, device=DEVICE)
-    check(world, LayerAttention(dim**-0.5, softcap=1.0))
+    check(world, AttentionSpec(dim**-0.5, softcap=1.0))
 
 
 @pytest.mark.usefixtures("programs")
-def test_seats() -> None:
-    check(World(PROMPTS, dtype=torch.bfloat16, device=DEVICE), LayerAttention(0.3, 5), 6)
+def test_graph_batches() -> None:
+    check(World(PROMPTS, dtype=torch.bfloat16, device=DEVICE), AttentionSpec(0.3, 5), 6)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from adapters.errors import AdapterExists, AdapterNotFound
 from server.engine.interface import (
     AdapterStatus,
-    BaseInfo,
     Delta,
     EngineStats,
     GenerationRequest,
+    ModelInfo,
     TokenLogprob,
 )
 from server.errors import ShuttingDown
@@ -27,7 +27,7 @@ def token(number: int, top: int | None = None) -> TokenLogprob:
     return TokenLogprob(number, text, text.encode(), math.log(1 / (number + 2)), likely)
 
 
-BASE = BaseInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000.0, attention="fake")
+BASE = ModelInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000.0, attention="fake")
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class FakeGeneration:
 class FakeService:
     """Set the fields a test needs; ``requests`` keeps what was submitted, ``running`` what has not ended."""
 
-    base: BaseInfo = BASE
+    base: ModelInfo = BASE
     known: dict[str, AdapterStatus] = field(default_factory=dict)
     on_disk: dict[str, AdapterStatus] = field(default_factory=dict)
     looked_for: list[str] = field(default_factory=list)

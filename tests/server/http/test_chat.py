@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from server.engine.interface import SamplingDefaults, SamplingParams
+from server.engine.sampling_params import SamplingDefaults, SamplingParams
 from tests.server.http.fake_service import FakeService, adapter
 
 URL = "/v1/chat/completions"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from starlette.testclient import TestClient
 
-from server.engine.interface import SamplingDefaults
+from server.engine.sampling_params import SamplingDefaults
 from tests.server.http.fake_service import FakeService, adapter
 
 BASE = {

@@ -77,7 +77,7 @@ class FusedModel:
         self.bytes_a_position = angle_bytes(stock.model)
         self.fallbacks: list[str] = []
         self._lora = stock.lora
-        self._weights = FusedWeights(stock.model, pool, stock.kinds)
+        self._weights = FusedWeights(stock.model, pool, stock.specs)
         self.head = FusedHead(stock, self._weights, loaded)
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
@@ -86,7 +86,7 @@ class FusedModel:
         self._scratch = self._make_scratch()
         self.nanoseconds = np.zeros(len(STACK_PARTS), np.int64)
         first = self._weights.blocks[0]
-        kind = stock.kinds[0]
+        spec = stock.specs[0]
         self._call = StackCall(
             blocks=addressof(self._weights.blocks),
             n_blocks=len(self._weights.blocks),
@@ -95,8 +95,8 @@ class FusedModel:
             head_dim=self.shapes[0].key_dim,
             intermediate=first.gate.outputs,
             eps=self._config.rms_norm_eps,
-            scale=kind.scale,
-            softcap=kind.softcap or 0.0,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
             gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
             codebook=self._weights.codebook.data_ptr(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters.kernels.cpu.structs import Block, Linear, Norm
 from adapters.pool.rank_pool import RankPool
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
 from server.engine.model.llama_like import LINEARS, norm_weight, norms_of
 
 
@@ -26,14 +26,14 @@ class FusedWeights:
         head: the fields of ``HeadCall`` that say what the head multiplies by.
     """
 
-    def __init__(self, model: Any, pool: RankPool, kinds: Mapping[int, LayerAttention]) -> None:
+    def __init__(self, model: Any, pool: RankPool, specs: Mapping[int, AttentionSpec]) -> None:
         self._model = model
         self._kept: list[Tensor] = []
         layers = model.model.layers
         self.blocks = (Block * len(layers))()
         for i, layer in enumerate(layers):
             self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
-            self.blocks[i].window = kinds[i].window or 0
+            self.blocks[i].window = specs[i].window or 0
         self.codebook = self._keep(_codebook(layers[0]))
         self.final_norm = self._keep(self.norm_weight(model.model.norm.weight.detach()))
         self.head = self._head(model.lm_head)

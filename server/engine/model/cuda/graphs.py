@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: recorded once for each number of seats, replayed whatever is in the seats.
+"""Decode steps as CUDA graphs: recorded once for each batch size, replayed for any batch of that size.
 
 A graph repeats its launches with the very addresses that it was recorded with. So all that varies from step
 to step (tokens, pages, whose rows) lies at fixed places, which are written before each replay; how many
@@ -19,7 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger("manylora.engine")
 
-MOST_SEATS = 512
+MAX_GRAPH_BATCH_SIZE = 512
 """Of a graph. Larger steps take the device longer than launching them takes the host."""
 
 
@@ -68,19 +68,19 @@ def cuda_graphs() -> Callable[[], Graph]:
     return lambda: CudaGraph(pool)
 
 
-def seat_counts(most: int) -> list[int]:
+def graph_batch_sizes(most: int) -> list[int]:
     """1, 2, 4, then every 8, to 256, then every 64: a step is padded by an eighth where it is dear."""
     steps = [1, 2, 4, *range(8, 257, 8), *range(320, most, 64)]
     return [*(n for n in steps if n < most), most]
 
 
 class DecodeGraphs:
-    """Graphs by (seats, whether anybody has an adapter).
+    """Graphs by (batch size, whether anybody has an adapter).
 
     Args:
-        prepare: brings an empty step of so many seats to the places that the recorded launches read.
-        run: the launches for so many seats, with the adapters' part or without.
-        most: most seats.
+        prepare: brings an empty step of a batch size to the places that the recorded launches read.
+        run: the launches for a batch size, with the adapters' part or without.
+        most: the largest batch size.
         make: a new graph.
     """
 
@@ -96,28 +96,31 @@ class DecodeGraphs:
         self._recorded: list[int] = []
         self._graphs: dict[tuple[int, bool], tuple[Graph, Tensor]] = {}
 
-    def seats(self, tokens: int) -> int | None:
-        """The number of seats for so many tokens, or None if no recorded graph has as many."""
+    def batch_size_for(self, tokens: int) -> int | None:
+        """The smallest recorded batch size that holds ``tokens``; None if none does."""
         place = bisect_left(self._recorded, tokens)
         return self._recorded[place] if place < len(self._recorded) else None
 
     def capture_all(self) -> None:
         """Record every graph, the largest first, whose memory then does for all."""
         began = time.monotonic()
-        counts = seat_counts(self._most)
-        for seats in reversed(counts):
-            self._prepare(seats)
+        counts = graph_batch_sizes(self._most)
+        for batch_size in reversed(counts):
+            self._prepare(batch_size)
             for adapted in (True, False):
-                self._capture(seats, adapted)
+                self._capture(batch_size, adapted)
         self._recorded = counts
         log.info("CUDA graphs: %d, recorded in %.1f s", len(self._graphs), time.monotonic() - began)
 
-    def replay(self, seats: int, adapted: bool) -> Tensor:
-        """The result of what was prepared for ``seats``; it lasts until the next replay is launched."""
-        graph, result = self._graphs[seats, adapted]
+    def replay(self, batch_size: int, adapted: bool) -> Tensor:
+        """The result of what was prepared for ``batch_size``; it lasts until the next replay is launched."""
+        graph, result = self._graphs[batch_size, adapted]
         graph.replay()
         return result
 
-    def _capture(self, seats: int, adapted: bool) -> None:
+    def _capture(self, batch_size: int, adapted: bool) -> None:
         graph = self._make()
-        self._graphs[seats, adapted] = graph, graph.capture(lambda: self._run(seats, adapted))
+        self._graphs[batch_size, adapted] = (
+            graph,
+            graph.capture(lambda: self._run(batch_size, adapted)),
+        )

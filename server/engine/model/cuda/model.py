@@ -18,10 +18,10 @@ from torch import Tensor
 from adapters.kernels.triton import TritonLora
 from adapters.pool.rank_pool import RankPool
 from adapters.transfer import send
-from server.engine.attention import LayerAttention
+from server.engine.attention import AttentionSpec
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.kernels import BlockOps
-from server.engine.model.cuda.graphs import MOST_SEATS, DecodeGraphs, Graph
+from server.engine.model.cuda.graphs import MAX_GRAPH_BATCH_SIZE, DecodeGraphs, Graph
 from server.engine.model.cuda.joined import JoinedLinear, why_not_joined
 from server.engine.model.cuda.product_timing import choose_by_shape, stopwatch
 from server.engine.model.llama_like import (
@@ -76,7 +76,7 @@ class Block:
     """
 
     layer: int
-    kind: LayerAttention
+    spec: AttentionSpec
     norms: dict[str, Tensor]
     delta_norm: Tensor | None
     qkv: JoinedLinear
@@ -92,7 +92,7 @@ class DeviceModel:
         stock: the same model as transformers runs it; its weights are joined in place.
         pool: the adapters' rank rows.
         ops: the fused operations of a block.
-        max_seqs: most sequences of a step; those with up to ``MOST_SEATS`` may be graphs.
+        max_seqs: most sequences of a step; those with up to ``MAX_GRAPH_BATCH_SIZE`` may be graphs.
         new_graph: makes an empty graph; None = every step is launched kernel by kernel.
     """
 
@@ -118,11 +118,13 @@ class DeviceModel:
         self._softcap: float = getattr(self._config, "final_logit_softcapping", None) or 0.0
         self._angles: tuple[Tensor, Tensor] | None = None
         self._sizes = 0, 0
-        seats = min(max_seqs, MOST_SEATS) if new_graph else 0
+        graph_batch_size = min(max_seqs, MAX_GRAPH_BATCH_SIZE) if new_graph else 0
         words = self._model.get_output_embeddings().out_features
-        self._seats = torch.zeros(2, seats, dtype=torch.long, device=stock.device)
-        self._seats_logits = torch.empty(seats, words, dtype=torch.float32, device=stock.device)
-        self._graphs = new_graph and DecodeGraphs(self._prepare_empty, self._run_seats, seats, new_graph)
+        self._graph_inputs = torch.zeros(2, graph_batch_size, dtype=torch.long, device=stock.device)
+        self._graph_logits = torch.empty(graph_batch_size, words, dtype=torch.float32, device=stock.device)
+        self._graphs = new_graph and DecodeGraphs(
+            self._prepare_empty, self._run_graph, graph_batch_size, new_graph
+        )
 
     @property
     def attention_name(self) -> str:
@@ -157,16 +159,18 @@ class DeviceModel:
         if stock.lora.own:
             return stock(chunks, rows, drawn)
         alone = rows is None and len(last) == len(chunks) == len(tokens)
-        seats = self._graphs.seats(len(tokens)) if self._graphs is not None and alone else None
-        self._attention.begin(chunks, seats)
-        self._kernel.prepare(segments, seats)
+        graph_batch_size = (
+            self._graphs.batch_size_for(len(tokens)) if self._graphs is not None and alone else None
+        )
+        self._attention.begin(chunks, graph_batch_size)
+        self._kernel.prepare(segments, graph_batch_size)
         tokens, positions = send(torch.stack([tokens, positions]), stock.device)
         tokens = resolve(tokens, drawn)
-        if seats is None or self._graphs is None:
+        if graph_batch_size is None or self._graphs is None:
             rows = send(last if rows is None else rows, stock.device)
             return self._forward(tokens, positions, bool(segments), rows)
-        self._seats[0, : len(tokens)], self._seats[1, : len(tokens)] = tokens, positions
-        return self._graphs.replay(seats, bool(segments))[: len(tokens)]
+        self._graph_inputs[0, : len(tokens)], self._graph_inputs[1, : len(tokens)] = tokens, positions
+        return self._graphs.replay(graph_batch_size, bool(segments))[: len(tokens)]
 
     # -- graphs -----------------------------------------------------------------------------------
 
@@ -183,15 +187,15 @@ class DeviceModel:
         return None if difference < ALIKE else f"their logits are off by {difference:.2f}"
 
     @torch.inference_mode()
-    def _prepare_empty(self, seats: int) -> None:
-        self._stock.lora.begin(seats, [], torch.empty(0))
-        self._attention.begin([], seats)
-        self._kernel.prepare(self._stock.lora.segments, seats)
+    def _prepare_empty(self, graph_batch_size: int) -> None:
+        self._stock.lora.begin(graph_batch_size, [], torch.empty(0))
+        self._attention.begin([], graph_batch_size)
+        self._kernel.prepare(self._stock.lora.segments, graph_batch_size)
 
     @torch.inference_mode()
-    def _run_seats(self, seats: int, adapted: bool) -> Tensor:
-        tokens, positions = self._seats[:, :seats]
-        return self._forward(tokens, positions, adapted, None, self._seats_logits[:seats])
+    def _run_graph(self, graph_batch_size: int, adapted: bool) -> Tensor:
+        tokens, positions = self._graph_inputs[:, :graph_batch_size]
+        return self._forward(tokens, positions, adapted, None, self._graph_logits[:graph_batch_size])
 
     # -- one pass ---------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class DeviceModel:
         if rows is not None:
             x, delta = x[rows], None if delta is None else delta[rows]
         after = self._blocks[-1].norms.get("norm_after_mlp")
-        normed = self._ops.add_norm(x, delta, self._final_norm, self._eps, after)
+        normed = self._ops.fused_add_rms_norm(x, delta, self._final_norm, self._eps, after)
         rounded: Tensor = self._model.lm_head(normed[None])[0]
         logits = rounded.float() if out is None else out.copy_(rounded)
         return logits.div_(self._softcap).tanh_().mul_(self._softcap) if self._softcap else logits
@@ -227,20 +231,20 @@ class DeviceModel:
     ) -> Tensor:
         """Add ``delta``, which the block before left, to x; return what this block leaves."""
         ops, norms = self._ops, block.norms
-        normed = ops.add_norm(x, delta, norms["norm_before_attention"], self._eps, block.delta_norm)
-        q = self._rotate_and_store(block, block.qkv(normed, adapted), positions)
-        attended = self._attention.attend(block.layer, q, block.kind)
+        normed = ops.fused_add_rms_norm(x, delta, norms["norm_before_attention"], self._eps, block.delta_norm)
+        q = self._rope_and_cache(block, block.qkv(normed, adapted), positions)
+        attended = self._attention.attend(block.layer, q, block.spec)
         delta = block.o(attended.flatten(1), adapted)
-        normed = ops.add_norm(
+        normed = ops.fused_add_rms_norm(
             x, delta, norms["norm_before_mlp"], self._eps, norms.get("norm_after_attention")
         )
-        return block.down(ops.gated(block.gate_up(normed, adapted), self._gelu), adapted)
+        return block.down(ops.act_and_mul(block.gate_up(normed, adapted), self._gelu), adapted)
 
-    def _rotate_and_store(self, block: Block, qkv: Tensor, positions: Tensor) -> Tensor:
+    def _rope_and_cache(self, block: Block, qkv: Tensor, positions: Tensor) -> Tensor:
         """q [tokens, heads, dim]; the keys and values go into their pages."""
         assert self._angles is not None
         attention, norms = self._attention, block.norms
-        return self._ops.rotate_and_store(
+        return self._ops.rope_and_cache(
             qkv,
             *self._angles,
             positions,
@@ -289,7 +293,7 @@ class DeviceModel:
                 for product, parts in _JOINED.items()
             }
             before = blocks[-1].norms.get("norm_after_mlp") if blocks else None
-            blocks.append(Block(i, self._stock.kinds[i], norms, before, **products))
+            blocks.append(Block(i, self._stock.specs[i], norms, before, **products))
         return blocks
 
     def _joined(self, layer: Any, name: str, paths: list[str], pool: RankPool) -> JoinedLinear:

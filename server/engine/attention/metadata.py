@@ -76,7 +76,7 @@ class PrefillPart:
 
 
 @dataclass(slots=True)
-class AttentionPlan:
+class AttentionMetadata:
     """Attributes: ``new_slots`` [tokens], the KV slot of each token of the step; and the parts."""
 
     new_slots: Tensor
@@ -84,9 +84,9 @@ class AttentionPlan:
     prefills: list[PrefillPart]
 
 
-def make_plan(
+def build_metadata(
     chunks: SequenceOf[Chunk], block_size: int, padding: int, device: torch.device | str = "cpu"
-) -> AttentionPlan:
+) -> AttentionMetadata:
     """Index tensors for ``chunks``, whose tokens lie one chunk after the other in the step.
 
     ``padding`` is a KV slot that nobody writes: what is masked is still multiplied by 0, and 0 times another
@@ -115,7 +115,7 @@ def make_plan(
             ).to(device),
             lengths=torch.tensor([s.shape[0] for s in decode_slots], device=device),
         )
-    return AttentionPlan(torch.cat(new_slots).to(device), decode, prefills)
+    return AttentionMetadata(torch.cat(new_slots).to(device), decode, prefills)
 
 
 def _kv_slots(chunk: Chunk, block_size: int) -> Tensor:

@@ -17,7 +17,7 @@ Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
-class FlashPlan:
+class FlashMetadata:
     """A step of n sequences.
 
     Attributes:
@@ -38,7 +38,7 @@ class FlashPlan:
     max_length: int
 
 
-class FlashPlanner:
+class FlashMetadataBuilder:
     """Makes plans.
 
     Args:
@@ -52,31 +52,31 @@ class FlashPlanner:
         self._width = width
         self._device = device
         self._rows = _Rows()
-        self._of_seats: dict[int, tuple[Tensor, FlashPlan]] = {}
+        self._by_graph_batch_size: dict[int, tuple[Tensor, FlashMetadata]] = {}
 
-    def plan(self, chunks: Sequence[Chunk], seats: int | None = None) -> FlashPlan:
+    def build(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> FlashMetadata:
         """See ``AttentionBackend.begin``."""
-        if seats is not None:
-            return self._seat(chunks, seats)
+        if graph_batch_size is not None:
+            return self._graph_batch(chunks, graph_batch_size)
         starts, counts = _spans(chunks)
         longest = int((starts + counts).max())
         layout = _Layout(int(counts.sum()), len(chunks), -(-longest // self._block_size))
         device = self._filled(layout, chunks, starts, counts).to(self._device, non_blocking=True)
-        return FlashPlan(*layout.views(device), int(counts.max()), longest)
+        return FlashMetadata(*layout.views(device), int(counts.max()), longest)
 
-    def _seat(self, chunks: Sequence[Chunk], seats: int) -> FlashPlan:
-        """A plan of as many sequences as seats, always in the same memory."""
-        layout = _Layout(seats, seats, self._width)
-        if seats not in self._of_seats:
+    def _graph_batch(self, chunks: Sequence[Chunk], graph_batch_size: int) -> FlashMetadata:
+        """Metadata of ``graph_batch_size`` sequences, always in the same memory."""
+        layout = _Layout(graph_batch_size, graph_batch_size, self._width)
+        if graph_batch_size not in self._by_graph_batch_size:
             buffer = torch.empty(layout.size, dtype=torch.int32, device=self._device)
-            plan = FlashPlan(*layout.views(buffer), 1, self._width * self._block_size)
-            self._of_seats[seats] = buffer, plan
-        starts, counts = np.zeros(seats, np.int32), np.ones(seats, np.int32)
+            metadata = FlashMetadata(*layout.views(buffer), 1, self._width * self._block_size)
+            self._by_graph_batch_size[graph_batch_size] = buffer, metadata
+        starts, counts = np.zeros(graph_batch_size, np.int32), np.ones(graph_batch_size, np.int32)
         starts[: len(chunks)], counts[: len(chunks)] = _spans(chunks)
-        assert counts.max() == 1, "a step in seats has one token a sequence"
-        buffer, plan = self._of_seats[seats]
+        assert counts.max() == 1, "a step in a graph batch has one token a sequence"
+        buffer, metadata = self._by_graph_batch_size[graph_batch_size]
         buffer.copy_(self._filled(layout, chunks, starts, counts), non_blocking=True)
-        return plan
+        return metadata
 
     def _filled(self, layout: _Layout, chunks: Sequence[Chunk], starts: Ints, counts: Ints) -> Tensor:
         """The integers on the host; sequences beyond the chunks are on the spare block."""
@@ -99,7 +99,7 @@ class FlashPlanner:
 
 
 class _Layout(NamedTuple):
-    """Where a plan's tensors lie in one buffer of int32, each at a multiple of 16 bytes."""
+    """Where the metadata's tensors lie in one buffer of int32, each at a multiple of 16 bytes."""
 
     tokens: int
     sequences: int
@@ -115,7 +115,7 @@ class _Layout(NamedTuple):
         return 2 * self.tokens, n + 1, n + 1, n, n * self.width
 
     def views(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """In the order of ``FlashPlan``."""
+        """In the order of ``FlashMetadata``."""
         parts: list[Tensor] = []
         start = 0
         for length in self._lengths:
