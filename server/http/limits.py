@@ -5,7 +5,7 @@ Large ones are looked at off the event loop, one at a time, in pieces that let o
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -36,18 +36,19 @@ async def read_body(request: Request, model: type[Model], max_bytes: int) -> Mod
 async def body_in_hand(request: Request, model: type[Model], max_bytes: int) -> AsyncIterator[Model]:
     """``read_body``, for more work on a body that may be large (tokenising it): it counts as held meanwhile.
 
-    Raises also QueueFull, if too much is held already.
+    Raises also QueueFull, if too much is held.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise BodyNotJson("The body must be JSON: send the header 'Content-Type: application/json'.")
-    body = await _read(request, max_bytes)
-    if len(body) <= SMALL_BODY:
-        yield parse_body(body, model)
-        return
     context = context_of(request)
-    with context.held.hold(len(body)):
-        yield await context.bodies.run(parse_body, body, model)
+    with context.held.hold() as hold:
+        async with context.held.coming(hold):
+            body = await _read(request, max_bytes, lambda size: context.held.grow(hold, size))
+        if len(body) <= SMALL_BODY:
+            yield parse_body(body, model)
+        else:
+            yield await context.bodies.run(parse_body, body, model)
 
 
 def parse_body(body: bytes, model: type[Model]) -> Model:
@@ -69,7 +70,8 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         raise _invalid(error) from None
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def _read(request: Request, max_bytes: int, grown_to: Callable[[int], None]) -> bytes:
+    """The whole body; ``grown_to`` hears of its size so far while it is large."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > max_bytes:
         raise _too_large(max_bytes)
@@ -79,6 +81,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
             body += chunk
             if len(body) > max_bytes:
                 raise _too_large(max_bytes)
+            if len(body) > SMALL_BODY:
+                grown_to(len(body))
     except ClientDisconnect:
         raise ClientDisconnected("The client went away while sending its request.") from None
     return bytes(body)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -31,6 +33,7 @@ from server.http.schema import (
     CompletionBody,
     LoadAdapter,
 )
+from tests.server.http.conftest import live_server, wait_until
 from tests.server.http.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -190,6 +193,49 @@ async def test_large_bodies_that_wait_are_bounded(
         assert (await client.post(url, json=large)).status_code == 200
         assert (await client.post(url, json=large | {"model": "none"})).status_code == 404
         assert (await client.post(url, json=large)).status_code == 200, "a refused body is held no longer"
+
+
+class TestBodiesThatCome:
+    """Nobody has to wait for the end of a body for it to take memory."""
+
+    @pytest.fixture
+    def address(
+        self, service: FakeService, config: HttpConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[str]:
+        monkeypatch.setattr(context_module, "MAX_LARGEST", 2)
+        with live_server(service, replace(config, max_body_bytes=4 * SMALL_BODY)) as address:
+            yield address
+
+    def test_the_one_that_has_been_coming_for_longest_gives_way(self, address: str) -> None:
+        first, second, third = (send_most(address, 4 * SMALL_BODY) for _ in range(3))
+        assert first.recv(1000).startswith(b"HTTP/1.1 429 ")
+        for each in (second, third):
+            each.sendall(b'"}]}' + b" " * 6)
+            assert each.recv(1000).startswith(b"HTTP/1.1 400 "), "it was read whole: 'model' is missing"
+
+    def test_small_ones_come_as_before(self, address: str) -> None:
+        slow = [send_most(address, 4 * SMALL_BODY) for _ in range(2)]
+        assert httpx.post(f"{address}/v1/chat/completions", json=CHAT | {"max_tokens": 2}).status_code == 200
+        for each in slow:
+            each.close()
+
+    def test_those_that_left_are_held_no_longer(self, address: str) -> None:
+        for _ in range(6):
+            send_most(address, 4 * SMALL_BODY).close()
+        large = CHAT | {"user": "x" * 3 * SMALL_BODY}
+        wait_until(
+            lambda: httpx.post(f"{address}/v1/chat/completions", json=large).status_code == 400
+        )  # 'user' is too long
+
+
+def send_most(address: str, size: int) -> socket.socket:
+    """A connection that has sent a chat of ``size`` bytes but for the last ten."""
+    url = urlsplit(address)
+    connection = socket.create_connection((url.hostname, url.port), timeout=10)
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {size}"
+    connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode())
+    connection.sendall(b'{"messages":[{"role":"user","content":"'.ljust(size - 10, b"x"))
+    return connection
 
 
 def test_a_name_of_any_length_is_repeated_shortened() -> None:
