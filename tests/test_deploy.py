@@ -101,7 +101,7 @@ def test_compose_gives_options_and_keys(server: str) -> None:
     closed = compose_config(server, keys | {"MANYLORA_BASE": "org/model"})
     assert closed.http.api_keys == ("a", "b")
     assert (closed.http.admin_key, closed.http.metrics_key) == ("root", "m")
-    assert closed.base.base == "org/model"
+    assert closed.model.name == "org/model"
 
 
 def pod_environ(secrets: Mapping[str, str]) -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_the_pod_gives_options_and_keys() -> None:
     config = config_of(CONTAINER["args"], environ)
     assert config.http.api_keys == ("a", "b")
     assert (config.http.admin_key, config.http.metrics_key) == ("root", "m")
-    assert (config.base.device, config.home, config.http.port) == ("cuda", Path(STATE), PORT)
+    assert (config.model.device, config.home, config.http.port) == ("cuda", Path(STATE), PORT)
 
 
 def test_no_key_is_written_down() -> None:

@@ -6,12 +6,12 @@ Reading order: ``options.py`` (every option of ``manylora serve``), ``values.py`
 
 from server.config.config import (
     AdapterConfig,
-    BaseConfig,
     ConfigError,
     ConnectionConfig,
     EngineConfig,
     HttpConfig,
     LogConfig,
+    ModelConfig,
     ServerConfig,
     TrainingConfig,
     from_args,
@@ -20,12 +20,12 @@ from server.config.config import (
 
 __all__ = [
     "AdapterConfig",
-    "BaseConfig",
     "ConfigError",
     "ConnectionConfig",
     "EngineConfig",
     "HttpConfig",
     "LogConfig",
+    "ModelConfig",
     "ServerConfig",
     "TrainingConfig",
     "from_args",

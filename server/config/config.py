@@ -25,17 +25,17 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BaseConfig:
+class ModelConfig:
     """Which base is served, and as what.
 
     Attributes:
-        base: a known name, a local transformers folder, a local GGUF file or a hub id.
+        name: a known name, a local transformers folder, a local GGUF file or a hub id.
         served_names: names clients may ask for the base by; empty = the base's own name.
         generation_config: where defaults of sampling come from: ``auto`` (the base), ``none``, or a folder.
         allow_special_tokens: in messages special tokens are such; False = they are text.
     """
 
-    base: str
+    name: str
     quantization: Quantization
     head_quantization: Quantization
     served_names: tuple[str, ...]
@@ -189,7 +189,7 @@ class ServerConfig:
     """Everything ``manylora serve`` was told. ``home`` is the folder of all state."""
 
     home: Path
-    base: BaseConfig
+    model: ModelConfig
     adapters: AdapterConfig
     engine: EngineConfig
     http: HttpConfig
@@ -207,7 +207,7 @@ def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Server
     _read_keys(groups["http"])
     config = ServerConfig(
         **groups["state"],
-        base=BaseConfig(**groups["base"]),
+        model=ModelConfig(**groups["model"]),
         adapters=AdapterConfig(**groups["adapters"]),
         engine=EngineConfig(**groups["engine"]),
         http=HttpConfig(**groups["http"]),

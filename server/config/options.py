@@ -70,22 +70,22 @@ class Option:
 OPTIONS: tuple[Option, ...] = (
     Option("--home", "state.home", text, ".manylora", "DIR", "folder of all state"),
 
-    Option("--base", "base.base", text, "smollm2-135m", "MODEL",
+    Option("--base", "model.name", text, "smollm2-135m", "MODEL",
            "smollm2-135m, a transformers folder, a GGUF file or a hub id"),
-    Option("--quantization", "base.quantization", choice("nf4", "none"), "nf4", "{nf4,none}",
+    Option("--quantization", "model.quantization", choice("nf4", "none"), "nf4", "{nf4,none}",
            "nf4: 4 bits with double quantisation; none: bf16"),
-    Option("--head-quantization", "base.head_quantization", choice("nf4", "none"), "none", "{nf4,none}",
+    Option("--head-quantization", "model.head_quantization", choice("nf4", "none"), "none", "{nf4,none}",
            "the same of the output head, for training and serving alike; nf4 makes single answers on a CPU a "
            "third faster and costs the default base 0.2 nats of loss, an adapter trained on it 0.02"),
-    Option("--served-model-name", "base.served_names", name, None, "NAME",
+    Option("--served-model-name", "model.served_names", name, None, "NAME",
            "what clients call the base (may be repeated)", several=True),
-    Option("--allow-special-tokens", "base.allow_special_tokens", flag, "false", None,
+    Option("--allow-special-tokens", "model.allow_special_tokens", flag, "false", None,
            "read special tokens in messages (<|im_end|>) as tokens, not as text: users may then forge turns"),
-    Option("--generation-config", "base.generation_config", generation_config, "auto", "{auto,none,DIR}",
+    Option("--generation-config", "model.generation_config", generation_config, "auto", "{auto,none,DIR}",
            "where requests get temperature, top_p, top_k, min_p, repetition_penalty and max_tokens from that "
            "they do not give: auto: the base's generation_config.json; none: the API's defaults; or a folder "
            "with such a file"),
-    Option("--device", "base.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
+    Option("--device", "model.device", choice("auto", "cpu", "cuda"), "auto", "{auto,cpu,cuda}",
            "where to compute; auto: cuda if there is one"),
 
     Option("--adapter-dir", "adapters.folder", text, None, "DIR",
@@ -198,7 +198,7 @@ USAGE = "manylora serve [OPTION …]   (every option is also the variable in bra
 
 HEADINGS = {
     "state": "state",
-    "base": "base model",
+    "model": "base model",
     "adapters": "adapters",
     "engine": "engine",
     "http": "http",

@@ -95,7 +95,7 @@ def assemble(
     blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
     with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
         model.warm_up()
-    tokenizer = _tokenizer(base, config.base.allow_special_tokens, longest)
+    tokenizer = _tokenizer(base, config.model.allow_special_tokens, longest)
     info = _info(config, base, tokenizer, longest, model.attention_name)
     registry, residency = _adapters(
         config.adapters, base, weights, pool, frozenset(info.served_names), tokenizer.speeches, load
@@ -133,7 +133,7 @@ def _info(
     config: ServerConfig, base: LoadedBase, tokenizer: Tokenizer, max_model_len: int, attention: str
 ) -> ModelInfo:
     prepared = base.prepared
-    names = config.base.served_names or (prepared.name,)
+    names = config.model.served_names or (prepared.name,)
     return ModelInfo(
         prepared.name,
         names,
@@ -144,12 +144,12 @@ def _info(
         attention,
         prepared.head_quantization,
         takes_reasoning=tokenizer.renderer is not None and tokenizer.renderer.template.takes_reasoning,
-        defaults=sampling_defaults(config.base.generation_config, base),
+        defaults=sampling_defaults(config.model.generation_config, base),
     )
 
 
 def _load(config: ServerConfig) -> LoadedBase:
-    device = config.base.device
+    device = config.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -157,10 +157,10 @@ def _load(config: ServerConfig) -> LoadedBase:
             "--device cuda: torch sees no CUDA device; use --device cpu, or install torch for CUDA"
         )
     prepared = prepare_base(
-        config.base.base,
+        config.model.name,
         config.home,
-        config.base.quantization,
-        config.base.head_quantization,
+        config.model.quantization,
+        config.model.head_quantization,
         check=check_config,
     )
     with out_of_memory_names("--base", f"the base {prepared.name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -10,13 +11,12 @@ from starlette.responses import Response
 from server.engine.interface import Delta, TokenLogprob
 from server.engine.sampling_params import SamplingParams
 from server.http.context import Context, context_of
-from server.http.disconnect import until_disconnect
-from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
-from server.http.json_response import JSONResponse
+from server.http.generation import Completion, CompletionStream, begin, room_for_answer, submit
 from server.http.limits import body_in_hand
 from server.http.record import record_of
+from server.http.respond import respond
 from server.http.schema import ChatBody, UsageInStream
-from server.http.sse import Chunks, EventStream
+from server.http.sse import Chunks
 
 
 async def chat_completions(request: Request) -> Response:
@@ -27,14 +27,10 @@ async def chat_completions(request: Request) -> Response:
         with context.service.holding(record.adapter) as version:
             messages = [message.rendered() for message in body.messages]
             prompt = tuple(await context.service.render_chat(messages, version))
-            running = await submit(record, context, version, [(prompt, _sampling(context, body, prompt))])
-    if body.stream:
-        return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
-    try:
-        answers = await until_disconnect(request.receive, context.closing, collect(running))
-    finally:
-        running.cancel()
-    return JSONResponse(_whole(running, answers, body.logprobs))
+            sampling = _sampling(context, body, prompt)
+            stream = await submit(record, context, version, [(prompt, sampling)])
+    content = partial(_content, logprobs=body.logprobs)
+    return await respond(request, body, stream, "chat.completion", content, _chunks)
 
 
 def _sampling(context: Context, body: ChatBody, prompt: tuple[int, ...]) -> SamplingParams:
@@ -46,32 +42,25 @@ def _sampling(context: Context, body: ChatBody, prompt: tuple[int, ...]) -> Samp
     return body.sampling(limit, logprobs, base.defaults)
 
 
-def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": answer.text, "refusal": None},
-            "logprobs": _logprobs(answer.logprobs) if logprobs else None,
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        for index, answer in enumerate(answers)
-    ]
-    return running.envelope("chat.completion") | {"choices": choices, "usage": running.usage()}
+def _content(completion: Completion, logprobs: bool) -> dict[str, Any]:
+    return {
+        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "logprobs": _logprobs(completion.logprobs) if logprobs else None,
+    }
 
 
-async def _chunks(running: Running, usage: UsageInStream) -> Chunks:
-    envelope, started = running.envelope("chat.completion.chunk"), False
-    async for delta in running.deltas():
-        chunk = envelope | running.usage_so_far(usage)
+async def _chunks(stream: CompletionStream, usage: UsageInStream) -> Chunks:
+    envelope, started = stream.envelope("chat.completion.chunk"), False
+    async for delta in stream.deltas():
+        chunk = envelope | stream.usage_so_far(usage)
         if not started:
             started = True
-            for index in range(running.choices):
+            for index in range(stream.choices):
                 yield chunk | {"choices": [_choice(index, {"role": "assistant", "content": ""})]}
         if delta.text or delta.logprobs or delta.finish_reason:
             yield chunk | {"choices": [_delta_choice(delta)]}
     if usage != "none":
-        yield envelope | {"choices": [], "usage": running.usage()}
+        yield envelope | {"choices": [], "usage": stream.usage()}
 
 
 def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:

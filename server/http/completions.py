@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -12,13 +13,12 @@ from server.engine.interface import TokenLogprob
 from server.engine.sampling_params import SamplingParams
 from server.errors import InvalidRequest
 from server.http.context import Context, context_of
-from server.http.disconnect import until_disconnect
-from server.http.generation import Answer, Running, begin, collect, room_for_answer, submit
-from server.http.json_response import JSONResponse
+from server.http.generation import Completion, CompletionStream, begin, room_for_answer, submit
 from server.http.limits import body_in_hand
 from server.http.record import record_of
+from server.http.respond import respond
 from server.http.schema import CompletionBody, Prompt, UsageInStream
-from server.http.sse import Chunks, EventStream
+from server.http.sse import Chunks
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -30,16 +30,10 @@ async def completions(request: Request) -> Response:
         await begin(record, context, body, "cmpl")
         with context.service.holding(record.adapter) as version:
             prompts = [await _tokens(context, prompt) for prompt in body.prompt]
-            running = await submit(
-                record, context, version, [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
-            )
-    if body.stream:
-        return EventStream(_chunks(running, body.usage_in_stream), running, context.closing)
-    try:
-        answers = await until_disconnect(request.receive, context.closing, collect(running))
-    finally:
-        running.cancel()
-    return JSONResponse(_whole(running, answers, body.logprobs is not None))
+            pairs = [(prompt, _sampling(context, body, prompt)) for prompt in prompts]
+            stream = await submit(record, context, version, pairs)
+    content = partial(_content, logprobs=body.logprobs is not None)
+    return await respond(request, body, stream, "text_completion", content, _chunks)
 
 
 async def _tokens(context: Context, prompt: Prompt) -> tuple[int, ...]:
@@ -55,24 +49,17 @@ def _sampling(context: Context, body: CompletionBody, prompt: tuple[int, ...]) -
     return body.sampling(limit, body.logprobs, base.defaults)
 
 
-def _whole(running: Running, answers: list[Answer], logprobs: bool) -> dict[str, Any]:
-    choices = [
-        {
-            "index": index,
-            "text": answer.text,
-            "logprobs": _logprobs(answer.logprobs, 0) if logprobs else None,
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
-        for index, answer in enumerate(answers)
-    ]
-    return running.envelope("text_completion") | {"choices": choices, "usage": running.usage()}
+def _content(completion: Completion, logprobs: bool) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "logprobs": _logprobs(completion.logprobs, 0) if logprobs else None,
+    }
 
 
-async def _chunks(running: Running, usage: UsageInStream) -> Chunks:
-    envelope = running.envelope("text_completion")
-    offsets = [0] * running.choices
-    async for delta in running.deltas():
+async def _chunks(stream: CompletionStream, usage: UsageInStream) -> Chunks:
+    envelope = stream.envelope("text_completion")
+    offsets = [0] * stream.choices
+    async for delta in stream.deltas():
         if not (delta.text or delta.logprobs or delta.finish_reason):
             continue
         logprobs = None
@@ -86,9 +73,9 @@ async def _chunks(running: Running, usage: UsageInStream) -> Chunks:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        yield envelope | running.usage_so_far(usage) | {"choices": [choice]}
+        yield envelope | stream.usage_so_far(usage) | {"choices": [choice]}
     if usage != "none":
-        yield envelope | {"choices": [], "usage": running.usage()}
+        yield envelope | {"choices": [], "usage": stream.usage()}
 
 
 def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

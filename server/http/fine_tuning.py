@@ -20,7 +20,7 @@ from server.finetune.jobs.training import Training
 from server.http.context import context_of, training_of
 from server.http.files import list_object
 from server.http.fine_tuning_schema import MAX_TAGS, CreateJob, recipe_of
-from server.http.generation import Running
+from server.http.generation import CompletionStream
 from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.models import base_names, resolve_adapter
@@ -97,8 +97,8 @@ async def list_events(request: Request) -> Response:
     context, training = context_of(request), training_of(request)
     query, job_id = read_query(request, _EVENTS), request.path_params["job"]
     if query["stream"]:
-        running = Running((), 0, record_of(request), context.metrics)  # nothing is generated for it
-        return EventStream(_as_they_come(training, job_id, query["after"]), running, context.closing)
+        stream = CompletionStream((), 0, record_of(request), context.metrics)  # it generates nothing
+        return EventStream(_as_they_come(training, job_id, query["after"]), stream, context.closing)
     page = await training.read(training.jobs.events, job_id, query["after"], query["limit"])
     return JSONResponse(list_object([event_object(event) for event in page.rows], page.has_more))
 

@@ -1,6 +1,6 @@
-"""From a checked body to running generations: which model, does it fit, submit, merge, measure.
+"""From a checked body to a ``CompletionStream``: find the model, check the length, submit, merge, measure.
 
-Chat and plain completions differ in how they ask and how they answer; what lies between is here.
+Chat and plain completions share it. ``respond.py`` makes the HTTP response of a stream.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ async def submit(
     context: Context,
     version: Version | None,
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
-) -> Running:
-    """Queue one generation a prompt, all or none of them, on the version that the prompts are for."""
+) -> CompletionStream:
+    """Queue one generation per prompt, all of them or none.
+
+    ``version`` is the adapter version that the prompts were rendered for.
+    """
     generations: list[Generation] = []
     try:
         for number, (prompt, sampling) in enumerate(prompts):
@@ -72,15 +75,15 @@ async def submit(
         raise
     record.generated = True
     record.prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
-    return Running(tuple(generations), prompts[0][1].n, record, context.metrics)
+    return CompletionStream(tuple(generations), prompts[0][1].n, record, context.metrics)
 
 
 @dataclass(slots=True)
-class Running:
+class CompletionStream:
     """The generations of one HTTP request, as one stream of deltas.
 
     Attributes:
-        n: answers for each prompt; answer ``i`` of prompt ``p`` has the index ``p * n + i``.
+        n: completions per prompt; completion ``i`` of prompt ``p`` has the index ``p * n + i``.
         created: UNIX seconds.
     """
 
@@ -152,8 +155,8 @@ class Running:
 
 
 @dataclass(slots=True)
-class Answer:
-    """One whole answer, put together from its deltas."""
+class Completion:
+    """One complete choice, joined from its deltas."""
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -161,16 +164,18 @@ class Answer:
     stop_reason: str | int | None = None
 
 
-async def collect(running: Running) -> list[Answer]:
-    """Every answer of ``running``, by index, once all are complete."""
-    answers = [Answer() for _ in range(running.choices)]
-    async for delta in running.deltas():
-        answer = answers[delta.index]
-        answer.text += delta.text
-        answer.logprobs.extend(delta.logprobs or ())
-        answer.finish_reason = delta.finish_reason or answer.finish_reason
-        answer.stop_reason = delta.stop_reason if delta.stop_reason is not None else answer.stop_reason
-    return answers
+async def collect(stream: CompletionStream) -> list[Completion]:
+    """Every completion of ``stream``, by index, once all are complete."""
+    completions = [Completion() for _ in range(stream.choices)]
+    async for delta in stream.deltas():
+        completion = completions[delta.index]
+        completion.text += delta.text
+        completion.logprobs.extend(delta.logprobs or ())
+        completion.finish_reason = delta.finish_reason or completion.finish_reason
+        completion.stop_reason = (
+            delta.stop_reason if delta.stop_reason is not None else completion.stop_reason
+        )
+    return completions
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:

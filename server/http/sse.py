@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.errors import ManyloraError
 from server.http.disconnect import Closing, until_disconnect
 from server.http.errors import ClientDisconnected, code_of, error_body, shape_of
-from server.http.generation import Running
+from server.http.generation import CompletionStream
 from server.http.json_response import json_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Chunks, running: Running, closing: Closing) -> None:
+    def __init__(self, chunks: Chunks, stream: CompletionStream, closing: Closing) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.chunks = chunks
-        self.running = running
+        self.stream = stream
         self.closing = closing
         self.started = False
 
@@ -47,7 +47,7 @@ class EventStream(Response):
                 raise
             await self._tell(error, send)
         finally:
-            self.running.cancel()
+            self.stream.cancel()
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.chunks) as chunks:
@@ -59,7 +59,7 @@ class EventStream(Response):
         await _send_body(send, DONE, more=False)
 
     async def _tell(self, error: Exception, send: Send) -> None:
-        record = self.running.record
+        record = self.stream.record
         record.status, record.error = shape_of(error).status, code_of(error)
         if not isinstance(error, ManyloraError):
             logger.error("streaming failed unexpectedly", exc_info=error)

@@ -145,7 +145,7 @@ def _own(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list
     peers = [peer(name) for name in arguments.peers]
     for name in {name.partition(":")[0] for name in arguments.peers} & RECIPES.keys():
         Environment(name, arguments.home).require()
-    asked = from_args(arguments.server_args).base
+    asked = from_args(arguments.server_args).model
     base = prepare_base(arguments.base, arguments.home, asked.quantization, asked.head_quantization)
     folder = scratch / "adapters"
     folder.mkdir()

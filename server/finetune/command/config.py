@@ -20,12 +20,12 @@ def train_config(arguments: argparse.Namespace, server: ServerConfig) -> TrainCo
     return TrainConfig(
         data=arguments.data,
         eval_data=arguments.eval,
-        base=server.base.base,
+        base=server.model.name,
         home=server.home,
-        quantization=server.base.quantization,
-        head_quantization=server.base.head_quantization,
-        allow_special_tokens=server.base.allow_special_tokens,
-        device=server.base.device,
+        quantization=server.model.quantization,
+        head_quantization=server.model.head_quantization,
+        allow_special_tokens=server.model.allow_special_tokens,
+        device=server.model.device,
         **chosen(arguments),
     )
 
@@ -36,7 +36,7 @@ def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> N
     The names of the base are for the server to check if it asks: it may have others for it.
     """
     name = check_name(arguments.name)
-    if arguments.job is None and name == name_of(server.base.base):
+    if arguments.job is None and name == name_of(server.model.name):
         raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
 
 

@@ -81,5 +81,5 @@ def test_every_range_is_a_default_and_a_parameter() -> None:
     [("auto", "auto"), ("NONE", "none"), ("vllm", "none"), ("some/Folder", "some/Folder")],
 )
 def test_the_flag(typed: str, meant: str) -> None:
-    assert from_args(["--generation-config", typed], {}).base.generation_config == meant
-    assert from_args([], {}).base.generation_config == "auto"
+    assert from_args(["--generation-config", typed], {}).model.generation_config == meant
+    assert from_args([], {}).model.generation_config == "auto"

@@ -76,7 +76,7 @@ def test_the_server_is_followed(room: Room) -> None:
     assert (given.output_dir, given.run_dir) == (job_room.config.adapters.folder, Path("/run"))
     assert given.require_improvement
     assert given.resume
-    room.config = replace(room.config, base=replace(room.config.base, allow_special_tokens=True))
+    room.config = replace(room.config, model=replace(room.config.model, allow_special_tokens=True))
     room.config = replace(room.config, adapters=replace(room.config.adapters, ignore_templates=True))
     assert parsed(room).allow_special_tokens
     assert parsed(room).ignore_adapter_templates
