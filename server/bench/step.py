@@ -109,7 +109,7 @@ def _measure(
     model.nanoseconds[:] = 0
     head, sampling = Stopwatch(), Stopwatch()
     began = time.perf_counter()
-    with head.timing(model, "head"), sampling.timing(parts.engine, "draw"):
+    with head.timing(model, "head"), sampling.timing(parts.engine, "sample"):
         for _ in range(arguments.steps):
             parts.engine.step()
     total = time.perf_counter() - began

@@ -21,7 +21,7 @@ MAX_UNREAD = 1 << 18
 """Tokens and log-probabilities, of some 100 bytes each, that may wait for their reader."""
 
 
-class Answer:
+class StreamedAnswer:
     """One of a request's n answers: turns each of its outputs into a delta."""
 
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
@@ -58,7 +58,7 @@ class Answer:
             return None
         ranked: RankedLogprobs = output.logprobs
         top = tuple(self._logprob(i, value) for i, value in zip(ranked.top_ids, ranked.top, strict=True))
-        return (self._logprob(output.token, ranked.drawn, top),)
+        return (self._logprob(output.token, ranked.sampled, top),)
 
     def _logprob(self, token: int, value: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         text, raw = self._tokenizer.piece(token)
@@ -86,7 +86,7 @@ class RunningGeneration:
         self._request_id = request.request_id
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._unread = 0
-        self._answers = {i: Answer(i, request.sampling, tokenizer) for i in range(request.sampling.n)}
+        self._answers = {i: StreamedAnswer(i, request.sampling, tokenizer) for i in range(request.sampling.n)}
         self._base_tag = base_tag
         self._digest = digest
         self._cancel = cancel

@@ -102,7 +102,7 @@ def assemble(
     )
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
-    engine = Engine(model, scheduler, gate, registry, tokenizer.eos, _runs_ahead(config.engine, base))
+    engine = Engine(model, scheduler, gate, registry, tokenizer.eos, _async_scheduling(config.engine, base))
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
     _log_sizes(model, info, blocks, pool, registry)
@@ -189,7 +189,7 @@ def _allocate_kv(
     return BlockManager(num_blocks, block_size, config.prefix_caching), longest
 
 
-def _runs_ahead(config: EngineConfig, base: LoadedBase) -> bool:
+def _async_scheduling(config: EngineConfig, base: LoadedBase) -> bool:
     """On a CPU there is nobody to run ahead of: the host computes the step itself."""
     return base.model.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
 

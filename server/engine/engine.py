@@ -1,7 +1,8 @@
-"""The loop's body: schedule, run the model, draw, read, book. On one thread, and easy to test.
+"""One engine step: schedule, run the model, sample, read, book. Everything runs on one thread.
 
-On a device of its own, a step is launched *ahead*: before the tokens of the one before it are read, so that
-the device never waits for the host. What ends is seen a step late, and the token too much is thrown away.
+With asynchronous scheduling, a step is launched before the previous step's tokens are read, so the device
+never waits for the host. The engine then learns one step late that a sequence has ended, and discards the
+extra token.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from adapters.errors import ManyloraError
 from adapters.registry import Registry, Version
 from server.engine import faults
 from server.engine.admission import ResidencyGate
-from server.engine.in_flight import Flight
+from server.engine.in_flight import InFlightStep
 from server.engine.interface import FinishReason, GenerationRequest
 from server.engine.sampling.rng import answer_seed
-from server.engine.sampling.sampler import Draw, RankedLogprobs, draw
+from server.engine.sampling.sampler import RankedLogprobs, Sample, sample
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, Shared
 from server.errors import RequestFailed
@@ -34,18 +35,18 @@ log = logging.getLogger("manylora.engine")
 class Model(Protocol):
     """See ``server.engine.model.StepModel``."""
 
-    def __call__(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+    def __call__(self, chunks: SequenceOf[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
         """Chunks to float32 logits [chunks that sample, vocabulary]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step did for one answer: a token, or the error that ended its request.
+    """What one step produced for one answer: a token, or the error that ended its request.
 
     Attributes:
         cached: prompt tokens that came from the prefix cache.
-        digest: of the adapter version that is serving it; None = the base.
-        started: clock (``time.monotonic``) at the first step that took it up.
+        digest: of the adapter version that serves the answer; None = the base.
+        started: time (``time.monotonic``) of the first step that computed part of the answer.
         reason: set on the last token.
     """
 
@@ -64,12 +65,12 @@ class Engine:
     """Requests in, outputs out, one ``step`` at a time.
 
     Args:
-        model: runs a step's chunks; also an attribute, so that one can look at the logits in between.
+        model: runs a step's chunks. It is also an attribute, so that callers can wrap it to see the logits.
         scheduler: decides what a step computes; its gate must be ``gate``.
         gate: pins adapters.
-        registry: counts who uses which version.
+        registry: counts the users of each adapter version.
         eos: the base's end-of-sequence tokens.
-        ahead: launch each step before the one before it is read; the tokens are the same.
+        async_scheduling: launch each step before the previous one is read. The tokens are the same.
     """
 
     def __init__(
@@ -79,16 +80,16 @@ class Engine:
         gate: ResidencyGate,
         registry: Registry,
         eos: frozenset[int],
-        ahead: bool = False,
+        async_scheduling: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.model = model
-        self.draw = draw
+        self.sample = sample
         self._gate = gate
         self._registry = registry
         self._eos = eos
-        self._ahead = ahead
-        self._flight: Flight | None = None
+        self._async_scheduling = async_scheduling
+        self._in_flight: InFlightStep | None = None
         self._arrivals = itertools.count()
         self._live: dict[str, list[Sequence]] = {}
         self._held: dict[str, list[Sequence]] = {}
@@ -101,12 +102,12 @@ class Engine:
         seed: int,
         eos: frozenset[int] | None = None,
     ) -> None:
-        """Queue a request. ``adapter`` has been acquired once by the caller; the engine releases it.
+        """Queue a request. The caller has acquired ``adapter`` once; the engine releases it.
 
         ``eos``: the tokens that end its answers; None = the base's.
 
-        Of several answers the first runs alone until its prompt is computed: the others then find the
-        prompt in the prefix cache.
+        If the request asks for several answers, the first one runs alone until its prompt is computed. The
+        others then find the prompt in the prefix cache.
         """
         shared = Shared(adapter)
         answers = [
@@ -122,14 +123,14 @@ class Engine:
         self.scheduler.add(answers[0])
 
     def abort(self, request_id: str) -> None:
-        """End a request now and free all it holds; harmless if it has ended."""
+        """End a request now and free everything it holds. Does nothing if the request has ended."""
         self._held.pop(request_id, None)
         for sequence in list(self._live.get(request_id, [])):
             self.scheduler.remove(sequence)
             self._ended(sequence)
 
     def abort_answer(self, request_id: str, index: int) -> None:
-        """End one answer of a request (its stop string was seen)."""
+        """End one answer of a request, because its stop string was found."""
         answers = self._live.get(request_id, [])
         for sequence in [s for s in answers if s.index == index]:
             self._unhold(request_id)
@@ -138,120 +139,124 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return len(self.scheduler) > 0 or self._flight is not None
+        return len(self.scheduler) > 0 or self._in_flight is not None
 
     @property
     def running(self) -> bool:
-        return len(self.scheduler.running) > 0 or self._flight is not None
+        return len(self.scheduler.running) > 0 or self._in_flight is not None
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait to start or to come back; may be read from any thread."""
+        """Sequences that wait to start or to resume; may be read from any thread."""
         return self.scheduler.num_waiting
 
     def take_ended(self) -> list[str]:
-        """Requests that have ended, in whichever way, since the last call."""
+        """The ids of the requests that have ended, for whatever reason, since the last call."""
         ended, self._ended_ids = self._ended_ids, []
         return ended
 
     def step(self) -> list[Output]:
-        """Launch a forward pass over whatever is ready, and book it; ``ahead``: book the one before it."""
+        """Launch one forward pass, then read and book a step.
+
+        The step that is read is the one just launched, or with asynchronous scheduling the one before it.
+        """
         batch = self.scheduler.schedule()
         outputs = [self._fail(sequence, error) for sequence, error in self._gate.take_failures()]
-        if outputs:  # an answer's failure ends its siblings too
-            batch = self._living(batch)
+        if outputs:  # the failure of one answer ends its request's other answers too
+            batch = self._without_ended(batch)
         self._note_starts(batch)
         try:
-            flight = self._launch(batch)
+            in_flight = self._launch(batch)
         except Exception as error:
-            return [*outputs, *self._land(self._take_flight()), *self._in_halves(batch, error)]
-        if self._ahead:
-            flight, self._flight = self._flight, flight
-        return [*outputs, *self._land(flight)]
+            return [*outputs, *self._complete(self._take_in_flight()), *self._in_halves(batch, error)]
+        if self._async_scheduling:
+            in_flight, self._in_flight = self._in_flight, in_flight
+        return [*outputs, *self._complete(in_flight)]
 
     def check_idle(self) -> None:
         """Assert that nothing is held when nothing runs (for tests)."""
         self.scheduler.check_integrity()
-        assert self._flight is None, "a step has not landed"
+        assert self._in_flight is None, "a step is still in flight"
         assert not self._live, f"requests that never ended: {list(self._live)}"
-        assert not self._held, "answers are held back for a request that is gone"
+        assert not self._held, "answers are held back for a request that has ended"
 
     # -- launching --------------------------------------------------------------------------------
 
-    def _launch(self, batch: list[Chunk]) -> Flight | None:
-        """Queue a batch on the device; None if it is empty. If it raises, nothing is booked."""
+    def _launch(self, batch: list[Chunk]) -> InFlightStep | None:
+        """Queue a batch on the device; None if the batch is empty. If this raises, nothing is booked."""
         if not batch:
             return None
-        unread = self._flight.tokens if self._flight else None
-        logits = self.model(batch, drawn=unread)
-        drawn = self.draw(logits, [chunk.sequence for chunk in batch if chunk.samples], unread)
-        self.scheduler.launched(batch, go_on=self._ahead)
-        return Flight(batch, drawn)
+        prev_tokens = self._in_flight.tokens if self._in_flight else None
+        logits = self.model(batch, prev_tokens=prev_tokens)
+        samples = self.sample(logits, [chunk.sequence for chunk in batch if chunk.samples], prev_tokens)
+        self.scheduler.launched(batch, async_scheduling=self._async_scheduling)
+        return InFlightStep(batch, samples)
 
-    def _living(self, batch: list[Chunk]) -> list[Chunk]:
-        """Without the sequences that have ended since it was scheduled."""
-        return [chunk for chunk in batch if self._lives(chunk.sequence)]
+    def _without_ended(self, batch: list[Chunk]) -> list[Chunk]:
+        """The batch without the sequences that have ended since it was scheduled."""
+        return [chunk for chunk in batch if self._is_live(chunk.sequence)]
 
-    def _lives(self, sequence: Sequence) -> bool:
+    def _is_live(self, sequence: Sequence) -> bool:
         return sequence in self._live.get(sequence.request_id, ())
 
-    def _take_flight(self) -> Flight | None:
-        flight, self._flight = self._flight, None
-        return flight
+    def _take_in_flight(self) -> InFlightStep | None:
+        in_flight, self._in_flight = self._in_flight, None
+        return in_flight
 
-    # -- landing ----------------------------------------------------------------------------------
+    # -- completing -------------------------------------------------------------------------------
 
-    def _land(self, flight: Flight | None) -> list[Output]:
-        """Read a step and book it."""
-        if flight is None:
+    def _complete(self, in_flight: InFlightStep | None) -> list[Output]:
+        """Read a launched step and book its results."""
+        if in_flight is None:
             return []
         try:
-            results = flight.read()
+            results = in_flight.read()
         except Exception as error:
-            self._retract(self._take_flight())  # what was launched from its tokens
-            self._retract(flight)
-            return self._in_halves(flight.chunks, error)
-        self.scheduler.landed(flight.chunks)
+            self._roll_back(self._take_in_flight())  # it was computed from the tokens of the step that failed
+            self._roll_back(in_flight)
+            return self._in_halves(in_flight.chunks, error)
+        self.scheduler.completed(in_flight.chunks)
         return list(self._book(results))
 
-    def _retract(self, flight: Flight | None) -> None:
-        """As if it had never been launched."""
-        if flight is not None:
-            for chunk in self._living(flight.chunks):
-                self.scheduler.retract(chunk)
-            self.scheduler.landed(flight.chunks)
+    def _roll_back(self, in_flight: InFlightStep | None) -> None:
+        """Undo the launch of a step."""
+        if in_flight is not None:
+            for chunk in self._without_ended(in_flight.chunks):
+                self.scheduler.roll_back(chunk)
+            self.scheduler.completed(in_flight.chunks)
 
     def _in_halves(self, batch: list[Chunk], raised: Exception) -> list[Output]:
-        """Compute what raised as a whole, until the sequences at fault are found, which fail, and no other.
+        """Bisect a batch that raised, until only the sequences at fault fail.
 
-        Running a chunk again is harmless: it writes the same keys and values to the same places.
+        Running a chunk again is harmless: it writes the same keys and values to the same KV slots.
         """
-        log.warning("a step of %d sequences raised; trying it in halves", len(batch), exc_info=raised)
+        log.warning("a step of %d sequences raised; running it again in halves", len(batch), exc_info=raised)
         faults.recover(raised)
         middle = len(batch) // 2
-        return [out for half in (batch[:middle], batch[middle:]) for out in self._alone(self._living(half))]
+        halves = batch[:middle], batch[middle:]
+        return [out for half in halves for out in self._launch_and_complete(self._without_ended(half))]
 
-    def _alone(self, batch: list[Chunk]) -> list[Output]:
-        """Launch and land at once."""
-        flight = None
+    def _launch_and_complete(self, batch: list[Chunk]) -> list[Output]:
+        """Launch a batch and read it at once."""
+        in_flight = None
         try:
-            flight = self._launch(batch)
-            results = flight.read() if flight else []
+            in_flight = self._launch(batch)
+            results = in_flight.read() if in_flight else []
         except Exception as error:
-            self._retract(flight)
+            self._roll_back(in_flight)
             if len(batch) > 1:
                 return self._in_halves(batch, error)
             log.exception("request %s raised", batch[0].sequence.request_id)
             return [self._fail(batch[0].sequence, faults.error_for(error))]
-        self.scheduler.landed(batch)
+        self.scheduler.completed(batch)
         return list(self._book(results))
 
     # -- booking ----------------------------------------------------------------------------------
 
-    def _book(self, results: Iterable[tuple[Chunk, Draw | None]]) -> Iterable[Output]:
+    def _book(self, results: Iterable[tuple[Chunk, Sample | None]]) -> Iterable[Output]:
         for chunk, result in results:
             sequence = chunk.sequence
-            if not self._lives(sequence):  # it ended a step ago, or with a sibling just now
+            if not self._is_live(sequence):  # it ended a step ago, or just now
                 continue
             if result is None:
                 self.scheduler.advance(chunk, None)
@@ -261,14 +266,14 @@ class Engine:
                 )
             else:
                 if result.revised:
-                    self._withdraw(sequence)
+                    self._discard_in_flight(sequence)
                 yield self._advance(chunk, result.token, result.logprobs)
 
-    def _withdraw(self, sequence: Sequence) -> None:
-        """What is in flight for it goes on from a token that it does not have."""
-        chunk = self._flight.withdraw(sequence) if self._flight else None
+    def _discard_in_flight(self, sequence: Sequence) -> None:
+        """Ignore the sequence's chunk in flight: it was computed from a token that has been revised."""
+        chunk = self._in_flight.discard(sequence) if self._in_flight else None
         if chunk is not None:
-            self.scheduler.retract(chunk)
+            self.scheduler.roll_back(chunk)
 
     def _note_starts(self, batch: SequenceOf[Chunk]) -> None:
         now = time.monotonic()

@@ -78,27 +78,31 @@ class RoundRobin:
             self._lanes.to_the_back(lane)
 
     def may_take(self, lane: Lane, free: int) -> bool:
-        if lane.places == 0:
+        if lane.num_running == 0:
             return free > 0
-        level = lane.places
-        poorer = (min(other.queued, level - other.places) for other in self._lanes if other.places < level)
+        level = lane.num_running
+        poorer = (
+            min(other.queued, level - other.num_running) for other in self._lanes if other.num_running < level
+        )
         return free > sum(poorer)
 
     def next_in_line(self, count: int) -> list[Lane]:
         poorest = list(islice((lane for lane in self._lanes if not lane.running), count))
         if len(poorest) == count:
             return poorest
-        return nsmallest(count, (lane for lane in self._lanes if lane.queued), key=lambda lane: lane.places)
+        return nsmallest(
+            count, (lane for lane in self._lanes if lane.queued), key=lambda lane: lane.num_running
+        )
 
     def who_gives_way(self, lane: Lane) -> Iterator[Sequence]:
-        places = {other: other.places for other in self._lanes.holders if other is not lane}
+        places = {other: other.num_running for other in self._lanes.holders if other is not lane}
         while places:
             richest = max(places, key=lambda other: (places[other], other.running[places[other] - 1].arrival))
-            if places[richest] < lane.places + 2:
+            if places[richest] < lane.num_running + 2:
                 break
             places[richest] -= 1
             yield richest.running[places[richest]]
-        if lane.places == 0:
+        if lane.num_running == 0:
             rest = [sequence for other, count in places.items() for sequence in other.running[:count]]
             ran = [sequence for sequence in rest if sequence.num_since_start >= self._slice]
             yield from sorted(ran, key=lambda sequence: -sequence.num_since_start)
@@ -110,4 +114,4 @@ class RoundRobin:
     def youngest_to_spare(self) -> Sequence:
         """Of the lane with the most places; so the oldest sequence of all goes last, and always advances."""
         holders = self._lanes.holders
-        return max(holders, key=lambda lane: (lane.places, lane.running[-1].arrival)).running[-1]
+        return max(holders, key=lambda lane: (lane.num_running, lane.running[-1].arrival)).running[-1]

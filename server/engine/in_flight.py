@@ -1,4 +1,4 @@
-"""A step between its launch and its landing: the device has it, and the host has not read what it drew."""
+"""A step that the device has been given, and whose sampled tokens the host has not read yet."""
 
 from __future__ import annotations
 
@@ -7,41 +7,45 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.engine.sampling.sampler import Draw, Drawn
+from server.engine.sampling.sampler import PendingSamples, Sample
 from server.engine.sequence import Chunk, Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
+class InFlightStep:
     """One launched step.
 
     Attributes:
-        chunks: all that it computes.
-        void: sequences whose chunk was computed from a token that turned out another.
+        chunks: everything that the step computes.
+        discarded: sequences whose chunk here is ignored: it was computed from a provisional token that was
+            then revised.
     """
 
     chunks: list[Chunk]
-    _drawn: Drawn
-    void: set[Sequence] = field(default_factory=set)
+    _samples: PendingSamples
+    discarded: set[Sequence] = field(default_factory=set)
 
     @property
     def tokens(self) -> Tensor:
-        """What it draws, on the device, for the next step to go on from."""
-        return self._drawn.tokens
+        """int64 [chunks that sample], the sampled tokens, on the device: the next step's ``prev_tokens``."""
+        return self._samples.tokens
 
-    def read(self) -> list[tuple[Chunk, Draw | None]]:
-        """Each valid chunk with its draw, None if it does not sample. Waits until the device is so far."""
-        return list(self._pairs(iter(self._drawn.read())))
+    def read(self) -> list[tuple[Chunk, Sample | None]]:
+        """Each chunk that is not discarded, with its sample (None if it does not sample).
 
-    def withdraw(self, sequence: Sequence) -> Chunk | None:
-        """Make its chunk void and return it; None if it has none here."""
+        Waits until the device has computed the step.
+        """
+        return list(self._pairs(iter(self._samples.read())))
+
+    def discard(self, sequence: Sequence) -> Chunk | None:
+        """Ignore the sequence's chunk from now on, and return it; None if the step has none of it."""
         chunk = next((chunk for chunk in self.chunks if chunk.sequence is sequence), None)
         if chunk is not None:
-            self.void.add(sequence)
+            self.discarded.add(sequence)
         return chunk
 
-    def _pairs(self, draws: Iterator[Draw]) -> Iterator[tuple[Chunk, Draw | None]]:
+    def _pairs(self, samples: Iterator[Sample]) -> Iterator[tuple[Chunk, Sample | None]]:
         for chunk in self.chunks:
-            draw = next(draws) if chunk.samples else None
-            if chunk.sequence not in self.void:
-                yield chunk, draw
+            sample = next(samples) if chunk.samples else None
+            if chunk.sequence not in self.discarded:
+                yield chunk, sample

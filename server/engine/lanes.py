@@ -42,7 +42,7 @@ class Lane:
         return len(self.waiting) + len(self.preempted)
 
     @property
-    def places(self) -> int:
+    def num_running(self) -> int:
         return len(self.running)
 
 
@@ -108,7 +108,7 @@ class Lanes:
                 self.num_queued -= place is not lane.running
                 found = True
         self._note_holder(lane)
-        if not lane.queued and not lane.places:
+        if not lane.queued and not lane.num_running:
             del self._lanes[lane.name]
         return found
 

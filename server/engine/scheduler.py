@@ -1,12 +1,13 @@
-"""What the next step computes. Integers only: no tensors, no clock of its own, no threads.
+"""Decides what the next step computes. Integers only: no tensors, no clock, no threads.
 
-A step is a list of chunks under a token budget: first one token for every sequence that decodes, then
-prompts, lane by lane in turns: those under way, then those that start, as places, KV blocks and adapters
-allow. When blocks run out a running sequence gives its blocks back and is computed again later; the oldest
-always advances. Which lane is next, and who gives way, is ``fairness``'s to say.
+A step is a list of chunks under a token budget. Every decoding sequence gets one token first. The rest of the
+budget goes to prompts. The lanes take turns: within a turn, running prompts continue first, then new ones
+start, as far as running slots, KV blocks and adapters allow. When the blocks run out, a running sequence is
+preempted: it gives its blocks back and is recomputed later. The oldest sequence always advances. ``fairness``
+decides which lane is next and which sequence is preempted.
 
-A step may be scheduled while the one before is in flight: launched, and its tokens not read yet. What a step
-in flight may still read, blocks and adapters, is kept until it has landed.
+A step may be scheduled while the previous one is in flight: launched, but its tokens are not read yet. The
+blocks and adapters that a step in flight may still read are kept until it has completed.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from server.engine.sequence import Chunk, Sequence
 from server.engine.step import Step
 
 _LOOK_AHEAD = 8
-"""Lanes whose next sequence is looked at before there is a place for it."""
+"""Lanes whose next sequence has its adapter loaded before there is a running slot for it."""
 
 _QUANTUM = 512
-"""Most prompt tokens of a lane's turn; of a step's budget it is half at most, so that two lanes share it."""
+"""Most prompt tokens in a lane's turn. It is at most half of a step's budget, so two lanes share a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class SchedulerLimits:
     """Bounds of one step.
 
     Attributes:
-        max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens one step computes.
-        max_model_len: tokens one sequence may reach.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens that one step computes.
+        max_model_len: most tokens of one sequence.
     """
 
     max_num_seqs: int
@@ -49,22 +50,22 @@ class AdapterGate(Protocol):
     """Whether a sequence's adapter is on the device."""
 
     def prepare(self, sequence: Sequence) -> bool:
-        """Have its adapter loaded, as it starts soon; whether ``admit`` would pass now."""
+        """Start loading the sequence's adapter; returns whether ``admit`` would succeed now."""
 
     def admit(self, sequence: Sequence) -> bool:
-        """Pin its adapter and set its slot; False = not yet. Base sequences always pass."""
+        """Pin the adapter and set the sequence's slot; False = not loaded yet. The base needs no adapter."""
 
     def leave(self, sequence: Sequence) -> None:
-        """It has ended, or does not start yet: undo ``admit`` and ``prepare``. Harmless without either."""
+        """Undo ``admit`` and ``prepare``, if they were called: the sequence has ended or does not start."""
 
 
 class Scheduler:
     """Owns every sequence from ``add`` until it finishes or is removed.
 
-    A step goes through ``schedule``, ``launched``, ``landed``, and ``advance`` for each of its chunks.
+    A step goes through ``schedule``, ``launched``, ``completed``, and ``advance`` for each of its chunks.
 
     Attributes:
-        leaving: ended sequences that hold their blocks and adapter until the step in flight has landed.
+        leaving: ended sequences that hold their blocks and adapter until the step in flight has completed.
         steps, preemptions, prompt_tokens, cached_tokens: counters; the last two over first admissions.
     """
 
@@ -83,14 +84,14 @@ class Scheduler:
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._gate = gate
         self._in_flight = 0  # chunks
-        self._short: Lane | None = None  # its head could start, but for a place or for blocks
+        self._short: Lane | None = None  # its head only lacks a running slot or blocks
 
     def __len__(self) -> int:
         return len(self.running) + self.num_waiting
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait to start or to come back; may be read from any thread."""
+        """Sequences that wait to start or to resume; may be read from any thread."""
         return self.lanes.num_queued
 
     @property
@@ -98,17 +99,17 @@ class Scheduler:
         return sum(sequence.num_pending == 1 for sequence in self.running)
 
     @property
-    def _free_places(self) -> int:
+    def _free_running_slots(self) -> int:
         return self.limits.max_num_seqs - len(self.running)
 
     def add(self, sequence: Sequence) -> None:
         self.lanes.push(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, those that share an adapter side by side.
+        """The next step's chunks; chunks that share an adapter are adjacent.
 
-        Empty if somebody must be preempted while a step is in flight, which may read what would be taken, and
-        may give back enough by itself: it has to land first.
+        Empty if a sequence must be preempted while a step is in flight. That step may still read the blocks,
+        and it may free enough of them, so it has to complete first.
         """
         if not self._make_way():
             return []
@@ -120,26 +121,26 @@ class Scheduler:
         self.steps += bool(step.chunks)
         return sorted(step.chunks.values(), key=lambda chunk: chunk.sequence.slot)
 
-    def launched(self, chunks: SequenceOf[Chunk], go_on: bool) -> None:
-        """Book chunks whose computation is queued.
+    def launched(self, chunks: SequenceOf[Chunk], async_scheduling: bool) -> None:
+        """Book chunks whose computation has been queued.
 
         Args:
-            go_on: schedule those that sample again before their new tokens are read, unless they surely end:
-                negative ids stand for the tokens, by their place among the step's draws.
+            async_scheduling: sequences that sample are scheduled again before their new token is read, unless
+                this token is certain to be their last. The id -1-i stands for the step's i-th sample.
         """
-        place = 0
+        count = 0
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.in_flight += 1
             sequence.num_computed = chunk.stop
             if chunk.samples:
-                place += 1
-                if go_on and not sequence.is_full(chunk.stop + 1, self.limits.max_model_len):
-                    sequence.tokens.append(-place)
+                count += 1
+                if async_scheduling and not sequence.is_full(chunk.stop + 1, self.limits.max_model_len):
+                    sequence.tokens.append(-count)
         self._in_flight += len(chunks)
 
-    def landed(self, chunks: SequenceOf[Chunk]) -> None:
-        """Let go of what only these launched chunks still read."""
+    def completed(self, chunks: SequenceOf[Chunk]) -> None:
+        """Release what only these launched chunks were still reading."""
         for chunk in chunks:
             chunk.sequence.in_flight -= 1
         self._in_flight -= len(chunks)
@@ -147,28 +148,28 @@ class Scheduler:
             self.leaving.remove(sequence)
             self._release(sequence)
 
-    def retract(self, chunk: Chunk) -> None:
-        """Forget that a chunk, the latest of its sequence, was launched: it is void and will come again."""
+    def roll_back(self, chunk: Chunk) -> None:
+        """Undo the launch of a sequence's latest chunk; the chunk will be scheduled again."""
         sequence = chunk.sequence
         if chunk.samples:
             del sequence.tokens[chunk.stop :]
         sequence.num_computed = chunk.start
 
     def advance(self, chunk: Chunk, token: int | None) -> FinishReason | None:
-        """Book a landed chunk and, if it sampled, its new ``token``; says whether that ended it."""
+        """Book a completed chunk and its sampled ``token``; returns why that ended the sequence, or None."""
         sequence, stop = chunk.sequence, chunk.stop
         assert sequence.table is not None
         self.blocks.commit(sequence.table, sequence.tokens, stop)
         if token is None:
             return None
-        sequence.tokens[stop : stop + 1] = [token]  # in place of the id that stood for it, if any
+        sequence.tokens[stop : stop + 1] = [token]  # replaces the negative id that stood for it, if any
         reason = sequence.finish_reason(stop + 1, self.limits.max_model_len)
         if reason is not None:
             self.remove(sequence)
         return reason
 
     def remove(self, sequence: Sequence) -> bool:
-        """Forget a sequence wherever it stands; False if it is not here any more."""
+        """Remove a sequence in whatever state it is; False if it is no longer here."""
         if not self.lanes.remove(sequence):
             return False
         if sequence in self.running:
@@ -180,7 +181,7 @@ class Scheduler:
         return True
 
     def check_integrity(self) -> None:
-        """Assert the books (for tests)."""
+        """Assert that all bookkeeping is consistent (for tests)."""
         holders = [*self.running, *self.leaving]
         self.blocks.check_integrity([s.table for s in holders if s.table is not None])
         assert all(s.in_flight for s in self.leaving), "an ended sequence holds what no step reads"
@@ -200,7 +201,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.num_pending > 1:
                 step.prompts[self.lanes.of(sequence)].append(sequence)
-        may_start = self.num_waiting > 0 and self._free_places > 0
+        may_start = self.num_waiting > 0 and self._free_running_slots > 0
         turns = deque(
             lane for lane in self.fairness.turns() if lane in step.prompts or (may_start and lane.queued)
         )
@@ -223,7 +224,7 @@ class Scheduler:
     def _give_what_nobody_took(self, step: Step) -> None:
         """Places were kept for poorer lanes that cannot use them yet."""
         while step.refused and step.budget > 0:
-            lane = min(step.refused, key=lambda lane: lane.places)
+            lane = min(step.refused, key=lambda lane: lane.num_running)
             length = self._admit(lane, step, step.budget, kept=False)
             self.fairness.charge(lane, length)
             if not length:
@@ -265,9 +266,14 @@ class Scheduler:
             kept: places are kept for lanes that have fewer.
         """
         head = lane.head
-        if head is None or step.budget <= 0 or not self._free_places or lane.places >= step.blocked_from:
+        if (
+            head is None
+            or step.budget <= 0
+            or not self._free_running_slots
+            or lane.num_running >= step.blocked_from
+        ):
             return 0
-        if kept and not self.fairness.may_take(lane, self._free_places):
+        if kept and not self.fairness.may_take(lane, self._free_running_slots):
             step.refused.append(lane)
             return 0
         if not head.has_started and not self._gate.admit(head):
@@ -277,7 +283,7 @@ class Scheduler:
         if not length:
             if not head.has_started:
                 self._gate.leave(head)
-            step.blocked_from = lane.places  # blocks are gathered for it, unless somebody holds less
+            step.blocked_from = lane.num_running  # blocks are gathered for it, unless somebody holds less
             self._is_short(lane)
             return 0
         self.lanes.start(head)
@@ -320,11 +326,11 @@ class Scheduler:
             assert head is not None
             if lane in step.not_ready or not (head.has_started or self._gate.prepare(head)):
                 continue
-            if not self._free_places:
+            if not self._free_running_slots:
                 self._is_short(lane)
 
     def _is_short(self, lane: Lane) -> None:
-        if self._short is None or lane.places < self._short.places:
+        if self._short is None or lane.num_running < self._short.num_running:
             self._short = lane
 
     def _make_way(self) -> bool:
@@ -348,7 +354,7 @@ class Scheduler:
         for victim in self.fairness.who_gives_way(lane):
             if lacking is None:
                 lacking = self._lacking_now(head)
-            if lacking <= 0 and len(victims) + self._free_places > 0:
+            if lacking <= 0 and len(victims) + self._free_running_slots > 0:
                 break
             assert victim.table is not None
             victims.append(victim)

@@ -1,4 +1,4 @@
-"""Small things between host and device, without either waiting for the other. On a CPU nothing moves."""
+"""Copies between host and device in which neither side waits for the other. On a CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 
-def resolve(tokens: Tensor, drawn: Tensor | None) -> Tensor:
-    """``tokens`` with every negative id -1-i replaced by the i-th of ``drawn``; both int64, on one device.
+def resolve(tokens: Tensor, prev_tokens: Tensor | None) -> Tensor:
+    """``tokens`` with every negative id -1-i replaced by ``prev_tokens[i]``; both int64, on one device.
 
-    Such an id stands for a token that the step before draws and that the host has not read yet.
+    A negative id stands for a token that the previous step samples and that the host has not read yet.
     """
-    if drawn is None or len(drawn) == 0:
+    if prev_tokens is None or len(prev_tokens) == 0:
         return tokens
-    return torch.where(tokens < 0, drawn[(-1 - tokens).clamp_(min=0)], tokens)
+    return torch.where(tokens < 0, prev_tokens[(-1 - tokens).clamp_(min=0)], tokens)
 
 
 class Download:
-    """Tensors on their way to the host, in one copy queued behind the kernels that make them."""
+    """Tensors being copied to the host, in one copy queued behind the kernels that compute them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -33,7 +33,7 @@ class Download:
             self._copied = host, event
 
     def wait(self) -> Sequence[Tensor]:
-        """The same tensors on the host, once they are there."""
+        """The same tensors on the host. Waits until the copy has finished."""
         if self._copied is None:
             return self._tensors
         host, event = self._copied
@@ -42,11 +42,11 @@ class Download:
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """All of them in one row of float64, which holds float32, flags and token ids exactly."""
+    """All tensors in one row of float64, which represents float32, flags and token ids exactly."""
     return torch.cat([tensor.flatten().double() for tensor in tensors])
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What ``pack`` was given, with the shapes and types of ``like``."""
+    """The tensors that ``pack`` was given, with the shapes and dtypes of ``like``."""
     parts: tuple[Tensor, ...] = packed.split([tensor.numel() for tensor in like])  # type: ignore[no-untyped-call]
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]

@@ -51,7 +51,7 @@ class StepModel(Protocol):
         """Compile and record what the first requests would wait for; once, while nobody owns a KV block."""
 
     def __call__(
-        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
         """Compute ``chunks`` and return float32 logits [n, vocabulary], which last until the next call.
 

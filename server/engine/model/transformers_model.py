@@ -82,7 +82,7 @@ class StockModel:
 
     @torch.inference_mode()
     def __call__(
-        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
         assert self.attention is not None
         self.attention.begin(chunks)
@@ -91,4 +91,4 @@ class StockModel:
         rows = last if rows is None else rows
         self.lora.begin(len(tokens), lora_segments(chunks), rows)
         tokens, positions, rows = (send(host, self.device) for host in (tokens, positions, rows))
-        return forward(self.model, resolve(tokens, drawn), positions, rows)
+        return forward(self.model, resolve(tokens, prev_tokens), positions, rows)

@@ -28,13 +28,15 @@ class LogitBias:
         self.values = send(torch.tensor(list(biases.values()), dtype=torch.float32), device)
 
 
-def shape(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None) -> Tensor:
+def apply_logits_processors(
+    logits: Tensor, sequences: SequenceOf[Sequence], prev_tokens: Tensor | None
+) -> Tensor:
     """The logits as the requests want them: the same tensor if nobody wants anything, else a copy.
 
     Args:
         logits: float32 [n, vocabulary].
         sequences: whose rows they are, in order.
-        unread: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
+        prev_tokens: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
     """
     biased = [i for i, s in enumerate(sequences) if s.params.logit_bias]
     short = [i for i, s in enumerate(sequences) if s.num_generated < s.params.min_tokens]
@@ -47,7 +49,7 @@ def shape(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None
     if short:
         _forbid_ends(shaped, short, sequences)
     if penalised:
-        _penalise(shaped, penalised, sequences, unread)
+        _penalise(shaped, penalised, sequences, prev_tokens)
     return shaped
 
 
@@ -80,7 +82,7 @@ def _forbid_ends(logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence
 
 
 def _penalise(
-    logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence], unread: Tensor | None
+    logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence], prev_tokens: Tensor | None
 ) -> None:
     """Of each token that a row has seen, and said s times:
 
@@ -97,7 +99,7 @@ def _penalise(
     late = [i for i, sequence in enumerate(own) if sequence.tokens[-1] < 0]
     if late:
         latest = send(torch.tensor([own[i].tokens[-1] for i in late]), logits.device)
-        of, ids, said = _with_latest(of, ids, said, len(own), late, resolve(latest, unread))
+        of, ids, said = _with_latest(of, ids, said, len(own), late, resolve(latest, prev_tokens))
     flat = logits.view(-1)
     places = send(torch.tensor(rows), logits.device).mul_(logits.shape[1]).index_select(0, of).add_(ids)
     flat.scatter_(0, places, _penalised(flat.index_select(0, places), own, of, said))

@@ -1,8 +1,8 @@
 """A step's logits to tokens and log-probabilities; vectorised over the batch.
 
-A row's result depends on that row's logits and on (seed, position) alone. ``draw`` works where the logits
+A row's result depends on that row's logits and on (seed, position) alone. ``sample`` works where the logits
 are and never waits, so that its tokens can feed the next step before anybody has seen them;
-``Drawn.read`` waits.
+``PendingSamples.read`` waits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.transfer import send
-from server.engine.sampling.logits_processors import shape
+from server.engine.sampling.logits_processors import apply_logits_processors
 from server.engine.sampling.truncation import Distributions, is_greedy, is_truncated
 from server.engine.sequence import Sequence
 from server.engine.transfer import Download
@@ -30,17 +30,17 @@ _RANKED = 20
 class RankedLogprobs:
     """The drawn token's log-probability, and the most likely tokens with theirs."""
 
-    drawn: float
+    sampled: float
     top_ids: tuple[int, ...]
     top: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class Sample:
     """A drawn token; None if the row's logits are not finite (a broken adapter).
 
     Attributes:
-        revised: it is another one than in ``Drawn.tokens``.
+        revised: it is another one than in ``PendingSamples.tokens``.
     """
 
     token: int | None
@@ -48,28 +48,30 @@ class Draw:
     revised: bool = False
 
 
-def draw(logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None = None) -> Drawn:
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], prev_tokens: Tensor | None = None
+) -> PendingSamples:
     """One draw a row.
 
     Args:
         logits: float32 [n, vocabulary]; not changed, and not needed any more by what comes back.
         sequences: whose rows they are, in order.
-        unread: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
+        prev_tokens: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
     """
-    shaped = shape(logits, sequences, unread)
+    shaped = apply_logits_processors(logits, sequences, prev_tokens)
     best, tokens = shaped.max(dim=-1)
     random = [i for i, s in enumerate(sequences) if not is_greedy(s.params)]
     truncated = [i for i in random if is_truncated(sequences[i].params)]
     whole = [i for i in random if not is_truncated(sequences[i].params)]
     if whole:
-        _put(tokens, whole, _distributions(shaped, best, tokens, sequences, whole).draw())
+        _put(tokens, whole, _distributions(shaped, best, tokens, sequences, whole).sample())
     unsure = None
     if truncated:
         rows = _distributions(shaped, best, tokens, sequences, truncated)
-        drawn, enough = rows.draw_from_head()
-        _put(tokens, truncated, drawn)
+        sampled, enough = rows.sample_from_head()
+        _put(tokens, truncated, sampled)
         unsure = _Unsure(truncated, rows, enough)
-    return Drawn(tokens, best, unsure, _rank(logits, sequences, tokens))
+    return PendingSamples(tokens, best, unsure, _rank(logits, sequences, tokens))
 
 
 def _distributions(
@@ -80,7 +82,7 @@ def _distributions(
     )
 
 
-class Drawn:
+class PendingSamples:
     """What was drawn, and is on its way to the host.
 
     Args:
@@ -95,14 +97,14 @@ class Drawn:
         enough = [unsure.enough] if unsure else []
         self._download = Download([tokens, best, *enough, *(ranked.results if ranked else ())])
 
-    def read(self) -> list[Draw]:
+    def read(self) -> list[Sample]:
         """By row, its draw. Waits until the device has got there."""
         tokens, best, *rest = self._download.wait()
         with _beside(self.tokens.device):
             revised = self._unsure.revise(rest.pop(0).tolist()) if self._unsure else {}
             logprobs = self._ranked.read(rest, revised) if self._ranked else {}
         return [
-            Draw(revised.get(i, token) if math.isfinite(logit) else None, logprobs.get(i), i in revised)
+            Sample(revised.get(i, token) if math.isfinite(logit) else None, logprobs.get(i), i in revised)
             for i, (token, logit) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True))
         ]
 
@@ -124,7 +126,7 @@ class _Unsure:
         wrong = [j for j, right in enumerate(enough) if not right]
         if not wrong:
             return {}
-        tokens = self.distributions.draw_from_all(_on(wrong, self.enough.device)).tolist()
+        tokens = self.distributions.sample_from_all(_on(wrong, self.enough.device)).tolist()
         return {self.rows[j]: token for j, token in zip(wrong, tokens, strict=True)}
 
 
@@ -156,7 +158,7 @@ class _Ranked:
         }
 
 
-def _rank(logits: Tensor, sequences: SequenceOf[Sequence], drawn: Tensor) -> _Ranked | None:
+def _rank(logits: Tensor, sequences: SequenceOf[Sequence], sampled: Tensor) -> _Ranked | None:
     """Of the model's own distribution."""
     counts = {i: s.params.logprobs for i, s in enumerate(sequences) if s.params.logprobs is not None}
     if not counts:
@@ -164,7 +166,7 @@ def _rank(logits: Tensor, sequences: SequenceOf[Sequence], drawn: Tensor) -> _Ra
     table = torch.log_softmax(_pick(logits, list(counts)), dim=-1)
     most = min(max(_RANKED, *counts.values()), logits.shape[1])
     top, ids = table.topk(most, dim=-1)
-    own = table.gather(1, _pick(drawn, list(counts))[:, None])[:, 0]
+    own = table.gather(1, _pick(sampled, list(counts))[:, None])[:, 0]
     return _Ranked(counts, table, (own, ids, top))
 
 

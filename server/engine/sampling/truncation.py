@@ -44,11 +44,11 @@ class Distributions:
         self._limits = table[:, 2:]
         self._best_tokens = best_tokens
 
-    def draw(self) -> Tensor:
+    def sample(self) -> Tensor:
         """[n] tokens, of rows that nothing truncates."""
         return _invert(self.probs, self.uniform, self._best_tokens)
 
-    def draw_from_head(self) -> tuple[Tensor, Tensor]:
+    def sample_from_head(self) -> tuple[Tensor, Tensor]:
         """[n] tokens of truncated rows, and by row whether its most probable tokens were enough for that.
 
         Where they were not, the token is one of them all the same.
@@ -58,7 +58,7 @@ class Distributions:
         kept, enough = _truncate(head, self._limits, whole=size == self.probs.shape[1])
         return _pick(order, kept, self.uniform), enough
 
-    def draw_from_all(self, rows: Tensor) -> Tensor:
+    def sample_from_all(self, rows: Tensor) -> Tensor:
         """[rows] tokens of truncated rows, however many of the vocabulary they take."""
         ordered, order = self.probs[rows].sort(dim=-1, descending=True)
         kept, _ = _truncate(ordered, self._limits[rows], whole=True)

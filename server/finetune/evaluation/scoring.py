@@ -1,6 +1,6 @@
 """Log-probabilities of a prompt's own tokens, from the very steps in which the engine computes it.
 
-A model of the engine gives logits only where a token is drawn. ``PromptScorer`` stands in for it, asks for
+A model of the engine gives logits only where a token is sampled. ``PromptScorer`` stands in for it, asks for
 those of more tokens of each step, and hands on what the engine expects.
 """
 
@@ -23,7 +23,7 @@ class Model(Protocol):
     """The part of ``server.engine.model.StepModel`` that scoring needs."""
 
     def __call__(
-        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor: ...
 
 
@@ -43,12 +43,12 @@ class PromptScorer:
         self._targets = targets
         self.logprobs: dict[str, dict[int, float]] = {request_id: {} for request_id in targets}
 
-    def __call__(self, chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+    def __call__(self, chunks: Sequence[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
         """float32 logits [chunks that sample, vocabulary], as the engine wants them."""
         plan = _Plan()
         for chunk in chunks:
             plan.add(chunk, self._targets.get(chunk.sequence.request_id, {}))
-        logits = self._model(chunks, torch.tensor(plan.rows, dtype=torch.long), drawn)
+        logits = self._model(chunks, torch.tensor(plan.rows, dtype=torch.long), prev_tokens)
         if plan.scored:
             self._note(logits, plan.scored)
         return logits[plan.sampled]
@@ -83,11 +83,11 @@ class _Plan:
     def add(self, chunk: Chunk, targets: Targets) -> None:
         for offset in range(chunk.length):
             position, row = chunk.start + offset, len(self.rows)
-            draws = chunk.samples and offset == chunk.length - 1
+            samples = chunk.samples and offset == chunk.length - 1
             if position in targets:
                 self.scored.append(_Scored(row, chunk.sequence.request_id, position, targets[position]))
-            if draws:
+            if samples:
                 self.sampled.append(row)
-            if draws or position in targets:
+            if samples or position in targets:
                 self.rows.append(self._begin + offset)
         self._begin += chunk.length

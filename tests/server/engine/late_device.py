@@ -20,7 +20,7 @@ from adapters.registry import Version
 from server.engine.engine import Engine
 from server.engine.fairness import RoundRobin
 from server.engine.kv_cache import BlockManager
-from server.engine.sampling.sampler import Draw, Drawn, draw
+from server.engine.sampling.sampler import PendingSamples, Sample, sample
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence
 from server.engine.transfer import resolve
@@ -33,7 +33,7 @@ class LateDevice:
     """Stands in for an engine's model and sampler.
 
     Args:
-        faults: by the number of the launch, draw or read (they are counted together), what it raises.
+        faults: by the number of the launch, sample or read (they are counted together), what it raises.
         poison: requests whose every computation raises.
     """
 
@@ -45,7 +45,7 @@ class LateDevice:
         self._count = itertools.count()
         self._queue: list[Callable[[], None]] = []
 
-    def model(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+    def model(self, chunks: SequenceOf[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
         self._note("launch")
         for chunk in chunks:
             if chunk.sequence.request_id in self.poison:
@@ -56,7 +56,7 @@ class LateDevice:
         def run() -> None:
             rows = iter(logits)
             for chunk, (tokens, slots, adapter) in zip(chunks, work, strict=True):
-                ids = resolve(torch.tensor(tokens[chunk.start : chunk.stop]), drawn).tolist()
+                ids = resolve(torch.tensor(tokens[chunk.start : chunk.stop]), prev_tokens).tolist()
                 for slot, token in zip(slots[chunk.start :], ids, strict=True):
                     self.pages[slot] = token
                 if chunk.samples:
@@ -69,25 +69,27 @@ class LateDevice:
         self._queue.append(run)
         return logits
 
-    def draw(self, logits: Tensor, sequences: SequenceOf[Sequence], unread: Tensor | None) -> LateDrawn:
-        self._note("draw")
+    def sample(
+        self, logits: Tensor, sequences: SequenceOf[Sequence], prev_tokens: Tensor | None
+    ) -> LateSamples:
+        self._note("sample")
         then = [copy.copy(sequence) for sequence in sequences]
         for sequence in then:
             sequence.tokens = list(sequence.tokens)
-        late = LateDrawn(self, torch.zeros(len(then), dtype=torch.long))
+        late = LateSamples(self, torch.zeros(len(then), dtype=torch.long))
 
         def run() -> None:
-            late.drawn = draw(logits, then, unread)
-            late.tokens.copy_(late.drawn.tokens)
+            late.samples = sample(logits, then, prev_tokens)
+            late.tokens.copy_(late.samples.tokens)
 
         self._queue.append(run)
         return late
 
-    def read(self, late: LateDrawn) -> list[Draw]:
-        while late.drawn is None:
+    def read(self, late: LateSamples) -> list[Sample]:
+        while late.samples is None:
             self._queue.pop(0)()
         self._note("read")
-        return late.drawn.read()
+        return late.samples.read()
 
     def _note(self, what: str) -> None:
         self.history.append(what)
@@ -104,15 +106,15 @@ class LateDevice:
         return list(sequence.tokens), places, sequence.slot
 
 
-class LateDrawn:
-    """See ``Drawn``."""
+class LateSamples:
+    """See ``PendingSamples``."""
 
     def __init__(self, device: LateDevice, tokens: Tensor) -> None:
         self._device = device
         self.tokens = tokens
-        self.drawn: Drawn | None = None
+        self.samples: PendingSamples | None = None
 
-    def read(self) -> list[Draw]:
+    def read(self) -> list[Sample]:
         return self._device.read(self)
 
 
@@ -165,7 +167,7 @@ class CountingRegistry:
 
 
 def late_engine(
-    ahead: bool,
+    async_scheduling: bool,
     blocks: int = 64,
     seqs: int = 4,
     budget: int = 32,
@@ -180,8 +182,8 @@ def late_engine(
     registry: Any = CountingRegistry()
     scheduler = Scheduler(limits, BlockManager(blocks, BLOCK), gate)
     scheduler.fairness = RoundRobin(scheduler.lanes, budget // 2, slice_tokens)
-    engine = Engine(device.model, scheduler, gate, registry, frozenset({2}), ahead)
-    engine.draw = device.draw  # type: ignore[assignment]
+    engine = Engine(device.model, scheduler, gate, registry, frozenset({2}), async_scheduling)
+    engine.sample = device.sample  # type: ignore[assignment]
     return engine, device, registry
 
 

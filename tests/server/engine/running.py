@@ -107,8 +107,8 @@ class LogitsRecorder:
         self.batches: list[set[str | None]] = []
         self.logits: dict[str, list[Tensor]] = {}
 
-    def __call__(self, chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
-        logits = self._model(chunks, drawn=drawn)
+    def __call__(self, chunks: SequenceOf[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
+        logits = self._model(chunks, prev_tokens=prev_tokens)
         self.batches.append({chunk.sequence.digest for chunk in chunks})
         rows = iter(logits)
         for chunk in chunks:

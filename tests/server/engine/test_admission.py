@@ -55,8 +55,8 @@ class Serving:
 
     def step(self) -> list[tuple[Sequence, AdapterError]]:
         chunks = self.scheduler.schedule()
-        self.scheduler.launched(chunks, go_on=False)
-        self.scheduler.landed(chunks)
+        self.scheduler.launched(chunks, async_scheduling=False)
+        self.scheduler.completed(chunks)
         for chunk in chunks:
             self.scheduler.advance(chunk, 7 if chunk.samples else None)
         self.scheduler.check_integrity()

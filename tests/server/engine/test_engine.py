@@ -143,10 +143,10 @@ def test_one_requests_crash_is_its_own(parts: Parts, home: Path) -> None:
     victim = Asked(PROMPT[5:], "two")
     real = parts.engine.model
 
-    def crashing(chunks: SequenceOf[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+    def crashing(chunks: SequenceOf[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
         if any(chunk.sequence.request_id == victim.request_id for chunk in chunks):
             raise RuntimeError("only for the victim")
-        return real(chunks, drawn=drawn)
+        return real(chunks, prev_tokens=prev_tokens)
 
     parts.engine.model = crashing
     others = [Asked(PROMPT, "one"), Asked(PROMPT[3:])]

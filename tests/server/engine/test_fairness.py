@@ -16,9 +16,9 @@ from tests.server.engine.support import OpenGate, make_scheduler, make_sequence
 ENDLESS = 1000
 
 
-def _land(scheduler: Scheduler, chunks: list[Chunk]) -> None:
-    scheduler.launched(chunks, go_on=False)
-    scheduler.landed(chunks)
+def _complete(scheduler: Scheduler, chunks: list[Chunk]) -> None:
+    scheduler.launched(chunks, async_scheduling=False)
+    scheduler.completed(chunks)
     for chunk in chunks:
         scheduler.advance(chunk, 7 if chunk.samples else None)
     scheduler.check_integrity()
@@ -26,7 +26,7 @@ def _land(scheduler: Scheduler, chunks: list[Chunk]) -> None:
 
 def _step(scheduler: Scheduler) -> list[Chunk]:
     chunks = scheduler.schedule()
-    _land(scheduler, chunks)
+    _complete(scheduler, chunks)
     return chunks
 
 
@@ -48,7 +48,7 @@ def _steps_to_first_token(scheduler: Scheduler, sequence: Sequence, most: int) -
 
 
 def _places(scheduler: Scheduler) -> dict[str, int]:
-    return {lane.name: lane.places for lane in scheduler.lanes}
+    return {lane.name: lane.num_running for lane in scheduler.lanes}
 
 
 def test_streams_of_one_lane_do_not_lock_out_another() -> None:
@@ -191,12 +191,12 @@ def test_nobody_is_preempted_while_a_step_is_in_flight() -> None:
     streams = _add(scheduler, 2, None)
     _step(scheduler)
     _add(scheduler, 1, "late")
-    flight = scheduler.schedule()
-    scheduler.launched(flight, go_on=True)
+    in_flight = scheduler.schedule()
+    scheduler.launched(in_flight, async_scheduling=True)
     assert scheduler.schedule() == []
     assert all(stream.table is not None for stream in streams)
-    scheduler.landed(flight)
-    for chunk in flight:
+    scheduler.completed(in_flight)
+    for chunk in in_flight:
         scheduler.advance(chunk, 7)
     assert {c.sequence.adapter is not None for c in scheduler.schedule()} == {True, False}
 
@@ -236,11 +236,11 @@ def test_nobody_starves_nothing_idles_and_no_place_goes_back_and_forth(
             _add(scheduler, 1, ask.lane, ask.prompt, ask.new)
         chunks = scheduler.schedule()
         _check_nothing_idles(scheduler, chunks, budget)
-        _land(scheduler, chunks)
+        _complete(scheduler, chunks)
         generated += sum(chunk.samples for chunk in chunks)
         steps += 1
         for lane in scheduler.lanes:
-            starved[lane.name] = 0 if lane.places else starved.get(lane.name, 0) + 1
+            starved[lane.name] = 0 if lane.num_running else starved.get(lane.name, 0) + 1
         assert max(starved.values(), default=0) <= _longest_wait(seqs, budget, slice_tokens)
         assert steps < 10_000
     assert scheduler.preemptions <= len(asks) + generated / slice_tokens

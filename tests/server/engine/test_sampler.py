@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from server.engine.sampling import truncation as distribution
-from server.engine.sampling.logits_processors import shape
+from server.engine.sampling import truncation
+from server.engine.sampling.logits_processors import apply_logits_processors
 from server.engine.sampling.rng import answer_seed, uniform
-from server.engine.sampling.sampler import Draw, draw
+from server.engine.sampling.sampler import Sample, sample
 from server.engine.sampling_params import SamplingDefaults, SamplingParams
 from server.engine.sequence import Sequence
 from server.errors import InvalidRequest
@@ -31,17 +31,17 @@ def _sequence(
     return sequence
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
-    return draw(logits, sequences).read()
+def _samples(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+    return sample(logits, sequences).read()
 
 
-def _one(logits: list[float], **params: object) -> Draw:
-    return sample(torch.tensor([logits]), [_sequence(**params)])[0]  # type: ignore[arg-type]
+def _one(logits: list[float], **params: object) -> Sample:
+    return _samples(torch.tensor([logits]), [_sequence(**params)])[0]  # type: ignore[arg-type]
 
 
 def _frequencies(logits: Tensor, draws: int = 4000, **params: object) -> Tensor:
     sequences = [_sequence(seed=seed, **params) for seed in range(draws)]  # type: ignore[arg-type]
-    tokens = [draw.token for draw in sample(logits.expand(draws, -1), sequences)]
+    tokens = [sample.token for sample in _samples(logits.expand(draws, -1), sequences)]
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / draws
 
 
@@ -91,7 +91,7 @@ def test_truncation_keeps_and_renormalises(params: dict[str, Any], kept: list[in
 def test_looking_at_the_head_alone_changes_nothing(seed: int, top_k: int, top_p: float, min_p: float) -> None:
     """Wide flat rows need the whole sort, peaked ones do not; the draw is as if everything were sorted."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) * (0.1 + seed % 4)
-    token = sample(logits[None], [_sequence(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p)])[0].token
+    token = _samples(logits[None], [_sequence(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p)])[0].token
     assert token is not None
     probs = logits.softmax(-1)
     ordered, order = probs.sort(descending=True)
@@ -109,8 +109,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         {}, {"temperature": 0.0}, {"top_p": 0.7}, {"top_k": 5}, {"presence_penalty": 1.0}, {"logprobs": 3},
     ]  # fmt: skip
     sequences = [_sequence(generated=(5, 6), seed=i, **kind) for i, kind in enumerate(kinds)]  # type: ignore[arg-type]
-    together = sample(logits, sequences)
-    alone = [sample(logits[i : i + 1], [sequence])[0] for i, sequence in enumerate(sequences)]
+    together = _samples(logits, sequences)
+    alone = [_samples(logits[i : i + 1], [sequence])[0] for i, sequence in enumerate(sequences)]
     assert together == alone
 
 
@@ -130,22 +130,22 @@ def test_bias_and_min_tokens() -> None:
 
 
 def test_logprobs_are_the_models_own() -> None:
-    draw = _one([0.0, 1.0, 2.0], logprobs=2, temperature=0.0, logit_bias={0: 50.0})
+    sample = _one([0.0, 1.0, 2.0], logprobs=2, temperature=0.0, logit_bias={0: 50.0})
     expected = torch.tensor([0.0, 1.0, 2.0]).log_softmax(-1)
-    assert draw.token == 0
-    assert draw.logprobs is not None
-    assert draw.logprobs.drawn == pytest.approx(expected[0].item())
-    assert draw.logprobs.top_ids == (2, 1)
-    assert draw.logprobs.top == pytest.approx([expected[2].item(), expected[1].item()])
+    assert sample.token == 0
+    assert sample.logprobs is not None
+    assert sample.logprobs.sampled == pytest.approx(expected[0].item())
+    assert sample.logprobs.top_ids == (2, 1)
+    assert sample.logprobs.top == pytest.approx([expected[2].item(), expected[1].item()])
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_broken_row_is_told_apart_and_hurts_nobody(broken: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, broken, 1.0], [0.0, 1.0, 9.0]])
-    draws = sample(logits, [_sequence(temperature=temperature), _sequence(temperature=0.0)])
-    assert draws[0].token is None
-    assert draws[1].token == 2
+    samples = _samples(logits, [_sequence(temperature=temperature), _sequence(temperature=0.0)])
+    assert samples[0].token is None
+    assert samples[1].token == 2
 
 
 def test_random_numbers_come_from_seed_and_position_alone() -> None:
@@ -183,8 +183,8 @@ def test_the_ends_of_the_random_numbers_range_draw_tokens_that_have_a_probabilit
     """The first and the last 300 of 2,000 words have none; within 512, more or all of the others count."""
     logits = torch.linspace(0.0, peak, 2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     logits[:300] = logits[-300:] = -1e9
-    monkeypatch.setattr(distribution, "uniform", lambda *_: edge)
-    token = sample(logits[None], [_sequence(**params)])[0].token  # type: ignore[arg-type]
+    monkeypatch.setattr(truncation, "uniform", lambda *_: edge)
+    token = _samples(logits[None], [_sequence(**params)])[0].token  # type: ignore[arg-type]
     assert token in allowed(logits, **params)  # type: ignore[arg-type]
 
 
@@ -211,9 +211,9 @@ def test_the_number_that_was_one_in_float32_draws_the_best_at_top_k_1() -> None:
     logits = torch.linspace(3.0, -200.0, 1000)
     for params in ({"top_k": 1}, {"top_k": 2, "top_p": 1e-9}, {"top_p": 0.01}, {"min_p": 0.99}):
         sequence = _sequence(tuple(range(20)), seed=answer_seed(14120141, 0), **params)
-        assert sample(logits[None], [sequence])[0].token == 0
+        assert _samples(logits[None], [sequence])[0].token == 0
     sequence = _sequence(tuple(range(20)), seed=answer_seed(14120141, 0))
-    last = sample(logits[None], [sequence])[0].token
+    last = _samples(logits[None], [sequence])[0].token
     assert last is not None
     assert logits.softmax(-1)[last] > 0
 
@@ -232,7 +232,7 @@ def test_a_sum_that_grows_where_there_is_no_mass_draws_no_token_there(
     logits = torch.full((2000,), -1e9)
     logits[1000:1004] = torch.tensor([0.0, 2.0, 1.0, 0.0])
     sequences = [_sequence(seed=seed, **params) for seed in range(100)]  # type: ignore[arg-type]
-    tokens = {draw.token for draw in sample(logits.expand(100, -1), sequences)}
+    tokens = {sample.token for sample in _samples(logits.expand(100, -1), sequences)}
     assert tokens <= {1000, 1001, 1002, 1003}
 
 
@@ -265,9 +265,9 @@ def test_whatever_a_client_asks_for_is_refused_or_gives_a_token_with_a_probabili
         return
     sequence = _sequence((1, 2, 3), (1, 1, 5), **{**asdict(params), "seed": seed})
     logits = torch.randn(1, 700, generator=torch.Generator().manual_seed(seed)) * scale
-    token = sample(logits, [sequence])[0].token
+    token = _samples(logits, [sequence])[0].token
     kept = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    assert token in allowed(shape(logits, [sequence], None)[0], **kept)
+    assert token in allowed(apply_logits_processors(logits, [sequence], None)[0], **kept)
 
 
 def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
@@ -278,6 +278,8 @@ def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
         {"logprobs": k, "temperature": t} for k in (1, 5, 20) for t in (0.0, 0.7, 1.0)
     ]
     sequences = [_sequence(seed=i, top_p=1.0 - 0.1 * (i % 2), **w) for i, w in enumerate(wishes)]
-    together = sample(logits, sequences)
-    assert together == [sample(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
-    assert any(len(set(draw.logprobs.top)) < len(draw.logprobs.top) for draw in together if draw.logprobs)
+    together = _samples(logits, sequences)
+    assert together == [_samples(logits[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
+    assert any(
+        len(set(sample.logprobs.top)) < len(sample.logprobs.top) for sample in together if sample.logprobs
+    )

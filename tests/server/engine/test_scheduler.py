@@ -10,8 +10,8 @@ from tests.server.engine.support import OpenGate, make_scheduler, make_sequence
 
 def _step(scheduler: Scheduler, token: int = 7) -> list[Chunk]:
     chunks = scheduler.schedule()
-    scheduler.launched(chunks, go_on=False)
-    scheduler.landed(chunks)
+    scheduler.launched(chunks, async_scheduling=False)
+    scheduler.completed(chunks)
     for chunk in chunks:
         scheduler.advance(chunk, token if chunk.samples else None)
     return chunks

@@ -97,8 +97,8 @@ async def test_only_the_engines_thread_computes_in_parallel(home: Path) -> None:
     )
     real, seen = service._engine.model, set()
 
-    def watching(chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
-        logits = real(chunks, drawn=drawn)
+    def watching(chunks: Sequence[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
+        logits = real(chunks, prev_tokens=prev_tokens)
         seen.add((torch.get_num_threads(), logits.exp().sum().isfinite().item()))
         return logits
 
@@ -209,10 +209,10 @@ async def test_an_adapter_that_came_a_moment_ago_is_found(
 async def test_a_request_that_raises_fails_alone(service: EngineService) -> None:
     real = service._engine.model
 
-    def crashing(chunks: Sequence[Chunk], *, drawn: Tensor | None = None) -> Tensor:
+    def crashing(chunks: Sequence[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
         if any(chunk.sequence.request_id == "victim" for chunk in chunks):
             raise RuntimeError("boom")
-        return real(chunks, drawn=drawn)
+        return real(chunks, prev_tokens=prev_tokens)
 
     service._engine.model = crashing
     victim, other = await _ask(service, "victim"), await _ask(service, "other")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.answer import Answer
+from server.engine.answer import StreamedAnswer
 from server.engine.engine import Output
 from server.engine.interface import Delta
 from server.engine.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer(FAST, len(FAST), frozenset({FAST.eos_token_id}))
 
 
 def _deltas(tokens: list[int], reason: str = "length", **params: object) -> list[Delta]:
-    answer = Answer(0, SamplingParams(max_tokens=len(tokens), **params), TOKENIZER)  # type: ignore[arg-type]
+    answer = StreamedAnswer(0, SamplingParams(max_tokens=len(tokens), **params), TOKENIZER)  # type: ignore[arg-type]
     last = len(tokens) - 1
     return [
         answer.push(Output("r", 0, token, reason=reason if i == last else None))  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def test_special_tokens_in_the_middle_are_left_out_unless_asked_for() -> None:
 def test_a_stop_string_across_tokens_ends_the_answer_before_it() -> None:
     tokens = TOKENIZER.encode("aaaa nnnn eeee")
     deltas = []
-    answer = Answer(0, SamplingParams(max_tokens=99, stop=("n e",)), TOKENIZER)
+    answer = StreamedAnswer(0, SamplingParams(max_tokens=99, stop=("n e",)), TOKENIZER)
     for token in tokens:
         deltas.append(answer.push(Output("r", 0, token)))
         if deltas[-1].finish_reason:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.answer import Answer
+from server.engine.answer import StreamedAnswer
 from server.engine.engine import Output
 from server.engine.interface import Delta
 from server.engine.sampling.sampler import RankedLogprobs
@@ -28,7 +28,7 @@ def tokenizer_of(family: TokenizerFamily) -> tuple[Any, Tokenizer]:
 
 
 def deltas(tokenizer: Tokenizer, tokens: list[int], **params: Any) -> list[Delta]:
-    answer = Answer(0, SamplingParams(max_tokens=len(tokens), **params), tokenizer)
+    answer = StreamedAnswer(0, SamplingParams(max_tokens=len(tokens), **params), tokenizer)
     last = len(tokens) - 1
     ranked = RankedLogprobs(-0.5, (), ()) if "logprobs" in params else None
     return [

@@ -7,9 +7,9 @@ import torch
 from server.engine.transfer import Download, pack, resolve, unpack
 
 
-def test_negative_ids_become_what_was_drawn() -> None:
-    tokens, drawn = torch.tensor([5, -1, 7, -3, -1]), torch.tensor([40, 41, 42])
-    assert resolve(tokens, drawn).tolist() == [5, 40, 7, 42, 40]
+def test_negative_ids_become_the_sampled_tokens() -> None:
+    tokens, prev_tokens = torch.tensor([5, -1, 7, -3, -1]), torch.tensor([40, 41, 42])
+    assert resolve(tokens, prev_tokens).tolist() == [5, 40, 7, 42, 40]
     assert resolve(tokens[:1], None).tolist() == [5]
     assert tokens.tolist() == [5, -1, 7, -3, -1]
 

@@ -123,11 +123,11 @@ class FusedModel:
 
     @torch.inference_mode()
     def __call__(
-        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
         assert self._tokens is not None
         tokens, _, last = flatten(chunks)
-        tokens = resolve(tokens, drawn)
+        tokens = resolve(tokens, prev_tokens)
         self._check_extents(chunks, len(tokens))
         self._tokens.begin(chunks)
         rows = last if rows is None else rows

@@ -150,14 +150,14 @@ class DeviceModel:
 
     @torch.inference_mode()
     def __call__(
-        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: SequenceOf[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
         tokens, positions, last = flatten(chunks)
         segments = lora_segments(chunks)
         stock = self._stock
         stock.lora.begin(len(tokens), segments, last if rows is None else rows)
         if stock.lora.own:
-            return stock(chunks, rows, drawn)
+            return stock(chunks, rows, prev_tokens)
         alone = rows is None and len(last) == len(chunks) == len(tokens)
         graph_batch_size = (
             self._graphs.batch_size_for(len(tokens)) if self._graphs is not None and alone else None
@@ -165,7 +165,7 @@ class DeviceModel:
         self._attention.begin(chunks, graph_batch_size)
         self._kernel.prepare(segments, graph_batch_size)
         tokens, positions = send(torch.stack([tokens, positions]), stock.device)
-        tokens = resolve(tokens, drawn)
+        tokens = resolve(tokens, prev_tokens)
         if graph_batch_size is None or self._graphs is None:
             rows = send(last if rows is None else rows, stock.device)
             return self._forward(tokens, positions, bool(segments), rows)

@@ -130,10 +130,10 @@ class Spy:
         self.digests: list[set[str | None]] = []
 
     def __call__(
-        self, chunks: Sequence[Chunk], rows: Tensor | None = None, drawn: Tensor | None = None
+        self, chunks: Sequence[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
         self.digests.append({chunk.sequence.digest for chunk in chunks})
-        logits: Tensor = self._model(chunks, rows, drawn)
+        logits: Tensor = self._model(chunks, rows, prev_tokens)
         return logits
 
 

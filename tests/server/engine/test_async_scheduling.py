@@ -1,4 +1,4 @@
-"""Stepping ahead of what is read: the same tokens as without, and nothing given away while it is in use."""
+"""Asynchronous scheduling gives the same tokens, and frees nothing that a step in flight still reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from adapters.errors import AdapterInvalid
 from server.engine.engine import Engine, Output
 from server.engine.interface import GenerationRequest
-from server.engine.sampling import truncation as distribution
+from server.engine.sampling import truncation
 from server.engine.sampling_params import SamplingParams
 from server.errors import OutOfMemory, RequestFailed
 from tests.server.engine.late_device import BLOCK, CountingRegistry, LateDevice, late_engine
@@ -90,27 +90,27 @@ class Run:
                 self.engine.abort_answer(name, 0)
 
 
-def _run(asks: list[Ask], ahead: bool = True, **sizes: Any) -> tuple[Run, LateDevice]:
-    engine, device, registry = late_engine(ahead, **sizes)
+def _run(asks: list[Ask], async_scheduling: bool = True, **sizes: Any) -> tuple[Run, LateDevice]:
+    engine, device, registry = late_engine(async_scheduling, **sizes)
     return Run(engine, registry, asks).to_the_end(), device
 
 
 def _alone(ask: Ask, name: str) -> Run:
-    """The same request in quiet times, without stepping ahead."""
-    engine, _, registry = late_engine(ahead=False)
+    """The same request by itself, without asynchronous scheduling."""
+    engine, _, registry = late_engine(async_scheduling=False)
     quiet = Ask(ask.prompt, ask.adapter, ask.params)
     return Run(engine, registry, [quiet], [name]).to_the_end()
 
 
 def test_the_next_step_is_launched_before_the_last_is_read() -> None:
     run, device = _run([Ask(params={"max_tokens": 3})])
-    step = ["launch", "draw"]
+    step = ["launch", "sample"]
     assert device.history == [*step, *step, "read", *step, "read", "read"]
     assert len(run.tokens("0")) == 3
 
 
 def test_nobody_waits_for_what_only_the_device_knows() -> None:
-    """Penalties, log-probabilities, least lengths: a token a step, as without stepping ahead."""
+    """Penalties, log-probabilities, minimum lengths: one token a step, as without asynchronous scheduling."""
     params: list[dict[str, Any]] = [
         {"repetition_penalty": 1.5}, {"frequency_penalty": 0.5, "presence_penalty": 0.2}, {"min_tokens": 9},
         {"logprobs": 3, "temperature": 1.0}, {"logit_bias": {3: 1.0}},
@@ -126,7 +126,7 @@ def test_nobody_waits_for_what_only_the_device_knows() -> None:
 
 def test_what_surely_ends_is_not_computed_further() -> None:
     _, device = _run([Ask(params={"max_tokens": 1})])
-    assert device.history == ["launch", "draw", "read"]
+    assert device.history == ["launch", "sample", "read"]
 
 
 def test_a_token_drawn_again_takes_the_next_step_of_its_own_row_alone(
@@ -137,15 +137,15 @@ def test_a_token_drawn_again_takes_the_next_step_of_its_own_row_alone(
     )
     other = Ask(params={"max_tokens": 20, "ignore_eos": True})
     quiet = _alone(flat, "0").tokens("0")
-    monkeypatch.setattr(distribution, "_HEAD", 2)
+    monkeypatch.setattr(truncation, "_HEAD", 2)
     run, _ = _run([flat, other])
     assert run.tokens("0") == quiet
     assert run.tokens("1") == _alone(other, "1").tokens("1")
-    assert run.steps > 22, "no draw was revised, so this proves nothing"
+    assert run.steps > 22, "no sample was revised, so this proves nothing"
 
 
 def test_an_ended_sequence_keeps_its_adapter_until_the_step_in_flight_has_landed() -> None:
-    engine, _, registry = late_engine(ahead=True)
+    engine, _, registry = late_engine(async_scheduling=True)
     registry.users = 1
     engine.add(Ask(adapter="a").request("0"), make_version("a"), seed=1)
     engine.step()
@@ -177,11 +177,11 @@ def test_a_preemption_reads_first() -> None:
         assert run.tokens(name) == _alone(ask, name).tokens(name)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_lanes_that_take_turns_get_the_same_tokens(ahead: bool) -> None:
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_lanes_that_take_turns_get_the_same_tokens(async_scheduling: bool) -> None:
     params = {"max_tokens": 20, "ignore_eos": True}
     asks = [Ask(STEM[i:], adapter, params) for i, adapter in enumerate(("a", None, "b", "a", None))]
-    run, _ = _run(asks, ahead, seqs=1, slice_tokens=4)
+    run, _ = _run(asks, async_scheduling, seqs=1, slice_tokens=4)
     assert run.engine.scheduler.preemptions > 10
     for name, ask in run.asks.items():
         assert run.tokens(name) == _alone(ask, name).tokens(name)
@@ -190,27 +190,27 @@ def test_lanes_that_take_turns_get_the_same_tokens(ahead: bool) -> None:
 # -- what raises ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("numbers", [*([n] for n in range(12)), *([n, n + 3] for n in range(9))])
-def test_a_lack_of_memory_anywhere_ends_nothing(numbers: list[int], ahead: bool) -> None:
+def test_a_lack_of_memory_anywhere_ends_nothing(numbers: list[int], async_scheduling: bool) -> None:
     """Twice, too: the second time while the first is being dealt with."""
     asks = [Ask(STEM[i:], "ab"[i % 2], {"max_tokens": 5, "ignore_eos": True}) for i in range(4)]
-    run, device = _run(asks, ahead, faults={n: torch.OutOfMemoryError(f"at {n}") for n in numbers})
+    run, device = _run(asks, async_scheduling, faults={n: torch.OutOfMemoryError(f"at {n}") for n in numbers})
     assert len(device.history) > numbers[-1]
     assert not run.errors
     for name, ask in run.asks.items():
         assert run.tokens(name) == _alone(ask, name).tokens(name)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize(
     ("raised", "error"), [(torch.OutOfMemoryError("full"), OutOfMemory), (ValueError("bad"), RequestFailed)]
 )
 def test_who_cannot_be_computed_even_alone_fails_alone(
-    raised: Exception, error: type[Exception], ahead: bool
+    raised: Exception, error: type[Exception], async_scheduling: bool
 ) -> None:
     asks = [Ask(STEM[i:], None, {"max_tokens": 5}, arrives=i) for i in range(5)]
-    run, device = _run(asks, ahead, seqs=8, poison={"2": raised})
+    run, device = _run(asks, async_scheduling, seqs=8, poison={"2": raised})
     assert [output.request_id for output in run.errors] == ["2"]
     assert isinstance(run.errors[0].error, error)
     assert device.history.count("launch") < 24, "halves find one of five in few tries"
@@ -218,9 +218,9 @@ def test_who_cannot_be_computed_even_alone_fails_alone(
         assert run.tokens(name) == ([] if name == "2" else _alone(ask, name).tokens(name))
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_with_an_answer_that_fails_its_siblings_in_the_same_step_end(ahead: bool) -> None:
-    engine, device, registry = late_engine(ahead)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_with_an_answer_that_fails_its_siblings_in_the_same_step_end(async_scheduling: bool) -> None:
+    engine, device, registry = late_engine(async_scheduling)
     run = Run(engine, registry, [Ask(params={"n": 3, "max_tokens": 9, "ignore_eos": True}), Ask(STEM[1:])])
     for _ in range(3):
         run.step()
@@ -233,7 +233,7 @@ def test_with_an_answer_that_fails_its_siblings_in_the_same_step_end(ahead: bool
 def test_an_answer_that_cannot_start_ends_its_siblings_before_they_are_launched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine, device, registry = late_engine(ahead=True)
+    engine, device, registry = late_engine(async_scheduling=True)
     run = Run(engine, registry, [Ask(adapter="a", params={"n": 2, "ignore_eos": True})])
     for _ in range(3):
         run.step()
@@ -254,7 +254,7 @@ def test_a_broken_device_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    engine, _, _ = late_engine(ahead=True, faults={0: broken})
+    engine, _, _ = late_engine(async_scheduling=True, faults={0: broken})
     engine.add(Ask().request("0"), None, seed=1)
     with pytest.raises(torch.AcceleratorError, match="illegal"):
         engine.step()
@@ -297,7 +297,7 @@ ASKS = st.builds(
     budget=st.integers(4, 20),
     head=st.sampled_from([2, 512]),
     fault=st.none() | st.integers(0, 40),
-    ahead=st.sampled_from([True, True, True, False]),
+    async_scheduling=st.sampled_from([True, True, True, False]),
     slice_tokens=st.integers(1, 4),
 )
 def test_the_tokens_are_the_same_whatever_happens(
@@ -307,14 +307,14 @@ def test_the_tokens_are_the_same_whatever_happens(
     budget: int,
     head: int,
     fault: int | None,
-    ahead: bool,
+    async_scheduling: bool,
     slice_tokens: int,
 ) -> None:
     faults: dict[int, Exception] = {} if fault is None else {fault: torch.OutOfMemoryError("somewhere")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distribution, "_HEAD", head)
+        patch.setattr(truncation, "_HEAD", head)
         sizes = {"blocks": blocks, "seqs": seqs, "budget": budget, "slice_tokens": slice_tokens}
-        run, _ = _run(asks, ahead, **sizes, faults=faults)
+        run, _ = _run(asks, async_scheduling, **sizes, faults=faults)
     assert not run.errors
     for name, ask in run.asks.items():
         quiet = _alone(ask, name)

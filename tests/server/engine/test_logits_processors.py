@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.engine.interface import GenerationRequest
 from server.engine.sampling import logits_processors as shaping
-from server.engine.sampling.logits_processors import shape
+from server.engine.sampling.logits_processors import apply_logits_processors
 from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence, Shared
@@ -79,31 +79,31 @@ def test_any_rows_are_shaped_as_each_by_the_definition_step_by_step(
     generator = torch.Generator().manual_seed(seed)
     sequences = [_sequence(prompt, **params) for prompt, _, params, _ in rows]
     for step in range(max(len(answer) for _, answer, _, _ in rows) + 1):
-        unread = []
+        prev_tokens = []
         for sequence, (prompt, answer, _, late) in zip(sequences, rows, strict=True):
             sequence.tokens = prompt + answer[:step]
             if late and 0 < step <= len(answer):
-                unread.append(sequence.tokens[-1])
-                sequence.tokens[-1] = -len(unread)
+                prev_tokens.append(sequence.tokens[-1])
+                sequence.tokens[-1] = -len(prev_tokens)
         logits = torch.randn(len(rows), VOCABULARY, generator=generator)
-        drawn = torch.tensor(unread, dtype=torch.long)
-        shaped = shape(logits, sequences, drawn)
+        device_tokens = torch.tensor(prev_tokens, dtype=torch.long)
+        shaped = apply_logits_processors(logits, sequences, device_tokens)
         for i, sequence in enumerate(sequences):
-            tokens = resolve(torch.tensor(sequence.tokens), drawn).tolist()
+            tokens = resolve(torch.tensor(sequence.tokens), device_tokens).tolist()
             assert torch.equal(shaped[i], by_definition(logits[i], sequence, tokens))
 
 
 def test_biases_come_before_penalties_as_in_vllm() -> None:
     """(1 + 1) / 2 and not 1 / 2 + 1."""
     sequence = _sequence([5], logit_bias={5: 1.0}, repetition_penalty=2.0)
-    assert shape(torch.ones(1, VOCABULARY), [sequence], None)[0, 5] == 1.0
+    assert apply_logits_processors(torch.ones(1, VOCABULARY), [sequence], None)[0, 5] == 1.0
 
 
 def test_nobody_pays_who_asks_for_nothing() -> None:
     plain = _sequence([1] * 5, (2,) * 5)
     logits = torch.ones(2, VOCABULARY)
-    assert shape(logits, [plain, plain], None) is logits
-    shape(logits, [plain, _sequence([1], (2,), presence_penalty=1.0)], None)
+    assert apply_logits_processors(logits, [plain, plain], None) is logits
+    apply_logits_processors(logits, [plain, _sequence([1], (2,), presence_penalty=1.0)], None)
     assert plain.counts is None
 
 
@@ -118,11 +118,11 @@ def test_a_step_looks_at_one_token_however_long_the_sequence_is(monkeypatch: pyt
     monkeypatch.setattr(TokenCounts, "_place", noted)
     sequence = _sequence(list(range(8)) * 500, (8,) * 100, repetition_penalty=1.5, frequency_penalty=0.1)
     logits = torch.ones(1, VOCABULARY)
-    shape(logits, [sequence], None)
+    apply_logits_processors(logits, [sequence], None)
     looked.clear()
     for token in (3, 8):
         sequence.tokens.append(token)
-        shape(logits, [sequence], None)
+        apply_logits_processors(logits, [sequence], None)
     assert looked == [3, 8]
 
 
@@ -143,7 +143,7 @@ def test_a_bias_is_made_into_tensors_once_a_request(monkeypatch: pytest.MonkeyPa
         return made[-1]  # type: ignore[return-value]
 
     monkeypatch.setattr(shaping, "LogitBias", noted)
-    engine, _, _ = late_engine(ahead=False)
+    engine, _, _ = late_engine(async_scheduling=False)
     params = SamplingParams(
         max_tokens=4, n=3, temperature=1.0, logit_bias={5: 100.0, 6: 3.0}, ignore_eos=True
     )
