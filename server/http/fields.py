@@ -151,3 +151,9 @@ PART: Rules = {
     "video_url": _NOT_TEXT,
     "file": _NOT_TEXT,
 }
+JOB: Rules = {
+    "integrations": _neutral([], remedy="this server tells no other service of its jobs, so leave it out"),
+}
+UNLOAD: Rules = {
+    "lora_int_id": NO_EFFECT,  # vLLM's own number of the adapter, which it does not read either
+}

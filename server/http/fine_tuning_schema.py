@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.finetune.jobs.store import Wanted
+from server.http import fields
 from server.http.schema import Body, Name
 
 MAX_TAGS = 16
@@ -73,6 +74,7 @@ class CreateJob(Recipe):
     ``name`` is ours too: what the result is called instead of ``ft:…``; a later job of that name replaces it.
     """
 
+    rules = fields.JOB
     longest: ClassVar = {"metadata": MAX_TAGS, "target_modules": 64}
 
     model: Name

@@ -353,4 +353,6 @@ class LoadAdapter(Body):
 class UnloadAdapter(Body):
     """``POST /v1/unload_lora_adapter``, as vLLM has it."""
 
+    rules = fields.UNLOAD
+
     lora_name: Name

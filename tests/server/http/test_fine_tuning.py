@@ -230,6 +230,10 @@ def test_jobs_are_found_by_metadata(openai_client: openai.OpenAI) -> None:
     assert [each.id for each in jobs.list(metadata={"team": "blue"})] == [blue.id]
 
 
+def test_no_integrations_ask_for_nothing(openai_client: openai.OpenAI) -> None:
+    assert create(openai_client, integrations=[]).status == "queued"
+
+
 def test_a_job_may_name_its_model_and_replace_it(openai_client: openai.OpenAI) -> None:
     extra = {"name": "support"}
     for _ in range(2):
