@@ -6,11 +6,12 @@ PORT ?= 8000
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py adapters/kernels/cpu/src/*)
+CPP := $(wildcard adapters/kernels/cpu/src/*)
+BUILT_FROM := pyproject.toml constraints.txt $(wildcard setup.py) $(CPP)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve samples test lint types clean
+.PHONY: help dev serve samples test coverage format lint types clean
 
 # Recipes read the state folder from the environment, so that it may have spaces. Tests find theirs themselves.
 serve samples: export MANYLORA_HOME := $(or $(MANYLORA_HOME),.manylora)
@@ -19,6 +20,8 @@ serve: export MANYLORA_PORT ?= $(PORT)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+dev: $(VENV)/.installed-dev ## Set up the environment for development
 
 serve: $(VENV)/.installed samples ## Serve the default base and the samples (HOST, PORT, MANYLORA_HOME, MANYLORA_…)
 	@exec $(BIN)/manylora serve
@@ -35,6 +38,14 @@ samples: ## Copy the sample adapters to $MANYLORA_HOME/adapters, unless they are
 test: $(VENV)/.installed-dev ## Run the default tests (ARGS: options for pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
+coverage: $(VENV)/.installed-dev ## Run the default tests and measure what they cover (ARGS; htmlcov/index.html)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
+
+format: $(VENV)/.installed-dev ## Format Python and C++, and repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
 lint: $(VENV)/.installed-dev ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +54,7 @@ types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 clean: ## Remove the environment and all caches, but no state (.manylora)
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info adapters/kernels/cpu/*.so
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache .coverage .coverage.* htmlcov build dist *.egg-info adapters/kernels/cpu/*.so
 	find server adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: without changes in what they depend on, nothing is installed again.

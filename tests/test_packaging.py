@@ -24,7 +24,13 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
-ROOT_FILES = ("*.py", "*.toml", "*.txt", "*.in", "*.md", ".dockerignore", "Dockerfile", "LICENSE", "Makefile")
+ROOT_FOLDERS = (".ci", ".github", "adapters", "deploy", "docs", "server", "tests")
+ROOT_FILES = (
+    *("*.py", "*.toml", "*.txt", "*.in", "*.md", "Dockerfile", "LICENSE", "Makefile"),
+    *(".clang-format", ".dockerignore", ".pre-commit-config.yaml"),
+)
+UNPACKED = {".gitignore"}
+"""What is versioned, but of use in a checkout alone."""
 BUILT = ("__pycache__", "*.so")
 STATE_VARIABLES = ("MANYLORA_", "MAKE", "MFLAGS")
 
@@ -42,6 +48,13 @@ def pins() -> dict[str, Version]:
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda requirement: requirement.name)
 def test_direct_dependencies_are_pinned_within_their_ranges(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_each_dependency_is_declared_once() -> None:
+    extras = PROJECT["optional-dependencies"].values()
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
+    names = [canonicalize_name(Requirement(line).name) for line in lines]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_no_pin_is_of_one_kind_of_machine() -> None:
@@ -83,7 +96,7 @@ def needed_by(parent: Requirement) -> Iterator[Requirement]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is versioned, so that building leaves nothing in the checkout."""
     copy = tmp_path_factory.mktemp("sources")
-    for folder in (".ci", "adapters", "deploy", "server", "tests"):
+    for folder in ROOT_FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
     for pattern in ROOT_FILES:
         for file in ROOT.glob(pattern):
@@ -115,6 +128,15 @@ def test_sdist_and_wheel_are_complete(sources: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as packed:
         names = {name for name in packed.namelist() if ".dist-info/" not in name}
     assert names == {name for name in expected if name.startswith(("adapters/", "server/"))}
+    assert {"adapters/py.typed", "server/py.typed"} <= names
+
+
+def test_all_that_is_versioned_is_packed(sources: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout: nothing is versioned here")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    versioned = {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+    assert versioned - files_in(sources) == UNPACKED
 
 
 def files_in(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""A sweep as a picture (PNG). Needs matplotlib: the extra ``bench``."""
+"""A sweep as a picture (PNG). Needs matplotlib, which a checkout that is not installed may lack."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_available() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BenchError(
-            "--plot needs matplotlib, which is not installed; run: pip install 'manylora[bench]'"
+            "--plot needs matplotlib, which is not installed; run: pip install matplotlib"
         ) from None
 
 
