@@ -1,4 +1,4 @@
-"""Whether a waiting sequence's adapter is on the device: the scheduler's door to ``adapters.residency``."""
+"""Whether a waiting sequence's adapter is on the device: the scheduler's view of ``adapters.residency``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _REBIND_TRIES = 20
 class ResidencyGate:
     """Pins a sequence's adapter when it starts and unpins it when it ends.
 
-    A request of which no answer has started moves on to the new version of its adapter, all its answers at
-    once, if the old one's content is gone from disk. It fails instead if the new version has another chat
-    template, since the prompt was rendered with the old one's. A request that has started keeps its version;
-    an answer of it that cannot have that version any more fails.
+    If the content of a version is gone from disk, a request that has not started any answer moves to the new
+    version of its adapter, with all its answers at once. It fails instead if the new version has another chat
+    template, because the prompt was rendered with the old one. A request that has started keeps its version.
+    An answer of it fails if that version can no longer be loaded.
 
     Attributes:
-        failures: sequences that cannot be admitted and why, for the engine to collect.
+        failures: sequences that cannot be admitted, and why. The engine collects them.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ResidencyGate:
             self.failures.append((sequence, error))
 
     def _rebind(self, sequence: Sequence, error: AdapterChanged) -> None:
-        """Take the name's present version; it may be a moment until the watcher has seen it."""
+        """Move to the current version of the name. The watcher may need a moment to see the change."""
         shared, old = sequence.shared, sequence.adapter
         assert old is not None
         try:

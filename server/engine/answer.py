@@ -1,6 +1,6 @@
-"""From the engine's outputs to the client's deltas: text, stop strings, log-probabilities.
+"""Turns the engine's outputs into deltas: text, stop strings, log-probabilities.
 
-Runs where the answer is read (the event loop), not on the engine's thread.
+Runs on the event loop, not on the engine's thread.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from server.engine.tokenizer import Tokenizer
 from server.errors import AnswerNotRead
 
 MAX_UNREAD = 1 << 18
-"""Tokens and log-probabilities, of some 100 bytes each, that may wait for their reader."""
+"""Most tokens and log-probabilities, of about 100 bytes each, that may wait for the client to read them."""
 
 
 class StreamedAnswer:
-    """One of a request's n answers: turns each of its outputs into a delta."""
+    """One of a request's n answers, streamed: turns each of its outputs into a delta."""
 
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.index = index
@@ -33,10 +33,10 @@ class StreamedAnswer:
         self._count = 0
 
     def push(self, output: Output) -> Delta:
-        """The delta for one more token; a stop string may end the answer before the engine knows."""
+        """The delta for one more token. A stop string may end the answer before the engine knows."""
         self._count += 1
         token = output.token
-        ends = output.reason == "stop"  # the token is an end-of-sequence or stop token: not part of the text
+        ends = output.reason == "stop"  # an end-of-sequence or stop token is not part of the text
         scan = self._scan("" if ends else self._text.push(token))
         text, reason = scan.text, output.reason
         if scan.stop is not None:
@@ -66,12 +66,12 @@ class StreamedAnswer:
 
 
 class RunningGeneration:
-    """``server.engine.interface.Generation``: all n answers of one request, as they come.
+    """Implements ``server.engine.interface.Generation``: all n answers of one request, as they are generated.
 
     Args:
-        base_tag: names the base in the fingerprint.
+        base_tag: identifies the base in the fingerprint.
         cancel: ends the request in the engine.
-        stop_answer: ends one answer in the engine (its stop string was seen).
+        stop_answer: ends one answer in the engine, because its stop string was found.
     """
 
     def __init__(
@@ -108,11 +108,11 @@ class RunningGeneration:
         return self._queue_seconds
 
     def deliver(self, output: Output) -> None:
-        """Event loop: one more output of this request. The engine waits for no reader: one too slow loses."""
+        """Take one more output of this request. A client that reads too slowly loses its answer."""
         self._unread += _size(output)
         if self._unread > MAX_UNREAD:
             self._cancel()
-            self._outputs = asyncio.Queue()  # nobody waits on the old one: it is full
+            self._outputs = asyncio.Queue()  # nobody waits on the old queue: it is full
             why = "The answer was read so slowly that it was ended; read it as it comes."
             output = Output(self._request_id, 0, token=-1, error=AnswerNotRead(why))
         self._outputs.put_nowait(output)
@@ -130,7 +130,7 @@ class RunningGeneration:
                 self._answers.clear()
                 raise output.error
             answer = self._answers.get(output.index)
-            if answer is None:  # its stop string was seen; the engine had not heard of it yet
+            if answer is None:  # its stop string was found; the engine did not know yet
                 continue
             if output.index == 0:
                 self._cached = output.cached

@@ -1,7 +1,8 @@
-"""How lanes share what is scarce: the running places, and the prompt tokens of each step.
+"""How lanes share the running slots and the prompt tokens of each step.
 
-``Fairness`` is the interface, ``RoundRobin`` the policy. The scheduler asks it who is next, how much a lane
-may take in its turn, and who gives up a place; a level above the lanes can take its place.
+``Fairness`` is the interface, ``RoundRobin`` the policy. The scheduler asks which lane is next, how many
+tokens a lane may take in its turn, and which sequence is preempted. Another policy, for example one with a
+level above the lanes, can implement the same interface.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from server.engine.sequence import Sequence
 
 
 class Fairness(Protocol):
-    """Decides between lanes. Inside a lane the oldest comes first, always."""
+    """Decides between lanes. Within a lane the oldest sequence always comes first."""
 
     def turns(self) -> Iterator[Lane]:
         """All lanes in the order in which they get prompt tokens."""
@@ -25,39 +26,40 @@ class Fairness(Protocol):
         """Prompt tokens that ``lane`` may take in this turn, at least 1."""
 
     def charge(self, lane: Lane, tokens: int) -> None:
-        """``lane`` has been given prompt tokens, of whichever chunk of a prompt."""
+        """Record that ``lane`` was given prompt tokens."""
 
     def may_take(self, lane: Lane, free: int) -> bool:
-        """Whether one of the ``free`` places is for ``lane``, though others may wait too."""
+        """Whether ``lane`` may take one of the ``free`` running slots, although other lanes may wait."""
 
     def next_in_line(self, count: int) -> list[Lane]:
-        """The lanes whose head takes the next places, at most ``count``."""
+        """The lanes whose head gets the next running slots, at most ``count``."""
 
-    def who_gives_way(self, lane: Lane) -> Iterator[Sequence]:
-        """Running sequences that may be preempted, one after another, so that ``lane``'s head can start."""
+    def preemption_order(self, lane: Lane) -> Iterator[Sequence]:
+        """Running sequences that may be preempted so that ``lane``'s head can start, in this order."""
 
-    def made_way(self, lane: Lane, victim: Sequence) -> None:
-        """``victim`` was preempted for ``lane``."""
+    def preempted_for(self, lane: Lane, victim: Sequence) -> None:
+        """Record that ``victim`` was preempted for ``lane``."""
 
-    def youngest_to_spare(self) -> Sequence:
-        """The running sequence that is preempted when those that run need more blocks than there are."""
+    def preempt_first(self) -> Sequence:
+        """The sequence to preempt when the running ones need more blocks than there are."""
 
 
 class RoundRobin:
-    """Places by max-min fairness, prompt tokens by deficit round robin (Shreedhar & Varghese, 1996).
+    """Running slots by max-min fairness, prompt tokens by deficit round robin (Shreedhar & Varghese, 1996).
 
-    *Prompt tokens.* The lane at the front may take ``quantum`` of them, in one step or in several, and goes
-    to the back then. So lanes get equal shares, whatever the lengths of their prompts.
+    *Prompt tokens.* The lane at the front may take ``quantum`` tokens, in one step or in several. Then it
+    goes to the back. Lanes get equal shares, whatever the lengths of their prompts.
 
-    *Places.* A free place goes to the lane that holds the fewest. If none is free, the lane with the most
-    gives one up to a lane that waits and holds at least two fewer: the swap never has to be undone. With more
-    lanes than places all hold one or none: then a place changes hands after ``slice_tokens`` generated
-    tokens, a bound for the work that preempting can cost. Nobody gives way while no other lane waits.
+    *Running slots.* A free slot goes to the lane that holds the fewest. If no slot is free, the lane with the
+    most slots gives one to a waiting lane that holds at least two fewer. Such a swap never has to be undone.
+    With more lanes than slots, each lane holds one slot or none. A slot then changes lanes after
+    ``slice_tokens`` generated tokens, which bounds the work that preemption can waste. No sequence is
+    preempted while no other lane waits.
 
     Args:
-        lanes: turned by this policy.
+        lanes: this policy orders their rotation.
         quantum: prompt tokens of a turn.
-        slice_tokens: tokens that a sequence generates before it may have to give its lane's only place up.
+        slice_tokens: tokens that a sequence generates before it may lose its lane's only running slot.
     """
 
     def __init__(self, lanes: Lanes, quantum: int = 512, slice_tokens: int = 128) -> None:
@@ -94,24 +96,24 @@ class RoundRobin:
             count, (lane for lane in self._lanes if lane.queued), key=lambda lane: lane.num_running
         )
 
-    def who_gives_way(self, lane: Lane) -> Iterator[Sequence]:
-        places = {other: other.num_running for other in self._lanes.holders if other is not lane}
-        while places:
-            richest = max(places, key=lambda other: (places[other], other.running[places[other] - 1].arrival))
-            if places[richest] < lane.num_running + 2:
+    def preemption_order(self, lane: Lane) -> Iterator[Sequence]:
+        slots = {other: other.num_running for other in self._lanes.holders if other is not lane}
+        while slots:
+            richest = max(slots, key=lambda other: (slots[other], other.running[slots[other] - 1].arrival))
+            if slots[richest] < lane.num_running + 2:
                 break
-            places[richest] -= 1
-            yield richest.running[places[richest]]
+            slots[richest] -= 1
+            yield richest.running[slots[richest]]
         if lane.num_running == 0:
-            rest = [sequence for other, count in places.items() for sequence in other.running[:count]]
+            rest = [sequence for other, count in slots.items() for sequence in other.running[:count]]
             ran = [sequence for sequence in rest if sequence.num_since_start >= self._slice]
             yield from sorted(ran, key=lambda sequence: -sequence.num_since_start)
 
-    def made_way(self, lane: Lane, victim: Sequence) -> None:
+    def preempted_for(self, lane: Lane, victim: Sequence) -> None:
         self._lanes.to_the_back(self._lanes.of(victim))
         self._lanes.to_the_front(lane)
 
-    def youngest_to_spare(self) -> Sequence:
-        """Of the lane with the most places; so the oldest sequence of all goes last, and always advances."""
+    def preempt_first(self) -> Sequence:
+        """The youngest of the lane with the most slots, so the oldest sequence of all always advances."""
         holders = self._lanes.holders
         return max(holders, key=lambda lane: (lane.num_running, lane.running[-1].arrival)).running[-1]

@@ -1,4 +1,4 @@
-"""What to make of an exception that a step raised."""
+"""Handling of exceptions that a step raised."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from server.errors import OutOfMemory, RequestError, RequestFailed
 
 
 def error_for(raised: Exception) -> RequestError:
-    """What a request is told whose computation raised this even with nobody else in the step."""
+    """The error for a request whose computation raised even when it was alone in the step."""
     if _is_out_of_memory(raised):
         return OutOfMemory("The device has too little memory left for this request now; try again later.")
     return RequestFailed(f"Processing the request raised {type(raised).__name__}.")
 
 
 def recover(raised: Exception) -> None:
-    """Make room for another try; raises what ails the device if it is broken, and no try can do better."""
-    traceback.clear_frames(raised.__traceback__)  # they hold what the step had allocated
+    """Free memory for another try. Raises the device's error if the device is broken."""
+    traceback.clear_frames(raised.__traceback__)  # the frames hold the step's tensors
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(raised: Exception) -> bool:
-    """The allocator's own error, or the driver's."""
+    """Whether the allocator or the driver ran out of memory."""
     if isinstance(raised, torch.OutOfMemoryError):
         return True
     return isinstance(raised, torch.AcceleratorError) and "out of memory" in str(raised)

@@ -1,7 +1,7 @@
-"""The engine's nouns: what is asked for, and what comes back. No torch, no HTTP.
+"""The engine's interface: requests, generations, status and the ``Service``. No torch, no HTTP.
 
-``GenerationRequest`` goes in through ``EngineService.submit`` and a ``Generation`` comes back, an
-asynchronous iterator of ``Delta``.
+``Service.submit`` takes a ``GenerationRequest`` and returns a ``Generation``, an asynchronous iterator of
+``Delta``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request as the engine takes it.
+    """One request to the engine.
 
     Attributes:
-        request_id: unique; also what the logs call it.
+        request_id: unique; the logs use it too.
         prompt: token ids, at least one.
         adapter: the adapter's registered name; None = the base itself.
         sampling: see ``SamplingParams``.
-        version: what ``Service.holding`` gave for the adapter: no other answers a prompt that was rendered
-            for it. None = whichever is current.
+        version: the adapter version that ``Service.holding`` gave. A prompt rendered for a version is
+            answered by that version only. None = the current version.
     """
 
     request_id: str
@@ -63,10 +63,10 @@ class Delta:
     Attributes:
         index: which of the n answers.
         text: new text, possibly empty (held back for a stop string or a split character).
-        token_ids: the tokens drawn since the last delta.
-        logprobs: one per token in ``token_ids``, or None if not asked for.
-        finish_reason: set on an answer's last delta, and only there.
-        stop_reason: the stop string or stop token that ended it, if one did.
+        token_ids: the tokens generated since the last delta.
+        logprobs: one for each token in ``token_ids``; None if the request did not ask for them.
+        finish_reason: set on an answer's last delta only.
+        stop_reason: the stop string or stop token that ended the answer, if one did.
     """
 
     index: int
@@ -78,24 +78,24 @@ class Delta:
 
 
 class Generation(Protocol):
-    """A running request. Iterate to its end, or call ``cancel``; it raises ``RequestError`` if it fails."""
+    """A running request. Iterate to its end, or call ``cancel``. Raises ``RequestError`` if it fails."""
 
     @property
     def fingerprint(self) -> str:
-        """Names base and adapter digest: ``nf4-<base12>`` or ``nf4-<base12>-lora-<adapter12>``."""
+        """Identifies base and adapter by digest: ``nf4-<base12>`` or ``nf4-<base12>-lora-<adapter12>``."""
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that came from the prefix cache (known once the first delta is there)."""
+        """Prompt tokens found in the prefix cache; known from the first delta on."""
 
     @property
     def queue_seconds(self) -> float | None:
-        """From submission until a step first took the request up; None while it waits."""
+        """Seconds from submission until the first step that computed part of it; None while it waits."""
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 
     def cancel(self) -> None:
-        """Stop at once and free everything; harmless when already ended."""
+        """Stop at once and free everything. Does nothing if the request has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,12 @@ class AdapterStatus:
 
     Attributes:
         state: ``ready``, ``draining`` (unloaded, requests still running), ``waiting`` (its files are not
-            finished, or not read yet) or ``failed``.
+            complete, or not read yet) or ``failed``.
         tier: where its weights are now: ``device``, ``host`` or ``disk``.
         rank: the largest rank of any of its modules.
         nbytes: bytes of its weights as served.
         last_used: UNIX seconds, or None.
-        reason: why it failed, or what it waits for; None otherwise.
+        reason: why it failed, or what it is waiting for; None otherwise.
     """
 
     name: str
@@ -129,7 +129,7 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine for ``/metrics`` and ``/health``; counters only ever grow."""
+    """A snapshot of the engine for ``/metrics`` and ``/health``. Counters never decrease."""
 
     running: int = 0
     waiting: int = 0
@@ -148,12 +148,12 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The base as clients see it.
+    """The base model as clients see it.
 
     Attributes:
-        attention: what attends over its keys and values here.
+        attention: the name of the attention backend.
         takes_reasoning: whether its chat template renders an assistant's reasoning.
-        defaults: for requests that are silent about how to sample.
+        defaults: sampling defaults for requests that leave fields out.
     """
 
     name: str
@@ -169,9 +169,9 @@ class ModelInfo:
 
 
 class Service(Protocol):
-    """What HTTP needs of the engine (``server/engine/service.py`` is the real one, tests have a fake).
+    """What HTTP needs of the engine. ``server/engine/service.py`` implements it; tests have a fake.
 
-    Coroutines run on the event loop and never block it. Errors are ``RequestError`` and ``AdapterError``.
+    Coroutines run on the event loop and never block it. They raise ``RequestError`` and ``AdapterError``.
     """
 
     @property
@@ -185,35 +185,32 @@ class Service(Protocol):
     def draining(self) -> bool: ...
 
     async def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, with the special tokens the tokenizer adds."""
+        """Token ids of plain text, with the special tokens that the tokenizer adds."""
 
     def holding(self, adapter: str | None) -> AbstractContextManager[Version | None]:
-        """The version of an adapter that answers a request that comes now, kept meanwhile.
-
-        Raises ``AdapterError``.
-        """
+        """Hold the current version of an adapter; None = the base. Raises ``AdapterError``."""
 
     async def render_chat(self, messages: list[dict[str, str]], version: Version | None = None) -> list[int]:
-        """Token ids of a conversation through the version's chat template, or the base's, ready to answer."""
+        """Token ids of a conversation, rendered with the version's chat template, or the base's."""
 
     async def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request. Raises at once what can be known at once (unknown adapter, queue full, …)."""
+        """Queue a request. Raises at once for what is known at once: an unknown adapter, a full queue."""
 
     def adapters(self) -> list[AdapterStatus]: ...
 
     def adapter(self, name: str) -> AdapterStatus | None:
-        """What goes by the name; one that is draining only if nothing else does. Quick, as is the next."""
+        """The adapter of that name; one that is draining only if there is no other. Never slow."""
 
     def adapter_names(self) -> list[str]:
-        """The names that can be asked for, in no order."""
+        """The names that requests may use, in no order."""
 
     def has_adapter(self, name: str) -> bool: ...
 
     async def find_adapter(self, name: str) -> bool:
-        """As ``has_adapter``, but the folder of an unknown name is looked at first: it may have just come."""
+        """As ``has_adapter``, but first checks the folder of an unknown name, which may be new."""
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> AdapterStatus:
         """Register the folder ``path`` (inside the adapter folder) under ``name``."""
 
     async def unload_adapter(self, name: str) -> None:
-        """Take no more requests for ``name``; free it when its last one ends."""
+        """Take no more requests for ``name``, and free it when its last request ends."""

@@ -1,6 +1,7 @@
-"""Sequences by lane: who waits, who was preempted, who runs. Integers and lists only; no policy.
+"""Sequences by lane: waiting, preempted, running. Integers and lists only; no policy.
 
-A lane is an adapter's name, or the base. Lanes stand in a rotation, which ``fairness`` turns.
+A lane holds the sequences of one adapter name, or of the base. The lanes form a rotation, which ``fairness``
+orders.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ class Lane:
     """One adapter's sequences, or the base's.
 
     Attributes:
-        waiting: have not started; oldest first.
-        preempted: have started, and gave up their place; oldest first.
-        running: hold a place; oldest first.
-        spent: prompt tokens charged in its present turn.
+        waiting: sequences that have not started, oldest first.
+        preempted: sequences that have started and lost their running slot, oldest first.
+        running: sequences that hold a running slot, oldest first.
+        spent: prompt tokens charged in the current turn.
     """
 
     __slots__ = ("name", "preempted", "running", "spent", "waiting")
@@ -32,7 +33,7 @@ class Lane:
 
     @property
     def head(self) -> Sequence | None:
-        """Who starts next: the preempted before the others, lest they be computed for nothing."""
+        """The sequence that starts next. Preempted ones come first, so that their work is not wasted."""
         if self.preempted:
             return self.preempted[0]
         return self.waiting[0] if self.waiting else None
@@ -47,11 +48,11 @@ class Lane:
 
 
 class Lanes:
-    """All lanes that have sequences, in the order of the rotation: who is next comes first.
+    """All lanes that have sequences, in the order of the rotation: the next lane comes first.
 
     Attributes:
-        num_queued: sequences without a place; may be read from any thread.
-        holders: the lanes with places, which may be few of many.
+        num_queued: sequences without a running slot; may be read from any thread.
+        holders: the lanes that have running sequences.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Lanes:
         return len(self._lanes)
 
     def of(self, sequence: Sequence) -> Lane:
-        """By the adapter's name, so that replacing an adapter does not earn a second turn."""
+        """The sequence's lane, by adapter name: a replaced adapter does not get a second turn."""
         name = sequence.adapter.name if sequence.adapter else ""
         lane = self._lanes.get(name)
         if lane is None:
@@ -74,12 +75,12 @@ class Lanes:
         return lane
 
     def push(self, sequence: Sequence) -> None:
-        """It has arrived, and waits."""
+        """Queue a new sequence."""
         insert_by_age(self.of(sequence).waiting, sequence)
         self.num_queued += 1
 
     def start(self, sequence: Sequence) -> None:
-        """The head of its lane takes a place."""
+        """Give a running slot to a sequence, the head of its lane."""
         lane = self.of(sequence)
         assert lane.head is sequence
         if lane.preempted:
@@ -91,7 +92,7 @@ class Lanes:
         self.holders.add(lane)
 
     def preempt(self, sequence: Sequence) -> None:
-        """It gives up its place and waits before those that have not started."""
+        """Take a sequence's running slot; it waits ahead of those that have not started."""
         lane = self.of(sequence)
         lane.running.remove(sequence)
         self._note_holder(lane)
@@ -99,13 +100,13 @@ class Lanes:
         self.num_queued += 1
 
     def remove(self, sequence: Sequence) -> bool:
-        """Take it out wherever it stands; False if it is not here."""
+        """Remove a sequence from whichever queue it is in; False if it is in none."""
         lane = self.of(sequence)
         found = False
-        for place in (lane.running, lane.preempted, lane.waiting):
-            if sequence in place:
-                place.remove(sequence)
-                self.num_queued -= place is not lane.running
+        for queue in (lane.running, lane.preempted, lane.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+                self.num_queued -= queue is not lane.running
                 found = True
         self._note_holder(lane)
         if not lane.queued and not lane.num_running:
@@ -123,9 +124,9 @@ class Lanes:
             self.holders.discard(lane)
 
 
-def insert_by_age(place: list[Sequence] | deque[Sequence], sequence: Sequence) -> None:
-    """Keep ``place`` in the order of arrival."""
-    index = len(place)
-    while index > 0 and place[index - 1].arrival > sequence.arrival:
+def insert_by_age(queue: list[Sequence] | deque[Sequence], sequence: Sequence) -> None:
+    """Insert into ``queue``, which is in order of arrival."""
+    index = len(queue)
+    while index > 0 and queue[index - 1].arrival > sequence.arrival:
         index -= 1
-    place.insert(index, sequence)
+    queue.insert(index, sequence)

@@ -8,24 +8,25 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn and when to stop. Ranges are checked where requests enter (HTTP).
+    """How to sample tokens, and when to stop. Ranges are checked where requests enter (HTTP).
 
     Attributes:
         max_tokens: most tokens to generate, at least 1.
         temperature: below 1e-5 means greedy.
-        top_p, top_k, min_p: keep the smallest set with that mass (0 = greedy); that many (0 = all); that
-            share of the largest probability (0 = all).
+        top_p: keep the smallest set of tokens with this probability mass; 0 = greedy.
+        top_k: keep this many tokens; 0 = all.
+        min_p: keep tokens with at least this share of the largest probability; 0 = all.
         presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
         repetition_penalty: Hugging Face's, over prompt and generated tokens; 1 = none.
-        logit_bias: added to the logits, by token id.
-        seed: draws depend on (seed, index, position) alone; None = a fresh one.
-        stop: strings that end the text, which is cut before them.
-        stop_token_ids: tokens that end it as the end-of-sequence token does.
-        ignore_eos: go on after the end-of-sequence token.
-        min_tokens: end-of-sequence and stop tokens cannot be drawn before so many tokens.
+        logit_bias: values added to the logits, by token id.
+        seed: samples depend on (seed, index, position) alone; None = a fresh seed.
+        stop: strings that end the text. The text is cut before them.
+        stop_token_ids: tokens that end the answer, as the end-of-sequence token does.
+        ignore_eos: continue after the end-of-sequence token.
+        min_tokens: the least number of tokens before an end-of-sequence or stop token can be sampled.
         skip_special_tokens: leave special tokens out of the text.
-        logprobs: None = none; k = the drawn token's and the k most likely ones'.
-        n: how many independent answers.
+        logprobs: None = none; k = log-probabilities of the sampled token and of the k most likely ones.
+        n: the number of independent answers.
     """
 
     max_tokens: int
@@ -54,15 +55,15 @@ SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.01, 100.0),
 }
-"""What may be asked for, ends included; within it a finite logit stays finite."""
+"""The allowed ranges, ends included. Within them a finite logit stays finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What requests get that do not say it themselves; None = as ``SamplingParams`` has it.
+    """Defaults for fields that a request leaves out; None = the default of ``SamplingParams``.
 
     Attributes:
-        max_tokens: of chats; without it they may take all that the context leaves.
+        max_tokens: for chats; None = a chat may use the rest of the context.
     """
 
     temperature: float | None = None
@@ -73,5 +74,5 @@ class SamplingDefaults:
     max_tokens: int | None = None
 
     def given(self) -> dict[str, float]:
-        """By name, those that are not None."""
+        """The defaults that are not None, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}

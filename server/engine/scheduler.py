@@ -184,20 +184,20 @@ class Scheduler:
         """Assert that all bookkeeping is consistent (for tests)."""
         holders = [*self.running, *self.leaving]
         self.blocks.check_integrity([s.table for s in holders if s.table is not None])
-        assert all(s.in_flight for s in self.leaving), "an ended sequence holds what no step reads"
+        assert all(s.in_flight for s in self.leaving), "an ended sequence holds blocks that no step reads"
         assert all(s.table is None for lane in self.lanes for s in lane.preempted), (
-            "blocks of a preempted one"
+            "a preempted sequence holds blocks"
         )
         arrivals = [s.arrival for s in self.running]
         assert arrivals == sorted(arrivals), "running sequences are out of order"
         placed = sorted((s for lane in self.lanes for s in lane.running), key=lambda s: s.arrival)
-        assert placed == self.running, "the lanes' running sequences are others"
-        assert self.num_waiting == sum(lane.queued for lane in self.lanes), "miscounted"
+        assert placed == self.running, "the lanes disagree about the running sequences"
+        assert self.num_waiting == sum(lane.queued for lane in self.lanes), "num_waiting is wrong"
 
-    # -- sharing out ------------------------------------------------------------------------------
+    # -- sharing the budget -----------------------------------------------------------------------
 
     def _share_out(self, step: Step) -> None:
-        """The tokens that are left go to prompts, in turns."""
+        """Give the tokens that are left to prompts; the lanes take turns."""
         for sequence in self.running:
             if sequence.num_pending > 1:
                 step.prompts[self.lanes.of(sequence)].append(sequence)
@@ -209,10 +209,10 @@ class Scheduler:
             lane = turns.popleft()
             if self._turn(lane, step):
                 turns.append(lane)
-        self._give_what_nobody_took(step)
+        self._give_unused_slots(step)
 
     def _turn(self, lane: Lane, step: Step) -> int:
-        """One lane's share: prompts under way, then new ones. Says how many tokens it took."""
+        """One lane's turn: running prompts first, then new ones. Returns the number of tokens used."""
         left = allowance = self.fairness.allowance(lane)
         for sequence in step.prompts[lane]:
             left -= self._continue(sequence, step, left)
@@ -221,8 +221,8 @@ class Scheduler:
         self.fairness.charge(lane, allowance - left)
         return allowance - left
 
-    def _give_what_nobody_took(self, step: Step) -> None:
-        """Places were kept for poorer lanes that cannot use them yet."""
+    def _give_unused_slots(self, step: Step) -> None:
+        """Give away the running slots that were kept for lanes that cannot use them yet."""
         while step.refused and step.budget > 0:
             lane = min(step.refused, key=lambda lane: lane.num_running)
             length = self._admit(lane, step, step.budget, kept=False)
@@ -231,19 +231,19 @@ class Scheduler:
                 step.refused.remove(lane)
 
     def _continue(self, sequence: Sequence, step: Step, limit: int) -> int:
-        """Compute more of a running sequence, at most ``limit`` tokens; says how many."""
+        """Compute at most ``limit`` more tokens of a running sequence; returns how many."""
         given = step.given(sequence)
         return self._compute(sequence, step, given, min(sequence.num_pending - given, limit, step.budget))
 
     def _compute(self, sequence: Sequence, step: Step, given: int, length: int) -> int:
-        """``length`` tokens more than the ``given`` ones, if there are blocks for them; says how many."""
+        """Schedule ``length`` tokens beyond the ``given`` ones if there are blocks; returns how many."""
         if length <= 0 or sequence.table is None:  # nothing left, or preempted earlier in this step
             return 0
         while not self.blocks.grow(sequence.table, sequence.num_computed + given + length):
             if self._in_flight:
                 step.give_up()
                 return 0
-            victim = self.fairness.youngest_to_spare()
+            victim = self.fairness.preempt_first()
             step.cancel(victim)
             self._preempt(victim)
             if victim is sequence:
@@ -260,10 +260,10 @@ class Scheduler:
     # -- starting ---------------------------------------------------------------------------------
 
     def _admit(self, lane: Lane, step: Step, limit: int, kept: bool = True) -> int:
-        """Start the lane's head with at most ``limit`` tokens; says with how many, 0 = not now.
+        """Start the lane's head with at most ``limit`` tokens; returns how many, 0 = it cannot start now.
 
         Args:
-            kept: places are kept for lanes that have fewer.
+            kept: keep running slots for the lanes that have fewer.
         """
         head = lane.head
         if (
@@ -283,7 +283,7 @@ class Scheduler:
         if not length:
             if not head.has_started:
                 self._gate.leave(head)
-            step.blocked_from = lane.num_running  # blocks are gathered for it, unless somebody holds less
+            step.blocked_from = lane.num_running  # free blocks are saved for it
             self._is_short(lane)
             return 0
         self.lanes.start(head)
@@ -292,7 +292,7 @@ class Scheduler:
         return length
 
     def _start(self, sequence: Sequence, step: Step, limit: int) -> int:
-        """Give blocks for the first chunk, if there is room for the whole sequence as it stands now."""
+        """Allocate blocks for the first chunk, if there is room for all tokens that the sequence has now."""
         table = BlockTable(chain_root(sequence.digest))
         cached = self.blocks.match(table, sequence.tokens)
         length = min(len(sequence.tokens) - cached, step.budget, limit)
@@ -311,14 +311,17 @@ class Scheduler:
         return length
 
     def _lacking(self, sequence: Sequence, table: BlockTable) -> int:
-        """Blocks too few for all of it beside ``table``'s, and for each of the others to grow by one."""
+        """How many blocks are missing for the whole sequence and for one more block of each running one.
+
+        The blocks of ``table`` count as allocated.
+        """
         wanted = self.blocks.blocks_for(len(sequence.tokens) + 1) - len(table.blocks)
         return wanted + len(self.running) - self.blocks.num_free
 
-    # -- making way -------------------------------------------------------------------------------
+    # -- preempting for a lane --------------------------------------------------------------------
 
     def _look_ahead(self, step: Step) -> None:
-        """Have the adapters of those who are next loaded, and note who could start if somebody made way."""
+        """Load the adapters of the next lanes, and note the lane that only lacks a running slot."""
         if not self.num_waiting:
             return
         for lane in self.fairness.next_in_line(_LOOK_AHEAD):
@@ -334,7 +337,7 @@ class Scheduler:
             self._short = lane
 
     def _make_way(self) -> bool:
-        """Preempt for a lane that came short in the step before; False = not before a step has landed."""
+        """Preempt for the lane that the last step could not serve; False = wait for the step in flight."""
         lane, self._short = self._short, None
         if lane is None or lane.head is None:
             return True
@@ -344,14 +347,14 @@ class Scheduler:
             return False
         for victim in victims:
             self._preempt(victim)
-            self.fairness.made_way(lane, victim)
+            self.fairness.preempted_for(lane, victim)
         return True
 
     def _victims(self, lane: Lane, head: Sequence) -> list[Sequence]:
-        """Whom it takes until ``head`` can start; nobody if that is not enough, or not needed any more."""
+        """The sequences to preempt so that ``head`` can start; none if that is not enough, or not needed."""
         victims: list[Sequence] = []
         lacking: int | None = None
-        for victim in self.fairness.who_gives_way(lane):
+        for victim in self.fairness.preemption_order(lane):
             if lacking is None:
                 lacking = self._lacking_now(head)
             if lacking <= 0 and len(victims) + self._free_running_slots > 0:
@@ -369,7 +372,7 @@ class Scheduler:
         self.blocks.release(table)
         return lacking
 
-    # -- letting go -------------------------------------------------------------------------------
+    # -- releasing --------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
         self._drop_blocks(sequence)

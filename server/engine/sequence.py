@@ -1,4 +1,4 @@
-"""One answer being made: its tokens, its progress, its blocks. Bookkeeping only, no tensors."""
+"""The state of one answer: its tokens, its progress, its blocks. Integers only, no tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Shared:
     """What the answers of one request share.
 
     Attributes:
-        version: the adapter's that all of them are made with; None = the base.
-        started: an answer has begun with that version, so that it stays.
-        not_before: clock before which admission need not be tried again.
-        attempts: how often admission found the adapter's content changed.
-        bias: its ``logit_bias`` on the device; None before the first draw.
+        version: the adapter version that all of them use; None = the base.
+        started: whether an answer has started with that version. It cannot change any more then.
+        not_before: time before which admission is not tried again.
+        attempts: how often admission found that the adapter's content had changed.
+        bias: the request's ``logit_bias`` on the device; None before the first token is sampled.
     """
 
     version: Version | None = None
@@ -38,22 +38,22 @@ class Sequence:
     """One answer of one request, from the queue to its last token.
 
     Attributes:
-        request_id, index: which request, and which of its n answers.
-        slot: the adapter's slot in the rank pool while pinned; -1 = none.
-        tokens: prompt and generated tokens. The last one may be drawn but not read yet: a negative id then
+        request_id, index: the request, and which of its n answers this is.
+        slot: the adapter's slot in the rank pool while the adapter is pinned; -1 = none.
+        tokens: prompt and generated tokens. If the last one has been sampled but not read yet, a negative id
             stands for it (``transfer.resolve``).
-        num_prompt: how many of them are the prompt.
-        num_computed: how many leading tokens have their KV in the cache, or will have it when the steps
-            that are launched have run.
-        num_cached: prompt tokens that the prefix cache gave at first admission; None before it.
-        num_at_start: how many tokens it had when it last took a place.
+        num_prompt: the number of prompt tokens.
+        num_computed: the number of leading tokens whose KV is in the cache, or will be when the launched
+            steps have run.
+        num_cached: prompt tokens found in the prefix cache at first admission; None before it.
+        num_at_start: the number of tokens when it last took a running slot.
         arrival: rank in order of arrival; smaller is older.
-        seed: what its draws come from, together with the position.
+        seed: seeds its random numbers, together with the token's position.
         table: its KV blocks; None while it has none.
-        in_flight: launched steps with a chunk of it that have not landed.
-        started: clock at the first step that took it up; None before.
-        shared: with the request's other answers: the adapter version above all.
-        counts: what its penalties go by; None before the first draw, or without penalties.
+        in_flight: the number of launched steps that compute part of it and have not completed.
+        started: time of the first step that computed part of it; None before.
+        shared: the state shared with the request's other answers, such as the adapter version.
+        counts: token counts for its penalties; None before the first token is sampled, or without penalties.
     """
 
     __slots__ = (
@@ -101,22 +101,22 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens still without KV; 1 while decoding, 0 while all depends on a token that is not read yet."""
+        """Tokens without KV: 1 while decoding, 0 while the next token is not known yet."""
         return len(self.tokens) - self.num_computed
 
     @property
     def num_since_start(self) -> int:
-        """Tokens generated since it last took a place."""
+        """Tokens generated since it last took a running slot."""
         return len(self.tokens) - self.num_at_start
 
     @property
     def has_started(self) -> bool:
-        """Whether it has had a place; its adapter stays pinned from then on."""
+        """Whether it has had a running slot. Its adapter stays pinned from then on."""
         return self.num_cached is not None
 
     @property
     def adapter(self) -> Version | None:
-        """The adapter version that it asks for; None = the base."""
+        """The adapter version that it uses; None = the base."""
         return self.shared.version
 
     @property
@@ -124,14 +124,14 @@ class Sequence:
         return self.adapter.digest if self.adapter else None
 
     def finish_reason(self, length: int, max_model_len: int) -> FinishReason | None:
-        """Why the answer ends with its first ``length`` tokens, or None if it goes on after them."""
+        """Why the answer ends after its first ``length`` tokens, or None if it continues."""
         generated = length - self.num_prompt
         if generated >= max(self.params.min_tokens, 1) and self.is_stop_token(self.tokens[length - 1]):
             return "stop"
         return "length" if self.is_full(length, max_model_len) else None
 
     def is_full(self, length: int, max_model_len: int) -> bool:
-        """Whether ``length`` tokens are all it may have, whatever they are."""
+        """Whether the answer must end at ``length`` tokens, whatever they are."""
         return length - self.num_prompt >= self.params.max_tokens or length >= max_model_len
 
     def is_stop_token(self, token: int) -> bool:
@@ -150,7 +150,7 @@ class Chunk:
     """What one step computes for one sequence: tokens [start, start + length).
 
     Attributes:
-        samples: the chunk ends with the last token there was when it was made, so that a new one is drawn.
+        samples: whether the chunk ends with the sequence's last token, so that a new token is sampled.
     """
 
     sequence: Sequence

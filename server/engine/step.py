@@ -1,4 +1,4 @@
-"""A step while it is put together: what it computes so far, and what it has left to give."""
+"""A step that is being built: the chunks so far and the token budget that is left."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from server.engine.sequence import Chunk, Sequence
 
 
 class Step:
-    """Chunks under a budget of tokens.
+    """Chunks under a token budget.
 
     Attributes:
         budget: tokens that are left.
-        chunks: by sequence.
-        prompts: those under way, by lane, oldest first.
-        refused: lanes that left a place to others.
-        not_ready: lanes whose head's adapter is not there.
-        blocked_from: nobody starts in a lane that holds so many places or more.
+        chunks: by sequence key.
+        prompts: sequences with prompt tokens to compute, by lane, oldest first.
+        refused: lanes whose head was refused a running slot, because it is kept for another lane.
+        not_ready: lanes whose head's adapter is not loaded.
+        blocked_from: no sequence starts in a lane with at least this many running sequences.
     """
 
     def __init__(self, budget: int) -> None:
@@ -34,18 +34,18 @@ class Step:
         return chunk.length if chunk else 0
 
     def give(self, chunk: Chunk, more: int) -> None:
-        """``more`` tokens than its sequence had."""
+        """Set a sequence's chunk, which adds ``more`` tokens to the step."""
         self.budget -= more
         self.chunks[chunk.sequence.key] = chunk
 
     def cancel(self, sequence: Sequence) -> None:
-        """It is preempted; its blocks are for those that run, so nobody starts in this step."""
+        """Drop a preempted sequence. Its blocks go to running ones, so none starts in this step."""
         chunk = self.chunks.pop(sequence.key, None)
         if chunk is not None:
             self.budget += chunk.length
         self.blocked_from = 0
 
     def give_up(self) -> None:
-        """End with nothing."""
+        """Drop all chunks and the rest of the budget."""
         self.chunks.clear()
         self.budget = 0

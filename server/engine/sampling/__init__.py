@@ -1,1 +1,1 @@
-"""From logits to tokens: logits processors, truncation, and draws that depend on (seed, position) alone."""
+"""From logits to tokens: logits processors, truncation and sampling."""

@@ -1,7 +1,7 @@
-"""What requests change about a row of logits before anything is drawn: logit_bias, min_tokens, penalties.
+"""Changes to the logits before sampling: logit_bias, min_tokens, penalties, in this order, as in vLLM.
 
-In that order, as in vLLM. Each is one call for all rows that ask for it, and costs nothing to the others.
-Nothing here waits for the device.
+Each processor is one call for all rows that ask for it, and costs the other rows nothing. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.engine.transfer import resolve
 
 
 class LogitBias:
-    """A request's ``logit_bias``: token ids, int64 [n], and what is added to their logits, float32 [n]."""
+    """A request's ``logit_bias``: token ids, int64 [n], and the biases of their logits, float32 [n]."""
 
     def __init__(self, biases: Mapping[int, float], device: torch.device) -> None:
         self.ids = send(torch.tensor(list(biases)), device)
@@ -31,11 +31,11 @@ class LogitBias:
 def apply_logits_processors(
     logits: Tensor, sequences: SequenceOf[Sequence], prev_tokens: Tensor | None
 ) -> Tensor:
-    """The logits as the requests want them: the same tensor if nobody wants anything, else a copy.
+    """The logits after all processors: the same tensor if no row asks for any, else a copy.
 
     Args:
         logits: float32 [n, vocabulary].
-        sequences: whose rows they are, in order.
+        sequences: the rows' sequences, in order.
         prev_tokens: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
     """
     biased = [i for i, s in enumerate(sequences) if s.params.logit_bias]
@@ -66,7 +66,7 @@ def _add_biases(logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence]
 
 
 def _bias_of(sequence: Sequence, device: torch.device) -> LogitBias:
-    """Made at the first draw of any of the request's answers."""
+    """The request's biases on the device, made when any of its answers is first sampled."""
     shared = sequence.shared
     if shared.bias is None:
         shared.bias = LogitBias(sequence.params.logit_bias, device)
@@ -74,7 +74,7 @@ def _bias_of(sequence: Sequence, device: torch.device) -> LogitBias:
 
 
 def _forbid_ends(logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence]) -> None:
-    """No token that would end an answer before its ``min_tokens``."""
+    """Mask the tokens that would end an answer before its ``min_tokens``."""
     places = [(row, token) for row in rows for token in sequences[row].ends if token < logits.shape[1]]
     if places:
         where, ids = send(torch.tensor(places), logits.device).unbind(1)
@@ -84,7 +84,7 @@ def _forbid_ends(logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence
 def _penalise(
     logits: Tensor, rows: list[int], sequences: SequenceOf[Sequence], prev_tokens: Tensor | None
 ) -> None:
-    """Of each token that a row has seen, and said s times:
+    """Penalise the tokens that a row contains. For a token that the answer contains s times:
 
     logit / repetition if the logit is above 0, else logit * repetition;
     then minus (presence * min(s, 1) + frequency * s).
@@ -106,7 +106,7 @@ def _penalise(
 
 
 def _penalised(values: Tensor, sequences: SequenceOf[Sequence], of: Tensor, said: Tensor) -> Tensor:
-    """[n] logits of tokens, the i-th of which ``sequences[of[i]]`` has said ``said[i]`` times."""
+    """[n] penalised logits; ``sequences[of[i]]`` contains the i-th token ``said[i]`` times in its answer."""
 
     def each(numbers: list[float]) -> Tensor:
         return send(torch.tensor(numbers, dtype=torch.float32), values.device).index_select(0, of)
@@ -133,9 +133,9 @@ def _counts_of(sequence: Sequence) -> TokenCounts:
 def _with_latest(
     of: Tensor, ids: Tensor, said: Tensor, n: int, late: list[int], latest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same entries with the tokens that only the device knows: one more for each of the rows ``late``.
+    """Add the tokens that only the device knows: one entry for each of the rows ``late``.
 
-    A row may then hold a token twice, with the same count.
+    A row may then have two entries of one token, with the same count.
     """
     rows = send(torch.tensor(late), of.device)
     by_row = torch.full((n,), -1, device=of.device).index_copy_(0, rows, latest)
@@ -145,6 +145,6 @@ def _with_latest(
 
 
 def _repeated(values: Tensor, times: list[int], device: torch.device) -> Tensor:
-    """Each of ``values`` so many times. Told how many in all, a GPU need not be asked."""
+    """``values[i]`` repeated ``times[i]`` times. The output size is given, so nothing waits for a GPU."""
     values, counts = send(torch.stack([values, torch.tensor(times)]), device)
     return torch.repeat_interleave(values, counts, output_size=sum(times))

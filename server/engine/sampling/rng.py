@@ -1,7 +1,7 @@
-"""Random numbers that come from (seed, index, position) alone.
+"""Random numbers that depend on (seed, index, position) alone.
 
-No generator is shared, so a sequence draws the same numbers whatever else is in its batch, after a
-preemption, and on every machine.
+No generator is shared. A sequence gets the same numbers in any batch, after a preemption, and on every
+machine.
 """
 
 from __future__ import annotations

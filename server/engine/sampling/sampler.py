@@ -1,7 +1,7 @@
 """A step's logits to tokens and log-probabilities; vectorised over the batch.
 
-A row's result depends on that row's logits and on (seed, position) alone. ``sample`` works where the logits
-are and never waits, so that its tokens can feed the next step before anybody has seen them;
+A row's result depends on that row's logits and on (seed, position) alone. ``sample`` runs on the logits'
+device and never waits, so the next step can use its tokens before the host has read them.
 ``PendingSamples.read`` waits.
 """
 
@@ -23,12 +23,12 @@ from server.engine.sequence import Sequence
 from server.engine.transfer import Download
 
 _RANKED = 20
-"""Most likely tokens ranked for whoever asks for any: how many one ranks changes the order of equal ones."""
+"""Tokens ranked for every row with log-probabilities. A fixed number keeps the order of equal ones stable."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankedLogprobs:
-    """The drawn token's log-probability, and the most likely tokens with theirs."""
+    """The sampled token's log-probability, and the most likely tokens with theirs."""
 
     sampled: float
     top_ids: tuple[int, ...]
@@ -37,10 +37,10 @@ class RankedLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A drawn token; None if the row's logits are not finite (a broken adapter).
+    """A sampled token; None if the row's logits are not finite (a broken adapter).
 
     Attributes:
-        revised: it is another one than in ``PendingSamples.tokens``.
+        revised: whether it differs from the one in ``PendingSamples.tokens``.
     """
 
     token: int | None
@@ -51,11 +51,11 @@ class Sample:
 def sample(
     logits: Tensor, sequences: SequenceOf[Sequence], prev_tokens: Tensor | None = None
 ) -> PendingSamples:
-    """One draw a row.
+    """Sample one token for each row.
 
     Args:
-        logits: float32 [n, vocabulary]; not changed, and not needed any more by what comes back.
-        sequences: whose rows they are, in order.
+        logits: float32 [n, vocabulary]; not changed, and not used by the result.
+        sequences: the rows' sequences, in order.
         prev_tokens: the tokens that the sequences' negative ids stand for (``transfer.resolve``).
     """
     shaped = apply_logits_processors(logits, sequences, prev_tokens)
@@ -83,11 +83,11 @@ def _distributions(
 
 
 class PendingSamples:
-    """What was drawn, and is on its way to the host.
+    """Sampled tokens that are being copied to the host.
 
     Args:
         tokens: int64 [n]; provisional in the rows of ``unsure``.
-        best: float32 [n], each row's largest logit: finite if and only if the row is.
+        best: float32 [n], each row's largest logit; finite if and only if the row is finite.
     """
 
     def __init__(self, tokens: Tensor, best: Tensor, unsure: _Unsure | None, ranked: _Ranked | None) -> None:
@@ -98,7 +98,7 @@ class PendingSamples:
         self._download = Download([tokens, best, *enough, *(ranked.results if ranked else ())])
 
     def read(self) -> list[Sample]:
-        """By row, its draw. Waits until the device has got there."""
+        """The sample of each row. Waits until the device has computed them."""
         tokens, best, *rest = self._download.wait()
         with _beside(self.tokens.device):
             revised = self._unsure.revise(rest.pop(0).tolist()) if self._unsure else {}
@@ -111,10 +111,10 @@ class PendingSamples:
 
 @dataclass(frozen=True, slots=True)
 class _Unsure:
-    """Truncated rows, drawn from their most probable tokens: only ``enough`` [rows] says if that was right.
+    """Truncated rows that were sampled from their most probable tokens only.
 
-    The device cannot branch and the host does not know yet, so the few rows for which it was not are drawn
-    again when the step is read.
+    ``enough`` [rows] says for which rows that was right. The device cannot branch and the host does not know
+    yet, so the few other rows are sampled again when the step is read.
     """
 
     rows: list[int]
@@ -122,7 +122,7 @@ class _Unsure:
     enough: Tensor
 
     def revise(self, enough: list[bool]) -> dict[int, int]:
-        """By row, the right tokens of those that were not drawn right."""
+        """By row, the right tokens of the rows that were not sampled right."""
         wrong = [j for j, right in enumerate(enough) if not right]
         if not wrong:
             return {}
@@ -135,11 +135,11 @@ class _Unsure:
 
 @dataclass(frozen=True, slots=True)
 class _Ranked:
-    """Log-probabilities of the rows that asked for any: the whole table, and what the host gets of it.
+    """Log-probabilities of the rows that asked for them: the whole table, and the part copied to the host.
 
     Attributes:
         counts: by row, how many of the most likely tokens it asked for.
-        results: the drawn tokens' own; the most likely tokens; theirs.
+        results: the sampled tokens' log-probabilities; the most likely tokens; their log-probabilities.
     """
 
     counts: dict[int, int]
@@ -159,7 +159,7 @@ class _Ranked:
 
 
 def _rank(logits: Tensor, sequences: SequenceOf[Sequence], sampled: Tensor) -> _Ranked | None:
-    """Of the model's own distribution."""
+    """Log-probabilities of the model's own distribution, before any logits processor."""
     counts = {i: s.params.logprobs for i, s in enumerate(sequences) if s.params.logprobs is not None}
     if not counts:
         return None
@@ -174,7 +174,7 @@ def _rank(logits: Tensor, sequences: SequenceOf[Sequence], sampled: Tensor) -> _
 
 
 def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows, in order; the tensor itself if that is all of them."""
+    """The given rows, in order; the tensor itself if these are all rows."""
     return tensor if len(rows) == len(tensor) else tensor[_on(rows, tensor.device)]
 
 
@@ -187,7 +187,7 @@ def _on(rows: list[int], device: torch.device) -> Tensor:
 
 
 def _beside(device: torch.device) -> AbstractContextManager[object]:
-    """Where work on what has been computed need not queue behind the step that is under way."""
+    """A stream whose work does not queue behind the step that is running."""
     return torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""What penalties need: the distinct tokens of a sequence, and how often its answer has each. No torch."""
+"""For penalties: the distinct tokens of a sequence, and how often its answer has each. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Counts = npt.NDArray[np.float32]
 
 
 class TokenCounts:
-    """Kept with a sequence, and brought up to date by one token a step.
+    """The counts of one sequence, updated by one token a step.
 
     Args:
-        prompt: token ids that count as seen, and as said zero times.
-        start: how many leading tokens of the sequence come before its answer.
+        prompt: token ids that the sequence contains, with a count of 0.
+        start: the number of tokens before the answer.
     """
 
     def __init__(self, prompt: Sequence[int], start: int) -> None:
@@ -24,7 +24,7 @@ class TokenCounts:
         self._size = len(self._prompt)
         self._ids: Ids = np.concatenate([self._prompt, np.zeros(64, np.int64)])
         self._said: Counts = np.zeros(len(self._ids), np.float32)
-        self._places: dict[int, int] = {}  # of the tokens that the prompt does not have
+        self._index: dict[int, int] = {}  # of the tokens that are not in the prompt
         self._counted = start
 
     @property
@@ -38,25 +38,25 @@ class TokenCounts:
         return self._said[: self._size]
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Count the sequence's new tokens, up to one that nobody has read yet (a negative id)."""
+        """Count the sequence's new tokens, up to one that is still in flight (a negative id)."""
         for token in tokens[self._counted :]:
             if token < 0:
                 return
-            place = self._place(token)  # which may move the arrays
-            self._said[place] += 1
+            index = self._index_of(token)  # may reallocate the arrays
+            self._said[index] += 1
             self._counted += 1
 
-    def _place(self, token: int) -> int:
-        place = int(np.searchsorted(self._prompt, token))
-        if place < len(self._prompt) and self._prompt[place] == token:
-            return place
-        if token not in self._places:
+    def _index_of(self, token: int) -> int:
+        index = int(np.searchsorted(self._prompt, token))
+        if index < len(self._prompt) and self._prompt[index] == token:
+            return index
+        if token not in self._index:
             self._append(token)
-        return self._places[token]
+        return self._index[token]
 
     def _append(self, token: int) -> None:
         if self._size == len(self._ids):
             self._ids, self._said = (np.concatenate([a, np.zeros_like(a)]) for a in (self._ids, self._said))
-        self._places[token] = self._size
+        self._index[token] = self._size
         self._ids[self._size] = token
         self._size += 1

@@ -109,13 +109,13 @@ def test_nobody_pays_who_asks_for_nothing() -> None:
 
 def test_a_step_looks_at_one_token_however_long_the_sequence_is(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    find = TokenCounts._place
+    find = TokenCounts._index_of
 
     def noted(self: TokenCounts, token: int) -> int:
         looked.append(token)
         return find(self, token)
 
-    monkeypatch.setattr(TokenCounts, "_place", noted)
+    monkeypatch.setattr(TokenCounts, "_index_of", noted)
     sequence = _sequence(list(range(8)) * 500, (8,) * 100, repetition_penalty=1.5, frequency_penalty=0.1)
     logits = torch.ones(1, VOCABULARY)
     apply_logits_processors(logits, [sequence], None)
