@@ -29,6 +29,7 @@ from adapters.watcher import Watcher
 from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
 from server.engine import threads
 from server.engine.admission import ResidencyGate
+from server.engine.attention import uninstall
 from server.engine.engine import Engine
 from server.engine.interface import EngineStats, ModelInfo
 from server.engine.kv_cache import BlockManager
@@ -50,6 +51,7 @@ log = logging.getLogger("manylora.engine")
 class Parts:
     """Everything a server is made of, put together and not yet started."""
 
+    base: LoadedBase
     info: ModelInfo
     model: StepModel
     engine: Engine
@@ -57,6 +59,12 @@ class Parts:
     residency: Residency
     watcher: Watcher
     tokenizer: Tokenizer
+
+    def close(self) -> None:
+        """End the threads and processes, and free the memory as soon as nobody refers to the parts."""
+        self.residency.close()
+        self.tokenizer.speeches.close()
+        uninstall(self.base.model)
 
 
 def build_parts(config: ServerConfig) -> Parts:
@@ -106,7 +114,7 @@ def assemble(
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
     _log_sizes(model, info, blocks, pool, registry)
-    return Parts(info, model, engine, registry, residency, watcher, tokenizer)
+    return Parts(base, info, model, engine, registry, residency, watcher, tokenizer)
 
 
 def build_service(config: ServerConfig) -> EngineService:
@@ -122,7 +130,7 @@ def build_service(config: ServerConfig) -> EngineService:
         stats=partial(_stats, parts.engine, parts.residency),
         max_queued=config.engine.max_queued_requests,
         num_threads=config.engine.threads,
-        on_close=parts.residency.close,
+        on_close=parts.close,
     )
     parts.residency.on_change = service.wake
     gc.freeze()  # what was loaded stays: a collection need not walk a million objects between two tokens

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,9 +28,10 @@ from server.engine.engine import Engine, Output
 from server.engine.interface import AdapterStatus, EngineStats, Generation, GenerationRequest, ModelInfo
 from server.engine.listing import AdapterListing
 from server.engine.lookup import AdapterLookup
+from server.engine.request_checks import RequestChecks
 from server.engine.text_bounds import LONG_TEXT
 from server.engine.tokenizer import Tokenizer
-from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, ShuttingDown
+from server.errors import EngineDead, QueueFull, ShuttingDown
 from server.pools import Pool
 
 log = logging.getLogger("manylora.engine")
@@ -70,6 +71,7 @@ class EngineService:
         self._watcher = watcher
         self._lookup = AdapterLookup(watcher.look_at)
         self._tokenizer = tokenizer
+        self._checks = RequestChecks(base.max_model_len, tokenizer.vocab_size)
         self._listing = listing
         self._stats = stats
         self._max_queued = max_queued
@@ -124,7 +126,6 @@ class EngineService:
             self._thread.join()
         for pool in (self._texts, self._long_texts, self._templates, self._loading):
             pool.close()
-        self._tokenizer.speeches.close()
         self._on_close()
 
     def wake(self) -> None:
@@ -171,7 +172,7 @@ class EngineService:
             EngineDead, ShuttingDown, QueueFull, PromptTooLong, InvalidRequest, AdapterError: at once.
         """
         self._check_open()
-        self._check(request)
+        self._checks.check(request)
         version = self._checkout(request)
         generation = RunningGeneration(
             request, self._tokenizer, self._base_tag, version.digest if version else None,
@@ -249,24 +250,6 @@ class EngineService:
             return 1
         pace = (time.monotonic() - self._ends[0]) / len(self._ends)
         return min(60, max(1, math.ceil(waiting * pace)))
-
-    def _check(self, request: GenerationRequest) -> None:
-        limit = self._base.max_model_len
-        if not request.prompt:
-            raise InvalidRequest("The prompt is empty; it needs at least one token.", param="prompt")
-        if len(request.prompt) >= limit:
-            raise PromptTooLong("prompt", limit, len(request.prompt))
-        params = request.sampling
-        self._check_vocabulary("prompt", request.prompt)
-        self._check_vocabulary("logit_bias", params.logit_bias)
-        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
-
-    def _check_vocabulary(self, field: str, tokens: Collection[int]) -> None:
-        size = self._tokenizer.vocab_size
-        if not tokens or (min(tokens) >= 0 and max(tokens) < size):
-            return
-        wrong = next(token for token in tokens if not 0 <= token < size)
-        raise InvalidRequest(f"Token id {wrong} is outside the vocabulary (0 to {size - 1}).", param=field)
 
     def _cancel(self, request_id: str) -> None:
         if self._running.pop(request_id, None) is not None:

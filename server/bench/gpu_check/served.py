@@ -12,13 +12,13 @@ from adapters.artifact import Adapter
 from adapters.base import LoadedBase
 from adapters.registry import Version
 from server.config import from_args
-from server.engine.attention import uninstall
 from server.engine.build import Parts, assemble
 from server.engine.engine import Output
 from server.engine.interface import GenerationRequest
 from server.engine.sampling_params import SamplingParams
+from server.engine.sync_engine import SyncEngine
 
-_POLL_S = 0.0002
+_POLL_S = 0.00005
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ def served(
     try:
         yield parts
     finally:
-        parts.residency.close()
-        uninstall(base.model)
+        parts.close()
 
 
 def fallbacks_of(parts: Parts) -> str:
@@ -90,22 +89,20 @@ class Driver:
     """Adds requests and steps."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+        self._engine = SyncEngine(parts)
         self.answers: dict[str, Answer] = {}
 
     def ask(
         self, name: str, prompt: Sequence[int], version: Version | None, tokens: int, margins: bool = False
     ) -> None:
         """Greedy, and never ended by a token."""
-        if version is not None:
-            self.parts.registry.acquire(version)
         sampling = SamplingParams(tokens, temperature=0.0, ignore_eos=True, logprobs=2 if margins else None)
         request = GenerationRequest(name, tuple(prompt), None if version is None else version.name, sampling)
         self.answers[name] = Answer(time.perf_counter())
-        self.parts.engine.add(request, version, seed=0)
+        self._engine.add(request, version)
 
     def step(self) -> list[Output]:
-        outputs = self.parts.engine.step()
+        outputs = self._engine.step()
         now = time.perf_counter()
         for output in outputs:
             if output.error is not None:
@@ -116,21 +113,19 @@ class Driver:
             if output.logprobs is not None:
                 best, next_best = output.logprobs.top[:2]
                 answer.margins.append(best - next_best)
-        if not outputs and not self.parts.engine.running:
-            time.sleep(_POLL_S)  # an adapter is on its way to the device
         return outputs
 
     def give_up(self) -> None:
         """End all requests now."""
         for name in self.answers:
-            self.parts.engine.abort(name)
+            self._engine.abort(name)
         self.finish()
 
     def finish(self) -> dict[str, Answer]:
         """Step to the end, and hand the answers over."""
-        while self.parts.engine.busy:
+        while self._engine.busy:
             self.step()
-        self.parts.engine.take_ended()
+        self._engine.take_ended()
         answers, self.answers = self.answers, {}
         return answers
 
@@ -154,7 +149,7 @@ def bring(parts: Parts, versions: Sequence[Version]) -> list[float]:
 def _bring(parts: Parts, version: Version) -> float:
     began = time.perf_counter()
     while parts.residency.pin(version) is None:
-        time.sleep(_POLL_S / 4)
+        time.sleep(_POLL_S)
     took = time.perf_counter() - began
     parts.residency.unpin(version.digest)
     return took

@@ -81,8 +81,7 @@ def evaluate(
     try:
         return Examiner(parts, folders, progress, tick).examine(data)
     finally:
-        parts.residency.close()
-        parts.tokenizer.speeches.close()
+        parts.close()
 
 
 def _sized_for(config: ServerConfig, folders: Iterable[Path], adapter_dir: Path) -> ServerConfig:

@@ -21,6 +21,7 @@ from adapters.training.dataset import Dataset
 from server.engine.build import Parts
 from server.engine.interface import GenerationRequest
 from server.engine.sampling_params import SamplingParams
+from server.engine.sync_engine import SyncEngine
 from server.finetune.evaluation.cases import Passage, Question, make_passages, make_questions
 from server.finetune.evaluation.errors import EvaluationFailed
 from server.finetune.evaluation.metrics import exact_match, token_f1
@@ -32,8 +33,6 @@ Drawn = dict[str, list[int]]
 
 Tick = Callable[[int, int], object]
 """Told how many requests are done, and of how many."""
-
-_POLL_SECONDS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ class Examiner:
         tick: Tick = lambda *_: None,
     ) -> None:
         self._parts = parts
+        self._engine = SyncEngine(parts)
         self._progress, self._tick = progress, tick
         self._versions: dict[Model, Version | None] = {"base": None}
         for model, folder in folders.items():
@@ -107,13 +107,12 @@ class Examiner:
 
     def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Drawn]:
         """Run all requests of all models to their end."""
-        engine = self._parts.engine
         targets = {
             _passage_id(model, i): passage.targets
             for model in self._versions
             for i, passage in enumerate(asked[model].passages)
         }
-        engine.model = scorer = PromptScorer(self._parts.model, targets)
+        self._parts.engine.model = scorer = PromptScorer(self._parts.model, targets)
         drawn: Drawn = {}
         for model in self._versions:
             for i, passage in enumerate(asked[model].passages):
@@ -123,9 +122,9 @@ class Examiner:
         done = 0
         hidden = None if self._progress else True  # None: without a terminal
         with tqdm(total=len(drawn), desc="Evaluating", unit="request", disable=hidden) as bar:
-            while engine.busy:
+            while self._engine.busy:
                 self._step(drawn)
-                ended = len(engine.take_ended())
+                ended = len(self._engine.take_ended())
                 bar.update(ended)
                 done += ended
                 self._tick(done, len(drawn))
@@ -135,22 +134,17 @@ class Examiner:
         self, model: Model, request_id: str, prompt: tuple[int, ...], max_tokens: int, drawn: Drawn
     ) -> None:
         version = self._versions[model]
-        if version is not None:
-            self._parts.registry.acquire(version)
         greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         name = version.name if version is not None else None
         request = GenerationRequest(request_id, prompt, name, greedy)
-        self._parts.engine.add(request, version, seed=0, eos=self._speeches[model].eos)
+        self._engine.add(request, version, eos=self._speeches[model].eos)
         drawn[request_id] = []
 
     def _step(self, drawn: Drawn) -> None:
-        outputs = self._parts.engine.step()
-        for output in outputs:
+        for output in self._engine.step():
             if output.error is not None:
                 raise EvaluationFailed(f"The engine could not finish {output.request_id}: {output.error}")
             drawn[output.request_id].append(output.token)
-        if not outputs and not self._parts.engine.running:
-            time.sleep(_POLL_SECONDS)  # an adapter is on its way to the device
 
     def _answers(self, i: int, question: Question, drawn: Drawn) -> Answers:
         decode = self._parts.tokenizer.decode

@@ -19,6 +19,7 @@ from server.engine.engine import Model, Output
 from server.engine.interface import GenerationRequest
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk
+from server.engine.sync_engine import SyncEngine
 
 _numbers = itertools.count()
 
@@ -62,22 +63,21 @@ class Driver:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self._engine = SyncEngine(parts)
         self._asked: dict[str, Asked] = {}
 
     def add(self, asked: Asked) -> Asked:
         sampling = SamplingParams(**({"max_tokens": 8, "temperature": 0.0, "seed": 1} | asked.params))
         request = GenerationRequest(asked.request_id, tuple(asked.prompt), asked.adapter, sampling)
-        version = self.parts.registry.checkout(asked.adapter) if asked.adapter else None
+        version = self.parts.registry.resolve(asked.adapter) if asked.adapter else None
         self._asked[asked.request_id] = asked
-        self.parts.engine.add(request, version, seed=sampling.seed or 0)
+        self._engine.add(request, version, seed=sampling.seed or 0)
         return asked
 
     def step(self) -> list[Output]:
-        outputs = self.parts.engine.step()
+        outputs = self._engine.step()
         for output in outputs:
             self._asked[output.request_id].outputs.append(output)
-        if not outputs and not self.parts.engine.running:
-            time.sleep(0.002)  # an adapter is on its way
         return outputs
 
     def run(self, *requests: Asked, each_step: Callable[[], None] = lambda: None) -> None:
@@ -85,7 +85,7 @@ class Driver:
         for asked in requests:
             self.add(asked)
         deadline = time.monotonic() + 60
-        while self.parts.engine.busy:
+        while self._engine.busy:
             assert time.monotonic() < deadline, "the engine does not come to an end"
             self.step()
             each_step()
