@@ -115,9 +115,7 @@ class Registry:
 
         Raises AdapterNameInvalid, or AdapterExists if the name means the base.
         """
-        check_name(name)
-        if name in self._reserved:
-            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
+        self._check_name(name)
         return resolve_under(self.root, path)
 
     def register(self, name: str, path: str | Path, replace: bool) -> Version:
@@ -128,7 +126,14 @@ class Registry:
             AdapterExists: the name means the base, or is taken by another content and not ``replace``.
             AdapterError: what ``inspect`` raises. A version already served under the name goes on.
         """
-        folder = self.check(name, path)
+        return self._read(name, self.check(name, path), replace)
+
+    def register_outside(self, name: str, folder: Path, replace: bool) -> Version:
+        """As ``register``, of a folder anywhere: for the program's own paths, never for a client's."""
+        self._check_name(name)
+        return self._read(name, folder.resolve(), replace)
+
+    def _read(self, name: str, folder: Path, replace: bool) -> Version:
         try:
             info = self.inspect(folder)
         except AdapterError as error:
@@ -237,6 +242,11 @@ class Registry:
         for path, name in pairs:
             names.setdefault(path, set()).add(name)
         return names
+
+    def _check_name(self, name: str) -> None:
+        check_name(name)
+        if name in self._reserved:
+            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
 
     def _point(self, new: Version, replace: bool) -> Version:
         with self._lock:

@@ -15,6 +15,7 @@ from server.config.config import (
     ServerConfig,
     TrainingConfig,
     from_args,
+    from_options,
     resolve,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "ServerConfig",
     "TrainingConfig",
     "from_args",
+    "from_options",
     "resolve",
 ]

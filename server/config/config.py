@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,6 +225,26 @@ def from_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> S
     parser = OneLineParser(prog="manylora serve", usage=USAGE, allow_abbrev=False)
     add_options(parser)
     return resolve(parser.parse_args(argv), environ)
+
+
+def from_options(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> ServerConfig:
+    """The config of options by their flags' names: ``{"max_num_seqs": 8}`` is ``--max-num-seqs 8``.
+
+    None is as if the option had not been given. Raises ``ConfigError`` for an unknown one and a wrong value.
+    """
+    names = [option.dest for option in OPTIONS]
+    for name in options.keys() - names:
+        near = get_close_matches(name, names, n=1)
+        raise ConfigError(f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+    texts = {name: _as_text(value) for name, value in options.items()}
+    return resolve(argparse.Namespace(**(dict.fromkeys(names) | texts)), environ)
+
+
+def _as_text(value: object) -> object:
+    """A value, or several, as they would be typed."""
+    if isinstance(value, list | tuple):
+        return [str(one) for one in value]
+    return None if value is None else str(value)
 
 
 def _value(option: Option, arguments: argparse.Namespace, environ: Mapping[str, str]) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample tokens, and when to stop. Ranges are checked where requests enter (HTTP).
+    """How to sample tokens, and when to stop. Ranges are checked where requests enter (HTTP, ``LLM``).
 
     Attributes:
         max_tokens: most tokens to generate, at least 1.
@@ -29,7 +29,7 @@ class SamplingParams:
         n: the number of independent answers.
     """
 
-    max_tokens: int
+    max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

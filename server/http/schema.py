@@ -19,8 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from adapters.text.messages import ROLES, join_parts
 from adapters.text.messages import Message as Conversed
+from adapters.text.messages import make_message
 from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from server.errors import InvalidRequest
 from server.http import fields
@@ -285,11 +285,8 @@ class Message(Body):
 
     def rendered(self) -> Conversed:
         """As chat templates take it."""
-        message = {"role": ROLES[self.role], "content": join_parts(part.text for part in self.content)}
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        if self.role == "assistant" and reasoning is not None:
-            message["reasoning_content"] = reasoning
-        return message
+        return make_message(self.role, (part.text for part in self.content), reasoning)
 
 
 def _few_parts(messages: object) -> object:
