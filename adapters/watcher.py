@@ -26,7 +26,15 @@ from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, name_of
 from adapters.printable import printable, shown_name
 from adapters.readers import Readers
 from adapters.registry import Registry
-from adapters.signature import Signature, is_settled, signature_of, size_of, was_renamed, why_not_finished
+from adapters.signature import (
+    FILES,
+    Signature,
+    is_settled,
+    signature_of,
+    size_of,
+    was_renamed,
+    why_not_finished,
+)
 
 logger = logging.getLogger("manylora.adapters")
 
@@ -119,8 +127,11 @@ class Watcher:
         """
         folder = folder_name(check_name(name))
         path = self._root / folder
-        signature = self._finished(str(path))
-        if signature is None or self._registry.serves(name) or _has_other_case(path):
+        signature, finished = self._settled(str(path))
+        if self._registry.serves(name) or _has_other_case(path):
+            return
+        if not finished:
+            self._list_waiting(name, path, signature)
             return
         self._heed_changes(folder, signature)
         if self._is_suppressed(name) or self._was_read(folder, signature):
@@ -156,19 +167,28 @@ class Watcher:
             except Exception:
                 logger.exception("Looking at the adapter folder failed; trying again.")
 
-    def _finished(self, path: str) -> Signature | None:
-        """The signature of a folder whose files are finished; None if there is none, or they are not."""
+    def _settled(self, path: str) -> tuple[Signature, bool]:
+        """The folder's signature, and whether its files are finished. Waits for files that are written to."""
         before = None
         for _ in range(MOST_LOOKS):
             signature = signature_of(path)
-            if None in signature:
-                return None
+            if None in signature[: len(FILES)]:
+                return signature, False
             if signature == before or is_settled(signature) or was_renamed(path, signature):
-                return signature
+                return signature, True
             before = signature
             if self._stop.wait(INTERVAL):
                 break
-        return None
+        return signature, False
+
+    def _list_waiting(self, name: str, path: Path, signature: Signature) -> None:
+        """A folder that is not finished: whoever names it is told to come again, not that it is unknown."""
+        known = self._folders.get(path.name)
+        if known is not None and known.signature == signature:
+            return  # the watcher has listed it
+        if path.is_dir() and not path.is_symlink() and not self._is_suppressed(name):
+            self._registry.wait(name, path, why_not_finished(path, signature))
+            self._read.append(_Folder(name, path, -1, signature, time.monotonic(), still=False))
 
     def _was_read(self, folder: str, signature: Signature) -> bool:
         known = self._folders.get(folder)

@@ -79,11 +79,24 @@ def test_a_fine_tuned_model_is_looked_for_in_its_folder(room: Room) -> None:
     assert room.states() == {"ft:base:acme:1": "ready"}
 
 
-def test_half_a_folder_is_left_to_the_watcher(room: Room) -> None:
+def test_half_a_folder_is_waited_for(room: Room) -> None:
     folder = put(room, "a")
+    weights = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).unlink()
     room.watcher.look_at("a")
     assert room.reads == []
+    assert room.states() == {"a": "waiting"}
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    room.look()
+    assert room.states() == {"a": "ready"}
+
+
+def test_half_a_folder_that_goes_is_forgotten(room: Room) -> None:
+    folder = put(room, "a")
+    (folder / WEIGHTS_FILE).unlink()
+    room.watcher.look_at("a")
+    shutil.rmtree(folder)
+    room.look(1)
     assert room.states() == {}
 
 

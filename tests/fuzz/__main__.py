@@ -52,7 +52,8 @@ def fuzz(target: str, seconds: int, found: Path, keep: bool = False) -> int:
     if keep and code == 0:
         with tempfile.TemporaryDirectory() as merged:
             code = _libfuzzer(target, "-merge=1", merged, str(found))
-            seeds.write(target, [path.read_bytes() for path in Path(merged).iterdir()])
+            kept = [path.read_bytes() for path in Path(merged).iterdir()]
+            seeds.write(target, kept or seeds.read(target))
     return code
 
 
@@ -68,13 +69,18 @@ def _escaped(word: str) -> str:
 
 def _libfuzzer(target: str, *arguments: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        return subprocess.run(_command(target, _dictionary(Path(folder)), *arguments), check=False).returncode
+        program = _program(Path(folder), target)
+        limits = [f"-max_len={MAX_INPUT}", f"-timeout={INPUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
+        options = [*limits, f"-dict={_dictionary(Path(folder))}", "-verbosity=0"]
+        return subprocess.run([program, *options, *arguments], check=False).returncode
 
 
-def _command(target: str, dictionary: str, *arguments: str) -> list[str]:
-    limits = [f"-max_len={MAX_INPUT}", f"-timeout={INPUT_SECONDS}", f"-rss_limit_mb={MEMORY_MB}"]
-    options = [*limits, f"-dict={dictionary}", "-verbosity=0"]
-    return [sys.executable, "-m", "tests.fuzz.fuzzer", target, *options, *arguments]
+def _program(folder: Path, target: str) -> str:
+    """A file that can be executed: merging runs it again and again."""
+    path = folder / "fuzz"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.fuzz.fuzzer "$0" {target} "$@"\n')
+    path.chmod(0o700)
+    return str(path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""``python -m tests.fuzz.fuzzer TARGET ARGUMENT …``: one run of libFuzzer, which ends the process."""
+"""``python -m tests.fuzz.fuzzer PROGRAM TARGET ARGUMENT …``: one run of libFuzzer, which ends the process.
+
+``PROGRAM`` is the file that libFuzzer runs anew when it merges.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,6 @@ with atheris.instrument_imports(include=["adapters", "server", "python_multipart
     from tests.fuzz.targets import TARGETS
 
 if __name__ == "__main__":
-    target = TARGETS[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, target)
+    _, program, target, *arguments = sys.argv
+    atheris.Setup([program, *arguments], TARGETS[target])
     atheris.Fuzz()
