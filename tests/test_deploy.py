@@ -15,7 +15,7 @@ import yaml
 
 from server.config import ServerConfig, from_args
 from server.config.options import OPTIONS
-from server.finetune.jobs.runner import STOP_PATIENCE
+from server.finetune.jobs.runner import STOP_GRACE_SECONDS
 from server.http.app import OPEN, SCRAPERS
 from server.serve import _CLOSE_SECONDS
 from tests.test_packaging import ROOT, instructions, last_environment, stages
@@ -240,7 +240,7 @@ def test_a_server_is_given_the_time_that_it_takes_to_end() -> None:
         ends.append((int(service["stop_grace_period"].removesuffix("s")), compose_config(name, {})))
     for grace, config in ends:
         assert grace >= config.http.shutdown_timeout + _CLOSE_SECONDS + 10
-        assert grace > STOP_PATIENCE
+        assert grace > STOP_GRACE_SECONDS
 
 
 def test_one_server_has_one_gpu_and_one_state() -> None:

@@ -52,7 +52,7 @@ async def create_job(request: Request) -> JSONResponse:
         raise InvalidRequest(f"Only the base can be fine-tuned here: 'model' must be {names[0]!r}.", "model")
     if body.name is not None:
         await _check_name(request, training, body.name)
-    job = await training.create_job(body.wanted())
+    job = await training.create_job(body.job_request())
     return JSONResponse(job_object(job))
 
 
@@ -189,7 +189,7 @@ async def _check_name(request: Request, training: Training, name: str) -> None:
 
 async def _as_they_come(training: Training, job_id: str, after: str | None) -> Chunks:
     """Every event from ``after`` on, until the job has ended and all is told."""
-    async with aclosing(training.feed.follow(job_id, after)) as events:
+    async with aclosing(training.broadcaster.subscribe(job_id, after)) as events:
         async for event in events:
             yield event_object(event)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.finetune.jobs.store import Wanted
+from server.finetune.jobs.store import JobRequest
 from server.http import fields
 from server.http.schema import Body, Name
 
@@ -104,10 +104,10 @@ class CreateJob(Recipe):
             )
         return self
 
-    def wanted(self) -> Wanted:
+    def job_request(self) -> JobRequest:
         """The job that is asked for."""
         recipe = self.model_dump(include=set(Recipe.model_fields))
-        return Wanted(
+        return JobRequest(
             model=self.model,
             training_file=self.training_file,
             validation_file=self.validation_file,

@@ -1,7 +1,7 @@
 """``manylora train --check``: what can be known before weights are loaded, as a JSON object on stdout.
 
 ``{"error": null, "warnings": ["…"]}``, or ``{"error": "…", "warnings": []}`` and exit code 2.
-Fine-tuning jobs are checked by it when they are posted (``server/finetune/jobs/vetting.py``).
+Fine-tuning jobs are checked by it when they are posted (``server/finetune/jobs/validator.py``).
 """
 
 from __future__ import annotations

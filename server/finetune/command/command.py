@@ -21,7 +21,7 @@ from adapters.training.stop import on_signals
 from server.config import ServerConfig
 from server.finetune.command.config import check_adapter_name, serving_of, train_config
 from server.finetune.command.errors import ASKED_WRONGLY, say, tell
-from server.finetune.command.origin import MadeBy, Origin
+from server.finetune.command.provenance import Producer, Provenance
 from server.finetune.command.publish import publish
 from server.finetune.evaluation.evaluate import evaluate_adapter
 from server.finetune.evaluation.examiner import Tick
@@ -93,7 +93,7 @@ class Command:
 
     def _publish(self, folder: Path) -> Path:
         name, job = self._arguments.name, self._arguments.job
-        by = MadeBy(Origin(self._server.home), job) if job is not None else None
+        by = Producer(Provenance(self._server.home), job) if job is not None else None
         return publish(folder, self._output_dir, name, by)
 
     def _evaluate(

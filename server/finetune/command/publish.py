@@ -16,14 +16,14 @@ from pathlib import Path
 from adapters.errors import AdapterExists
 from adapters.paths import check_name, folder_name
 from adapters.training.run_folder import sync_folder
-from server.finetune.command.origin import MadeBy
+from server.finetune.command.provenance import Producer
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 
 
-def publish(folder: Path, output_dir: Path, name: str, by: MadeBy | None = None) -> Path:
+def publish(folder: Path, output_dir: Path, name: str, by: Producer | None = None) -> Path:
     """Copy ``folder`` to the place of the adapter ``name`` in ``output_dir``.
 
     ``by`` is the fine-tuning job whose result it is, if it is one's: such replace other jobs' results alone.
@@ -55,8 +55,8 @@ def publish(folder: Path, output_dir: Path, name: str, by: MadeBy | None = None)
     return target
 
 
-def _may_replace(folder: Path, name: str, by: MadeBy | None) -> bool:
-    return by is None or by.origin.job_of(folder, name) is not None
+def _may_replace(folder: Path, name: str, by: Producer | None) -> bool:
+    return by is None or by.provenance.job_of(folder, name) is not None
 
 
 def _not_ours(name: str) -> AdapterExists:

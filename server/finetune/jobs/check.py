@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adapters.errors import DatasetUnreadable
 from adapters.training.dataset import DatasetInvalid, LineProblem, read_dataset
-from server.finetune.jobs.child import wrapped
+from server.finetune.jobs.child import child_command
 
 _NICE = 5  # a client waits for the answer: behind serving, but before training
 
@@ -39,7 +39,7 @@ def check(path: Path, filename: str, takes_reasoning: bool = False) -> Checked:
     ``takes_reasoning``: whether the base's chat template does.
     """
     words = [str(path), "reasoning"] if takes_reasoning else [str(path)]
-    command = wrapped([sys.executable, "-m", __name__, *words], _NICE)
+    command = child_command([sys.executable, "-m", __name__, *words], _NICE)
     done = subprocess.run(command, capture_output=True, check=False, text=True)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["memory ran out, so give fewer rows"])[-1]

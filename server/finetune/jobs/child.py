@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 _LAST = 19  # the highest niceness
 
 
-def give_way(parent: int, nice: int) -> None:
+def lower_priority(parent: int, nice: int) -> None:
     """Run behind serving, be the first to go when memory runs out, and die with the thread that began us.
 
     The threads of a step wait for the slowest of them, so a job that takes a tenth of a core takes far more
@@ -36,11 +36,11 @@ def give_way(parent: int, nice: int) -> None:
         sys.exit(1)
 
 
-def wrapped(command: Sequence[str], nice: int) -> list[str]:
+def child_command(command: Sequence[str], nice: int) -> list[str]:
     """``command`` as a child of this process that gives way."""
     return [sys.executable, "-m", __name__, str(os.getpid()), str(nice), *command]
 
 
 if __name__ == "__main__":
-    give_way(int(sys.argv[1]), int(sys.argv[2]))
+    lower_priority(int(sys.argv[1]), int(sys.argv[2]))
     os.execv(sys.argv[3], sys.argv[3:])

@@ -16,8 +16,8 @@ from sqlalchemy import JSON, Connection, Engine, ForeignKey, create_engine, even
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
+from server.finetune.jobs.disk_reserve import DiskReserve
 from server.finetune.jobs.errors import DISK_FULL, StateBusy, StateUnusable, StorageFull
-from server.finetune.jobs.reserve import Reserve
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class Database:
     """Transactions on one file. Thread-safe.
 
     Attributes:
-        reserve: disk space beside the file, for ``freeing``.
+        reserve: disk space beside the file, for ``write_with_reserve``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,12 +146,12 @@ class Database:
         event.listen(self._engine, "connect", _on_connect)
         event.listen(self._engine, "begin", _on_begin)
         self._writing = self._engine.execution_options(begin="BEGIN IMMEDIATE")
-        self.reserve = Reserve(path.with_name("reserve"))
+        self.reserve = DiskReserve(path.with_name("reserve"))
         try:
             self._open(path)
         except SQLAlchemyError as error:
             raise StateUnusable(f"The database {path} cannot be used: {error.args[0]}.") from error
-        self.reserve.keep()
+        self.reserve.ensure()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -173,16 +173,16 @@ class Database:
                 raise StateBusy(message) from error
             raise
 
-    def freeing(self, change: Callable[[Session], T]) -> T:
+    def write_with_reserve(self, change: Callable[[Session], T]) -> T:
         """``change`` in a transaction that ends or deletes something: on a full disk it takes the reserve.
 
-        Call ``reserve.keep`` once the room is free that it makes. Raises StorageFull, without a reserve.
+        Call ``reserve.ensure`` once the room is free that it makes. Raises StorageFull, without a reserve.
         """
         try:
             with self.write() as session:
                 return change(session)
         except StorageFull:
-            self.reserve.give_up()
+            self.reserve.release()
             with self.write() as session:
                 return change(session)
 
@@ -199,7 +199,7 @@ class Database:
         except OperationalError as error:  # a server on a full disk must start: files are deleted through it
             if not _is_full(error):
                 raise
-            self.reserve.give_up()
+            self.reserve.release()
             self._migrate(path)
 
     def _migrate(self, path: Path) -> None:

@@ -87,7 +87,7 @@ class Files:
         """An empty upload; end it with ``keep`` or ``discard``. Raises StorageFull."""
         with _full_disk_named():
             return Upload(
-                self._folder / f".upload-{secrets.token_hex(8)}", self._database.reserve.is_endangered
+                self._folder / f".upload-{secrets.token_hex(8)}", self._database.reserve.disk_is_low
             )
 
     def keep(self, upload: Upload, filename: str, purpose: str) -> StoredFile:
@@ -151,9 +151,9 @@ class Files:
 
     def delete(self, file_id: str) -> None:
         """Works on a full disk. Raises FileNotKnown, or FileInUse while an unfinished job needs it."""
-        self._database.freeing(lambda session: _forget(session, file_id))
+        self._database.write_with_reserve(lambda session: _forget(session, file_id))
         self.path(file_id).unlink(missing_ok=True)
-        self._database.reserve.keep()
+        self._database.reserve.ensure()
 
     def sweep(self) -> None:
         """Remove what a crash has left: bytes that no row speaks of and that nobody writes any more."""

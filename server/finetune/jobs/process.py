@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from server.finetune.jobs.child import wrapped
+from server.finetune.jobs.child import child_command
 
 _GONE_SECONDS = 10.0
 
@@ -27,7 +27,7 @@ class Child:
         """Begins it; its output is added to ``log``. Raises OSError."""
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                wrapped(command, nice),
+                child_command(command, nice),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -45,15 +45,18 @@ class Child:
         return self._process.poll()
 
     @property
-    def told(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether it was asked to stop."""
         return self._kill_at is not None
 
-    def stop(self, patience: float) -> None:
-        """Ask it to end at a checkpoint; call again and again: after ``patience`` seconds it is killed."""
+    def stop(self, grace_seconds: float) -> None:
+        """Ask the process to end at a checkpoint.
+
+        Call it repeatedly: once ``grace_seconds`` have passed it kills the process.
+        """
         now = time.monotonic()
         if self._kill_at is None:
-            self._kill_at = now + patience
+            self._kill_at = now + grace_seconds
             self._signal(signal.SIGTERM)
         elif now >= self._kill_at:
             self._signal(signal.SIGKILL)
@@ -69,7 +72,7 @@ class Child:
                 os.killpg(self._process.pid, number)
 
 
-def kill_leftover(identity: str) -> None:
+def kill_orphan(identity: str) -> None:
     """Make sure that the process of an earlier server is gone, if that very process is still there."""
     pid, _, started = identity.partition(":")
     deadline = time.monotonic() + _GONE_SECONDS

@@ -28,7 +28,7 @@ _RENAMED = {"step": _TRAIN, "eval": _VALID, "checkpoint": _BOTH}
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class MetricsLine:
     """One line of ``metrics.jsonl``: a JSON object, every number in it finite."""
 
     values: dict[str, Any]
@@ -89,7 +89,7 @@ class Result:
     evaluation: dict[str, Any] | None = None
 
 
-def read_lines(folder: Path, offset: int) -> tuple[list[Line], int]:
+def read_lines(folder: Path, offset: int) -> tuple[list[MetricsLine], int]:
     """The complete lines from byte ``offset`` on, and where the next begins.
 
     A file that is shorter than ``offset`` was begun anew, and is read from its start.
@@ -132,14 +132,16 @@ def as_csv(events: Iterable[JobEvent]) -> str:
     return text.getvalue()
 
 
-def _parse(line: bytes) -> Line | None:
+def _parse(line: bytes) -> MetricsLine | None:
     """A line that was torn by a kill is none."""
     try:
         values = json.loads(line)
     except ValueError:
         return None
     return (
-        Line({name: _finite(value) for name, value in values.items()}) if isinstance(values, dict) else None
+        MetricsLine({name: _finite(value) for name, value in values.items()})
+        if isinstance(values, dict)
+        else None
     )
 
 

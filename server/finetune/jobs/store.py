@@ -25,11 +25,11 @@ from server.finetune.jobs.metrics import Totals
 from server.finetune.jobs.paging import Page, page_of
 
 _ID_CHARACTERS = string.ascii_lowercase + string.digits
-_MOST_NEWS = 1000
+_MAX_NEW_EVENTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class JobRequest:
     """A job as a client asks for it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class NewEvents:
     """What has happened to jobs, as of one moment.
 
     Attributes:
@@ -76,21 +76,21 @@ class Jobs:
         self._database = database
         self._on_change = on_change
 
-    def draft(self, wanted: Wanted) -> Job:
+    def draft(self, request: JobRequest) -> Job:
         """A job that is not queued yet. Raises InvalidRequest naming the field."""
         with self._database.read() as session:
-            _find_files(session, wanted.training_file, wanted.validation_file)
+            _find_files(session, request.training_file, request.validation_file)
         return Job(
             id=f"ftjob-{secrets.token_hex(12)}",
             created_at=time.time(),
-            model=wanted.model,
-            training_file=wanted.training_file,
-            validation_file=wanted.validation_file,
-            fine_tuned_model=_model_name(wanted),
-            seed=secrets.randbits(31) if wanted.seed is None else wanted.seed,
-            hyperparameters=wanted.hyperparameters,
-            recipe=wanted.recipe,
-            tags=wanted.tags,
+            model=request.model,
+            training_file=request.training_file,
+            validation_file=request.validation_file,
+            fine_tuned_model=_model_name(request),
+            seed=secrets.randbits(31) if request.seed is None else request.seed,
+            hyperparameters=request.hyperparameters,
+            recipe=request.recipe,
+            tags=request.tags,
         )
 
     def add(self, job: Job, warnings: Sequence[str] = ()) -> Job:
@@ -99,9 +99,9 @@ class Jobs:
             _find_files(session, job.training_file, job.validation_file)
             session.add(job)
             session.flush()
-            tell(session, job, f"Created fine-tuning job: {job.id}")
+            add_event(session, job, f"Created fine-tuning job: {job.id}")
             for warning in warnings:
-                tell(session, job, warning, "warn")
+                add_event(session, job, warning, "warn")
         self._on_change()
         return job
 
@@ -128,15 +128,17 @@ class Jobs:
         wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "checkpoint")
         return self._events(wanted, job_id, after, limit, ascending=False)
 
-    def news(self, position: int | None) -> News:
+    def new_events(self, position: int | None) -> NewEvents:
         """The events after ``position``; None = none, only where they begin from now on."""
         with self._database.read() as session:
             if position is None:
-                return News([], session.scalar(select(func.max(JobEvent.seq))) or 0, False, _live(session))
+                return NewEvents(
+                    [], session.scalar(select(func.max(JobEvent.seq))) or 0, False, _live(session)
+                )
             wanted = select(JobEvent).where(JobEvent.seq > position).order_by(JobEvent.seq)
-            events = list(session.scalars(wanted.limit(_MOST_NEWS)))
+            events = list(session.scalars(wanted.limit(_MAX_NEW_EVENTS)))
             newest = events[-1].seq if events else position
-            return News(events, newest, len(events) == _MOST_NEWS, _live(session))
+            return NewEvents(events, newest, len(events) == _MAX_NEW_EVENTS, _live(session))
 
     def cancel(self, job_id: str) -> Job:
         """Ends it for good, and its model is not served. Raises JobNotKnown, or JobConflict after its end."""
@@ -169,10 +171,11 @@ class Jobs:
             job.estimated_finish = None
             if to == "cancelled":
                 job.finished_at = time.time()
-            tell(session, job, message)
+            add_event(session, job, message)
             return job
 
-        job = self._database.freeing(change)  # the files of a job can be deleted once it is cancelled
+        # A cancelled job's files can be deleted, so a cancellation must succeed on a full disk.
+        job = self._database.write_with_reserve(change)
         self._on_change()
         return job
 
@@ -183,7 +186,7 @@ def _find_files(session: Session, training: str, validation: str | None) -> None
         training_file(session, validation, "validation_file")
 
 
-def is_told(session: Session, job_id: str, message: str) -> bool:
+def has_event(session: Session, job_id: str, message: str) -> bool:
     """Whether an event says so already."""
     same = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.message == message)
     return session.scalars(same.limit(1)).first() is not None
@@ -197,7 +200,7 @@ def find_job(session: Session, job_id: str) -> Job:
     return job
 
 
-def give_up(session: Session, job_id: str, error: dict[str, Any]) -> None:
+def fail_unreadable(session: Session, job_id: str, error: dict[str, Any]) -> None:
     """End a job that cannot even be read, and make its row one that can be."""
     for column, empty in _JSON.items():
         damaged = update(Job).where(Job.id == job_id, func.json_valid(column) == 0)
@@ -205,7 +208,7 @@ def give_up(session: Session, job_id: str, error: dict[str, Any]) -> None:
     ended = {"status": "failed", "error": error, "finished_at": time.time()}
     session.execute(update(Job).where(Job.id == job_id, Job.status.in_(UNFINISHED)).values(ended))
     session.execute(update(Job).where(Job.id == job_id).values(child=None, estimated_finish=None))
-    tell_by_id(session, job_id, f"Fine-tuning job failed: {error['message']}", "error")
+    add_event_by_id(session, job_id, f"Fine-tuning job failed: {error['message']}", "error")
 
 
 def is_over(job: Job) -> bool:
@@ -226,12 +229,12 @@ def count_jobs(session: Session) -> Totals:
     return Totals(jobs, sum(seconds for _, _, seconds in rows))
 
 
-def tell(session: Session, job: Job, message: str, level: Level = "info") -> None:
+def add_event(session: Session, job: Job, message: str, level: Level = "info") -> None:
     """Something happened to the job."""
-    tell_by_id(session, job.id, message, level)
+    add_event_by_id(session, job.id, message, level)
 
 
-def tell_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
+def add_event_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
     """The same of a job that cannot be read."""
     session.add(JobEvent(job_id=job_id, created_at=time.time(), level=level, kind="message", message=message))
 
@@ -255,12 +258,12 @@ def check_job_name(name: str) -> str:
     return _checked(name, "name")
 
 
-def _model_name(wanted: Wanted) -> str:
+def _model_name(request: JobRequest) -> str:
     """The result's name. Raises InvalidRequest if no folder can be called so."""
-    if wanted.name is not None:
-        return check_job_name(wanted.name)
+    if request.name is not None:
+        return check_job_name(request.name)
     unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))
-    return _checked(f"ft:{wanted.model}:{wanted.suffix}:{unique}", "suffix")
+    return _checked(f"ft:{request.model}:{request.suffix}:{unique}", "suffix")
 
 
 def _checked(name: str, field_name: str) -> str:

@@ -10,20 +10,20 @@ from typing import ParamSpec, TypeVar
 
 from server.config import ServerConfig, TrainingConfig
 from server.engine.interface import Service
-from server.finetune.command.origin import Origin
+from server.finetune.command.provenance import Provenance
+from server.finetune.jobs.broadcaster import EventBroadcaster
 from server.finetune.jobs.check import check
 from server.finetune.jobs.command import train_command, train_environ
 from server.finetune.jobs.database import Database, Job
-from server.finetune.jobs.ending import LOG
 from server.finetune.jobs.errors import StateUnusable
-from server.finetune.jobs.feed import Feed
 from server.finetune.jobs.files import Files
 from server.finetune.jobs.metrics import TrainingCollector
+from server.finetune.jobs.outcome import LOG
 from server.finetune.jobs.process import Child
-from server.finetune.jobs.runner import Plan, Runner
-from server.finetune.jobs.served import Served
-from server.finetune.jobs.store import Jobs, Wanted
-from server.finetune.jobs.vetting import Vetting
+from server.finetune.jobs.published_models import PublishedModels
+from server.finetune.jobs.runner import Runner, RunnerConfig
+from server.finetune.jobs.store import JobRequest, Jobs
+from server.finetune.jobs.validator import JobValidator
 from server.pools import Pool
 
 DATABASE = "state.sqlite3"
@@ -38,7 +38,7 @@ class Training:
     Attributes:
         config: the limits.
         files, jobs: what clients ask of; their methods block, so await them through ``read`` and ``write``.
-        feed: the events of jobs as they come.
+        broadcaster: the events of jobs as they come.
         disk, checks: the threads that write uploads, and that wait for the check of one.
     """
 
@@ -52,19 +52,19 @@ class Training:
             config.home / "files",
             partial(check, takes_reasoning=service.base.takes_reasoning),
         )
-        self._served = Served(service, config.adapters.folder, Origin(config.home))
+        self._models = PublishedModels(service, config.adapters.folder, Provenance(config.home))
         models = service.base.served_names or (service.base.name,)
-        plan = Plan(config.home / "jobs", config.training.max_jobs, models, self._begin)
-        self._runner = Runner(self._database, self.files, self._served, plan)
+        runner_config = RunnerConfig(config.home / "jobs", config.training.max_jobs, models, self._begin)
+        self._runner = Runner(self._database, self.files, self._models, runner_config)
         self.jobs = Jobs(self._database, self._runner.wake)
         self.disk, self.checks = Pool("disk"), Pool("file-checks")
         self._readers, self._writers = Pool("database"), Pool("database-writes")
-        self._vetting, self._vetters = Vetting(self.files, config), Pool("job-checks")
-        self.feed = Feed(self.jobs, self._readers)
+        self._validator, self._validator_threads = JobValidator(self.files, config), Pool("job-checks")
+        self.broadcaster = EventBroadcaster(self.jobs, self._readers)
 
     def start(self) -> None:
         """Run jobs from now on. Call it on the event loop of the service."""
-        self._served.loop = asyncio.get_running_loop()
+        self._models.loop = asyncio.get_running_loop()
         self._runner.start()
 
     def begin_stop(self) -> None:
@@ -75,8 +75,8 @@ class Training:
         """Wait for that. The service must still run."""
         self.begin_stop()
         await self.disk.run(self._runner.join)
-        self._vetting.close()
-        for pool in (self.disk, self.checks, self._vetters, self._readers, self._writers):
+        self._validator.close()
+        for pool in (self.disk, self.checks, self._validator_threads, self._readers, self._writers):
             pool.close()
         self._database.close()
 
@@ -88,10 +88,10 @@ class Training:
         """The result of one that changes something; it may wait long for another server's transaction."""
         return await self._writers.run(ask, *args, **kwargs)
 
-    async def create_job(self, wanted: Wanted) -> Job:
+    async def create_job(self, request: JobRequest) -> Job:
         """Queue a job that can be trained and served, as far as can be known. Raises InvalidRequest."""
-        job = await self.read(self.jobs.draft, wanted)
-        warnings = await self._vetters.run(self._vetting.vet, job)
+        job = await self.read(self.jobs.draft, request)
+        warnings = await self._validator_threads.run(self._validator.validate, job)
         return await self.write(self.jobs.add, job, warnings)
 
     def collector(self) -> TrainingCollector:
@@ -100,21 +100,23 @@ class Training:
 
     async def is_made_by_job(self, model: str) -> bool:
         """Whether a fine-tuning job has made what goes by that name, so that clients may replace it."""
-        return not self._served.is_elsewhere(model) and await self.disk.run(self._served.is_made, model)
+        return not self._models.is_in_other_folder(model) and await self.disk.run(
+            self._models.is_made_by_job, model
+        )
 
     async def is_free(self, model: str) -> bool:
         """Whether nothing goes by that name, served or not."""
-        return not self._served.is_known(model) and not await self.disk.run(self._served.has_folder, model)
+        return not self._models.is_known(model) and not await self.disk.run(self._models.has_folder, model)
 
     async def delete_model(self, model: str) -> bool:
         """Serve it no longer and remove it from the disk; False, and it stays, if no job has made it."""
         if not await self.is_made_by_job(model):
             return False
-        await self._served.unload(model)
-        return await self.disk.run(self._served.remove, model)
+        await self._models.unload(model)
+        return await self.disk.run(self._models.remove, model)
 
     def _begin(self, job: Job, folder: Path) -> Child:
-        self._served.check_place(job.fine_tuned_model)
+        self._models.check_place(job.fine_tuned_model)
         command = train_command(job, folder, self.files, self._server)
         return Child(command, folder / LOG, train_environ(self.config), self.config.nice)
 

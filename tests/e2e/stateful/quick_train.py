@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from adapters.errors import AdapterError
-from server.finetune.command.origin import MadeBy, Origin
+from server.finetune.command.provenance import Producer, Provenance
 from server.finetune.command.publish import publish
 
 PROGRAM = (sys.executable, str(Path(__file__)))
@@ -58,7 +58,7 @@ def main() -> int:
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             (checkpoints / f"checkpoint-{step}").mkdir(exist_ok=True)
-    by = MadeBy(Origin(options.home), options.job)
+    by = Producer(Provenance(options.home), options.job)
     try:
         publish(options.home.parent / "trained", options.output_dir, options.name, by)
     except AdapterError as error:

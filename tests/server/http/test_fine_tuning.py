@@ -15,7 +15,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from server.finetune.jobs import command, runner, vetting
+from server.finetune.jobs import command, runner, validator
 from tests.server.finetune.jobs.conftest import FAKE
 from tests.server.http.conftest import wait_until
 from tests.server.http.fake_service import FakeService
@@ -398,7 +398,7 @@ def test_bad_rows_are_the_files_fault(openai_client: openai.OpenAI, monkeypatch:
     job_file = upload(openai_client)
     words = f"{job_file} has 1 row that cannot be used: line 1 is longer than --max-seq-len 8."
     told = json.dumps({"error": words, "warnings": []})
-    monkeypatch.setattr(vetting.Vetting, "_check", lambda *_: (2, told))
+    monkeypatch.setattr(validator.JobValidator, "_check", lambda *_: (2, told))
     with pytest.raises(openai.BadRequestError, match="line 1 is longer than max_seq_len 8") as refused:
         openai_client.fine_tuning.jobs.create(model="tiny", training_file=job_file)
     assert (refused.value.param, refused.value.code) == ("training_file", "invalid_training_file")

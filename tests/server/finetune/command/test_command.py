@@ -17,7 +17,7 @@ import pytest
 from adapters.training import RunFolder
 from server import cli
 from server.finetune.command import command
-from server.finetune.command.origin import Origin
+from server.finetune.command.provenance import Provenance
 from server.finetune.evaluation.gate import Decision
 from tests.adapters.training.tasks import make_task
 
@@ -47,8 +47,8 @@ def test_a_trained_adapter_is_evaluated_and_published(words: list[str], tmp_path
     options = places(words, tmp_path)
     assert cli.main([*words, *options, "--require-improvement", "--job", "ftjob-1"]) == 0
     told = result(tmp_path / "run")
-    origin = Origin(Path(words[words.index("--home") + 1]))
-    assert origin.job_of(tmp_path / "out" / "acme", "acme") == "ftjob-1"
+    provenance = Provenance(Path(words[words.index("--home") + 1]))
+    assert provenance.job_of(tmp_path / "out" / "acme", "acme") == "ftjob-1"
     assert (told["status"], told["adapter"], told["path"]) == (
         "published",
         "acme",

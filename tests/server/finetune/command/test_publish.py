@@ -11,7 +11,7 @@ import pytest
 from adapters.errors import AdapterExists, AdapterNameInvalid
 from adapters.training import run_folder
 from server.finetune.command import publish as module
-from server.finetune.command.origin import MadeBy, Origin
+from server.finetune.command.provenance import Producer, Provenance
 from server.finetune.command.publish import publish
 
 
@@ -77,20 +77,20 @@ def test_a_name_cannot_lead_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def by(tmp_path: Path) -> MadeBy:
-    return MadeBy(Origin(tmp_path), "ftjob-2")
+def by(tmp_path: Path) -> Producer:
+    return Producer(Provenance(tmp_path), "ftjob-2")
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_job_replaces_what_jobs_have_made_alone(
-    tmp_path: Path, by: MadeBy, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, by: Producer, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
         monkeypatch.setattr(module, "_rename", lambda *_: False)
     out = tmp_path / "adapters"
-    publish(made(tmp_path / "first", "first"), out, "acme", MadeBy(by.origin, "ftjob-1"))
+    publish(made(tmp_path / "first", "first"), out, "acme", Producer(by.provenance, "ftjob-1"))
     publish(made(tmp_path / "second", "second"), out, "acme", by)
-    assert by.origin.job_of(out / "acme", "acme") == "ftjob-2"
+    assert by.provenance.job_of(out / "acme", "acme") == "ftjob-2"
     publish(made(tmp_path / "own", "own"), out, "acme")  # the operator's command may replace anything
     with pytest.raises(AdapterExists, match="that no fine-tuning job has made"):
         publish(made(tmp_path / "third", "third"), out, "acme", by)
@@ -101,7 +101,7 @@ def test_a_job_replaces_what_jobs_have_made_alone(
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("before", ["nothing", "a job's"])
 def test_a_folder_that_comes_at_the_last_moment_is_left(
-    tmp_path: Path, by: MadeBy, can_exchange: bool, before: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, by: Producer, can_exchange: bool, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
         monkeypatch.setattr(module, "_rename", lambda *_: False)
@@ -122,7 +122,7 @@ def test_a_folder_that_comes_at_the_last_moment_is_left(
     assert [path.name for path in out.iterdir()] == ["acme"]
 
 
-def test_a_fine_tuned_model_has_its_own_folder(tmp_path: Path, by: MadeBy) -> None:
+def test_a_fine_tuned_model_has_its_own_folder(tmp_path: Path, by: Producer) -> None:
     target = publish(made(tmp_path / "made", "new"), tmp_path / "out", "ft:lab/base:acme:1", by)
     assert target.name == "ft_3alab_2fbase_3aacme_3a1"
-    assert by.origin.job_of(target, "ft:lab/base:acme:1") == "ftjob-2"
+    assert by.provenance.job_of(target, "ft:lab/base:acme:1") == "ftjob-2"

@@ -15,15 +15,15 @@ import pytest
 from adapters.errors import AdapterInvalid
 from adapters.paths import folder_name
 from server.config import ServerConfig, from_args
-from server.finetune.command.origin import Origin
+from server.finetune.command.provenance import Provenance
 from server.finetune.jobs import command, runner
 from server.finetune.jobs.check import Checked
 from server.finetune.jobs.command import train_command, train_environ
 from server.finetune.jobs.database import Database, Job, StoredFile
 from server.finetune.jobs.files import TRAINING, Files
 from server.finetune.jobs.process import Child
-from server.finetune.jobs.runner import Plan, Runner
-from server.finetune.jobs.store import Jobs, Wanted
+from server.finetune.jobs.runner import Runner, RunnerConfig
+from server.finetune.jobs.store import JobRequest, Jobs
 
 FAKE = (sys.executable, "-m", "tests.server.finetune.jobs.fake_train")
 
@@ -33,18 +33,18 @@ class FakeModels:
     """Serves by remembering names; a name with ``refused`` in it is refused."""
 
     folder: Path
-    origin: Origin
+    provenance: Provenance
     served: set[str] = field(default_factory=set)
 
     def publish(self, name: str, job: str) -> None:
         if "refused" in name:
             raise AdapterInvalid("Its tensors are all zero.")
-        assert self.origin.job_of(self.folder / folder_name(name), name) == job
+        assert self.provenance.job_of(self.folder / folder_name(name), name) == job
         self.served.add(name)
 
-    def retract(self, name: str, job: str) -> None:
+    def unpublish(self, name: str, job: str) -> None:
         folder = self.folder / folder_name(name)
-        if self.origin.job_of(folder, name) == job:
+        if self.provenance.job_of(folder, name) == job:
             self.served.discard(name)
             shutil.rmtree(folder)
 
@@ -57,7 +57,7 @@ class Room:
         self.config: ServerConfig = from_args(["--home", str(home), *flags], {})
         self.database = Database(home / "state.sqlite3")
         self.files = Files(self.database, home / "files", check=lambda *_: Checked("chat", 1))
-        self.models = FakeModels(self.config.adapters.folder, Origin(home))
+        self.models = FakeModels(self.config.adapters.folder, Provenance(home))
         self.runners: list[Runner] = []
         self.jobs = Jobs(self.database, self._wake)
 
@@ -69,11 +69,11 @@ class Room:
         return self.files.keep(upload, filename, TRAINING)
 
     def create(self, orders: str = "", **fields: object) -> Job:
-        return self.jobs.add(self.jobs.draft(Wanted("base", self.upload(orders).id, **fields)))  # type: ignore[arg-type]
+        return self.jobs.add(self.jobs.draft(JobRequest("base", self.upload(orders).id, **fields)))  # type: ignore[arg-type]
 
     def begin_runner(self) -> Runner:
-        plan = Plan(self.home / "jobs", self.config.training.max_jobs, ("base",), self._begin)
-        runner = Runner(self.database, self.files, self.models, plan)
+        config = RunnerConfig(self.home / "jobs", self.config.training.max_jobs, ("base",), self._begin)
+        runner = Runner(self.database, self.files, self.models, config)
         self.runners.append(runner)
         runner.start()
         return runner

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from adapters.paths import folder_name
-from server.finetune.command.origin import Origin
+from server.finetune.command.provenance import Provenance
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     done = max((int(path.name.rpartition("-")[2]) for path in checkpoints.iterdir()), default=0)
     with (run / "metrics.jsonl").open("a") as metrics:
 
-        def tell(event: str, **fields: Any) -> None:
+        def add_event(event: str, **fields: Any) -> None:
             metrics.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\n")
             metrics.flush()
 
@@ -46,12 +46,12 @@ def main() -> int:
         else:
             signal.signal(signal.SIGTERM, stop)
         if "warn" in orders:
-            tell("warning", message="2 rows are one.")
-        tell("start", total_steps=total)
+            add_event("warning", message="2 rows are one.")
+        add_event("start", total_steps=total)
         while step < total:
             time.sleep(float(orders.get("sleep", 0)))
             now = step + 1
-            tell(
+            add_event(
                 "step",
                 step=now,
                 total_steps=total,
@@ -65,10 +65,10 @@ def main() -> int:
             if step % int(orders.get("every", 1)) == 0:
                 (checkpoints / f"checkpoint-{step}").mkdir(exist_ok=True)
                 figures = {"loss": 1 / step, "accuracy": 0.25, "eval_loss": 0.5, "eval_accuracy": 0.75}
-                tell("checkpoint", step=step, path=str(checkpoints / f"checkpoint-{step}"), **figures)
-        tell("eval", step=step, total_steps=total, loss=0.5, accuracy=0.75)
+                add_event("checkpoint", step=step, path=str(checkpoints / f"checkpoint-{step}"), **figures)
+        add_event("eval", step=step, total_steps=total, loss=0.5, accuracy=0.75)
         if options.eval:
-            tell("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
+            add_event("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
     return finish(options, orders)
 
 
@@ -93,7 +93,7 @@ def finish(options: argparse.Namespace, orders: dict[str, str]) -> int:
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "adapter_config.json").write_text(json.dumps(vars(options), default=str))
-    Origin(options.home).mark(partial, options.name, options.job)
+    Provenance(options.home).mark(partial, options.name, options.job)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     metrics = {"trained_tokens": 123, "train_loss": 0.5}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from server.finetune.jobs.child import wrapped
+from server.finetune.jobs.child import child_command
 
 SAY = "import os; print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE)"
 
@@ -15,6 +15,6 @@ SAY = "import os; print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE)"
 @pytest.mark.parametrize(("nice", "idle"), [(7, "False"), (19, "True")])
 def test_a_job_stands_behind_serving(nice: int, idle: str) -> None:
     said = subprocess.run(
-        wrapped([sys.executable, "-c", SAY], nice), capture_output=True, text=True, check=True
+        child_command([sys.executable, "-c", SAY], nice), capture_output=True, text=True, check=True
     )
     assert said.stdout.split() == [str(min(19, os.nice(0) + nice)), idle]

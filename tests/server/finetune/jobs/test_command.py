@@ -45,7 +45,7 @@ def parsed(room: Room, **fields: Any) -> argparse.Namespace:
     body = CreateJob.model_validate(
         {"model": "base", "training_file": room.upload().id} | fields, strict=True
     )
-    words = train_command(room.jobs.draft(body.wanted()), Path("/run"), room.files, room.config)
+    words = train_command(room.jobs.draft(body.job_request()), Path("/run"), room.files, room.config)
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     return parser.parse_args(["train", *words])

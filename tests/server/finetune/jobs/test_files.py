@@ -111,7 +111,7 @@ from server.finetune.jobs.check import Checked
 from server.finetune.jobs.database import Database
 from server.finetune.jobs.errors import StorageFull
 from server.finetune.jobs.files import TRAINING, Files
-from server.finetune.jobs.store import Jobs, Wanted
+from server.finetune.jobs.store import Jobs, JobRequest
 
 home = Path(sys.argv[1])
 database = Database(home / "state.sqlite3")
@@ -120,7 +120,7 @@ jobs = Jobs(database, lambda: None)
 upload = files.begin()
 upload.write(b"x" * 65536)
 kept = files.keep(upload, "a.jsonl", TRAINING)
-job = jobs.add(jobs.draft(Wanted("base", kept.id)))
+job = jobs.add(jobs.draft(JobRequest("base", kept.id)))
 
 upload = files.begin()
 try:
@@ -137,7 +137,7 @@ with (home / "somebody's").open("wb", buffering=0) as other:
         pass
 try:
     while True:
-        jobs.add(jobs.draft(Wanted("base", kept.id)))
+        jobs.add(jobs.draft(JobRequest("base", kept.id)))
 except StorageFull:
     print("full")
 database.close()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.finetune.jobs.progress import METRICS, RESULT, Line, read_lines, read_result
+from server.finetune.jobs.progress import METRICS, RESULT, MetricsLine, read_lines, read_result
 
 NAMES = st.sampled_from(["event", "step", "loss", "time", "message"])
 VALUES = st.none() | st.booleans() | st.floats() | st.integers(-9, 9) | st.text(max_size=5)
@@ -57,7 +57,7 @@ def test_a_file_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
 
 
 def test_the_time_left() -> None:
-    assert Line({"event": "step", "time": 100.0, "eta_seconds": 5}).estimated_finish() == 105.0
+    assert MetricsLine({"event": "step", "time": 100.0, "eta_seconds": 5}).estimated_finish() == 105.0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"reason": 1}', "null", '{"status": "kept", "metrics": 3}'])
@@ -68,6 +68,8 @@ def test_a_broken_result_is_none(tmp_path: Path, text: str) -> None:
 
 
 def test_clients_are_not_told_where_the_servers_files_are() -> None:
-    line = Line({"event": "end", "message": "The adapter is in /srv/jobs/1/adapter.", "path": "/srv/jobs/1"})
+    line = MetricsLine(
+        {"event": "end", "message": "The adapter is in /srv/jobs/1/adapter.", "path": "/srv/jobs/1"}
+    )
     event = line.as_event("job")
     assert (event.message, event.data) == ("The adapter is trained", {})

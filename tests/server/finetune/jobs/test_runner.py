@@ -15,8 +15,8 @@ from adapters.paths import folder_name
 from server.finetune.jobs import runner
 from server.finetune.jobs.database import Job
 from server.finetune.jobs.process import Child
-from server.finetune.jobs.runner import MOST_DEATHS
-from server.finetune.jobs.store import Wanted
+from server.finetune.jobs.runner import MAX_DEATHS
+from server.finetune.jobs.store import JobRequest
 from tests.e2e.running_server import eventually
 from tests.server.finetune.jobs.conftest import Room
 
@@ -82,7 +82,7 @@ def test_a_job_trains_and_its_model_is_served(room: Room) -> None:
         ("kept", "not_improved", "It is no better than the base."),
         ("crash", "training_failed", "it broke"),
         (
-            f"die=1 steps=3 every=9 x={MOST_DEATHS}",
+            f"die=1 steps=3 every=9 x={MAX_DEATHS}",
             "process_died",
             "The training process was killed by SIGKILL.",
         ),
@@ -94,7 +94,7 @@ def test_a_job_that_fails_says_why(room: Room, orders: str, code: str, message: 
     failed = room.wait(job, "failed")
     assert failed.error == {"code": code, "message": message, "param": None}
     assert room.messages(job)[-1] == f"Fine-tuning job failed: {message}"
-    assert room.messages(job).count("Training: start") == (MOST_DEATHS if "die" in orders else 1)
+    assert room.messages(job).count("Training: start") == (MAX_DEATHS if "die" in orders else 1)
     assert not room.models.served
 
 
@@ -156,7 +156,7 @@ def test_resumed_before_it_has_stopped(room: Room) -> None:
 
 
 def test_cancel_ends_even_a_stubborn_child(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "CANCEL_PATIENCE", 0.1)
+    monkeypatch.setattr(runner, "CANCEL_GRACE_SECONDS", 0.1)
     job = room.create("steps=100 sleep=0.1 stubborn")
     room.begin_runner()
     pid = pid_of(room.wait_for(job, is_running))
@@ -232,7 +232,7 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
         folder = room.models.folder / folder_name(job.fine_tuned_model)
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text("{}")
-        room.models.origin.mark(folder, job.fine_tuned_model, job.id)
+        room.models.provenance.mark(folder, job.fine_tuned_model, job.id)
     room.begin_runner()
     assert room.wait(finished, "succeeded").trained_tokens == 7
     assert room.wait(running, "succeeded").trained_tokens == 123
@@ -242,7 +242,7 @@ def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
 
 
 def test_a_job_for_another_base_waits(room: Room) -> None:
-    other = room.jobs.add(room.jobs.draft(Wanted("another", room.upload().id)))
+    other = room.jobs.add(room.jobs.draft(JobRequest("another", room.upload().id)))
     room.begin_runner()
     room.wait(room.create(), "succeeded")
     assert room.jobs.get(other.id).status == "queued"
@@ -263,7 +263,7 @@ def test_cancelled_at_the_last_moment_it_is_served_no_more(room: Room) -> None:
     assert list(room.models.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["publish", "retract"])
+@pytest.mark.parametrize("method", ["publish", "unpublish"])
 def test_a_turn_that_fails_halfway_is_made_good(
     room: Room, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -277,9 +277,9 @@ def test_a_turn_that_fails_halfway_is_made_good(
         whole(name, job)
 
     monkeypatch.setattr(room.models, method, fail_twice)
-    job = room.create("steps=1", suffix="refused" if method == "retract" else "")
+    job = room.create("steps=1", suffix="refused" if method == "unpublish" else "")
     room.begin_runner()
-    room.wait(job, "failed" if method == "retract" else "succeeded")
+    room.wait(job, "failed" if method == "unpublish" else "succeeded")
 
 
 def test_what_is_large_goes_with_the_job(room: Room) -> None:
@@ -371,7 +371,7 @@ def test_the_evaluation_is_told_and_kept(room: Room, orders: str, status: str, f
 
 @pytest.mark.parametrize("known", [["2 rows are one."], []])
 def test_a_warning_is_told_once(room: Room, known: list[str]) -> None:
-    job = room.jobs.add(room.jobs.draft(Wanted("base", room.upload("warn").id)), known)
+    job = room.jobs.add(room.jobs.draft(JobRequest("base", room.upload("warn").id)), known)
     room.begin_runner()
     room.wait(job, "succeeded")
     events = room.jobs.events(job.id, None, 100).rows

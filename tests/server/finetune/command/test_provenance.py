@@ -10,28 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from server.finetune.command.origin import MARK, Origin
+from server.finetune.command.provenance import MARK, Provenance
 
 
 @pytest.fixture
-def origin(tmp_path: Path) -> Origin:
+def provenance(tmp_path: Path) -> Provenance:
     (tmp_path / "home").mkdir()
-    return Origin(tmp_path / "home")
+    return Provenance(tmp_path / "home")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, origin: Origin) -> Path:
+def folder(tmp_path: Path, provenance: Provenance) -> Path:
     folder = tmp_path / "acme"
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    origin.mark(folder, "acme", "ftjob-1")
+    provenance.mark(folder, "acme", "ftjob-1")
     return folder
 
 
-def test_what_a_job_has_made_is_its_wherever_it_lies(origin: Origin, folder: Path) -> None:
-    assert origin.job_of(folder, "acme") == "ftjob-1"
-    assert Origin(origin.home).job_of(folder.rename(folder.with_name(".acme.tmp")), "acme") == "ftjob-1"
+def test_what_a_job_has_made_is_its_wherever_it_lies(provenance: Provenance, folder: Path) -> None:
+    assert provenance.job_of(folder, "acme") == "ftjob-1"
+    assert (
+        Provenance(provenance.home).job_of(folder.rename(folder.with_name(".acme.tmp")), "acme") == "ftjob-1"
+    )
 
 
 def _edit(folder: Path) -> None:
@@ -79,19 +81,19 @@ CHANGES = [_edit, _lose_weights, _lose_mark, _forge, _garble, _no_object, _pipe,
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_other_folder_is_the_operators(
-    origin: Origin, folder: Path, change: Callable[[Path], None]
+    provenance: Provenance, folder: Path, change: Callable[[Path], None]
 ) -> None:
     change(folder)
-    assert origin.job_of(folder, "acme") is None
+    assert provenance.job_of(folder, "acme") is None
 
 
 def test_a_copy_under_another_name_or_on_another_server_is_the_operators(
-    origin: Origin, folder: Path, tmp_path: Path
+    provenance: Provenance, folder: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "mine"
     shutil.copytree(folder, copy)
-    assert origin.job_of(copy, "mine") is None
-    other = Origin(tmp_path / "other")
+    assert provenance.job_of(copy, "mine") is None
+    other = Provenance(tmp_path / "other")
     other.home.mkdir()
     assert other.job_of(folder, "acme") is None
-    assert origin.job_of(tmp_path / "nothing", "acme") is None
+    assert provenance.job_of(tmp_path / "nothing", "acme") is None

@@ -8,11 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from server.finetune.jobs import feed as feed_module
+from server.finetune.jobs import broadcaster as broadcaster_module
+from server.finetune.jobs.broadcaster import EventBroadcaster
 from server.finetune.jobs.database import Job
 from server.finetune.jobs.errors import JobNotKnown
-from server.finetune.jobs.feed import Feed
-from server.finetune.jobs.store import News, find_job, tell
+from server.finetune.jobs.store import NewEvents, add_event, find_job
 from server.pools import Pool
 from tests.server.finetune.jobs.conftest import Room
 
@@ -27,35 +27,35 @@ def readers() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def feed(room: Room, readers: Pool, monkeypatch: pytest.MonkeyPatch) -> Feed:
-    monkeypatch.setattr(feed_module, "POLL_INTERVAL", 0.02)
-    return Feed(room.jobs, readers)
+def broadcaster(room: Room, readers: Pool, monkeypatch: pytest.MonkeyPatch) -> EventBroadcaster:
+    monkeypatch.setattr(broadcaster_module, "POLL_INTERVAL", 0.02)
+    return EventBroadcaster(room.jobs, readers)
 
 
 def say(room: Room, job: Job, *messages: str) -> None:
     with room.database.write() as session:
         for message in messages:
-            tell(session, find_job(session, job.id), message)
+            add_event(session, find_job(session, job.id), message)
 
 
-async def told(feed: Feed, job: Job, after: str | None = None) -> list[str]:
-    async with asyncio.timeout(LONG), aclosing(feed.follow(job.id, after)) as events:
+async def told(broadcaster: EventBroadcaster, job: Job, after: str | None = None) -> list[str]:
+    async with asyncio.timeout(LONG), aclosing(broadcaster.subscribe(job.id, after)) as events:
         return [event.message async for event in events]
 
 
 async def test_two_hundred_followers_look_no_more_often_than_one(
-    room: Room, feed: Feed, monkeypatch: pytest.MonkeyPatch
+    room: Room, broadcaster: EventBroadcaster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, looks = room.create(), 0
-    real = room.jobs.news
+    real = room.jobs.new_events
 
-    def counted(position: int | None) -> News:
+    def counted(position: int | None) -> NewEvents:
         nonlocal looks
         looks += 1
         return real(position)
 
-    monkeypatch.setattr(room.jobs, "news", counted)
-    followers = [asyncio.ensure_future(told(feed, job)) for _ in range(200)]
+    monkeypatch.setattr(room.jobs, "new_events", counted)
+    subscribers = [asyncio.ensure_future(told(broadcaster, job)) for _ in range(200)]
     async with asyncio.timeout(LONG):
         while looks < 5:
             await asyncio.sleep(0.01)
@@ -71,16 +71,16 @@ async def test_two_hundred_followers_look_no_more_often_than_one(
     say(room, job, "one", "two")
     room.jobs.cancel(job.id)
     expected = [f"Created fine-tuning job: {job.id}", "one", "two", "Fine-tuning job cancelled"]
-    assert await asyncio.gather(*followers) == [expected] * 200
+    assert await asyncio.gather(*subscribers) == [expected] * 200
     assert stored == 0, "new events came from the one look for all"
 
 
 async def test_a_follower_that_reads_slowly_misses_nothing(
-    room: Room, feed: Feed, monkeypatch: pytest.MonkeyPatch
+    room: Room, broadcaster: EventBroadcaster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed_module, "_MOST_KEPT", 3)
+    monkeypatch.setattr(broadcaster_module, "_MAX_BUFFERED", 3)
     job, seen = room.create(), []
-    async with asyncio.timeout(LONG), aclosing(feed.follow(job.id, None)) as events:
+    async with asyncio.timeout(LONG), aclosing(broadcaster.subscribe(job.id, None)) as events:
         async for event in events:
             seen.append(event.message)
             if len(seen) == 1:
@@ -91,54 +91,56 @@ async def test_a_follower_that_reads_slowly_misses_nothing(
     assert seen[-1] == "Fine-tuning job cancelled"
 
 
-async def test_events_from_a_cursor_on(room: Room, feed: Feed) -> None:
+async def test_events_from_a_cursor_on(room: Room, broadcaster: EventBroadcaster) -> None:
     job = room.create()
     say(room, job, "one", "two")
     cursor = room.jobs.events(job.id, None, 1).rows[0].id
     room.jobs.cancel(job.id)
-    assert await told(feed, job, cursor) == ["Fine-tuning job cancelled"]
-    assert await told(feed, job, room.jobs.events(job.id, None, 1).rows[0].id) == []
+    assert await told(broadcaster, job, cursor) == ["Fine-tuning job cancelled"]
+    assert await told(broadcaster, job, room.jobs.events(job.id, None, 1).rows[0].id) == []
 
 
-async def test_a_cancelled_job_is_followed_until_its_process_is_gone(room: Room, feed: Feed) -> None:
+async def test_a_cancelled_job_is_followed_until_its_process_is_gone(
+    room: Room, broadcaster: EventBroadcaster
+) -> None:
     job = room.create()
     with room.database.write() as session:
         find_job(session, job.id).child = "1:1"
     room.jobs.cancel(job.id)
-    follower = asyncio.ensure_future(told(feed, job))
+    subscriber = asyncio.ensure_future(told(broadcaster, job))
     await asyncio.sleep(0.1)
-    assert not follower.done()
+    assert not subscriber.done()
     say(room, job, "last words")
     with room.database.write() as session:
         find_job(session, job.id).child = None
-    assert (await follower)[-1] == "last words"
+    assert (await subscriber)[-1] == "last words"
 
 
-async def test_an_unknown_job(feed: Feed) -> None:
+async def test_an_unknown_job(broadcaster: EventBroadcaster) -> None:
     with pytest.raises(JobNotKnown):
-        await anext(feed.follow("ftjob-none", None))
+        await anext(broadcaster.subscribe("ftjob-none", None))
 
 
-async def test_nobody_follows_then_nobody_polls(room: Room, feed: Feed) -> None:
+async def test_nobody_follows_then_nobody_polls(room: Room, broadcaster: EventBroadcaster) -> None:
     job = room.create()
-    async with aclosing(feed.follow(job.id, None)) as events:
+    async with aclosing(broadcaster.subscribe(job.id, None)) as events:
         await anext(events)
-        assert feed._poller is not None
-    assert feed._poller is None
-    assert not feed._followers
+        assert broadcaster._poller is not None
+    assert broadcaster._poller is None
+    assert not broadcaster._subscribers
 
 
 async def test_a_failed_look_ends_the_streams_and_not_the_next(
-    room: Room, feed: Feed, monkeypatch: pytest.MonkeyPatch
+    room: Room, broadcaster: EventBroadcaster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = room.create()
 
-    def fail(_: int | None) -> News:
+    def fail(_: int | None) -> NewEvents:
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr(room.jobs, "news", fail)
+        patched.setattr(room.jobs, "new_events", fail)
         with pytest.raises(OSError, match="disk is gone"):
-            await told(feed, job)
+            await told(broadcaster, job)
     room.jobs.cancel(job.id)
-    assert (await told(feed, job))[-1] == "Fine-tuning job cancelled"
+    assert (await told(broadcaster, job))[-1] == "Fine-tuning job cancelled"

@@ -18,57 +18,57 @@ from adapters.errors import AdapterExists, AdapterNotFound
 from adapters.paths import folder_name
 from adapters.printable import printable
 from server.engine.interface import Service
-from server.finetune.command.origin import Origin
+from server.finetune.command.provenance import Provenance
 
 _LOAD_SECONDS = 60.0
 
 
-class Served:
-    """``runner.Models``, carried from the runner's thread to the event loop of the service.
+class PublishedModels:
+    """``runner.ModelPublisher``, carried from the runner's thread to the event loop of the service.
 
     Coroutines and what asks for names that are served belong on that loop; the rest blocks.
     """
 
-    def __init__(self, service: Service, root: Path, origin: Origin) -> None:
+    def __init__(self, service: Service, root: Path, provenance: Provenance) -> None:
         """``root`` is the adapter folder."""
         self._service = service
         self._root = root.absolute()
-        self._origin = origin
+        self._provenance = provenance
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def is_known(self, name: str) -> bool:
         """Whether an adapter of that name is served, waited for, or failed."""
         return bool(self._places(name))
 
-    def is_elsewhere(self, name: str) -> bool:
+    def is_in_other_folder(self, name: str) -> bool:
         """Whether the name means another folder than its own: so an operator has loaded it."""
         return bool(self._places(name) - {printable(str(self._folder_of(name)))})
 
     def has_folder(self, name: str) -> bool:
         return self._folder_of(name).exists() or self._folder_of(name).is_symlink()
 
-    def is_made(self, name: str) -> bool:
+    def is_made_by_job(self, name: str) -> bool:
         """Whether a job has made the folder of that name."""
-        return self._origin.job_of(self._folder_of(name), name) is not None
+        return self._provenance.job_of(self._folder_of(name), name) is not None
 
     def check_place(self, name: str) -> None:
         """Raises AdapterExists if a job could not publish there, as it will be told again at its end."""
-        if self.has_folder(name) and not self.is_made(name):
+        if self.has_folder(name) and not self.is_made_by_job(name):
             raise _taken(name)
 
     def publish(self, name: str, job: str) -> None:
-        if self._origin.job_of(self._folder_of(name), name) != job:
+        if self._provenance.job_of(self._folder_of(name), name) != job:
             raise _taken(name)
         self._on_loop(self._serve(name))
 
-    def retract(self, name: str, job: str) -> None:
-        if self._origin.job_of(self._folder_of(name), name) == job:
+    def unpublish(self, name: str, job: str) -> None:
+        if self._provenance.job_of(self._folder_of(name), name) == job:
             self._on_loop(self.unload(name))
             self.remove(name)
 
     async def unload(self, name: str) -> None:
         """Serve it no longer, if it is served from its own folder."""
-        if not self.is_elsewhere(name):
+        if not self.is_in_other_folder(name):
             with suppress(AdapterNotFound):
                 await self._service.unload_adapter(name)
 
@@ -80,14 +80,14 @@ class Served:
             folder.rename(gone)
         except FileNotFoundError:
             return True
-        if self._origin.job_of(gone, name) is None:  # it came to that place a moment ago
+        if self._provenance.job_of(gone, name) is None:  # it came to that place a moment ago
             gone.rename(folder)
             return False
         shutil.rmtree(gone, ignore_errors=True)
         return True
 
     async def _serve(self, name: str) -> None:
-        if self.is_elsewhere(name):
+        if self.is_in_other_folder(name):
             raise _taken(name)
         await self._service.load_adapter(name, folder_name(name), True)
 

@@ -10,17 +10,17 @@ from typing import Any, Literal
 from server.finetune.jobs import progress
 from server.finetune.jobs.database import Status
 
-Outcome = Literal["published", "failed", "left", "died"]
+OutcomeKind = Literal["published", "failed", "left", "died"]
 LOG = "train.log"
 _INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class Outcome:
     """What became of one attempt at a job.
 
     Attributes:
-        outcome: ``published``: an adapter is in the adapter folder; ``left``: it stopped as it was told, and
+        kind: ``published``: an adapter is in the adapter folder; ``left``: it stopped as it was told, and
             can go on; ``died``: killed by a signal; ``failed``: it would fail again.
         code: OpenAI's machine-readable code of a failure.
         message: a whole sentence.
@@ -28,7 +28,7 @@ class Ending:
         evaluation: the figures on the validation file, beside the base's; None without such a file.
     """
 
-    outcome: Outcome
+    kind: OutcomeKind
     code: str | None = None
     message: str = ""
     trained_tokens: int | None = None
@@ -38,7 +38,7 @@ class Ending:
         """OpenAI's ``error`` of a job."""
         return {"code": self.code or "training_failed", "message": self.message, "param": None}
 
-    def told(self, status: Status) -> str:
+    def event_message(self, status: Status) -> str:
         """The event that tells of it, when it left the job at ``status``."""
         if status == "succeeded":
             return "The job has successfully completed"
@@ -48,7 +48,7 @@ class Ending:
         return f"{self.message} {what} from its last checkpoint".lstrip()
 
 
-def ending_of(folder: Path, code: int | None) -> Ending:
+def outcome_of(folder: Path, code: int | None) -> Outcome:
     """The end of the process that trained in ``folder``.
 
     Args:
@@ -58,26 +58,26 @@ def ending_of(folder: Path, code: int | None) -> Ending:
     if result is not None and result.status in _RESULTS:
         return _RESULTS[result.status](result)
     if code is None or code == _INTERRUPTED:
-        return Ending("left")
+        return Outcome("left")
     if code < 0:
-        return Ending("died", "process_died", f"The training process was killed by {_signal(-code)}.")
+        return Outcome("died", "process_died", f"The training process was killed by {_signal(-code)}.")
     message = _last_words(folder) or f"The training process ended with exit code {code}."
-    return Ending("failed", "training_failed", message)
+    return Outcome("failed", "training_failed", message)
 
 
-def _published(result: progress.Result) -> Ending:
+def _published(result: progress.Result) -> Outcome:
     tokens = result.metrics.get("trained_tokens")
     count = int(tokens) if isinstance(tokens, int | float) else None
-    return Ending("published", trained_tokens=count, evaluation=result.evaluation)
+    return Outcome("published", trained_tokens=count, evaluation=result.evaluation)
 
 
-def _kept(result: progress.Result) -> Ending:
+def _kept(result: progress.Result) -> Outcome:
     reason = result.reason or "The adapter was not published."
-    return Ending("failed", "not_improved", reason, evaluation=result.evaluation)
+    return Outcome("failed", "not_improved", reason, evaluation=result.evaluation)
 
 
-def _failed(result: progress.Result) -> Ending:
-    return Ending("failed", _code(result.error_type), result.reason or "Training failed.")
+def _failed(result: progress.Result) -> Outcome:
+    return Outcome("failed", _code(result.error_type), result.reason or "Training failed.")
 
 
 _RESULTS = {"published": _published, "kept": _kept, "failed": _failed}

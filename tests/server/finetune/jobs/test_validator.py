@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from server.finetune.jobs import command, vetting
-from server.finetune.jobs.store import Wanted
-from server.finetune.jobs.vetting import Vetting
+from server.finetune.jobs import command
+from server.finetune.jobs import validator as validator_module
+from server.finetune.jobs.store import JobRequest
+from server.finetune.jobs.validator import JobValidator
 from tests.server.finetune.jobs.conftest import Room
 
 SLEEPS = (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
@@ -18,23 +19,23 @@ SLEEPS = (sys.executable, "-c", "import time; print('begun', flush=True); time.s
 
 def test_closing_ends_a_check(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "PROGRAM", SLEEPS)
-    vetter, found = Vetting(room.files, room.config), list[list[str]]()
-    job = room.jobs.draft(Wanted("base", room.upload().id))
-    thread = threading.Thread(target=lambda: found.append(vetter.vet(job)))
+    validator, found = JobValidator(room.files, room.config), list[list[str]]()
+    job = room.jobs.draft(JobRequest("base", room.upload().id))
+    thread = threading.Thread(target=lambda: found.append(validator.validate(job)))
     thread.start()
     deadline = time.monotonic() + 20
-    while vetter._process is None:
+    while validator._process is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    vetter.close()
+    validator.close()
     thread.join(20)
     assert found == [[]]
 
 
 def test_a_check_that_takes_too_long_is_ended(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "PROGRAM", SLEEPS)
-    monkeypatch.setattr(vetting, "_SECONDS", 0.2)
-    vetter = Vetting(room.files, room.config)
-    assert vetter.vet(room.jobs.draft(Wanted("base", room.upload().id))) == []
-    assert vetter._process is not None
-    assert vetter._process.returncode is not None
+    monkeypatch.setattr(validator_module, "_SECONDS", 0.2)
+    validator = JobValidator(room.files, room.config)
+    assert validator.validate(room.jobs.draft(JobRequest("base", room.upload().id))) == []
+    assert validator._process is not None
+    assert validator._process.returncode is not None

@@ -9,7 +9,7 @@ import subprocess
 
 from server.config import ServerConfig
 from server.errors import InvalidRequest
-from server.finetune.jobs.child import wrapped
+from server.finetune.jobs.child import child_command
 from server.finetune.jobs.command import FIELDS, train_command, train_environ
 from server.finetune.jobs.database import Job
 from server.finetune.jobs.errors import FileNotKnown
@@ -22,14 +22,14 @@ _SECONDS = 60.0
 _WRONG = 2
 
 
-class Vetting:
+class JobValidator:
     """One check at a time, which ``close`` ends."""
 
     def __init__(self, files: Files, config: ServerConfig) -> None:
         self._files, self._config = files, config
         self._process: subprocess.Popen[str] | None = None
 
-    def vet(self, job: Job) -> list[str]:
+    def validate(self, job: Job) -> list[str]:
         """Warnings for whoever asks for ``job``. Blocks for seconds.
 
         A check that cannot be made refuses nothing: the job itself will tell.
@@ -65,7 +65,7 @@ class Vetting:
         folder = self._config.home / "jobs" / job.id
         command = [*train_command(job, folder, self._files, self._config), "--check"]
         with subprocess.Popen(
-            wrapped(command, _NICE),
+            child_command(command, _NICE),
             env=train_environ(self._config.training),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

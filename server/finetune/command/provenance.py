@@ -24,7 +24,7 @@ _ID = "id"
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Provenance:
     """Of one state folder: ``home``. Every method blocks."""
 
     home: Path
@@ -58,15 +58,15 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class MadeBy:
+class Producer:
     """The job that makes a folder."""
 
-    origin: Origin
+    provenance: Provenance
     job: str
 
     def mark(self, folder: Path, name: str) -> None:
         """Write it down in ``folder``, which will be the adapter ``name``'s."""
-        self.origin.mark(folder, name, self.job)
+        self.provenance.mark(folder, name, self.job)
 
 
 def _digests(folder: Path) -> dict[str, str]:

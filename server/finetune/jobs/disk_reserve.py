@@ -10,24 +10,24 @@ RESERVE_BYTES = 1 << 20
 """Far more than a transaction that deletes or ends something takes."""
 
 
-class Reserve:
+class DiskReserve:
     """A file of ``RESERVE_BYTES`` that is given up on a full disk and made again as soon as there is room."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def keep(self) -> None:
+    def ensure(self) -> None:
         """Have the space again, as far as the disk has it. Cheap while it is there."""
         with suppress(OSError):
             if self._allocated() < RESERVE_BYTES:
                 self._allocate()
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Let the space be free."""
         with suppress(OSError):
             os.truncate(self._path, 0)
 
-    def is_endangered(self) -> bool:
+    def disk_is_low(self) -> bool:
         """Whether the disk has so little room that a large write should stop, to leave the reserve alone."""
         try:
             disk = os.statvfs(self._path.parent)

@@ -1,0 +1,142 @@
+"""The events of jobs as they come: one look at the database for everybody who follows, however many.
+
+Lives on the event loop. What a subscriber has missed (it begins, or reads too slowly) it reads by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+
+from server.finetune.jobs.database import JobEvent
+from server.finetune.jobs.store import Jobs, NewEvents, is_over
+from server.pools import Pool
+
+POLL_INTERVAL = 0.25
+"""Seconds between two looks for new events."""
+_PAGE = 100
+_MAX_BUFFERED = 500
+"""Events kept for a subscriber that is slow to take them; then it reads them from the database instead."""
+
+
+@dataclass(eq=False, slots=True)
+class _Subscriber:
+    """Who follows one job.
+
+    Attributes:
+        lagging: events may be in the database that are not in ``events``.
+        over: the job has ended; nothing comes after what is told by now.
+        failure: why no more events come, although the job has not ended.
+    """
+
+    job_id: str
+    events: deque[JobEvent] = field(default_factory=deque)
+    lagging: bool = True
+    over: bool = False
+    failure: Exception | None = None
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def offer(self, event: JobEvent) -> None:
+        if len(self.events) < _MAX_BUFFERED:
+            self.events.append(event)
+        else:
+            self.lagging = True
+        self.woken.set()
+
+
+class EventBroadcaster:
+    """Tells subscribers of new events, from one poller that runs while there are any."""
+
+    def __init__(self, jobs: Jobs, readers: Pool) -> None:
+        self._jobs = jobs
+        self._readers = readers
+        self._subscribers: dict[str, set[_Subscriber]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def subscribe(self, job_id: str, after: str | None) -> AsyncGenerator[JobEvent, None]:
+        """Every event of the job after the one with the id ``after``, until the job has ended.
+
+        Raises JobNotKnown, or InvalidRequest for ``after``. Close it, or its poller may run on.
+        """
+        subscriber = _Subscriber(job_id)
+        self._join(subscriber)
+        try:
+            subscriber.over = is_over(await self._readers.run(self._jobs.get, job_id))
+            seen = 0
+            while True:
+                if subscriber.lagging:
+                    subscriber.lagging = False
+                    subscriber.events.clear()
+                    async for event in self._stored(job_id, after):
+                        after, seen = event.id, event.seq
+                        yield event
+                elif subscriber.events:
+                    event = subscriber.events.popleft()
+                    if event.seq > seen:
+                        after, seen = event.id, event.seq
+                        yield event
+                elif subscriber.failure is not None:
+                    raise subscriber.failure
+                elif subscriber.over:
+                    return
+                else:
+                    subscriber.woken.clear()
+                    await subscriber.woken.wait()
+        finally:
+            self._leave(subscriber)
+
+    async def _stored(self, job_id: str, after: str | None) -> AsyncGenerator[JobEvent, None]:
+        more = True
+        while more:
+            page = await self._readers.run(self._jobs.events, job_id, after, _PAGE, ascending=True)
+            for event in page.rows:
+                after = event.id
+                yield event
+            more = page.has_more
+
+    def _join(self, subscriber: _Subscriber) -> None:
+        self._subscribers.setdefault(subscriber.job_id, set()).add(subscriber)
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+
+    def _leave(self, subscriber: _Subscriber) -> None:
+        others = self._subscribers[subscriber.job_id]
+        others.discard(subscriber)
+        if not others:
+            del self._subscribers[subscriber.job_id]
+        if not self._subscribers and self._poller is not None:
+            self._poller.cancel()
+            self._poller = None
+
+    async def _poll(self) -> None:
+        position = None
+        while True:
+            try:
+                batch = await self._readers.run(self._jobs.new_events, position)
+            except Exception as error:
+                self._fail(error)
+                return
+            self._dispatch(batch, first=position is None)
+            position = batch.position
+            if not batch.more:
+                await asyncio.sleep(POLL_INTERVAL)
+
+    def _dispatch(self, batch: NewEvents, first: bool) -> None:
+        for event in batch.events:
+            for subscriber in self._subscribers.get(event.job_id, ()):
+                subscriber.offer(event)
+        for subscriber in self._all():
+            subscriber.lagging |= first  # what came between its own look and this one is in neither
+            subscriber.over |= not batch.more and subscriber.job_id not in batch.live
+            if first or subscriber.over:
+                subscriber.woken.set()
+
+    def _fail(self, error: Exception) -> None:
+        for subscriber in self._all():
+            subscriber.failure = error
+            subscriber.woken.set()
+
+    def _all(self) -> Iterator[_Subscriber]:
+        return (subscriber for subscribers in self._subscribers.values() for subscriber in subscribers)
