@@ -8,7 +8,7 @@ import resource
 from dataclasses import replace
 
 from server.config import ConnectionConfig
-from server.http.places import SPARE
+from server.http.connection_limit import RESERVED_CONNECTIONS
 
 logger = logging.getLogger("manylora.serve")
 
@@ -36,7 +36,7 @@ def fitted(config: ConnectionConfig, limit: int) -> ConnectionConfig:
 
     The listener outlives a shortage, but clients that meet one are closed without a word.
     """
-    room = max(limit - _open_now() - _OTHERS, limit // 2) - SPARE
+    room = max(limit - _open_now() - _OTHERS, limit // 2) - RESERVED_CONNECTIONS
     if room >= config.limit_concurrency:
         return config
     lowered = max(1, room)

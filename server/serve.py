@@ -22,7 +22,7 @@ from server.descriptors import fitted, raise_limit
 from server.engine.interface import Service
 from server.finetune.jobs.errors import StateUnusable
 from server.finetune.jobs.training import Training
-from server.http.app import WHEN_FULL, create_app
+from server.http.app import SERVED_WHEN_FULL, create_app
 from server.http.connection import bounded
 from server.http.context import Context
 from server.logs import configure
@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded(config.connections, WHEN_FULL),
+                http=bounded(config.connections, SERVED_WHEN_FULL),
                 ws="none",
                 timeout_keep_alive=config.connections.timeout_keep_alive,
                 log_config=None,

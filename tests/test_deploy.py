@@ -16,7 +16,7 @@ import yaml
 from server.config import ServerConfig, from_args
 from server.config.options import OPTIONS
 from server.finetune.jobs.runner import STOP_GRACE_SECONDS
-from server.http.app import OPEN, SCRAPERS
+from server.http.app import METRICS_ROUTES, PROBE_ROUTES
 from server.serve import _CLOSE_SECONDS
 from tests.test_packaging import ROOT, instructions, last_environment, stages
 
@@ -148,7 +148,7 @@ def test_probes_ask_routes_that_need_no_key() -> None:
     probes = {
         name: CONTAINER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")
     }
-    assert {probe["path"] for probe in probes.values()} <= paths(OPEN)
+    assert {probe["path"] for probe in probes.values()} <= paths(PROBE_ROUTES)
     assert {probe["port"] for probe in probes.values()} == {"http"}
     assert probes["readinessProbe"]["path"] == "/ready"  # a draining server is alive
     assert probes["livenessProbe"]["path"] == "/health"
@@ -175,7 +175,7 @@ def test_selectors_find_the_pod() -> None:
 
 def test_the_pod_monitor_reads_the_metrics_with_their_key() -> None:
     (endpoint,) = read("podmonitor.yaml")["spec"]["podMetricsEndpoints"]
-    assert endpoint["path"] in paths(SCRAPERS)
+    assert endpoint["path"] in paths(METRICS_ROUTES)
     assert endpoint["port"] in {port["name"] for port in CONTAINER["ports"]}
     (given,) = (variable for variable in CONTAINER["env"] if variable["name"] == "MANYLORA_METRICS_KEY")
     assert endpoint["authorization"]["credentials"] == given["valueFrom"]["secretKeyRef"]
@@ -183,7 +183,7 @@ def test_the_pod_monitor_reads_the_metrics_with_their_key() -> None:
 
 def test_prometheus_reads_the_metrics_with_their_key() -> None:
     (scrape,) = read("prometheus.yaml")["scrape_configs"]
-    assert scrape["metrics_path"] in paths(SCRAPERS)
+    assert scrape["metrics_path"] in paths(METRICS_ROUTES)
     ((host, _, port),) = (target.partition(":") for target in scrape["static_configs"][0]["targets"])
     assert port == str(PORT)
     assert all(host in service["networks"]["default"]["aliases"] for service in SERVERS.values())

@@ -1,4 +1,4 @@
-"""A sweep as a picture (PNG). Needs matplotlib, which a checkout that is not installed may lack."""
+"""The plot of a sweep, as PNG. Needs matplotlib, which a checkout that is not installed may lack."""
 
 from __future__ import annotations
 

@@ -27,21 +27,21 @@ from server.http.metrics import Metrics
 from server.http.urls import IgnoreLastSlash, on_http_exception
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Rows = Sequence[tuple[str, str, Endpoint]]
+Routes = Sequence[tuple[str, str, Endpoint]]
 
-OPEN: Rows = (
+PROBE_ROUTES: Routes = (
     ("GET", "/health", health.health),
     ("GET", "/ready", health.ready),
 )
-CLIENTS: Rows = (
+CLIENT_ROUTES: Routes = (
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.get_model),
     ("GET", "/version", health.version),
 )
-SCRAPERS: Rows = (("GET", "/metrics", health.metrics),)
-TRAINERS: Rows = (
+METRICS_ROUTES: Routes = (("GET", "/metrics", health.metrics),)
+TRAINING_ROUTES: Routes = (
     ("POST", "/v1/files", files.upload_file),
     ("GET", "/v1/files", files.list_files),
     ("GET", "/v1/files/{file}", files.get_file),
@@ -57,14 +57,14 @@ TRAINERS: Rows = (
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints", fine_tuning.list_checkpoints),
     ("DELETE", "/v1/models/{model:path}", fine_tuning.delete_model),
 )
-ADMINS: Rows = (
+ADMIN_ROUTES: Routes = (
     ("GET", "/v1/adapters", adapters.list_adapters),
     ("POST", "/v1/load_lora_adapter", adapters.load_adapter),
     ("POST", "/v1/unload_lora_adapter", adapters.unload_adapter),
 )
 
-WHEN_FULL = frozenset(path for _, path, _ in (*OPEN, *SCRAPERS, *ADMINS))
-"""What is answered even when all places are taken: what an operator finds out and mends it with."""
+SERVED_WHEN_FULL = frozenset(path for _, path, _ in (*PROBE_ROUTES, *METRICS_ROUTES, *ADMIN_ROUTES))
+"""Paths that are served even when every connection is busy: an operator needs them to find the cause."""
 
 
 def create_app(service: Service, config: HttpConfig, training: Training | None = None) -> Starlette:
@@ -77,11 +77,11 @@ def create_app(service: Service, config: HttpConfig, training: Training | None =
         metrics.add(training.collector())
     app = Starlette(
         routes=[
-            *_routes(OPEN, ()),
-            *_routes(CLIENTS, _client_guard(config)),
-            *_routes(SCRAPERS, _scraper_guard(config)),
-            *(_routes(TRAINERS, _trainer_guard(config)) if training is not None else ()),
-            *_routes(ADMINS, _admin_guard(config)),
+            *_routes(PROBE_ROUTES, ()),
+            *_routes(CLIENT_ROUTES, _client_guard(config)),
+            *_routes(METRICS_ROUTES, _scraper_guard(config)),
+            *(_routes(TRAINING_ROUTES, _trainer_guard(config)) if training is not None else ()),
+            *_routes(ADMIN_ROUTES, _admin_guard(config)),
         ],
         middleware=[
             Middleware(AccessLog, metrics),
@@ -96,8 +96,8 @@ def create_app(service: Service, config: HttpConfig, training: Training | None =
     return app
 
 
-def _routes(rows: Rows, guard: Sequence[Middleware]) -> list[Route]:
-    return [Route(path, endpoint, methods=[method], middleware=guard) for method, path, endpoint in rows]
+def _routes(routes: Routes, guard: Sequence[Middleware]) -> list[Route]:
+    return [Route(path, endpoint, methods=[method], middleware=guard) for method, path, endpoint in routes]
 
 
 def _client_guard(config: HttpConfig) -> list[Middleware]:

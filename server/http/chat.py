@@ -12,7 +12,7 @@ from server.engine.interface import Delta, TokenLogprob
 from server.engine.sampling_params import SamplingParams
 from server.http.context import Context, context_of
 from server.http.generation import Completion, CompletionStream, begin, room_for_answer, submit
-from server.http.limits import body_in_hand
+from server.http.limits import read_body_reserved
 from server.http.record import record_of
 from server.http.respond import respond
 from server.http.schema import ChatBody, UsageInStream
@@ -22,7 +22,7 @@ from server.http.sse import Chunks
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or streamed."""
     context, record = context_of(request), record_of(request)
-    async with body_in_hand(request, ChatBody, context.config.max_body_bytes) as body:
+    async with read_body_reserved(request, ChatBody, context.config.max_body_bytes) as body:
         await begin(record, context, body, "chatcmpl")
         with context.service.holding(record.adapter) as version:
             messages = [message.rendered() for message in body.messages]

@@ -14,7 +14,7 @@ from server.engine.sampling_params import SamplingParams
 from server.errors import InvalidRequest
 from server.http.context import Context, context_of
 from server.http.generation import Completion, CompletionStream, begin, room_for_answer, submit
-from server.http.limits import body_in_hand
+from server.http.limits import read_body_reserved
 from server.http.record import record_of
 from server.http.respond import respond
 from server.http.schema import CompletionBody, Prompt, UsageInStream
@@ -26,7 +26,7 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(request: Request) -> Response:
     """Continue one prompt or several, whole or streamed."""
     context, record = context_of(request), record_of(request)
-    async with body_in_hand(request, CompletionBody, context.config.max_body_bytes) as body:
+    async with read_body_reserved(request, CompletionBody, context.config.max_body_bytes) as body:
         await begin(record, context, body, "cmpl")
         with context.service.holding(record.adapter) as version:
             prompts = [await _tokens(context, prompt) for prompt in body.prompt]

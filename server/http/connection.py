@@ -23,6 +23,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.config import ConnectionConfig
+from server.http.connection_limit import ConnectionLimit
 from server.http.deadline import Deadline
 from server.http.errors import (
     BadRequest,
@@ -36,7 +37,6 @@ from server.http.errors import (
     shape_of,
 )
 from server.http.hosts import host_of_absolute_target
-from server.http.places import Places
 
 logger = logging.getLogger("manylora.connection")
 
@@ -61,12 +61,12 @@ class BoundedConnection(HttpToolsProtocol):
 
     Attributes:
         limits: of each connection.
-        places: of all connections together.
-        kept: paths that are answered even when all places are taken.
+        connection_limit: shared by all connections of the server.
+        kept: paths that are served even when every connection is busy.
     """
 
     limits: ClassVar[ConnectionConfig]
-    places: ClassVar[Places]
+    connection_limit: ClassVar[ConnectionLimit]
     kept: ClassVar[frozenset[bytes]]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -84,13 +84,13 @@ class BoundedConnection(HttpToolsProtocol):
         self._refusal: HttpError | None = None
         self._cycles: deque[RequestResponseCycle] = deque()
         self._discarded = 0
-        if self.places.enter(self):
+        if self.connection_limit.add(self):
             self._reading.set(self.limits.header_timeout)
         else:
             self._turn_away()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.places.leave(self)
+        self.connection_limit.remove(self)
         self._reading.close()
         self._writing.close()
         self._disconnect_all()
@@ -146,8 +146,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._progress += 1
-        self.places.begin(self)
-        if self.places.full and self.url.partition(b"?")[0] not in self.kept:
+        self.connection_limit.mark_busy(self)
+        if self.connection_limit.full and self.url.partition(b"?")[0] not in self.kept:
             most = self.limits.limit_concurrency
             message = f"The server answers {most} requests already (--limit-concurrency); try again shortly."
             self._stop(TooManyConnections(message))
@@ -212,7 +212,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _rest(self) -> None:
         self.phase = Phase.IDLE
-        self.places.rest(self)
+        self.connection_limit.mark_idle(self)
         self._reading.set(self.limits.timeout_keep_alive)
 
     def _expect_reader(self) -> None:
@@ -241,7 +241,7 @@ class BoundedConnection(HttpToolsProtocol):
         elif self.phase is Phase.BODY and not self.cycle.response_complete:
             self._expect_more_body()
         else:
-            self.give_way()
+            self.evict()
 
     def _expect_more_body(self) -> None:
         limits = self.limits
@@ -255,7 +255,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     # -- ends ------------------------------------------------------------------------------------------
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         self.timeout_keep_alive_handler()
 
     def refuse(self, error: HttpError) -> None:
@@ -266,7 +266,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._is_answering():
             self.transport.abort()
             return
-        self.places.rest(self)
+        self.connection_limit.mark_idle(self)
         self._reading.set(_LINGER_SECONDS)
         self.transport.write(_as_bytes(error))
         self.transport.write_eof()
@@ -310,14 +310,14 @@ class BoundedConnection(HttpToolsProtocol):
 
 
 def bounded(limits: ConnectionConfig, kept: Iterable[str]) -> type[BoundedConnection]:
-    """The connections of one server, which share ``limit_concurrency`` places.
+    """The connections of one server, which share one ``limit_concurrency``.
 
     Args:
         kept: paths that are answered even when all of them are taken.
     """
     shared = {
         "limits": limits,
-        "places": Places(limits.limit_concurrency),
+        "connection_limit": ConnectionLimit(limits.limit_concurrency),
         "kept": frozenset(path.encode() for path in kept),
     }
     return type("Connection", (BoundedConnection,), shared)

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from server.config import HttpConfig
 from server.engine.interface import Service
 from server.finetune.jobs.training import Training
+from server.http.body_memory import MAX_LARGEST_BODIES, BodyMemory
 from server.http.disconnect import Closing
-from server.http.held import MAX_LARGEST, HeldBodies
 from server.http.metrics import Metrics
 from server.pools import Pool
 
@@ -23,7 +23,7 @@ class Context:
         training: what files and fine-tuning jobs are asked of; None = this server has neither.
         closing: closed when the time to drain is over; answers that still run end with an error.
         bodies: parses large bodies.
-        held: counts them.
+        body_memory: counts them.
     """
 
     service: Service
@@ -32,10 +32,10 @@ class Context:
     training: Training | None
     closing: Closing = field(default_factory=Closing)
     bodies: Pool = field(default_factory=lambda: Pool("bodies"))
-    held: HeldBodies = field(init=False)
+    body_memory: BodyMemory = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "held", HeldBodies(self.config.max_body_bytes * MAX_LARGEST))
+        object.__setattr__(self, "body_memory", BodyMemory(self.config.max_body_bytes * MAX_LARGEST_BODIES))
 
     def close(self) -> None:
         """End its threads, when nothing is served any more."""

@@ -93,7 +93,7 @@ class RequestTooSlow(HttpError):
 
 
 class TooManyConnections(HttpError):
-    """All places are taken."""
+    """Every connection that may have a request has one."""
 
 
 class BodyTooLarge(HttpError):

@@ -28,23 +28,23 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The request's JSON body as ``model``. Raises what refuses it; ``InvalidRequest`` names the field."""
-    async with body_in_hand(request, model, max_bytes) as body:
+    async with read_body_reserved(request, model, max_bytes) as body:
         return body
 
 
 @asynccontextmanager
-async def body_in_hand(request: Request, model: type[Model], max_bytes: int) -> AsyncIterator[Model]:
-    """``read_body``, for more work on a body that may be large (tokenising it): it counts as held meanwhile.
+async def read_body_reserved(request: Request, model: type[Model], max_bytes: int) -> AsyncIterator[Model]:
+    """``read_body``, which keeps the memory of a large body reserved while the block uses it.
 
-    Raises also QueueFull, if too much is held.
+    Also raises QueueFull if large bodies take too much memory.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise BodyNotJson("The body must be JSON: send the header 'Content-Type: application/json'.")
     context = context_of(request)
-    with context.held.hold() as hold:
-        async with context.held.coming(hold):
-            body = await _read(request, max_bytes, lambda size: context.held.grow(hold, size))
+    with context.body_memory.reserve() as reservation:
+        async with context.body_memory.receiving(reservation):
+            body = await _read(request, max_bytes, lambda size: context.body_memory.resize(reservation, size))
         if len(body) <= SMALL_BODY:
             yield parse_body(body, model)
         else:

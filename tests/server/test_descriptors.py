@@ -15,7 +15,7 @@ import pytest
 
 from server import descriptors
 from server.config import from_args
-from server.http.places import SPARE
+from server.http.connection_limit import RESERVED_CONNECTIONS
 from tests.server.http.conftest import wait_until
 
 CONFIG = from_args([], {}).connections
@@ -54,7 +54,7 @@ def test_a_limit_that_cannot_be_raised_holds(monkeypatch: pytest.MonkeyPatch) ->
 def test_connections_fit_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     assert descriptors.fitted(CONFIG, 1 << 16) is CONFIG
     assert not caplog.records
-    assert descriptors.fitted(CONFIG, 128).limit_concurrency == 64 - SPARE
+    assert descriptors.fitted(CONFIG, 128).limit_concurrency == 64 - RESERVED_CONNECTIONS
     assert descriptors.fitted(CONFIG, 8).limit_concurrency == 1
     assert len(caplog.records) == 2
 

@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         _write(arguments, results, time.monotonic() - began)
 
     run_sections(SECTIONS, arguments.budget, done, arguments.log)
-    print(report.reach_text(results))
+    print(report.targets_text(results))
     if arguments.plot:
-        print(_drawn(results, arguments.plot))
+        print(_plot(results, arguments.plot))
     failed = [result.title for result in results if result.status == "failed"]
     print(f"\nFAILED: {'; '.join(failed)}" if failed else "\nnothing failed")
     return 1 if failed else 0
@@ -72,15 +72,15 @@ def _write(arguments: argparse.Namespace, results: Sequence[Result], seconds: fl
         arguments.output.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _drawn(results: Sequence[Result], file: Path) -> str:
-    """Draw, and say so, or why not."""
+def _plot(results: Sequence[Result], file: Path) -> str:
+    """Draw the plot. Returns the line to print: the file, or why there is no plot."""
     if find_spec("matplotlib") is None:
-        return "no picture: matplotlib is not installed"
+        return "no plot: matplotlib is not installed"
     from server.bench.gpu_check.plot import draw
 
     found = [row for result in results if result.name == "device" for row in result.table("gpu")]
     title = str(found[0]["name"]) if found else "no GPU: a tiny model on the CPU"
-    return f"drawn: {file}" if draw(results, title, file) else "no picture: no decode step was measured"
+    return f"plot: {file}" if draw(results, title, file) else "no plot: no decode step was measured"
 
 
 def _seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The picture of a report: decode throughput and step over floor, by adapters. Needs matplotlib."""
+"""The plot of a report: decode throughput and step over floor, by adapters. Needs matplotlib."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.bench.gpu_check.rows import Result, Row
-from server.bench.gpu_check.targets import figures
+from server.bench.gpu_check.targets import measured_targets
 from server.bench.machine import describe_machine
 from server.bench.table import align, number
 
@@ -37,14 +37,14 @@ def _cell(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
-def reach_text(results: Sequence[Result]) -> str:
-    """Each figure beside what is asked of it; empty if none was measured."""
+def targets_text(results: Sequence[Result]) -> str:
+    """Each measured value beside its target; empty if none was measured."""
     rows = [
-        [figure.name, number(figure.value), f"{'>=' if figure.least else '<='} {number(figure.asked)}",
-         "reached" if figure.met else "MISSED"]
-        for figure in figures(results)
+        [target.name, number(target.value), f"{'>=' if target.at_least else '<='} {number(target.bound)}",
+         "reached" if target.met else "MISSED"]
+        for target in measured_targets(results)
     ]  # fmt: skip
-    return "\nreach\n" + align([["figure", "measured", "asked", ""], *rows]) if rows else ""
+    return "\ntargets\n" + align([["figure", "measured", "asked", ""], *rows]) if rows else ""
 
 
 def document(results: Sequence[Result], budget: float, seconds: float) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def document(results: Sequence[Result], budget: float, seconds: float) -> dict[s
         "budget_seconds": budget,
         "seconds": round(seconds, 1),
         "sections": [result.as_json() for result in results],
-        "reach": [
-            {"figure": figure.name, "measured": figure.value, "asked": figure.asked, "at_least": figure.least,
-             "met": figure.met}
-            for figure in figures(results)
+        "targets": [
+            {"figure": target.name, "measured": target.value, "asked": target.bound,
+             "at_least": target.at_least, "met": target.met}
+            for target in measured_targets(results)
         ],
     }  # fmt: skip

@@ -74,27 +74,27 @@ def test_our_own_server_beside_a_peer(
 
 
 def test_a_sweep_over_adapters(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, picture = tmp_path / "result.json", tmp_path / "result.png"
-    words = ["--sweep-adapters", "1,2", "--repeats", "2", "--save-result", str(out), "--plot", str(picture)]
+    out, plot = tmp_path / "result.json", tmp_path / "result.png"
+    words = ["--sweep-adapters", "1,2", "--repeats", "2", "--save-result", str(out), "--plot", str(plot)]
     assert bench("--base-url", url, *SMALL, *words) == 0
     assert "distinct adapters" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert result["axis"] == "distinct adapters"
     assert [point["at"] for point in result["points"]] == [1, 2]
     assert [len(point["servers"][0]["runs"]) for point in result["points"]] == [2, 2]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("rates", ["50,100", "50%,70%"])
 def test_a_sweep_over_the_load(url: str, tmp_path: Path, rates: str) -> None:
-    out, picture = tmp_path / "result.json", tmp_path / "result.png"
-    words = ["--sweep-load", rates, "--save-result", str(out), "--plot", str(picture)]
+    out, plot = tmp_path / "result.json", tmp_path / "result.png"
+    words = ["--sweep-load", rates, "--save-result", str(out), "--plot", str(plot)]
     assert bench("--base-url", url, *SMALL, *words) == 0
     result = json.loads(out.read_text())
     assert [f"{point['at']:g}" for point in result["points"]] == rates.replace("%", "").split(",")
     assert all(rate > 0 for rate in result["saturation"].values())
     assert bool(result["saturation"]) == ("%" in rates)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_needs_as_many_adapters(url: str, capsys: pytest.CaptureFixture[str]) -> None:

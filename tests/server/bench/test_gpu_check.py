@@ -58,7 +58,7 @@ def test_it_says_so_in_one_line_and_nothing_fails(
     assert "skipped: torch sees no GPU: what follows runs small, on the CPU" in run[0].stdout.splitlines()
     assert "nothing failed" in run[0].stdout
     assert report["gpu"] is None
-    assert report["reach"] == []
+    assert report["targets"] == []
     assert [one["section"] for one in report["sections"]] == [section.name for section in SECTIONS]
     assert (run[1] / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.bench.gpu_check import child, nf4_products
-from server.bench.gpu_check import supervisor as conductor
+from server.bench.gpu_check import child, nf4_products, supervisor
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
 from server.bench.gpu_check.context import Context, Gpu
@@ -21,11 +20,11 @@ from server.bench.gpu_check.decode import run as run_decode
 from server.bench.gpu_check.exactness import run as run_exactness
 from server.bench.gpu_check.nf4_products import run as run_products
 from server.bench.gpu_check.random_adapters import RandomAdapters
-from server.bench.gpu_check.report import reach_text, section_text
+from server.bench.gpu_check.report import section_text, targets_text
 from server.bench.gpu_check.rows import Result, Row, Value, skipped
 from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.served import Answer
-from server.bench.gpu_check.targets import figures
+from server.bench.gpu_check.targets import measured_targets
 from server.bench.roofline import Machine
 from server.engine.model.cuda.products import PRODUCTS, ROWS
 from server.engine.model.transformers_model import StockModel
@@ -47,7 +46,7 @@ for name in json.loads(sys.stdin.readline())["ends"]:
 
 def conduct(script: str, budget: float = 60.0) -> list[Result]:
     seen: list[Result] = []
-    results = conductor.run(THREE, budget, seen.append, command=[sys.executable, "-c", script])
+    results = supervisor.run(THREE, budget, seen.append, command=[sys.executable, "-c", script])
     assert seen == results
     return results
 
@@ -82,7 +81,7 @@ def test_a_section_that_kills_its_process_fails_alone_and_keeps_its_rows() -> No
 
 
 def test_a_section_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conductor, "_GRACE_S", 0.5)
+    monkeypatch.setattr(supervisor, "_GRACE_S", 0.5)
     one, two, three = conduct(CHILD.replace("TWO", "time.sleep(60)"), budget=1.0)
     assert (one.status, two.status, three.status) == ("ok", "failed", "ok")
     assert "hung" in two.failed
@@ -129,10 +128,10 @@ def test_what_is_reached_is_computed_from_the_rows() -> None:
     waits += [Row("first tokens", {"adapters": "half fit", "mean ms": 15.0})]
     parts = {"device": [Row("gpu", {})], "decode": steps, "peft_peer": [Row("PEFT", theirs)], "loads": waits}
     results = [Result(name, "", rows) for name, rows in parts.items()]
-    found = [(round(figure.value, 3), figure.met) for figure in figures(results)]
+    found = [(round(target.value, 3), target.met) for target in measured_targets(results)]
     assert found == [(0.8, False), (0.98, True), (1.5, True), (1.7, False), (16.0, True), (1.5, True)]
-    assert reach_text(results).count("reached") == 4
-    assert figures(results[1:]) == [], "nothing is asked of a CPU"
+    assert targets_text(results).count("reached") == 4
+    assert measured_targets(results[1:]) == [], "nothing is asked of a CPU"
 
 
 def test_a_wrong_row_fails_its_section_and_is_no_figure() -> None:

@@ -26,7 +26,7 @@ from tests.tiny_models import make_peft_adapter, make_tiny_model
 
 REQUESTS = 500
 ADAPTERS = 20
-CLIENTS = 24
+CLIENT_ROUTES = 24
 ROUNDING = 0.06
 """What bf16 may change in a log-probability; another adapter, or other KV, changes it by several units."""
 
@@ -93,7 +93,7 @@ async def _clients(service: EngineService, questions: list[Question], noise: ran
             if answer is not None:
                 heard.append(answer)
 
-    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    await asyncio.gather(*(client() for _ in range(CLIENT_ROUTES)))
     return heard
 
 

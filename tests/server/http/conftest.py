@@ -14,7 +14,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig, from_args
-from server.http.app import WHEN_FULL, create_app
+from server.http.app import SERVED_WHEN_FULL, create_app
 from server.http.connection import bounded
 from tests.server.http.fake_service import FakeService, adapter
 
@@ -64,7 +64,7 @@ def live(service: FakeService, config: HttpConfig) -> Iterator[str]:
 @contextmanager
 def live_server(service: FakeService, config: HttpConfig, **limits: Any) -> Iterator[str]:
     """The same with other limits on connections."""
-    connection = bounded(replace(from_args([], {}).connections, **limits), WHEN_FULL)
+    connection = bounded(replace(from_args([], {}).connections, **limits), SERVED_WHEN_FULL)
     app = create_app(service, config)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.http.app import ADMINS, CLIENTS, OPEN, SCRAPERS
+from server.http.app import ADMIN_ROUTES, CLIENT_ROUTES, METRICS_ROUTES, PROBE_ROUTES
 from server.http.auth import Keyring
 from tests.server.http.conftest import MakeClient
 
@@ -12,7 +12,11 @@ HERE, ELSEWHERE = "127.0.0.1", "203.0.113.9"
 
 
 def status(make_client: MakeClient, path: str, key: str | None, host: str = HERE, **settings: object) -> int:
-    method = next(method for method, each, _ in (*OPEN, *CLIENTS, *SCRAPERS, *ADMINS) if each == path)
+    method = next(
+        method
+        for method, each, _ in (*PROBE_ROUTES, *CLIENT_ROUTES, *METRICS_ROUTES, *ADMIN_ROUTES)
+        if each == path
+    )
     headers = {} if key is None else {b"Authorization": f"Bearer {key}".encode()}
     return (
         make_client(host, **settings)
@@ -26,12 +30,12 @@ def paths(rows: object) -> list[str]:
     return [path for _, path, _ in rows]
 
 
-@pytest.mark.parametrize("path", paths(OPEN))
+@pytest.mark.parametrize("path", paths(PROBE_ROUTES))
 def test_probes_need_no_key(make_client: MakeClient, path: str) -> None:
     assert status(make_client, path, None, ELSEWHERE, api_keys=("k",), admin_key="a") == 200
 
 
-@pytest.mark.parametrize("path", paths((*CLIENTS, *SCRAPERS)))
+@pytest.mark.parametrize("path", paths((*CLIENT_ROUTES, *METRICS_ROUTES)))
 class TestClientRoutes:
     def test_open_without_keys(self, make_client: MakeClient, path: str) -> None:
         assert status(make_client, path, None, ELSEWHERE) in (200, 415)
@@ -46,7 +50,7 @@ class TestClientRoutes:
         assert status(make_client, path, key, ELSEWHERE, api_keys=("k1", "k2"), admin_key="a") in (200, 415)
 
 
-@pytest.mark.parametrize("path", paths(ADMINS))
+@pytest.mark.parametrize("path", paths(ADMIN_ROUTES))
 class TestAdminRoutes:
     @pytest.mark.parametrize("host", [HERE, "::1", "::ffff:127.0.0.1", "127.8.8.8"])
     def test_without_an_admin_key_open_to_this_machine(
@@ -98,7 +102,7 @@ def test_a_keyring_does_not_hold_its_keys_in_the_clear() -> None:
     assert "visible" not in repr(vars(ring))
 
 
-@pytest.mark.parametrize("path", paths((*CLIENTS, *ADMINS)))
+@pytest.mark.parametrize("path", paths((*CLIENT_ROUTES, *ADMIN_ROUTES)))
 @pytest.mark.parametrize("admin_key", [None, "a"])
 def test_a_metrics_key_opens_nothing_else(make_client: MakeClient, path: str, admin_key: str | None) -> None:
     settings: dict[str, object] = {"api_keys": ("k",), "admin_key": admin_key, "metrics_key": "m"}

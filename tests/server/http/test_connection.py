@@ -16,7 +16,7 @@ import pytest
 
 from server.config import HttpConfig
 from server.http.connection import MAX_PIPELINED
-from server.http.places import SPARE, Places
+from server.http.connection_limit import RESERVED_CONNECTIONS, ConnectionLimit
 from tests.server.http.conftest import live_server, wait_until
 from tests.server.http.fake_service import FakeService
 
@@ -235,13 +235,13 @@ def test_an_upgrade_is_answered_and_closed(serve: Serve) -> None:
     assert client.is_closed()
 
 
-# -- places ------------------------------------------------------------------------------------------
+# -- the connection limit ---------------------------------------------------------------------------
 
 
 def test_who_only_holds_connections_shuts_nobody_out(serve: Serve) -> None:
     """Silent ones, and headers that do not end."""
     server = serve((), limit_concurrency=2)
-    held = [server.connect(first) for first in (b"", GET) for _ in range(2 * SPARE)]
+    held = [server.connect(first) for first in (b"", GET) for _ in range(2 * RESERVED_CONNECTIONS)]
     for _ in range(3):
         assert server.connect(GET + b"\r\n").answer()[0] == 200
     assert held[0].is_closed()
@@ -280,33 +280,33 @@ def test_pipelining_is_served_in_order_and_bounded(serve: Serve, service: FakeSe
     wait_until(lambda: not service.running)
 
 
-class Guest:
+class FakeConnection:
     gone = False
 
-    def give_way(self) -> None:
+    def evict(self) -> None:
         self.gone = True
 
 
 def test_the_longest_idle_gives_way() -> None:
-    places = Places(2)
-    guests = [Guest() for _ in range(2 + SPARE)]
-    assert all(places.enter(guest) for guest in guests)
-    places.begin(guests[0])
-    assert places.enter(Guest())
-    assert [guest.gone for guest in guests[:3]] == [False, True, False]
-    places.rest(guests[0])  # it is now the one that has been idle for the shortest time
-    for _ in range(SPARE - 1):
-        assert places.enter(Guest())
-    assert not guests[0].gone
+    connection_limit = ConnectionLimit(2)
+    connections = [FakeConnection() for _ in range(2 + RESERVED_CONNECTIONS)]
+    assert all(connection_limit.add(connection) for connection in connections)
+    connection_limit.mark_busy(connections[0])
+    assert connection_limit.add(FakeConnection())
+    assert [connection.gone for connection in connections[:3]] == [False, True, False]
+    connection_limit.mark_idle(connections[0])  # it is now the one that has been idle for the shortest time
+    for _ in range(RESERVED_CONNECTIONS - 1):
+        assert connection_limit.add(FakeConnection())
+    assert not connections[0].gone
 
 
 def test_without_an_idle_one_there_is_no_room() -> None:
-    places = Places(2)
-    guests = [Guest() for _ in range(2 + SPARE)]
-    for number, guest in enumerate(guests):
-        assert places.enter(guest)
-        places.begin(guest)
-        assert places.full is (number >= 2)
-    assert not places.enter(Guest())
-    places.leave(guests[0])
-    assert places.enter(Guest())
+    connection_limit = ConnectionLimit(2)
+    connections = [FakeConnection() for _ in range(2 + RESERVED_CONNECTIONS)]
+    for number, connection in enumerate(connections):
+        assert connection_limit.add(connection)
+        connection_limit.mark_busy(connection)
+        assert connection_limit.full is (number >= 2)
+    assert not connection_limit.add(FakeConnection())
+    connection_limit.remove(connections[0])
+    assert connection_limit.add(FakeConnection())

@@ -11,13 +11,22 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig
-from server.http.app import ADMINS, CLIENTS, OPEN, SCRAPERS, TRAINERS, create_app
+from server.http.app import (
+    ADMIN_ROUTES,
+    CLIENT_ROUTES,
+    METRICS_ROUTES,
+    PROBE_ROUTES,
+    TRAINING_ROUTES,
+    create_app,
+)
 from server.http.hosts import Names, parse_host
 from tests.server.http.conftest import MakeClient
 from tests.server.http.fake_service import FakeService
 from tests.server.http.training_server import rows, training_server
 
-ROUTES = [(method, path) for method, path, _ in (*OPEN, *CLIENTS, *SCRAPERS, *ADMINS)]
+ROUTES = [
+    (method, path) for method, path, _ in (*PROBE_ROUTES, *CLIENT_ROUTES, *METRICS_ROUTES, *ADMIN_ROUTES)
+]
 HERE = {"Host": "127.0.0.1:8000"}
 
 
@@ -71,7 +80,7 @@ def test_another_sites_form_uploads_nothing(tmp_path: Path) -> None:
             connection.sendall(head.encode() + body)
             assert connection.recv(4096).startswith(b"HTTP/1.1 403")
         assert not server.client().files.list().data
-    assert any(path == "/v1/files" for _, path, _ in TRAINERS)
+    assert any(path == "/v1/files" for _, path, _ in TRAINING_ROUTES)
 
 
 @pytest.mark.parametrize(

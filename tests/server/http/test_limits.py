@@ -170,7 +170,7 @@ async def test_large_bodies_that_wait_are_bounded(
     service: FakeService, config: HttpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients that send and leave would otherwise fill the memory with what nobody waits for."""
-    monkeypatch.setattr(context_module, "MAX_LARGEST", 1)
+    monkeypatch.setattr(context_module, "MAX_LARGEST_BODIES", 1)
     rendering, go_on, real = asyncio.Event(), asyncio.Event(), service.render_chat
 
     async def slow(messages: list[dict[str, str]], _: object) -> list[int]:
@@ -202,7 +202,7 @@ class TestBodiesThatCome:
     def address(
         self, service: FakeService, config: HttpConfig, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[str]:
-        monkeypatch.setattr(context_module, "MAX_LARGEST", 2)
+        monkeypatch.setattr(context_module, "MAX_LARGEST_BODIES", 2)
         with live_server(service, replace(config, max_body_bytes=4 * SMALL_BODY)) as address:
             yield address
 
