@@ -32,7 +32,7 @@ import torch
 from adapters.artifact import Adapter
 from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
 from adapters.pool.host_tier import HostTier
-from adapters.pool.pinned_buffer import pinned_slab
+from adapters.pool.pinned_buffer import pinned_buffer
 from adapters.pool.rank_pool import EXTRAS, RankPool, needs_of
 from adapters.registry import Version
 from adapters.transfer import Copying, copying_for
@@ -87,7 +87,7 @@ class Residency:
         copying: Copying | None = None,
     ) -> None:
         self.pool = pool
-        self.host = HostTier(host_bytes, pinned_slab(host_bytes, pool.device))
+        self.host = HostTier(host_bytes, pinned_buffer(host_bytes, pool.device))
         self._copying = copying or copying_for(pool.device)
         self.stats = ResidencyStats()
         self._load = load

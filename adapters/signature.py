@@ -9,8 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from adapters.artifact.chat_config import CHAT_CONFIG_FILES
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
-from adapters.artifact.own_text import TEXT_FILES
 
 SETTLED_AGE = 1.0
 """Files untouched for so many seconds count as finished."""
@@ -27,7 +27,7 @@ None = it is not there; empty = nor need it be.
 def signature_of(folder: str) -> Signature:
     """Two equal ones mean that nothing was written in between."""
     needed = [_of_file(f"{folder}/{name}") for name in FILES]
-    return (*needed, *(_of_file(f"{folder}/{name}") or () for name in TEXT_FILES))
+    return (*needed, *(_of_file(f"{folder}/{name}") or () for name in CHAT_CONFIG_FILES))
 
 
 def size_of(signature: Signature) -> int:

@@ -53,7 +53,7 @@ def send(host: Tensor, device: torch.device) -> Tensor:
     return pinned(host, device).to(device, non_blocking=True)
 
 
-def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def send_coalesced(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """1-D tensors of one type, on ``device``; on a GPU by one copy, which is waited for with its stream."""
     return list(tensors) if device.type == "cpu" or not tensors else joined(tensors, device)
 

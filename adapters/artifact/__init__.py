@@ -2,7 +2,7 @@
 
 Nothing here knows of registries, pools or models: the base is seen through ``BaseLayout`` alone.
 Reading order: ``adapter.py`` (the nouns), ``load.py`` (the way through), then its steps ``files.py``,
-``config.py`` (``fields.py``), ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``own.py``) and
+``config.py`` (``fields.py``), ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``replaced.py``) and
 ``assemble.py``; ``recognise.py`` says what a folder is that is no adapter.
 """
 
@@ -10,7 +10,7 @@ from adapters.artifact.adapter import (
     Adapter,
     AdapterInfo,
     Adjustment,
-    End,
+    EmbeddingOrHead,
     Extras,
     Limits,
     LoraWeights,
@@ -26,7 +26,7 @@ __all__ = [
     "AdapterInfo",
     "Adjustment",
     "BaseWeights",
-    "End",
+    "EmbeddingOrHead",
     "Extras",
     "Limits",
     "LoraWeights",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters.artifact.own_text import OwnText
+from adapters.artifact.chat_config import ChatConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class End:
+class EmbeddingOrHead:
     """What an adapter has at the embedding or at the output head.
 
     Attributes:
@@ -77,8 +77,8 @@ class Extras:
 
     adjustments: Mapping[str, Adjustment] = field(default_factory=dict)
     norms: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
-    embedding: End | None = None
-    head: End | None = None
+    embedding: EmbeddingOrHead | None = None
+    head: EmbeddingOrHead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,14 @@ class AdapterInfo:
     """All that is known of an adapter without its weights.
 
     Attributes:
-        digest: sha256 (hex) of what is served: the safetensors bytes, the scale of every site, ``own_text``.
+        digest: sha256 (hex) of what is served: the safetensors bytes, the scale of every site and
+            ``chat_config``.
         ranks: site name → rank, only for the sites that have tensors.
         nbytes: size as served, in bytes of the serving dtype.
         base_model: ``base_model_name_or_path`` as the trainer wrote it.
         warnings: whole sentences; the adapter is served all the same.
         extra_bytes: how many of ``nbytes`` are ``Extras``.
-        own_text: its own chat template and ends of answers; part of the digest. None = the base's.
+        chat_config: its chat template and end-of-answer tokens; part of the digest. None = the base's.
     """
 
     digest: str
@@ -101,7 +102,7 @@ class AdapterInfo:
     base_model: str | None
     warnings: tuple[str, ...]
     extra_bytes: int = 0
-    own_text: OwnText | None = None
+    chat_config: ChatConfig | None = None
 
     @property
     def rank(self) -> int:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adapters.artifact.adapter import Adjustment, End, Extras, LoraWeights
+from adapters.artifact.adapter import Adjustment, EmbeddingOrHead, Extras, LoraWeights
 from adapters.artifact.plan import AdapterPlan, SitePlan, shifted
 from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
@@ -66,9 +66,12 @@ def assemble(
     }
     extras = Extras(
         MappingProxyType({name: a for name, a in adjustments.items() if name in layout.sites}),
-        {norm: {role: tensors[e.name] for role, e in own.items()} for norm, own in plan.own.norms.items()},
+        {
+            name: {role: tensors[e.name] for role, e in norm.items()}
+            for name, norm in plan.replaced.norms.items()
+        },
         *(
-            _end(site.name, plan, tensors, pairs, adjustments) if site is not None else None
+            _embedding_or_head(site.name, plan, tensors, pairs, adjustments) if site is not None else None
             for site in (layout.embedding, layout.head)
         ),
     )
@@ -82,18 +85,19 @@ def without_copies(
 
     Raises AdapterUnsupported.
     """
-    own = {
+    matrices = {
         name: entry
-        for name, entry in plan.own.matrices.items()
+        for name, entry in plan.replaced.matrices.items()
         if not torch.equal(tensors[entry.name], _matrix(name, layout, base).cpu())
     }
-    if layout.head_apart and len({entry.name for entry in own.values()}) < len(own):
+    if layout.head_apart and len({entry.name for entry in matrices.values()}) < len(matrices):
+        tensor = next(iter(matrices.values())).name
         raise AdapterUnsupported(
-            f"Tensor {next(iter(own.values())).name!r} takes the place of the matrix that embedding and head "
+            f"Tensor {tensor!r} takes the place of the matrix that embedding and head "
             "share, but --head-quantization nf4 has parted them, and the adapter does not say whether the "
             "head changes too; serve it with --head-quantization none, or train it with modules_to_save."
         )
-    return replace(plan, own=replace(plan.own, matrices=own))
+    return replace(plan, replaced=replace(plan.replaced, matrices=matrices))
 
 
 def _matrix(name: str, layout: BaseLayout, base: BaseWeights) -> Tensor:
@@ -108,15 +112,17 @@ def _as_linear(matrix: Tensor, name: str, layout: BaseLayout) -> Tensor:
     return matrix.t() if embeds else matrix
 
 
-def _end(
+def _embedding_or_head(
     name: str,
     plan: AdapterPlan,
     tensors: Mapping[str, Tensor],
     pairs: Mapping[str, LoraWeights],
     adjustments: Mapping[str, Adjustment],
-) -> End | None:
-    entry = plan.own.matrices.get(name)
-    end = End(None if entry is None else tensors[entry.name], pairs.get(name), adjustments.get(name))
+) -> EmbeddingOrHead | None:
+    entry = plan.replaced.matrices.get(name)
+    end = EmbeddingOrHead(
+        None if entry is None else tensors[entry.name], pairs.get(name), adjustments.get(name)
+    )
     return end if end.matrix is not None or end.lora or end.adjustment else None
 
 
@@ -124,10 +130,10 @@ def _weight(
     name: str, plan: AdapterPlan, tensors: Mapping[str, Tensor], layout: BaseLayout, base: BaseWeights
 ) -> Tensor:
     """[out, in]: the adapter's own, or the base's."""
-    own = plan.own.matrices.get(name)
-    if own is None:
+    entry = plan.replaced.matrices.get(name)
+    if entry is None:
         return base.dense(name)
-    return _as_linear(tensors[own.name], name, layout)
+    return _as_linear(tensors[entry.name], name, layout)
 
 
 def _dora_scale(pair: SitePlan, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
@@ -154,12 +160,12 @@ def _shift(
     """float32 [out]; see the equations above."""
     assert base is not None
     there = base.bias(name)
-    own = tensors[plan.own.biases[name].name].float() if name in plan.own.biases else None
+    replaced = tensors[plan.replaced.biases[name].name].float() if name in plan.replaced.biases else None
     pair = next((pair for pair in plan.pairs if pair.site.name == name), None)
     shift = torch.zeros(1)
-    if there is not None and (own is not None or scale is not None):
+    if there is not None and (replaced is not None or scale is not None):
         there = there.float().cpu()
-        shift = (there if own is None else own) - (there if scale is None else scale * there)
+        shift = (there if replaced is None else replaced) - (there if scale is None else scale * there)
     if pair is not None and pair.bias is not None:
         shift = shift + pair.scale * tensors[pair.bias.name]
     return shift.clone()

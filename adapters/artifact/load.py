@@ -15,10 +15,10 @@ import torch
 
 from adapters.artifact.adapter import Adapter, AdapterInfo, Limits
 from adapters.artifact.assemble import BaseWeights, assemble, without_copies
+from adapters.artifact.chat_config import ChatConfig, read_chat_config
 from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_config
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, header_limits, read_header
-from adapters.artifact.own_text import OwnText, read_own_text
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
 from adapters.artifact.recognise import naming_what_it_is
 from adapters.base_names import same_base
@@ -42,12 +42,12 @@ def load_adapter(
     dtype: torch.dtype = torch.bfloat16,
     expect_digest: str | None = None,
     base: BaseWeights | None = None,
-    ignore_own_text: bool = False,
+    ignore_chat_config: bool = False,
 ) -> Adapter:
     """Reads, validates and converts the PEFT folder to the serving ``dtype``.
 
-    ``base``: the base's weights, which DoRA and biases are resolved against. ``ignore_own_text``: an own chat
-    template in the folder is not looked at.
+    ``base``: the base's weights, which DoRA and biases are resolved against. ``ignore_chat_config``: the
+    chat template in the folder is not read.
 
     Raises:
         AdapterInvalid: the folder is broken, or does not fit the base.
@@ -55,7 +55,7 @@ def load_adapter(
         AdapterTooLarge: rank or bytes over ``limits``; no tensor was read.
         AdapterChanged: the digest is not ``expect_digest``, or the file was written to meanwhile.
     """
-    read = _read(folder, layout, limits, dtype, base, ignore_own_text)
+    read = _read(folder, layout, limits, dtype, base, ignore_chat_config)
     if expect_digest not in (None, read.info.digest):
         raise AdapterChanged("The adapter's content is no longer what was registered; register it again.")
     weights, extras = assemble(read.plan, read.tensors, layout, base, dtype)
@@ -68,10 +68,10 @@ def inspect_adapter(
     limits: Limits,
     dtype: torch.dtype = torch.bfloat16,
     base: BaseWeights | None = None,
-    ignore_own_text: bool = False,
+    ignore_chat_config: bool = False,
 ) -> AdapterInfo:
     """All of ``load_adapter``'s checks of the folder, values included. Raises the same."""
-    return _read(folder, layout, limits, dtype, base, ignore_own_text).info
+    return _read(folder, layout, limits, dtype, base, ignore_chat_config).info
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _read(
     limits: Limits,
     dtype: torch.dtype,
     base: BaseWeights | None,
-    ignore_own_text: bool,
+    ignore_chat_config: bool,
 ) -> _Read:
     header_limit = header_limits(layout)
     max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + header_limit.length
@@ -98,28 +98,28 @@ def _read(
             plan = plan_adapter(header.entries, settings, layout)
             check_limits(plan, limits, layout, dtype.itemsize)
             tensors, digest = _read_tensors(stream, header, plan, dtype)
-        own_text = None if ignore_own_text else read_own_text(descriptor)
+        chat_config = None if ignore_chat_config else read_chat_config(descriptor)
     if base is not None:
         plan = without_copies(plan, tensors, layout, base)
     _check_not_base(plan, tensors)
     nbytes, extra = check_limits(plan, limits, layout, dtype.itemsize)
     info = AdapterInfo(
-        digest=_digest_of(digest, own_text),
+        digest=_digest_of(digest, chat_config),
         ranks=MappingProxyType({p.site.name: p.rank for p in plan.sites}),
         nbytes=nbytes,
         base_model=settings.base_model,
         warnings=(*_warnings(settings, layout), *plan.warnings),
         extra_bytes=extra,
-        own_text=own_text,
+        chat_config=chat_config,
     )
     return _Read(plan, tensors, info)
 
 
-def _digest_of(weights: str, own_text: OwnText | None) -> str:
+def _digest_of(weights: str, chat_config: ChatConfig | None) -> str:
     """Of all that decides answers."""
-    if own_text is None:
+    if chat_config is None:
         return weights
-    return hashlib.sha256(weights.encode() + b"\n" + own_text.digested()).hexdigest()
+    return hashlib.sha256(weights.encode() + b"\n" + chat_config.digested()).hexdigest()
 
 
 def _read_tensors(
@@ -170,8 +170,10 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """An untrained adapter is the base under another name: surely a mistake."""
-    own = plan.own.matrices or plan.own.norms or plan.own.biases
-    if own or any(pair.magnitude or (pair.bias and tensors[pair.bias.name].any()) for pair in plan.pairs):
+    replaced = plan.replaced.matrices or plan.replaced.norms or plan.replaced.biases
+    if replaced or any(
+        pair.magnitude or (pair.bias and tensors[pair.bias.name].any()) for pair in plan.pairs
+    ):
         return
     if not any(_changes(tensors[pair.a.name], tensors[pair.b.name]) for pair in plan.pairs):
         raise AdapterInvalid(

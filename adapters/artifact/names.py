@@ -36,7 +36,7 @@ _FORMS: dict[re.Pattern[str], Role] = {
     ),
 }
 _WRAPPER = rf"(?:\.base_layer|(?P<wrapped>\.modules_to_save{_NAME})|(?P<original>\.original_module))?"
-_OWN: dict[re.Pattern[str], Role] = {
+_REPLACED: dict[re.Pattern[str], Role] = {
     re.compile(rf"(?P<module>.+?){_WRAPPER}\.weight"): "weight",
     re.compile(rf"(?P<module>.+?){_WRAPPER}\.bias"): "bias",
 }
@@ -73,7 +73,7 @@ def parse_name(name: str, layout: BaseLayout) -> TensorName:
         for pattern, kind in _FOREIGN.items():
             if pattern.search(bare):
                 raise AdapterUnsupported(f"Tensor {name!r} cannot be served: it belongs to {kind}.")
-        parsed = _match(bare, _OWN)
+        parsed = _match(bare, _REPLACED)
     if parsed is None:
         raise AdapterInvalid(f"Tensor {name!r} is none that PEFT's LoRA writes.")
     _check_module(name, parsed, layout)
@@ -102,16 +102,16 @@ def not_adaptable(module: str, layout: BaseLayout) -> str:
 
 
 def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
-    own = parsed.role in ("weight", "bias")
+    replaces = parsed.role in ("weight", "bias")
     if parsed.module in layout.sites or parsed.module in layout.ends:
         return
-    if own and parsed.module in layout.norms:
+    if replaces and parsed.module in layout.norms:
         return
     if parsed.module in layout.modules:
         raise AdapterUnsupported(
             f"Tensor {name!r} would replace a part of the base that is neither a norm, a bias, the embedding "
             "nor the output head."
-            if own
+            if replaces
             else not_adaptable(parsed.module, layout)
         )
     near = _near(parsed.module, layout)

@@ -12,8 +12,8 @@ from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.names import Role, not_adaptable, parse_name
-from adapters.artifact.own import OwnPlan, check_vocabulary, plan_own, saved_modules
 from adapters.artifact.regex import one_budget
+from adapters.artifact.replaced import ReplacedPlan, check_vocabulary, plan_replaced, saved_modules
 from adapters.artifact.targets import Target, resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from adapters.sites import BaseLayout, Site
@@ -53,13 +53,13 @@ class AdapterPlan:
     Attributes:
         sites: the pairs at linears inside the blocks, in the layout's order.
         ends: the pairs at the embedding and the output head, by name.
-        own: what replaces parts of the base.
+        replaced: what replaces parts of the base.
         warnings: whole sentences about what the config names and the file does not have.
     """
 
     sites: tuple[SitePlan, ...]
     ends: Mapping[str, SitePlan]
-    own: OwnPlan
+    replaced: ReplacedPlan
     warnings: tuple[str, ...] = ()
 
     @property
@@ -70,9 +70,9 @@ class AdapterPlan:
     def used(self) -> frozenset[str]:
         """The names of the tensors that are served; the file may have the base's own beside them."""
         pairs = (entry for pair in self.pairs for entry in (pair.a, pair.b, pair.magnitude, pair.bias))
-        norms = (entry for own in self.own.norms.values() for entry in own.values())
-        own = (*self.own.matrices.values(), *norms, *self.own.biases.values())
-        return frozenset(entry.name for entry in (*pairs, *own) if entry is not None)
+        norms = (entry for norm in self.replaced.norms.values() for entry in norm.values())
+        replaced = (*self.replaced.matrices.values(), *norms, *self.replaced.biases.values())
+        return frozenset(entry.name for entry in (*pairs, *replaced) if entry is not None)
 
 
 def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout) -> AdapterPlan:
@@ -88,12 +88,12 @@ def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout:
         for name in places
         if name in pairs
     }
-    own = plan_own(found, frozenset(pairs), settings, layout)
+    replaced = plan_replaced(found, frozenset(pairs), settings, layout)
     return AdapterPlan(
         tuple(plan for name, plan in plans.items() if name in layout.sites),
         {name: plan for name, plan in plans.items() if name in layout.ends},
-        own,
-        (*absent, *own.warnings),
+        replaced,
+        (*absent, *replaced.warnings),
     )
 
 
@@ -113,7 +113,7 @@ def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_byt
         raise AdapterTooLarge(
             f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes} "
             "(--max-lora-bytes). Whole embeddings in it are left out by save_embedding_layers=False."
-            if plan.own.matrices
+            if plan.replaced.matrices
             else f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes}."
         )
     return rows + extras, extras
@@ -122,8 +122,8 @@ def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_byt
 def extra_bytes(plan: AdapterPlan, layout: BaseLayout, item_bytes: int) -> int:
     """Bytes of the ``Extras`` that come of this plan."""
     ends = sum(_pair_size(pair) for pair in plan.ends.values())
-    matrices = sum(entry.shape[0] * entry.shape[1] for entry in plan.own.matrices.values())
-    vectors = sum(size for norm in plan.own.norms for size in layout.norms[norm].values())
+    matrices = sum(entry.shape[0] * entry.shape[1] for entry in plan.replaced.matrices.values())
+    vectors = sum(size for norm in plan.replaced.norms for size in layout.norms[norm].values())
     vectors += sum(pair.site.out_features for pair in plan.pairs if pair.magnitude is not None)
     places = {**layout.sites, **layout.ends}
     vectors += sum(places[name].out_features for name in shifted(plan, layout))
@@ -135,7 +135,7 @@ def shifted(plan: AdapterPlan, layout: BaseLayout) -> set[str]:
     moved = {p.site.name for p in plan.pairs if p.bias is not None}
     # The base's own bias is not to be scaled, but it is in the output that is.
     moved |= {p.site.name for p in plan.pairs if p.magnitude is not None} & layout.biases
-    return moved | plan.own.biases.keys()
+    return moved | plan.replaced.biases.keys()
 
 
 def _pair_size(pair: SitePlan) -> int:

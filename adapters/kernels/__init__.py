@@ -9,7 +9,7 @@ Slots with nothing at this site, and tokens in no segment, are left alone.
 ``reference.py`` is the specification; every backend equals it within its dtype's rounding.
 
 The native and the Triton kernels also take several sites that share x in one call (``LoraCall`` in native.h,
-``TritonLora.together``), for models whose blocks compute them side by side.
+``TritonLora.foreach``), for models whose blocks compute them side by side.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Run = tuple[int, int]
 class JoinedKernel(Protocol):
     """A ``LoraKernel`` for sites that share an input."""
 
-    def together(
+    def foreach(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None: ...
 
@@ -144,7 +144,7 @@ def check(
     x, ys = batch(world, tokens, *(types or (world.dtype, world.dtype)))
     before = [y.clone() for y in ys]
     results = expected(world, x, ys, segments)
-    kernel.together(ys, x, world.pools, segments)
+    kernel.foreach(ys, x, world.pools, segments)
     exact = max(EXACT[dtype] for dtype in (world.dtype, x.dtype, ys[0].dtype))
     idle = torch.ones(tokens, dtype=torch.bool)
     for _, start, stop in segments:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters.kernels import LoraKernel
 from adapters.layers.lora_state import LoraState
-from adapters.layers.replaced import OwnEmbedding, OwnHead, OwnNorm
+from adapters.layers.replaced import ReplacedEmbedding, ReplacedHead, ReplacedNorm
 from adapters.pool.rank_pool import RankPool
 from adapters.pool.site_pool import SitePool
 from adapters.sites import BaseLayout
@@ -47,8 +47,8 @@ def attach(model: nn.Module, layout: BaseLayout, pool: RankPool, kernel: LoraKer
     for name, site_pool in pool.sites.items():
         _swap(model, name, LoraLinear(model.get_submodule(name), site_pool, state, kernel))
     for name in pool.extras.norms:
-        _swap(model, name, OwnNorm(model.get_submodule(name), name, state))
-    for end, wrapper in ((layout.embedding, OwnEmbedding), (layout.head, OwnHead)):
+        _swap(model, name, ReplacedNorm(model.get_submodule(name), name, state))
+    for end, wrapper in ((layout.embedding, ReplacedEmbedding), (layout.head, ReplacedHead)):
         if end is not None:
             _swap(model, end.name, wrapper(model.get_submodule(end.name), state, kernel))
     return state

@@ -10,7 +10,7 @@ from adapters.kernels import Segment
 from adapters.pool.extras_pool import ExtrasPool, ResidentExtras
 
 
-class Own(NamedTuple):
+class ExtrasSegment(NamedTuple):
     """Rows [start, stop) belong to the adapter in ``slot``, which has ``extras``."""
 
     slot: int
@@ -25,34 +25,34 @@ class LoraState:
     Attributes:
         tokens: how many tokens the step has.
         segments: runs of tokens that use the same adapter, in order, without base tokens.
-        own: those of them whose adapter has extras.
-        own_heads: the same of the rows that the output head gets.
+        extras_segments: those of them whose adapter has extras.
+        extras_head_rows: the same of the rows that the output head gets.
     """
 
     def __init__(self, extras: ExtrasPool) -> None:
         self.tokens = 0
         self.segments: list[Segment] = []
-        self.own: list[Own] = []
-        self.own_heads: list[Own] = []
+        self.extras_segments: list[ExtrasSegment] = []
+        self.extras_head_rows: list[ExtrasSegment] = []
         self._extras = extras
 
     def begin(self, tokens: int, segments: list[Segment], heads: Tensor) -> None:
         """``heads``: int64 [n], which tokens' rows the head gets, in order."""
         self.tokens = tokens
         self.segments = segments
-        self.own = [
-            Own(*segment, extras)
+        self.extras_segments = [
+            ExtrasSegment(*segment, extras)
             for segment in segments
             if (extras := self._extras.get(segment.slot)) is not None
         ]
-        self.own_heads = _of_rows(self.own, heads.tolist()) if self.own else []
+        self.extras_head_rows = _of_rows(self.extras_segments, heads.tolist()) if self.extras_segments else []
 
 
-def _of_rows(own: list[Own], tokens: list[int]) -> list[Own]:
-    """``own`` by place in ``tokens``."""
-    found: list[Own] = []
+def _of_rows(segments: list[ExtrasSegment], tokens: list[int]) -> list[ExtrasSegment]:
+    """``segments`` by place in ``tokens``."""
+    found: list[ExtrasSegment] = []
     for row, token in enumerate(tokens):
-        part = next((part for part in own if part.start <= token < part.stop), None)
+        part = next((part for part in segments if part.start <= token < part.stop), None)
         if part is None:
             continue
         if found and (found[-1].slot, found[-1].stop) == (part.slot, row):

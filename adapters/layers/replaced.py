@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, linear
 
 from adapters.kernels import LoraKernel, Segment
 from adapters.layers.lora_state import LoraState
-from adapters.pool.extras_pool import ResidentEnd
+from adapters.pool.extras_pool import ResidentEmbeddingOrHead
 
 
 class _Wrapped(nn.Module):
@@ -32,7 +32,7 @@ class _Wrapped(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-class OwnNorm(_Wrapped):
+class ReplacedNorm(_Wrapped):
     """x: [1, tokens, …]."""
 
     def __init__(self, base: nn.Module, name: str, state: LoraState) -> None:
@@ -41,14 +41,14 @@ class OwnNorm(_Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for _, start, stop, extras in self._state.own:
-            own = extras.norms.get(self._name)
-            if own is not None:
-                y[:, start:stop] = functional_call(self.base, dict(own), (x[:, start:stop],))
+        for _, start, stop, extras in self._state.extras_segments:
+            parameters = extras.norms.get(self._name)
+            if parameters is not None:
+                y[:, start:stop] = functional_call(self.base, dict(parameters), (x[:, start:stop],))
         return y
 
 
-class OwnEmbedding(_Wrapped):
+class ReplacedEmbedding(_Wrapped):
     """ids: [1, tokens]; the result is [1, tokens, hidden]."""
 
     def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:
@@ -58,12 +58,12 @@ class OwnEmbedding(_Wrapped):
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
         rows, flat = y.view(-1, y.shape[-1]), ids.reshape(-1)
-        for _, start, stop, extras in self._state.own:
+        for _, start, stop, extras in self._state.extras_segments:
             if extras.embedding is not None:
-                rows[start:stop] = self._own(flat[start:stop], extras.embedding)
+                rows[start:stop] = self._replaced(flat[start:stop], extras.embedding)
         return y
 
-    def _own(self, ids: Tensor, end: ResidentEnd) -> Tensor:
+    def _replaced(self, ids: Tensor, end: ResidentEmbeddingOrHead) -> Tensor:
         weight: Any = self.base.weight if end.matrix is None else end.matrix
         rows = embedding(ids, weight)
         if end.pool is not None:
@@ -73,7 +73,7 @@ class OwnEmbedding(_Wrapped):
         return rows if scale is None else rows * scale.to(rows.dtype)
 
 
-class OwnHead(_Wrapped):
+class ReplacedHead(_Wrapped):
     """x: [1, rows, hidden]; the result is [1, rows, vocabulary]."""
 
     def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:
@@ -82,12 +82,12 @@ class OwnHead(_Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        for _, start, stop, extras in self._state.own_heads:
+        for _, start, stop, extras in self._state.extras_head_rows:
             if extras.head is not None:
-                self._own(y[0, start:stop], x[0, start:stop], extras.head)
+                self._replaced(y[0, start:stop], x[0, start:stop], extras.head)
         return y
 
-    def _own(self, y: Tensor, x: Tensor, end: ResidentEnd) -> None:
+    def _replaced(self, y: Tensor, x: Tensor, end: ResidentEmbeddingOrHead) -> None:
         if end.matrix is not None:
             bias: Any = self.base.bias
             y.copy_(linear(x, end.matrix, bias))

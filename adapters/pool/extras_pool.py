@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.artifact import Adjustment, End, Extras, LoraWeights
-from adapters.pool.pointer_table import SlotTable
+from adapters.artifact import Adjustment, EmbeddingOrHead, Extras, LoraWeights
+from adapters.pool.pointer_table import PointerTable
 from adapters.pool.site_pool import SitePool, lone_pool
 from adapters.sites import Site
-from adapters.transfer import together
+from adapters.transfer import send_coalesced
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ResidentEnd:
-    """An ``End`` on the device.
+class ResidentEmbeddingOrHead:
+    """An ``EmbeddingOrHead`` on the device.
 
     Attributes:
         matrix: [vocabulary, hidden], a head's as the model wants it (``ExtrasPool.pack_head``), or None.
@@ -39,8 +39,8 @@ class ResidentExtras:
     """One adapter's, on the device; what it has at sites is in their pools."""
 
     norms: Mapping[str, Mapping[str, Tensor]]
-    embedding: ResidentEnd | None
-    head: ResidentEnd | None
+    embedding: ResidentEmbeddingOrHead | None
+    head: ResidentEmbeddingOrHead | None
 
 
 class ExtrasPool:
@@ -58,7 +58,7 @@ class ExtrasPool:
 
     def __init__(self, norms: Iterable[str], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.capacity = capacity
-        self.norms = {name: SlotTable() for name in norms}
+        self.norms = {name: PointerTable() for name in norms}
         self.pack_head: Callable[[Tensor], Tensor] = lambda matrix: matrix
         self.norm_weight: Callable[[Tensor], Tensor] = lambda weight: weight.float()
         self._dtype, self._device = dtype, device
@@ -83,14 +83,16 @@ class ExtrasPool:
         if not (extras.norms or extras.embedding or extras.head):
             return
         norms = {
-            norm: {role: tensor.to(self._device) for role, tensor in own.items()}
-            for norm, own in extras.norms.items()
+            norm: {role: tensor.to(self._device) for role, tensor in parameters.items()}
+            for norm, parameters in extras.norms.items()
         }
         for norm in norms.keys() & self.norms.keys():
             if "weight" in norms[norm]:
                 self.norms[norm].put(slot, self.norm_weight(norms[norm]["weight"]))
         self._resident[slot] = ResidentExtras(
-            norms, self._end(extras.embedding, True), self._end(extras.head, False)
+            norms,
+            self._embedding_or_head(extras.embedding, True),
+            self._embedding_or_head(extras.head, False),
         )
 
     def free(self, slot: int) -> None:
@@ -107,7 +109,7 @@ class ExtrasPool:
         for name, table in self.norms.items():
             assert table.slots <= self._resident.keys(), f"{name} has weights of a slot that is gone"
 
-    def _end(self, end: End | None, embeds: bool) -> ResidentEnd | None:
+    def _embedding_or_head(self, end: EmbeddingOrHead | None, embeds: bool) -> ResidentEmbeddingOrHead | None:
         if end is None:
             return None
         lora, matrix, table = end.lora, end.matrix, None
@@ -116,9 +118,9 @@ class ExtrasPool:
         if embeds and lora is not None:
             table = lora.a.t().contiguous().to(self._device)
             lora = LoraWeights(torch.eye(len(lora.a), dtype=lora.a.dtype), lora.b)
-        return ResidentEnd(matrix, table, self._pool(lora, end))
+        return ResidentEmbeddingOrHead(matrix, table, self._pool(lora, end))
 
-    def _pool(self, lora: LoraWeights | None, end: End) -> SitePool | None:
+    def _pool(self, lora: LoraWeights | None, end: EmbeddingOrHead) -> SitePool | None:
         vectors = (end.adjustment.scale, end.adjustment.shift) if end.adjustment is not None else ()
         outputs = [len(vector) for vector in vectors if vector is not None]
         if lora is None:
@@ -138,7 +140,7 @@ class ExtrasPool:
 def moved_adjustments(adjustments: Mapping[str, Adjustment], device: torch.device) -> dict[str, Adjustment]:
     """The same on ``device``, by one copy."""
     pairs = [(adjustment.scale, adjustment.shift) for adjustment in adjustments.values()]
-    moved = iter(together([vector for pair in pairs for vector in pair if vector is not None], device))
+    moved = iter(send_coalesced([vector for pair in pairs for vector in pair if vector is not None], device))
     return {
         name: Adjustment(*(None if vector is None else next(moved) for vector in pair))
         for name, pair in zip(adjustments, pairs, strict=True)

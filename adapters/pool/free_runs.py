@@ -9,7 +9,7 @@ from bisect import bisect
 from collections.abc import Iterable
 
 
-class Holes:
+class FreeRuns:
     """All are free at first.
 
     Attributes:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapters.artifact import Adapter
 from adapters.pool.packed import nbytes_of
-from adapters.pool.pinned_buffer import Slab
+from adapters.pool.pinned_buffer import PinnedBuffer
 
 
 class HostTier:
@@ -20,13 +20,13 @@ class HostTier:
 
     Args:
         capacity: bytes of weights kept; an adapter larger than that is simply not kept.
-        slab: where pairs are kept, for a GPU.
+        pinned: where pairs are kept, for a GPU.
     """
 
-    def __init__(self, capacity: int, slab: Slab | None = None) -> None:
+    def __init__(self, capacity: int, pinned: PinnedBuffer | None = None) -> None:
         self.capacity = capacity
         self.nbytes = 0
-        self._slab = slab
+        self._pinned = pinned
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
         self._reserved: dict[str, int] = {}
 
@@ -40,7 +40,7 @@ class HostTier:
         return adapter
 
     def reserve(self, adapter: Adapter) -> Tensor | None:
-        """Room for it, at the cost of others; the memory for its packed pairs, if there is a slab."""
+        """Make room, at the cost of others; returns memory for its packed pairs if a buffer is pinned."""
         digest, nbytes = adapter.info.digest, adapter.info.nbytes
         if nbytes > self.capacity or digest in self._reserved:
             return None
@@ -48,7 +48,7 @@ class HostTier:
         self.nbytes += nbytes
         while self.nbytes > self.capacity:
             self._drop_oldest()
-        return None if self._slab is None else self._take(self._slab, digest, nbytes_of(adapter.weights))
+        return None if self._pinned is None else self._take(self._pinned, digest, nbytes_of(adapter.weights))
 
     def put(self, adapter: Adapter) -> None:
         """Keep it, if its room is still reserved."""
@@ -59,11 +59,11 @@ class HostTier:
         """Forget it and free its room, whether it came already or not."""
         self._adapters.pop(digest, None)
         self.nbytes -= self._reserved.pop(digest, 0)
-        if self._slab is not None:
-            self._slab.give(digest)
+        if self._pinned is not None:
+            self._pinned.give(digest)
 
-    def _take(self, slab: Slab, digest: str, nbytes: int) -> Tensor | None:
-        while (memory := slab.take(digest, nbytes)) is None and self._adapters:
+    def _take(self, pinned: PinnedBuffer, digest: str, nbytes: int) -> Tensor | None:
+        while (memory := pinned.take(digest, nbytes)) is None and self._adapters:
             self._drop_oldest()
         return memory
 

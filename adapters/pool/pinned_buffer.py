@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.pool.free_runs import Holes
+from adapters.pool.free_runs import FreeRuns
 from adapters.transfer import say_pageable
 
 _UNIT = 256
@@ -21,7 +21,7 @@ _PORTABLE = 1
 """``cudaHostRegisterPortable``: pinned for every device."""
 
 
-class Slab:
+class PinnedBuffer:
     """First fit, by owner. Not thread-safe: its owner locks.
 
     Args:
@@ -30,13 +30,13 @@ class Slab:
 
     def __init__(self, memory: Tensor) -> None:
         self._memory = memory
-        self._holes = Holes(len(memory) // _UNIT)
+        self._runs = FreeRuns(len(memory) // _UNIT)
         self._taken: dict[str, tuple[int, int]] = {}  # in units
 
     def take(self, owner: str, nbytes: int) -> Tensor | None:
-        """uint8 [nbytes] for a new ``owner``; None if no hole is that large."""
+        """uint8 [nbytes] for a new ``owner``; None if no free range is that large."""
         units = -(-nbytes // _UNIT)
-        start = self._holes.take_run(units) if units else 0
+        start = self._runs.take_run(units) if units else 0
         if start is None:
             return None
         self._taken[owner] = start, start + units
@@ -44,14 +44,14 @@ class Slab:
 
     def give(self, owner: str) -> None:
         """Take back what ``owner`` has, if anything."""
-        self._holes.give(*self._taken.pop(owner, (0, 0)))
+        self._runs.give(*self._taken.pop(owner, (0, 0)))
 
     def check_integrity(self) -> None:
         """Assert that every byte is taken once or free once (for tests)."""
-        self._holes.check_integrity(self._taken.values())
+        self._runs.check_integrity(self._taken.values())
 
 
-def pinned_slab(nbytes: int, device: torch.device) -> Slab | None:
+def pinned_buffer(nbytes: int, device: torch.device) -> PinnedBuffer | None:
     """For copies to ``device``; None where it is no GPU, nothing is asked for or the system refuses.
 
     Pinned where it lies: what torch allocates pinned is rounded up to a power of two.
@@ -64,9 +64,9 @@ def pinned_slab(nbytes: int, device: torch.device) -> Slab | None:
     except RuntimeError as error:
         say_pageable(str(error).partition("\n")[0])
         return None
-    slab = Slab(memory)
-    weakref.finalize(slab, _unpin, memory).atexit = False
-    return slab
+    buffer = PinnedBuffer(memory)
+    weakref.finalize(buffer, _unpin, memory).atexit = False
+    return buffer
 
 
 def _unpin(memory: Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 
-class SlotTable:
+class PointerTable:
     """One tensor a slot, or none.
 
     Attributes:

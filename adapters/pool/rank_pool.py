@@ -22,7 +22,7 @@ from adapters.pool.row_store import RowStore
 from adapters.pool.site_pool import SitePool
 from adapters.pool.slot_records import SlotRecords
 from adapters.sites import Site
-from adapters.transfer import together
+from adapters.transfer import send_coalesced
 
 EXTRAS = "extras"
 """Among an adapter's needs: the bytes of its ``Extras`` (no site is called so)."""
@@ -135,9 +135,9 @@ class RankPool:
 
     def _write_packed(self, slot: int, weights: PackedWeights) -> None:
         rows = {name: np.array(self._owned[slot][name], np.int32) for name in weights}
-        indices = together([torch.from_numpy(array) for array in rows.values()], self.device)
+        indices = send_coalesced([torch.from_numpy(array) for array in rows.values()], self.device)
         for (name, array), index in zip(rows.items(), indices, strict=True):
-            self.sites[name].own(slot, array, index)
+            self.sites[name].assign(slot, array, index)
         self._store.write(weights, rows)
 
     def _capacity(self, name: str) -> int:

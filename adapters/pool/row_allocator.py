@@ -6,7 +6,7 @@ preferred, since a kernel can then read them in place.
 
 from __future__ import annotations
 
-from adapters.pool.free_runs import Holes, runs_of
+from adapters.pool.free_runs import FreeRuns, runs_of
 
 
 class RowAllocator:
@@ -14,28 +14,28 @@ class RowAllocator:
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self._holes = Holes(num_rows)
+        self._runs = FreeRuns(num_rows)
 
     @property
     def num_free(self) -> int:
-        return self._holes.free
+        return self._runs.free
 
     def take(self, count: int) -> list[int] | None:
         """``count`` ascending rows: the lowest run that is long enough, else the lowest free ones.
 
         Returns None, and changes nothing, if fewer are free.
         """
-        if count > self._holes.free:
+        if count > self._runs.free:
             return None
         if count == 0:
             return []
-        start = self._holes.take_run(count)
-        return self._holes.take_lowest(count) if start is None else list(range(start, start + count))
+        start = self._runs.take_run(count)
+        return self._runs.take_lowest(count) if start is None else list(range(start, start + count))
 
     def give(self, rows: list[int]) -> None:
         for start, stop in runs_of(rows):
-            self._holes.give(start, stop)
+            self._runs.give(start, stop)
 
     def check_integrity(self, owned: list[list[int]]) -> None:
         """Assert that ``owned`` (one list a live adapter) and the free rows are the whole pool."""
-        self._holes.check_integrity(run for rows in owned for run in runs_of(rows))
+        self._runs.check_integrity(run for rows in owned for run in runs_of(rows))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters.pool.packed import PackedWeights, Side, by_width
 from adapters.sites import Site
-from adapters.transfer import together
+from adapters.transfer import send_coalesced
 
 _MULTIPLE = 8
 """A matrix begins at a multiple of so many rows, hence of 16 bytes."""
@@ -67,7 +67,7 @@ class RowStore:
 
     def _scatter(self, shelf: Tensor, places: Tensor, rows: Tensor) -> None:
         """``rows`` go to ``places`` of the shelf, through the staging memory where there is any."""
-        (index,) = together([places], self._device)
+        (index,) = send_coalesced([places], self._device)
         step = len(self._staging) // shelf.shape[1] or len(rows)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]

@@ -17,7 +17,7 @@ from adapters.kernels.cpu.structs import LoraSite
 from adapters.pool.row_allocator import RowAllocator
 from adapters.pool.slot_records import Record, SlotRecords
 from adapters.sites import Site
-from adapters.transfer import together
+from adapters.transfer import send_coalesced
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -65,12 +65,12 @@ class SitePool:
     def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
         """Copy a pair into ``rows``, of which there is at least one."""
         array = np.array(rows, np.int32)
-        self.own(slot, array, *together([torch.from_numpy(array)], self.a.device))
+        self.assign(slot, array, *send_coalesced([torch.from_numpy(array)], self.a.device))
         index = self.rows[slot]
         self.a[index] = weights.a.to(self.a.device)
         self.b[index] = weights.b.to(self.b.device)
 
-    def own(self, slot: int, rows: IntArray, index: Tensor) -> None:
+    def assign(self, slot: int, rows: IntArray, index: Tensor) -> None:
         """``rows``, int32, are the slot's now; ``index``: the same on the device."""
         assert len(rows) <= self.max_rank
         neighbours = rows[-1] - rows[0] + 1 == len(rows)

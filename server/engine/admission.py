@@ -90,7 +90,7 @@ class ResidencyGate:
         except AdapterError as gone:
             self.failures.append((sequence, gone))
             return
-        if new.info.own_text != old.info.own_text:
+        if new.info.chat_config != old.info.chat_config:
             self.failures.append((sequence, error))
             return
         if new is not old:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, load_adapter
-from adapters.artifact.own_text import OwnText
+from adapters.artifact.chat_config import ChatConfig
 from adapters.artifact.regex import OutOfPatience, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
@@ -21,7 +21,7 @@ from adapters.kernels.cpu import isa
 from adapters.pool.rank_pool import RankPool
 from adapters.registry import Registry, Version
 from adapters.residency import Residency
-from adapters.text.own import Speech, Speeches
+from adapters.text.chat_format import ChatFormat, ChatFormats
 from adapters.text.renderer import base_renderer
 from adapters.text.sandbox import MAX_CPU_SECONDS, TemplateTooSlow
 from adapters.transfer import copying_for
@@ -63,7 +63,7 @@ class Parts:
     def close(self) -> None:
         """End the threads and processes, and free the memory as soon as nobody refers to the parts."""
         self.residency.close()
-        self.tokenizer.speeches.close()
+        self.tokenizer.chat_formats.close()
         uninstall(self.base.model)
 
 
@@ -106,7 +106,7 @@ def assemble(
     tokenizer = _tokenizer(base, config.model.allow_special_tokens, longest)
     info = _info(config, base, tokenizer, longest, model.attention_name)
     registry, residency = _adapters(
-        config.adapters, base, weights, pool, frozenset(info.served_names), tokenizer.speeches, load
+        config.adapters, base, weights, pool, frozenset(info.served_names), tokenizer.chat_formats, load
     )
     gate = ResidencyGate(residency, registry)
     scheduler = Scheduler(SchedulerLimits(config.engine.max_num_seqs, step_tokens, longest), blocks, gate)
@@ -208,7 +208,7 @@ def _adapters(
     weights: BaseWeights,
     pool: RankPool,
     reserved: frozenset[str],
-    speeches: Speeches,
+    chat_formats: ChatFormats,
     load: Callable[[Version], Adapter] | None,
 ) -> tuple[Registry, Residency]:
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -219,9 +219,9 @@ def _adapters(
     def inspect(folder: Path) -> AdapterInfo:
         with copying():  # DoRA reads the base's weights on the device
             info = inspect_adapter(folder, base.layout, limits, dtype, weights, ignored)
-        if info.own_text is not None:
+        if info.chat_config is not None:
             with time_for(MAX_CPU_SECONDS) as seconds:
-                _check_text(speeches, info.own_text, seconds)
+                _check_text(chat_formats, info.chat_config, seconds)
         return info
 
     registry = Registry(config.folder, inspect, reserved)
@@ -234,9 +234,9 @@ def _adapters(
     return registry, residency
 
 
-def _check_text(speeches: Speeches, own: OwnText, seconds: float) -> None:
+def _check_text(chat_formats: ChatFormats, chat_config: ChatConfig, seconds: float) -> None:
     try:
-        speeches.check(own, seconds)
+        chat_formats.check(chat_config, seconds)
     except TemplateTooSlow:
         raise OutOfPatience from None
 
@@ -248,10 +248,10 @@ def _tokenizer(base: LoadedBase, allow_special_tokens: bool, context: int) -> To
     vocab_size = base.model.get_output_embeddings().out_features
     renderer = base_renderer(base.tokenizer, allow_special_tokens)
     bounds = TextBounds(base.tokenizer.backend_tokenizer, context)
-    speeches = Speeches(
-        base.tokenizer, vocab_size, Speech(renderer, eos), generation_eos, allow_special_tokens
+    chat_formats = ChatFormats(
+        base.tokenizer, vocab_size, ChatFormat(renderer, eos), generation_eos, allow_special_tokens
     )
-    return Tokenizer(base.tokenizer, vocab_size, eos, renderer, bounds, speeches)
+    return Tokenizer(base.tokenizer, vocab_size, eos, renderer, bounds, chat_formats)
 
 
 def _stats(engine: Engine, residency: Residency) -> EngineStats:

@@ -34,7 +34,7 @@ from typing import Self
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import Version
-from adapters.text.own import Speech
+from adapters.text.chat_format import ChatFormat
 from server.config import ConfigError, ServerConfig, from_options
 from server.config.options import OPTIONS
 from server.engine.answer import StreamedAnswer
@@ -175,11 +175,11 @@ class LLM:
             checks = RequestChecks(self._open.info.max_model_len, self._open.tokenizer.vocab_size)
             running = []
             for one, sampling, name in zip(asked, params, names, strict=True):
-                speech = self._speech(versions[name])
-                prompt = tuple(one.tokens(speech))
+                chat_format = self._chat_format(versions[name])
+                prompt = tuple(one.tokens(chat_format))
                 request = GenerationRequest(str(next(self._ids)), prompt, name, sampling, versions[name])
                 checks.check(request)
-                running.append(_Running(request, one.text, self._open.tokenizer, speech))
+                running.append(_Running(request, one.text, self._open.tokenizer, chat_format))
             return self._run(running)
 
     def _run(self, running: Sequence[_Running]) -> list[RequestOutput]:
@@ -189,7 +189,7 @@ class LLM:
             for each in running:
                 seed = each.request.sampling.seed
                 seed = secrets.randbits(64) if seed is None else seed
-                self._engine.add(each.request, each.request.version, seed, each.speech.eos)
+                self._engine.add(each.request, each.request.version, seed, each.chat_format.eos)
             while self._engine.busy:
                 for output in self._engine.step():
                     if by_id[output.request_id].push(output):
@@ -213,8 +213,8 @@ class LLM:
         held.callback(parts.registry.release, version)
         return version
 
-    def _speech(self, version: Version | None) -> Speech:
-        return self._open.tokenizer.speeches.of(version.info.own_text if version else None)
+    def _chat_format(self, version: Version | None) -> ChatFormat:
+        return self._open.tokenizer.chat_formats.of(version.info.chat_config if version else None)
 
     def _sampling(
         self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
@@ -234,11 +234,11 @@ class _Asked:
         text: as it was given; None = not as a text.
     """
 
-    tokens: Callable[[Speech], Sequence[int]]
+    tokens: Callable[[ChatFormat], Sequence[int]]
     text: str | None = None
 
 
-def _encode(tokenizer: Tokenizer, prompt: Prompt, _speech: Speech) -> Sequence[int]:
+def _encode(tokenizer: Tokenizer, prompt: Prompt, _chat_format: ChatFormat) -> Sequence[int]:
     return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
@@ -246,10 +246,10 @@ class _Running:
     """One prompt and what has come of it so far."""
 
     def __init__(
-        self, request: GenerationRequest, text: str | None, tokenizer: Tokenizer, speech: Speech
+        self, request: GenerationRequest, text: str | None, tokenizer: Tokenizer, chat_format: ChatFormat
     ) -> None:
         self.request = request
-        self.speech = speech
+        self.chat_format = chat_format
         self._text = text
         answers = range(request.sampling.n)
         self._streamed = [StreamedAnswer(index, request.sampling, tokenizer) for index in answers]

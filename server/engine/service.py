@@ -20,7 +20,7 @@ from functools import partial
 
 from adapters.errors import AdapterNotFound
 from adapters.registry import Registry, Version
-from adapters.text.own import Speech
+from adapters.text.chat_format import ChatFormat
 from adapters.watcher import Watcher
 from server.engine import threads
 from server.engine.answer import RunningGeneration
@@ -161,9 +161,9 @@ class EngineService:
 
     async def render_chat(self, messages: list[dict[str, str]], version: Version | None = None) -> list[int]:
         size = sum(len(message["content"]) for message in messages)
-        speech = self._speech(version)
-        pool = self._templates if speech.own else self._pool_for(size)
-        return await pool.run(self._tokenizer.render_chat, messages, speech)
+        chat_format = self._chat_format(version)
+        pool = self._templates if chat_format.from_adapter else self._pool_for(size)
+        return await pool.run(self._tokenizer.render_chat, messages, chat_format)
 
     async def submit(self, request: GenerationRequest) -> Generation:
         """See ``Service.submit``.
@@ -181,7 +181,7 @@ class EngineService:
         )  # fmt: skip
         self._running[request.request_id] = generation
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(64)
-        self._send(partial(self._engine.add, request, version, seed, self._speech(version).eos))
+        self._send(partial(self._engine.add, request, version, seed, self._chat_format(version).eos))
         return generation
 
     def adapters(self) -> list[AdapterStatus]:
@@ -224,8 +224,8 @@ class EngineService:
             return request.version
         return self._registry.checkout(request.adapter) if request.adapter is not None else None
 
-    def _speech(self, version: Version | None) -> Speech:
-        return self._tokenizer.speeches.of(version.info.own_text if version else None)
+    def _chat_format(self, version: Version | None) -> ChatFormat:
+        return self._tokenizer.chat_formats.of(version.info.chat_config if version else None)
 
     def _pool_for(self, characters: int) -> Pool:
         return self._texts if characters < LONG_TEXT else self._long_texts

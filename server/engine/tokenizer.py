@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from adapters.text.chat_format import ChatFormat, ChatFormats
 from adapters.text.messages import Message
-from adapters.text.own import Speech, Speeches
 from adapters.text.renderer import ChatRenderer
 from adapters.text.template import TemplateRefused
 from server.engine.text_bounds import TextBounds
@@ -29,7 +29,7 @@ class Tokenizer:
         eos: the generation config's end-of-sequence tokens.
         renderer: None = the base has no chat template.
         bounds: refuses texts that cannot fit; None = nothing is refused.
-        speeches: how adapters speak; None = for a base whose ``eos`` is its generation config's.
+        chat_formats: how adapters speak; None = for a base whose ``eos`` is its generation config's.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Tokenizer:
         eos: frozenset[int],
         renderer: ChatRenderer | None = None,
         bounds: TextBounds | None = None,
-        speeches: Speeches | None = None,
+        chat_formats: ChatFormats | None = None,
     ) -> None:
-        self.speeches = speeches or Speeches(fast, vocab_size, Speech(renderer, eos), eos)
+        self.chat_formats = chat_formats or ChatFormats(fast, vocab_size, ChatFormat(renderer, eos), eos)
         self.vocab_size = vocab_size
         self.eos = eos
         self.renderer = renderer
@@ -63,23 +63,23 @@ class Tokenizer:
         ids: list[int] = self._fast(text)["input_ids"]
         return ids
 
-    def render_chat(self, messages: Sequence[Message], speech: Speech | None = None) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], chat_format: ChatFormat | None = None) -> list[int]:
         """Token ids of the conversation, ready for the answer of who speaks so; None = the base.
 
         Raises:
             InvalidRequest: there is no template, or it refuses these messages (it says why).
             PromptTooLong: they cannot fit, and that can be known before they are tokenised.
         """
-        speech = speech or self.speeches.base
-        if speech.renderer is None:
+        chat_format = chat_format or self.chat_formats.base
+        if chat_format.renderer is None:
             raise InvalidRequest("The base has no chat template; use /v1/completions.", param="messages")
         if self._bounds is not None:
             size = sum(len(text.encode()) for message in messages for text in message.values())
             self._bounds.check_bytes("messages", size)
         try:
-            return speech.renderer.prompt(messages, self._check_rendered)
+            return chat_format.renderer.prompt(messages, self._check_rendered)
         except TemplateRefused as error:
-            whose = "The adapter's own" if speech.own else "The base's"
+            whose = "The adapter's own" if chat_format.from_adapter else "The base's"
             raise InvalidRequest(f"{whose} chat template refuses it: {error}", param="messages") from error
 
     def _check_rendered(self, text: str) -> None:

@@ -15,7 +15,7 @@ from adapters.artifact import Adapter, AdapterInfo, LoraWeights
 from adapters.errors import AdapterError
 from adapters.pool.host_tier import HostTier
 from adapters.pool.packed import packed
-from adapters.pool.pinned_buffer import Slab
+from adapters.pool.pinned_buffer import PinnedBuffer
 from adapters.pool.rank_pool import RankPool
 from adapters.registry import Version
 from adapters.residency import Residency
@@ -67,7 +67,7 @@ class Pool(RankPool):
 class World:
     """A residency over a pool of ``rows``, a disk that counts, and a clock that is turned by hand.
 
-    ``like_gpu``: the host tier has a slab, and copies go to a stream.
+    ``like_gpu``: the host tier has a pinned buffer, and copies go to a stream.
     """
 
     def __init__(self, rows: int = 8, host_adapters: int = 3, like_gpu: bool = False) -> None:
@@ -82,8 +82,8 @@ class World:
         host_bytes = host_adapters * NBYTES
         self.residency = Residency(self.pool, self._load, host_bytes, lambda: None, lambda: self.now, copying)
         if like_gpu:
-            self.slab = Slab(torch.empty(host_bytes // 4, dtype=torch.uint8))
-            self.residency.host = HostTier(host_bytes, self.slab)
+            self.pinned = PinnedBuffer(torch.empty(host_bytes // 4, dtype=torch.uint8))
+            self.residency.host = HostTier(host_bytes, self.pinned)
 
     def _load(self, version: Version) -> Adapter:
         assert self.gate.wait(10)

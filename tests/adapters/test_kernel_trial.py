@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Right:
-    def together(
+    def foreach(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None:
         for y, pool in zip(ys, pools, strict=True):
@@ -24,14 +24,14 @@ class Right:
 
 
 class WrongInPrompts(Right):
-    def together(
+    def foreach(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None:
-        super().together(ys, x, pools, [one for one in segments if one.stop - one.start < 16])
+        super().foreach(ys, x, pools, [one for one in segments if one.stop - one.start < 16])
 
 
 class Broken:
-    def together(self, *_: object) -> None:
+    def foreach(self, *_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
 

@@ -12,7 +12,7 @@ from adapters.artifact import Adapter, AdapterInfo, LoraWeights
 from adapters.pool.packed import PackedWeights, nbytes_of, packed
 from adapters.pool.rank_pool import RankPool
 from adapters.sites import Site
-from adapters.transfer import ALIGNMENT, host_memory, joined, together
+from adapters.transfer import ALIGNMENT, host_memory, joined, send_coalesced
 
 SITES = {
     "q": Site("q", 12, 20),
@@ -94,7 +94,9 @@ def test_what_is_joined_is_the_same_and_begins_where_kernels_want_it() -> None:
         moved = joined(tensors, CPU)
         assert all(torch.equal(a, b) for a, b in zip(moved, tensors, strict=True))
         assert not any(tensor.data_ptr() % ALIGNMENT for tensor in moved)
-    assert [t.data_ptr() for t in together(tensors, CPU)] == [t.data_ptr() for t in tensors], "no copies here"
+    assert [t.data_ptr() for t in send_coalesced(tensors, CPU)] == [t.data_ptr() for t in tensors], (
+        "no copies here"
+    )
 
 
 def test_memory_that_cannot_be_pinned_is_pageable(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.artifact import Adapter, AdapterInfo, Adjustment, End, Extras, LoraWeights
+from adapters.artifact import Adapter, AdapterInfo, Adjustment, EmbeddingOrHead, Extras, LoraWeights
 from adapters.kernels import LoraKernel, Segment
 from adapters.kernels.cpu.lora import NativeLora
 from adapters.kernels.reference import reference_lora
@@ -120,8 +120,12 @@ def _extras(seed: int) -> Extras:
     return Extras(
         {"q": Adjustment(torch.randn(20), None)} if seed % 2 else {},
         {"norm": {"weight": vector}} if seed % 3 else {},
-        End(matrix if seed % 5 else None, LoraWeights(torch.randn(2, 6), torch.randn(2, 12)), None),
-        End(None, pair if seed % 7 else None, Adjustment(None, torch.randn(6))) if seed % 4 else None,
+        EmbeddingOrHead(
+            matrix if seed % 5 else None, LoraWeights(torch.randn(2, 6), torch.randn(2, 12)), None
+        ),
+        EmbeddingOrHead(None, pair if seed % 7 else None, Adjustment(None, torch.randn(6)))
+        if seed % 4
+        else None,
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapters.errors import AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
 from adapters.pool.host_tier import HostTier
-from adapters.pool.pinned_buffer import Slab
+from adapters.pool.pinned_buffer import PinnedBuffer
 from adapters.registry import Version
 from tests.adapters.residency_world import NBYTES, Pool, World, make_version, value_of
 
@@ -178,9 +178,9 @@ def test_out_of_memory_fails_who_asked_and_nobody_else(fault: BaseException) -> 
 
 
 def test_a_host_tier_in_pieces_makes_room_for_one_that_is_larger() -> None:
-    """Of six units of the slab a, b and c take two each; b goes, and d needs three in one piece."""
+    """Of six units of the pinned buffer a, b and c take two each; b goes, and d needs three in one piece."""
     world = World(rows=64, like_gpu=True)
-    host = world.residency.host = HostTier(4 * NBYTES, Slab(torch.empty(6 * 256, dtype=torch.uint8)))
+    host = world.residency.host = HostTier(4 * NBYTES, PinnedBuffer(torch.empty(6 * 256, dtype=torch.uint8)))
     for name in "abc":
         world.touch(make_version(name, 16))
     world.residency.forget("digest-b")
@@ -299,7 +299,7 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
     world.residency.check_integrity()
     assert world.residency.pins == 0
     if like_gpu:
-        world.slab.check_integrity()
+        world.pinned.check_integrity()
 
 
 def test_many_threads_asking_at_once() -> None:

@@ -112,16 +112,16 @@ def capture(
     """A CUDA graph's replay of a call for 8 tokens; without a GPU, the very launches again."""
     segments = [Segment(0, 0, 1)]
     kernel.prepare(segments, graph_tokens=8)
-    kernel.together(ys, x, world.pools, segments)  # compiles
+    kernel.foreach(ys, x, world.pools, segments)  # compiles
     if DEVICE.type == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kernel.together(ys, x, world.pools, segments)
+            kernel.foreach(ys, x, world.pools, segments)
         return graph.replay
     launches: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patched:
         patched.setattr(triton, "_launch", lambda *arguments: launches.append(arguments))
-        kernel.together(ys, x, world.pools, segments)
+        kernel.foreach(ys, x, world.pools, segments)
     return lambda: triton._launch(*launches[0])
 
 

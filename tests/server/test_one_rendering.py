@@ -35,9 +35,9 @@ def test_a_row_is_trained_evaluated_and_asked_with_the_same_tokens(
     body = ChatBody.model_validate({"model": "tiny", "messages": messages[:1]})
     served = tokenizer.render_chat([message.rendered() for message in body.messages])
     (trained,) = encode_dataset(data, tokenizer.renderer, eos, 512).examples
-    speech = tokenizer.speeches.base
-    (question,) = make_questions(data.rows, tokenizer, speech, 512)
-    (passage,) = make_passages(data, speech, 512)
+    chat_format = tokenizer.chat_formats.base
+    (question,) = make_questions(data.rows, tokenizer, chat_format, 512)
+    (passage,) = make_passages(data, chat_format, 512)
     prompt = trained.ids[: trained.learnt.index(True)]
     assert prompt == list(question.prompt) == served
     assert list(passage.tokens) == trained.ids[:-1]

@@ -79,7 +79,7 @@ LinearCall = _struct(
     count=c_int64,
     codebook=c_void_p,
 )
-Norm = _struct("Norm", weight=c_void_p, own=c_void_p)
+Norm = _struct("Norm", weight=c_void_p, by_slot=c_void_p)
 Block = _struct(
     "Block",
     q=Linear,

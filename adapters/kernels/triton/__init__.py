@@ -64,7 +64,7 @@ class TritonLora:
         self._of_graphs: dict[int, Tensor] = {}
 
     def __call__(self, y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
-        self.together([y], x, [pool], segments)
+        self.foreach([y], x, [pool], segments)
 
     def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None:
         """Bring a step's segments to the device; all its layers then bring the same list.
@@ -83,7 +83,7 @@ class TritonLora:
         self._tiles = Tiles(self._of_graphs[graph_tokens], 1)
         self._tiles.of.copy_(pinned(cut(segments, 1, graph_tokens), self._device), non_blocking=True)
 
-    def together(
+    def foreach(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None:
         """The operation at several sites that share the input x; ys [tokens, out_features] by site."""

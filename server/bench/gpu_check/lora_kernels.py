@@ -117,7 +117,7 @@ class _Block:
 
         def block() -> None:
             for ys, x, pools in zip(outputs, inputs, self._groups, strict=True):
-                kernel.together(ys, x, pools, segments)
+                kernel.foreach(ys, x, pools, segments)
 
         return [block]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters.text.own import Speech
+from adapters.text.chat_format import ChatFormat
 from adapters.text.renderer import ChatRenderer
 from adapters.training.dataset import Dataset, Row
 from adapters.training.encode import Example, encode_dataset
@@ -45,13 +45,13 @@ class Question:
     max_tokens: int
 
 
-def make_passages(data: Dataset, speech: Speech, max_model_len: int) -> list[Passage]:
+def make_passages(data: Dataset, chat_format: ChatFormat, max_model_len: int) -> list[Passage]:
     """All rows, encoded as training encodes them, and cut at ``max_model_len`` tokens as it would.
 
     Raises:
         TrainingError: rows that the chat template refuses, or none of whose answers fit.
     """
-    encoded = encode_dataset(data, speech.renderer, speech.eos, max_model_len)
+    encoded = encode_dataset(data, chat_format.renderer, chat_format.eos, max_model_len)
     return [_passage(example) for example in encoded.examples]
 
 
@@ -62,7 +62,7 @@ def _passage(example: Example) -> Passage:
 
 
 def make_questions(
-    rows: Sequence[Row], tokenizer: Tokenizer, speech: Speech, max_model_len: int
+    rows: Sequence[Row], tokenizer: Tokenizer, chat_format: ChatFormat, max_model_len: int
 ) -> list[Question]:
     """The last question of every row whose last reference is short, and is learnt.
 
@@ -75,9 +75,9 @@ def make_questions(
         for row in rows
         if is_short(row.messages[-1]["content"]) and len(row.messages) - 1 not in row.unlearnt
     ]
-    if speech.renderer is None:
+    if chat_format.renderer is None:
         raise EvaluationFailed("The base has no chat template; evaluate its instruction-tuned version.")
-    questions = [_question(row, speech.renderer, tokenizer) for row in asked]
+    questions = [_question(row, chat_format.renderer, tokenizer) for row in asked]
     for question in questions:
         if len(question.prompt) >= max_model_len:
             raise EvaluationFailed(

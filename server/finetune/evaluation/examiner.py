@@ -70,9 +70,9 @@ class Examiner:
         for model, folder in folders.items():
             info = parts.registry.inspect(folder)
             self._versions[model] = Version(model, info.digest, folder, info, time.time())
-        speeches = parts.tokenizer.speeches
-        self._speeches = {
-            model: speeches.of(version.info.own_text if version else None)
+        chat_formats = parts.tokenizer.chat_formats
+        self._chat_formats = {
+            model: chat_formats.of(version.info.chat_config if version else None)
             for model, version in self._versions.items()
         }
 
@@ -81,13 +81,13 @@ class Examiner:
         began = time.monotonic()
         tokenizer, max_model_len = self._parts.tokenizer, self._parts.info.max_model_len
         cases = {
-            speech: Cases(
-                make_passages(data, speech, max_model_len),
-                make_questions(data.rows, tokenizer, speech, max_model_len),
+            chat_format: Cases(
+                make_passages(data, chat_format, max_model_len),
+                make_questions(data.rows, tokenizer, chat_format, max_model_len),
             )
-            for speech in set(self._speeches.values())
+            for chat_format in set(self._chat_formats.values())
         }
-        asked = {model: cases[speech] for model, speech in self._speeches.items()}
+        asked = {model: cases[chat_format] for model, chat_format in self._chat_formats.items()}
         scorer, drawn = self._ask(asked)
         passages, questions = asked["base"].passages, asked["base"].questions
         answers = tuple(self._answers(i, question, drawn) for i, question in enumerate(questions))
@@ -137,7 +137,7 @@ class Examiner:
         greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         name = version.name if version is not None else None
         request = GenerationRequest(request_id, prompt, name, greedy)
-        self._engine.add(request, version, eos=self._speeches[model].eos)
+        self._engine.add(request, version, eos=self._chat_formats[model].eos)
         drawn[request_id] = []
 
     def _step(self, drawn: Drawn) -> None:

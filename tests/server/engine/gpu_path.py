@@ -32,7 +32,7 @@ class SegmentedTogether(TritonLora):
 
     def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None: ...
 
-    def together(
+    def foreach(
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None:
         for y, pool in zip(ys, pools, strict=True):

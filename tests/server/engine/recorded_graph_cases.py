@@ -28,7 +28,7 @@ def test_a_graph_serves_other_adapters_than_it_was_captured_with(monkeypatch: py
     x, ys = batch(world, 8, world.dtype, world.dtype)
 
     def run() -> torch.Tensor:
-        kernel.together(ys, x, world.pools, nobody)
+        kernel.foreach(ys, x, world.pools, nobody)
         return ys[0] + 0
 
     result = graph.capture(run)

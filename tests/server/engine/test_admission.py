@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from adapters.artifact.own_text import OwnText
+from adapters.artifact.chat_config import ChatConfig
 from adapters.errors import AdapterChanged, AdapterError, AdapterInvalid, AdapterNotFound
 from adapters.registry import Version
 from server.engine.admission import ResidencyGate
@@ -161,8 +161,8 @@ def test_all_answers_of_a_request_move_to_the_new_version_together() -> None:
 def test_a_prompt_is_not_answered_by_a_version_with_another_chat_template() -> None:
     serving = Serving()
     old, new = make_version("a"), make_version("a")
-    own_text = OwnText(template="{{ messages }}", tokens=(), eos_ids=(), added=())
-    serving.names.current["a"] = replace(new, info=replace(new.info, own_text=own_text))
+    chat_config = ChatConfig(template="{{ messages }}", tokens=(), eos_ids=(), added=())
+    serving.names.current["a"] = replace(new, info=replace(new.info, chat_config=chat_config))
     serving.world.broken["a"] = AdapterChanged("it is another")
     asked = serving.ask(old)
     serving.step()

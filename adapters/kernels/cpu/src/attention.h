@@ -33,9 +33,9 @@ static void store_kv(const AttentionCall& call, int64_t t) {
     }
 }
 
-// G query heads' states along their walk. They share a KV head, so a tile is read once for all of them.
+// The online softmax of G query heads. They share a KV head, so a tile is read once for all of them.
 template <int G>
-struct Walk {
+struct SoftmaxState {
     f32x16 sums[G] = {};  // of exp(score - most), by place in the tile
     float most[G];        // largest score so far
     f32x16* out;          // [head_dim / 16][G] sum of exp(score - most) * value
@@ -55,24 +55,25 @@ static inline void scores_of(const bf16* q, const bf16* keys, int64_t head_dim, 
 
 // Adds a tile of which places [first, last] are seen. What was never written beyond `last` may be anything.
 template <int G>
-static inline void add_tile(Walk<G>& walk, f32x16* s, const bf16* values, int64_t head_dim, int64_t first, int64_t last) {
+static inline void add_tile(SoftmaxState<G>& state, f32x16* s, const bf16* values, int64_t head_dim, int64_t first,
+                            int64_t last) {
     const i32x16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const bool partly = first > 0 || last < TILE - 1;
     float shrunk[G];
     bf16 pairs[G][TILE];
     for (int g = 0; g < G; g++) {
         if (partly) s[g] = (place >= int32_t(first)) & (place <= int32_t(last)) ? s[g] : splat(NEVER);
-        const float most = larger_of(walk.most[g], largest(s[g]));
-        shrunk[g] = most == walk.most[g] ? 1.0f : exp16(splat(walk.most[g] - most))[0];
+        const float most = larger_of(state.most[g], largest(s[g]));
+        shrunk[g] = most == state.most[g] ? 1.0f : exp16(splat(state.most[g] - most))[0];
         const f32x16 p = exp16(s[g] - most);
-        walk.sums[g] = walk.sums[g] * shrunk[g] + p;
-        walk.most[g] = most;
+        state.sums[g] = state.sums[g] * shrunk[g] + p;
+        state.most[g] = most;
         store(pairs[g], to_bf16s(p));
     }
     const int64_t chunks = head_dim / 16, whole = (last + 1) / 2;
     for (int64_t c = 0; c < chunks; c++) {
         f32x16 acc[G];
-        for (int g = 0; g < G; g++) acc[g] = walk.out[c * G + g] * shrunk[g];
+        for (int g = 0; g < G; g++) acc[g] = state.out[c * G + g] * shrunk[g];
         for (int64_t i = 0; i < whole; i++) {
             const u32x16 v = load<u32x16>(values + (i * chunks + c) * 32);
             for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * i));
@@ -81,7 +82,7 @@ static inline void add_tile(Walk<G>& walk, f32x16* s, const bf16* values, int64_
             const u32x16 v = load<u32x16>(values + (whole * chunks + c) * 32) & 0xffffu;
             for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * whole));
         }
-        for (int g = 0; g < G; g++) walk.out[c * G + g] = acc[g];
+        for (int g = 0; g < G; g++) state.out[c * G + g] = acc[g];
     }
 }
 
@@ -92,10 +93,10 @@ static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int
     const Tokens& tokens = *call.tokens;
     const int64_t chunks = p.head_dim / 16;
     static thread_local Buffer<f32x16> kept;
-    Walk<G> walk;
-    walk.out = kept.at_least(G * chunks);
-    for (int g = 0; g < G; g++) walk.most[g] = NEVER;
-    for (int64_t i = 0; i < G * chunks; i++) walk.out[i] = f32x16{};
+    SoftmaxState<G> state;
+    state.out = kept.at_least(G * chunks);
+    for (int g = 0; g < G; g++) state.most[g] = NEVER;
+    for (int64_t i = 0; i < G * chunks; i++) state.out[i] = f32x16{};
 
     const bf16* q = call.q + t * call.q_stride + head * p.head_dim;
     const int64_t* tiles = tokens.tiles + tokens.tile_starts[tokens.sequences[t]];
@@ -108,13 +109,13 @@ static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int
         }
         f32x16 s[G];
         scores_of<G>(q, tile_of(p.keys, p, tiles[i], kv_head), p.head_dim, call.scale, call.softcap, s);
-        add_tile<G>(walk, s, tile_of(p.values, p, tiles[i], kv_head), p.head_dim, most_of(0, first - i * TILE),
+        add_tile<G>(state, s, tile_of(p.values, p, tiles[i], kv_head), p.head_dim, most_of(0, first - i * TILE),
                     least(TILE - 1, last - i * TILE));
     }
     bf16* out = call.out + (t * call.heads + head) * p.head_dim;
     for (int g = 0; g < G; g++) {
-        const float all = sum(walk.sums[g]);
-        for (int64_t c = 0; c < chunks; c++) store_bf16s(out + g * p.head_dim + c * 16, walk.out[c * G + g] / all);
+        const float all = sum(state.sums[g]);
+        for (int64_t c = 0; c < chunks; c++) store_bf16s(out + g * p.head_dim + c * 16, state.out[c * G + g] / all);
     }
 }
 

@@ -41,7 +41,7 @@ static void head_bf16(const HeadCall& call, const Team& team) {
 
 static void head_nf4(const HeadCall& call, const Team& team) {
     const Codebook codebook(call.codebook);
-    Errand none;
+    Prefetcher none;
     team.share(call.vocabulary / PANEL, [&](int64_t panel) {
         nf4_panel(*call.nf4, panel, codebook, call.n, call.normed, call.hidden, call.out, call.vocabulary, none);
         if (call.softcap == 0) return;
@@ -57,5 +57,5 @@ static void head(const HeadCall* call) {
     for (int64_t i = 0; i < call->n; i++)
         rms_norm(call->x + call->rows[i] * call->hidden, call->norm, call->hidden, call->eps,
                  call->normed + i * call->hidden);
-    together([&](Team team) { call->w != nullptr ? head_bf16(*call, team) : head_nf4(*call, team); });
+    parallel([&](Team team) { call->w != nullptr ? head_bf16(*call, team) : head_nf4(*call, team); });
 }

@@ -16,7 +16,7 @@ namespace {
 #include "simd.h"
 #include "buffer.h"
 #include "team.h"
-#include "errand.h"
+#include "prefetcher.h"
 #include "nf4.h"
 #include "lora.h"
 #include "attention.h"
@@ -26,16 +26,16 @@ namespace {
 
 // Each kernel alone, in a parallel region of its own.
 void linears(const LinearCall* call) {
-    together([&](Team team) {
-        Errand none;
+    parallel([&](Team team) {
+        Prefetcher none;
         linears(*call, team, none);
     });
 }
 void lora(const LoraCall* call) {
-    together([&](Team team) { lora(*call, team); });
+    parallel([&](Team team) { lora(*call, team); });
 }
 void attention(const AttentionCall* call) {
-    together([&](Team team) {
+    parallel([&](Team team) {
         team.share(call->tokens->count, [&](int64_t t) { store_kv(*call, t); });
         attend_all(*call, team);
     });

@@ -156,8 +156,8 @@ static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
     return count;
 }
 
-// Where the rows of a slot lie in a matrix, rows that are neighbours in one stretch.
-static Stretch* stretches_of(const LoraSite& site, int64_t slot, const bf16* matrix, int64_t width, Stretch* to) {
+// The ranges of memory that hold a slot's rows of a matrix. Adjacent rows are one range.
+static Range* ranges_of(const LoraSite& site, int64_t slot, const bf16* matrix, int64_t width, Range* to) {
     const int32_t* rows = site.rows[slot];
     for (int64_t j = 0, stop, rank = site.ranks[slot]; j < rank; j = stop) {
         for (stop = j + 1; stop < rank && rows[stop] == rows[stop - 1] + 1;) stop++;
@@ -166,19 +166,19 @@ static Stretch* stretches_of(const LoraSite& site, int64_t slot, const bf16* mat
     return to;
 }
 
-// An errand for the rows that `lora` will read, in so many turns of all threads together. By columns nobody knows yet
-// which thread will read them: each fetches a part, for whom it may concern.
-static Errand fetching(const LoraCall& call, int64_t turns, const Team& team) {
-    static thread_local Buffer<Stretch> kept;
+// A prefetcher of the rows that `lora` will read, in `turns` calls of advance() over all threads. By columns it is not
+// yet known which thread will read which rows, so each thread fetches an equal part of them.
+static Prefetcher prefetcher_for(const LoraCall& call, int64_t turns, const Team& team) {
+    static thread_local Buffer<Range> kept;
     int64_t most = 0;
     for (int64_t i = 0; i < call.n_segments; i++)
         for (int64_t n = 0; n < call.n_sites; n++) most += 2 * call.sites[n]->ranks[call.segments[i].slot];
-    Stretch *first = kept.at_least(most), *last = first;
+    Range *first = kept.at_least(most), *last = first;
     for (int64_t i = 0; i < call.n_segments; i++)
         for (int64_t n = 0; n < call.n_sites; n++) {
             const LoraSite& site = *call.sites[n];
-            last = stretches_of(site, call.segments[i].slot, site.a, site.in, last);
-            last = stretches_of(site, call.segments[i].slot, site.b, site.out, last);
+            last = ranges_of(site, call.segments[i].slot, site.a, site.in, last);
+            last = ranges_of(site, call.segments[i].slot, site.b, site.out, last);
         }
     if (team.by_rows) return {first, last, turns};
     const int64_t count = last - first;

@@ -92,7 +92,7 @@ struct LinearCall {
 // One norm's weights, float32: the base's (null = there is no such norm), and those of adapters with their own.
 struct Norm {
     const float* weight;             // [hidden], or [head_dim] of the head norms
-    const float* const* const* own;  // a cell -> [slots]; null = the base's
+    const float* const* const* by_slot;  // a cell -> [slots]; null = the base's
 };
 
 struct Block {

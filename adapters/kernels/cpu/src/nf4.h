@@ -43,7 +43,7 @@ static inline void store_sums(float* y, f32x16 sums) { store(y, sums); }
 
 template <int ROWS, typename Weights, typename Y>
 static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weights, const bf16* x, int64_t x_stride,
-                            Y* y, int64_t y_stride, Errand& errand) {
+                            Y* y, int64_t y_stride, Prefetcher& prefetcher) {
     f32x16 total[ROWS][2] = {};
     const int64_t pairs = l.blocksize / 2;
     for (int64_t b = 0; b < l.in / l.blocksize; b++) {
@@ -57,7 +57,7 @@ static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weigh
                 part[r][1] = dot2(part[r][1], high, xs);
             }
         }
-        errand.turn();
+        prefetcher.advance();
         const bf16* absmax = l.absmax + b * l.out + panel * PANEL;
         const f32x16 scale[2] = {load_floats(absmax), load_floats(absmax + 16)};
         for (int r = 0; r < ROWS; r++)
@@ -73,36 +73,36 @@ static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weigh
 // `count` rows, at most MOST.
 template <int MOST, typename Weights, typename Y>
 static inline void nf4_last_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
-                                 int64_t x_stride, Y* y, int64_t y_stride, Errand& errand) {
-    if (count == MOST) return nf4_rows<MOST>(l, panel, weights, x, x_stride, y, y_stride, errand);
-    if constexpr (MOST > 1) nf4_last_rows<MOST - 1>(l, panel, weights, count, x, x_stride, y, y_stride, errand);
+                                 int64_t x_stride, Y* y, int64_t y_stride, Prefetcher& prefetcher) {
+    if (count == MOST) return nf4_rows<MOST>(l, panel, weights, x, x_stride, y, y_stride, prefetcher);
+    if constexpr (MOST > 1) nf4_last_rows<MOST - 1>(l, panel, weights, count, x, x_stride, y, y_stride, prefetcher);
 }
 
 template <typename Weights, typename Y>
 static void nf4_all_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
-                         int64_t x_stride, Y* y, int64_t y_stride, Errand& errand) {
+                         int64_t x_stride, Y* y, int64_t y_stride, Prefetcher& prefetcher) {
     int64_t t = 0;
     for (; t + NF4_ROWS <= count; t += NF4_ROWS)
-        nf4_rows<NF4_ROWS>(l, panel, weights, x + t * x_stride, x_stride, y + t * y_stride, y_stride, errand);
+        nf4_rows<NF4_ROWS>(l, panel, weights, x + t * x_stride, x_stride, y + t * y_stride, y_stride, prefetcher);
     if (t < count)
         nf4_last_rows<NF4_ROWS - 1>(l, panel, weights, count - t, x + t * x_stride, x_stride, y + t * y_stride,
-                                    y_stride, errand);
+                                    y_stride, prefetcher);
 }
 
 template <typename Y>
 static void nf4_panel(const Linear& l, int64_t panel, const Codebook& codebook, int64_t count, const bf16* x,
-                      int64_t x_stride, Y* y, int64_t y_stride, Errand& errand) {
+                      int64_t x_stride, Y* y, int64_t y_stride, Prefetcher& prefetcher) {
     const uint8_t* w = l.w + panel * PANEL * l.in / 2;
     if (count < NF4_DECODED)
-        return nf4_all_rows(l, panel, Decoding{codebook, w}, count, x, x_stride, y, y_stride, errand);
+        return nf4_all_rows(l, panel, Decoding{codebook, w}, count, x, x_stride, y, y_stride, prefetcher);
     static thread_local Buffer<u32x16> kept;
     u32x16* pairs = kept.at_least(l.in);
     for (int64_t p = 0; p < l.in / 2; p++) codebook.decode(w + p * PANEL, pairs[2 * p], pairs[2 * p + 1]);
-    nf4_all_rows(l, panel, Decoded{pairs}, count, x, x_stride, y, y_stride, errand);
+    nf4_all_rows(l, panel, Decoded{pairs}, count, x, x_stride, y, y_stride, prefetcher);
 }
 
-// How often an errand gets a turn in all of it.
-static int64_t turns_of(const LinearCall& call) {
+// How often a call advances its prefetcher.
+static int64_t prefetch_turns(const LinearCall& call) {
     int64_t turns = 0;
     for (int64_t i = 0; i < call.n_linears; i++)
         turns += call.linears[i]->out / PANEL * (call.linears[i]->in / call.linears[i]->blocksize);
@@ -110,7 +110,7 @@ static int64_t turns_of(const LinearCall& call) {
 }
 
 // All panels of linears that share x.
-static void linears(const LinearCall& call, const Team& team, Errand& errand) {
+static void linears(const LinearCall& call, const Team& team, Prefetcher& prefetcher) {
     const Codebook codebook(call.codebook);
     int64_t panels = 0;
     for (int64_t i = 0; i < call.n_linears; i++) panels += call.linears[i]->out / PANEL;
@@ -118,6 +118,6 @@ static void linears(const LinearCall& call, const Team& team, Errand& errand) {
         int64_t which = 0;
         while (panel >= call.linears[which]->out / PANEL) panel -= call.linears[which++]->out / PANEL;
         nf4_panel(*call.linears[which], panel, codebook, call.count, call.x, call.x_stride, call.y[which], call.y_stride,
-                  errand);
+                  prefetcher);
     });
 }

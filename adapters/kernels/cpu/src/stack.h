@@ -7,7 +7,7 @@
 // wait for each other.
 
 // A step as one thread sees it: its own tokens, and the time they took.
-struct Walker {
+struct ThreadStep {
     const StackCall& call;
     const Team& team;
     const int64_t begin = team.begin(call.tokens->count), count = team.end(call.tokens->count) - begin;
@@ -22,7 +22,7 @@ struct Walker {
 
 // Books the first thread's time until the end of its scope.
 struct Timed {
-    const Walker& walker;
+    const ThreadStep& step;
     const Part part;
     const int64_t began;
 
@@ -31,16 +31,16 @@ struct Timed {
         clock_gettime(CLOCK_MONOTONIC, &t);
         return t.tv_sec * 1000000000ll + t.tv_nsec;
     }
-    Timed(const Walker& w, Part p) : walker(w), part(p), began(w.team.thread == 0 ? now() : 0) {}
+    Timed(const ThreadStep& w, Part p) : step(w), part(p), began(w.team.thread == 0 ? now() : 0) {}
     ~Timed() {
-        if (walker.team.thread == 0) walker.call.nanoseconds[part] += now() - began;
+        if (step.team.thread == 0) step.call.nanoseconds[part] += now() - began;
     }
 };
 
 // Linears that share x and write side by side into rows of `stride`, with their adapters' part, whose rows are fetched
 // during the products.
 template <int N>
-static void project(const Walker& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
+static void project(const ThreadStep& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
                     int64_t stride) {
     bf16* ys[N];
     const LoraSite* sites[N];
@@ -53,8 +53,8 @@ static void project(const Walker& w, const Linear* const (&which)[N], const bf16
     const LoraCall adapted = {sites, ys, strides, N, w.own(x, x_stride), x_stride, w.segments, w.n_segments};
     {
         Timed timed(w, LINEARS);
-        Errand errand = fetching(adapted, turns_of(products), w.team);
-        linears(products, w.team, errand);
+        Prefetcher prefetcher = prefetcher_for(adapted, prefetch_turns(products), w.team);
+        linears(products, w.team, prefetcher);
     }
     if (w.call.n_segments == 0) return;
     Timed timed(w, LORA);
@@ -62,7 +62,7 @@ static void project(const Walker& w, const Linear* const (&which)[N], const bf16
 }
 
 template <typename F>
-static void each_token(const Walker& w, F f) {
+static void each_token(const ThreadStep& w, F f) {
     Timed timed(w, ROWS);
     w.team.share(w.count, [&](int64_t i) { f(w.begin + i); });
 }
@@ -70,7 +70,7 @@ static void each_token(const Walker& w, F f) {
 // The weights for token t.
 static inline const float* weight_of(const StackCall& call, const Norm& norm, int64_t t) {
     const int64_t slot = call.norm_slots != nullptr ? call.norm_slots[t] : -1;
-    const float* own = slot >= 0 ? (*norm.own)[slot] : nullptr;
+    const float* own = slot >= 0 ? (*norm.by_slot)[slot] : nullptr;
     return own != nullptr ? own : norm.weight;
 }
 
@@ -80,7 +80,7 @@ static inline void normalise(const StackCall& call, const Norm& norm, int64_t t,
 }
 
 // x += what a half of a block gave; then the norm before the next half.
-static void add_and_norm(const Walker& w, const Norm& after, const Norm& before) {
+static void add_and_norm(const ThreadStep& w, const Norm& after, const Norm& before) {
     const StackCall& call = w.call;
     const int64_t hidden = call.hidden;
     each_token(w, [&](int64_t t) {
@@ -91,7 +91,7 @@ static void add_and_norm(const Walker& w, const Norm& after, const Norm& before)
     });
 }
 
-static void attention_half(const Walker& w, const Block& b) {
+static void attention_half(const ThreadStep& w, const Block& b) {
     const StackCall& call = w.call;
     const Scratch& s = call.scratch;
     const int64_t dim = call.head_dim, q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
@@ -115,7 +115,7 @@ static void attention_half(const Walker& w, const Block& b) {
     project(w, {&b.o}, s.attended, q_size, s.delta, call.hidden);
 }
 
-static void mlp_half(const Walker& w, const Block& b) {
+static void mlp_half(const ThreadStep& w, const Block& b) {
     const Scratch& s = w.call.scratch;
     const int64_t hidden = w.call.hidden, inner = w.call.intermediate;
     if (w.team.by_rows) {  // the adapters' rows of both would not fit the cache
@@ -131,7 +131,7 @@ static void mlp_half(const Walker& w, const Block& b) {
     project(w, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
 }
 
-static void walk(const Walker& w) {
+static void run_blocks(const ThreadStep& w) {
     const StackCall& call = w.call;
     each_token(w, [&](int64_t t) {
         normalise(call, call.blocks[0].norm_before_attention, t, call.x + t * call.hidden, call.hidden,
@@ -156,12 +156,12 @@ static int64_t cut(const Segment* segments, int64_t n, int64_t begin, int64_t en
 }
 
 static void stack(const StackCall* call) {
-    together([&](Team team) {
+    parallel([&](Team team) {
         const int64_t tokens = call->tokens->count;
         team.by_rows = best_by_rows(tokens, team.threads, call->hidden * call->intermediate / 2);
         static thread_local Buffer<Segment> kept;
         Segment* own = kept.at_least(call->n_segments);
         const int64_t count = cut(call->segments, call->n_segments, team.begin(tokens), team.end(tokens), own);
-        walk({*call, team, team.begin(tokens), team.end(tokens) - team.begin(tokens), own, count});
+        run_blocks({*call, team, team.begin(tokens), team.end(tokens) - team.begin(tokens), own, count});
     });
 }

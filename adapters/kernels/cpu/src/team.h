@@ -47,7 +47,7 @@ struct Team {
 
 // Runs f(team) on every thread, by columns.
 template <typename F>
-static void together(F f) {
+static void parallel(F f) {
 #pragma omp parallel
     f(Team());
 }

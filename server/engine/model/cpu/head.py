@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adapters.kernels import Segment
 from adapters.kernels.cpu.structs import HeadCall
-from adapters.layers.lora_state import Own
-from adapters.pool.extras_pool import ResidentEnd
+from adapters.layers.lora_state import ExtrasSegment
+from adapters.pool.extras_pool import ResidentEmbeddingOrHead
 from server.engine.model.cpu.weights import FusedWeights, is_4bit
 from server.engine.model.transformers_model import StockModel
 
@@ -47,23 +47,25 @@ class FusedHead:
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
         logits, _ = self._run(x, rows, self._weights.final_norm, self._weights.head, self._softcap)
-        for own in self._lora.own_heads:
-            if own.extras.head is not None or _FINAL_NORM in own.extras.norms:
-                logits[own.start : own.stop] = self._own(x, rows[own.start : own.stop], own)
+        for segment in self._lora.extras_head_rows:
+            if segment.extras.head is not None or _FINAL_NORM in segment.extras.norms:
+                logits[segment.start : segment.stop] = self._replaced(
+                    x, rows[segment.start : segment.stop], segment
+                )
         return logits
 
-    def _own(self, x: Tensor, rows: Tensor, own: Own) -> Tensor:
+    def _replaced(self, x: Tensor, rows: Tensor, segment: ExtrasSegment) -> Tensor:
         norm, head = self._weights.final_norm, self._weights.head
-        if _FINAL_NORM in own.extras.norms:
-            norm = self._weights.norm_weight(own.extras.norms[_FINAL_NORM]["weight"])
-        end = own.extras.head
+        if _FINAL_NORM in segment.extras.norms:
+            norm = self._weights.norm_weight(segment.extras.norms[_FINAL_NORM]["weight"])
+        end = segment.extras.head
         if end is not None and end.matrix is not None:
             head = {"w": end.matrix.data_ptr()}
         changed = end is not None and end.pool is not None
         logits, normed = self._run(x, rows, norm, head, 0.0 if changed else self._softcap)
         return self._changed(logits, normed, end) if changed and end is not None else logits
 
-    def _changed(self, logits: Tensor, normed: Tensor, end: ResidentEnd) -> Tensor:
+    def _changed(self, logits: Tensor, normed: Tensor, end: ResidentEmbeddingOrHead) -> Tensor:
         """The adapter's pair and adjustment at the head; then the soft cap."""
         assert end.pool is not None
         added = torch.zeros(logits.shape, dtype=normed.dtype)

@@ -158,11 +158,11 @@ class FusedModel:
 
     def _norm_slots(self, count: int) -> IntArray | None:
         """By token, whose norms; None if nobody in the step has any of their own."""
-        own = [part for part in self._lora.own if part.extras.norms]
-        if not own:
+        extras_segments = [part for part in self._lora.extras_segments if part.extras.norms]
+        if not extras_segments:
             return None
         slots = np.full(count, -1, np.int64)
-        for slot, start, stop, _ in own:
+        for slot, start, stop, _ in extras_segments:
             slots[start:stop] = slot
         return slots
 

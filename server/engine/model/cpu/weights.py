@@ -70,8 +70,8 @@ class FusedWeights:
 
     def _norm(self, module: Any, pool: RankPool, name: str) -> ctypes.Structure:
         weight = self._keep(self.norm_weight(module.weight.detach()))
-        own = pool.extras.norms.get(name)
-        return Norm(weight=weight.data_ptr(), own=None if own is None else own.cell)
+        table = pool.extras.norms.get(name)
+        return Norm(weight=weight.data_ptr(), by_slot=None if table is None else table.cell)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())

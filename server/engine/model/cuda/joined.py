@@ -61,7 +61,7 @@ class JoinedLinear:
         """
         y = self._product(x, self._bias)
         if adapted:
-            self._lora.together(torch.split(y, self._outputs, 1), x, self._pools, self._state.segments)
+            self._lora.foreach(torch.split(y, self._outputs, 1), x, self._pools, self._state.segments)
         return y
 
 

@@ -156,7 +156,7 @@ class DeviceModel:
         segments = lora_segments(chunks)
         stock = self._stock
         stock.lora.begin(len(tokens), segments, last if rows is None else rows)
-        if stock.lora.own:
+        if stock.lora.extras_segments:
             return stock(chunks, rows, prev_tokens)
         alone = rows is None and len(last) == len(chunks) == len(tokens)
         graph_batch_size = (

@@ -19,7 +19,7 @@ from adapters.sites import BaseLayout, Site
 
 
 @dataclass(frozen=True, slots=True)
-class OwnPlan:
+class ReplacedPlan:
     """The tensors that take the place of the base's.
 
     Attributes:
@@ -51,12 +51,12 @@ def _by_ending(endings: Iterable[str], names: Iterable[str]) -> dict[str, list[s
     return found
 
 
-def plan_own(
+def plan_replaced(
     found: Mapping[str, Mapping[Role, TensorEntry]],
     adapted: frozenset[str],
     settings: LoraSettings,
     layout: BaseLayout,
-) -> OwnPlan:
+) -> ReplacedPlan:
     """``found``: the file's tensors by module; ``adapted``: the modules with pairs.
 
     Raises AdapterInvalid or AdapterUnsupported.
@@ -74,7 +74,7 @@ def plan_own(
     }
     _check_sizes(weights, norms, biases, layout)
     matrices = {name: entry for name, entry in weights.items() if name in layout.ends}
-    return OwnPlan(
+    return ReplacedPlan(
         _both_if_shared(matrices, saved, layout),
         norms,
         {name: entry for name, entry in biases.items() if name not in layout.norms},

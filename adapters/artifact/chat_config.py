@@ -19,12 +19,12 @@ MAX_TEMPLATE_BYTES = 256 << 10
 _MAX_JSON_BYTES = 4 << 20
 _TEMPLATE, _TOKENIZER, _TEMPLATE_JSON = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
 _SPECIAL, _GENERATION = "special_tokens_map.json", "generation_config.json"
-TEXT_FILES = (_TEMPLATE, _TOKENIZER, _TEMPLATE_JSON, _SPECIAL, _GENERATION)
+CHAT_CONFIG_FILES = (_TEMPLATE, _TOKENIZER, _TEMPLATE_JSON, _SPECIAL, _GENERATION)
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
-class OwnText:
+class ChatConfig:
     """As the folder has it; whether the base can speak so is not looked at.
 
     Attributes:
@@ -44,7 +44,7 @@ class OwnText:
         return json.dumps([self.template, self.tokens, self.eos_ids]).encode()
 
 
-def read_own_text(folder: int) -> OwnText | None:
+def read_chat_config(folder: int) -> ChatConfig | None:
     """Of an open folder; None if it has nothing to say.
 
     Raises:
@@ -57,7 +57,7 @@ def read_own_text(folder: int) -> OwnText | None:
     eos_ids = _eos_ids(_object(folder, _GENERATION))
     if template is None and "eos_token" not in tokens and not eos_ids:
         return None
-    return OwnText(template, tuple(tokens.items()), eos_ids, _added(tokenizer))
+    return ChatConfig(template, tuple(tokens.items()), eos_ids, _added(tokenizer))
 
 
 def _template(folder: int, tokenizer: Mapping[str, Any]) -> str | None:

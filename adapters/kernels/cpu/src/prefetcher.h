@@ -4,26 +4,26 @@
 // processor's. One after the other, each would wait for the other.
 
 constexpr int64_t LINE = 64;
-constexpr int64_t ERRAND_BYTES = 640 << 10;  // of more the first would be gone again before it is needed
+constexpr int64_t PREFETCH_BYTES = 640 << 10;  // of more the first would be gone again before it is needed
 
-struct Stretch {
+struct Range {
     const char *at, *end;
 };
 
-struct Errand {
-    const Stretch *next = nullptr, *last = nullptr;
+struct Prefetcher {
+    const Range *next = nullptr, *last = nullptr;
     int64_t lines = 0;  // of a turn
     const char *at = nullptr, *end = nullptr;
 
-    // The stretches [first, after), in so many turns.
-    Errand(const Stretch* first, const Stretch* after, int64_t turns) : next(first), last(after) {
+    // The ranges [first, after), in `turns` calls of advance().
+    Prefetcher(const Range* first, const Range* after, int64_t turns) : next(first), last(after) {
         int64_t bytes = 0;
-        for (const Stretch* s = first; s < after; s++) bytes += s->end - s->at;
-        lines = least(bytes, ERRAND_BYTES) / (LINE * most_of(turns, 1)) + 1;
+        for (const Range* s = first; s < after; s++) bytes += s->end - s->at;
+        lines = least(bytes, PREFETCH_BYTES) / (LINE * most_of(turns, 1)) + 1;
     }
-    Errand() = default;
+    Prefetcher() = default;
 
-    inline void turn() {
+    inline void advance() {
         for (int64_t i = 0; i < lines; i++, at += LINE) {
             if (at >= end) {
                 if (next == last) {

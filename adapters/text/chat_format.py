@@ -14,27 +14,27 @@ from adapters.text.special import SpecialTokens
 from adapters.text.template import ChatTemplate, TemplateRefused
 
 if TYPE_CHECKING:
-    from adapters.artifact.own_text import OwnText
+    from adapters.artifact.chat_config import ChatConfig
 
 _PROBE = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass(frozen=True, slots=True)
-class Speech:
+class ChatFormat:
     """How conversations with a model are rendered, and which tokens end its answers.
 
     Attributes:
         renderer: None = there is no chat template.
-        own: whether the template is an adapter's.
+        from_adapter: whether the template is an adapter's.
     """
 
     renderer: ChatRenderer | None
     eos: frozenset[int]
-    own: bool = False
+    from_adapter: bool = False
 
 
 @dataclass(eq=False)
-class Speeches:
+class ChatFormats:
     """Finds how adapters speak. Thread-safe.
 
     Attributes:
@@ -47,27 +47,27 @@ class Speeches:
 
     fast: Any
     vocab_size: int
-    base: Speech
+    base: ChatFormat
     generation_eos: frozenset[int]
     allow_special_tokens: bool = False
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
 
-    def of(self, own: OwnText | None) -> Speech:
+    def of(self, config: ChatConfig | None) -> ChatFormat:
         """How an adapter with such files speaks. Raises AdapterUnsupported: the base cannot speak so."""
-        return self.base if own is None else self._of(own)
+        return self.base if config is None else self._of(config)
 
-    def check(self, own: OwnText | None, seconds: float = MAX_CPU_SECONDS) -> None:
+    def check(self, config: ChatConfig | None, seconds: float = MAX_CPU_SECONDS) -> None:
         """Try the template on a greeting.
 
         Raises:
             AdapterUnsupported: the base cannot speak so, or the template renders nothing.
             TemplateTooSlow: it took more than ``seconds``, which are less than it has in use.
         """
-        speech = self.of(own)
-        if not speech.own or speech.renderer is None:
+        chat_format = self.of(config)
+        if not chat_format.from_adapter or chat_format.renderer is None:
             return
         try:
-            text = self.sandbox.render(speech.renderer.template, _PROBE, True, seconds)
+            text = self.sandbox.render(chat_format.renderer.template, _PROBE, True, seconds)
         except TemplateRefused as error:
             if isinstance(error, TemplateTooSlow) and seconds < MAX_CPU_SECONDS:
                 raise
@@ -80,38 +80,38 @@ class Speeches:
         self.sandbox.close()
 
     @lru_cache(maxsize=1024)  # noqa: B019  (lives as long as the server)
-    def _of(self, own: OwnText) -> Speech:
-        eos = self._eos(own)
-        template = self._template(own)
+    def _of(self, config: ChatConfig) -> ChatFormat:
+        eos = self._eos(config)
+        template = self._template(config)
         if template is None:
-            return Speech(self.base.renderer, eos)
-        self._check_vocabulary(own, template.source)
+            return ChatFormat(self.base.renderer, eos)
+        self._check_vocabulary(config, template.source)
         renderer = ChatRenderer(self._special, template, self.allow_special_tokens)
-        return Speech(renderer, eos, own=True)
+        return ChatFormat(renderer, eos, from_adapter=True)
 
     @property
     def _special(self) -> SpecialTokens:
         return self.base.renderer.special if self.base.renderer else SpecialTokens(self.fast)
 
-    def _template(self, own: OwnText) -> ChatTemplate | None:
+    def _template(self, config: ChatConfig) -> ChatTemplate | None:
         """None if it is the base's."""
-        if own.template is None:
+        if config.template is None:
             return None
-        variables = dict(self.fast.special_tokens_map) | dict(own.tokens)
+        variables = dict(self.fast.special_tokens_map) | dict(config.tokens)
         base = self.base.renderer.template if self.base.renderer else None
-        if base is not None and (base.source, dict(base.variables)) == (own.template, variables):
+        if base is not None and (base.source, dict(base.variables)) == (config.template, variables):
             return None
-        return SandboxedTemplate(own.template, variables, self.sandbox)
+        return SandboxedTemplate(config.template, variables, self.sandbox)
 
-    def _eos(self, own: OwnText) -> frozenset[int]:
-        ids = set(own.eos_ids) or set(self.generation_eos)
+    def _eos(self, config: ChatConfig) -> frozenset[int]:
+        ids = set(config.eos_ids) or set(self.generation_eos)
         wrong = next((id_ for id_ in sorted(ids) if not 0 <= id_ < self.vocab_size), None)
         if wrong is not None:
             raise AdapterUnsupported(
                 f"Its generation_config.json ends answers with token {wrong}, but the base's vocabulary has "
                 f"{self.vocab_size}; it was trained with another tokenizer."
             )
-        text = dict(own.tokens).get("eos_token")
+        text = dict(config.tokens).get("eos_token")
         ids |= {self.fast.eos_token_id} if text is None else {self._id_of(text, "eos_token")}
         return frozenset(ids - {None})
 
@@ -124,9 +124,9 @@ class Speeches:
             )
         return id_
 
-    def _check_vocabulary(self, own: OwnText, source: str) -> None:
+    def _check_vocabulary(self, config: ChatConfig, source: str) -> None:
         """What the template writes must be the tokens that the adapter was trained with."""
-        for id_, text in _written(own.added, source):
+        for id_, text in _written(config.added, source):
             if self.fast.backend_tokenizer.token_to_id(text) != id_:
                 raise AdapterUnsupported(
                     f"Its chat template writes {text!r:.80}, which its tokenizer has as token {id_} and the "

@@ -5,51 +5,51 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.pool.pinned_buffer import Slab, pinned_slab
+from adapters.pool.pinned_buffer import PinnedBuffer, pinned_buffer
 
 
-def _slab(units: int) -> Slab:
-    return Slab(torch.zeros(units * 256, dtype=torch.uint8))
+def _pinned(units: int) -> PinnedBuffer:
+    return PinnedBuffer(torch.zeros(units * 256, dtype=torch.uint8))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 1500)), max_size=40))
 def test_ranges_never_overlap_and_all_come_back(history: list[tuple[bool, int]]) -> None:
-    slab = _slab(16)
+    pinned = _pinned(16)
     live: dict[str, torch.Tensor] = {}
     for i, (give, size) in enumerate(history):
         if give and live:
             owner = sorted(live)[size % len(live)]
-            slab.give(owner)
+            pinned.give(owner)
             del live[owner]
-        elif (memory := slab.take(str(i), size)) is not None:
+        elif (memory := pinned.take(str(i), size)) is not None:
             assert memory.nbytes == size
             memory.fill_(i)
             live[str(i)] = memory
-        slab.check_integrity()
+        pinned.check_integrity()
     assert all((memory == int(owner)).all() for owner, memory in live.items()), (
         "somebody wrote over another's"
     )
     for owner in live:
-        slab.give(owner)
-    slab.check_integrity()
-    assert slab.take("everything", 16 * 256) is not None
+        pinned.give(owner)
+    pinned.check_integrity()
+    assert pinned.take("everything", 16 * 256) is not None
 
 
 def test_what_does_not_fit_in_one_piece_is_not_given() -> None:
-    slab = _slab(3)
+    pinned = _pinned(3)
     for owner in "abc":
-        slab.take(owner, 256)
+        pinned.take(owner, 256)
     for owner in "ac":
-        slab.give(owner)
-    assert slab.take("d", 257) is None
-    slab.give("b")
-    assert slab.take("d", 768) is not None
-    slab.give("nobody")
-    slab.check_integrity()
+        pinned.give(owner)
+    assert pinned.take("d", 257) is None
+    pinned.give("b")
+    assert pinned.take("d", 768) is not None
+    pinned.give("nobody")
+    pinned.check_integrity()
 
 
 def test_only_a_gpu_needs_one() -> None:
-    assert pinned_slab(1 << 20, torch.device("cpu")) is None
+    assert pinned_buffer(1 << 20, torch.device("cpu")) is None
 
 
 def test_where_the_system_refuses_to_pin_adapters_come_from_pageable_memory(
@@ -61,6 +61,6 @@ def test_where_the_system_refuses_to_pin_adapters_come_from_pageable_memory(
 
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     for _ in range(2):
-        assert pinned_slab(1 << 20, torch.device("cuda")) is None
+        assert pinned_buffer(1 << 20, torch.device("cuda")) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be pinned" in caplog.text
