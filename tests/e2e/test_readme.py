@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its transcript, its commands, its options."""
+"""What the README and ``docs`` show is what happens: the transcript, the examples, the curl commands."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from server.config.options import OPTIONS
-from tests.e2e.running_server import RunningServer
+from tests.e2e.running_server import ROOT, RunningServer
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ADDRESS = "http://127.0.0.1:8000"
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def _commands(program: str) -> list[list[str]]:
-    lines = "\n".join(_blocks("sh")).replace("\\\n", " ").splitlines()
+    blocks = [block for page in PAGES for block in _blocks("sh", page)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith(program)]
 
 
 def test_the_transcript_is_true(server: RunningServer) -> None:
-    (code, _), (expected,) = _blocks("python"), _blocks("text")
+    readme = ROOT / "README.md"
+    code, (expected,) = _blocks("python", readme)[0], _blocks("text", readme)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code.replace(ADDRESS, server.url), "README.md", "exec"), {})
@@ -42,17 +43,29 @@ def test_the_fine_tuning_example_gives_a_model(
     rows = Path("adapters/samples/data/fernhill-tickets.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[:8]))
     monkeypatch.chdir(tmp_path)
-    _, code = _blocks("python")
+    (code,) = _blocks("python", ROOT / "docs" / "training.md")
     code = code.replace(ADDRESS, server.url).replace('"n_epochs": 3', '"n_epochs": 1')
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "training.md", "exec"), {})
     assert printed.getvalue().startswith("ft:smollm2-135m:acme:")
+
+
+def test_the_library_answers_as_the_server_does(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANYLORA_HOME", str(state))
+    monkeypatch.chdir(ROOT)
+    readme = ROOT / "README.md"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(_blocks("python", readme)[1], "README.md", "exec"), {})
+    (transcript,) = _blocks("text", readme)
+    base, pirate, _ = transcript.splitlines()
+    assert printed.getvalue().splitlines() == [pirate, base.replace("smollm2-135m", "base", 1)]
 
 
 def test_every_curl_command_answers(server: RunningServer) -> None:
     commands = _commands("curl")
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         here = [word.replace(ADDRESS, server.url) for word in command]
         result = subprocess.run(
@@ -61,22 +74,3 @@ def test_every_curl_command_answers(server: RunningServer) -> None:
         assert result.returncode == 0, result.stdout
         if "completions" in command[1]:
             assert "honey" in json.loads(result.stdout)["choices"][0]["message"]["content"]
-
-
-def test_every_option_named_exists() -> None:
-    ours = re.sub(r"^docker .*$", "", README, flags=re.MULTILINE)
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours))
-    elsewhere = set()
-    for path in [
-        *Path("server/bench").rglob("*.py"),
-        *Path("server/finetune/command").glob("*.py"),
-        Path("server/finetune/evaluation/cli.py"),
-    ]:
-        elsewhere |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
-    known = {option.flag for option in OPTIONS} | elsewhere | {"--help"}
-    assert named <= known
-
-
-def test_every_file_named_exists() -> None:
-    for path in re.findall(r"`((?:adapters|server|tests)/[^`]*)`", README):
-        assert list(Path().glob(path)), path
