@@ -1,7 +1,7 @@
-"""Names → versions of adapters: who is served under which name, and who still runs on an older version.
+"""Names → versions of adapters: which version each name serves, and which requests use an older version.
 
-Bookkeeping only, under one lock, without torch: reading a folder is ``inspect``'s work, which is handed in
-and runs outside the lock. What is resident on the device is the pool's business.
+This is bookkeeping under one lock, without torch. The caller gives ``inspect``, which reads a folder and runs
+outside the lock. The pool keeps track of what is resident on the device.
 """
 
 from __future__ import annotations
@@ -151,11 +151,11 @@ class Registry:
         if old is None and unserved is None:
             raise self._not_found(name)
         if old is not None:
-            logger.info("Adapter %s is no longer served.", name)
+            logger.info("adapter unregistered", extra=_log_fields(name, old))
         self._tell(gone)
 
     def serves(self, name: str) -> bool:
-        """Whether a new request may ask for the name now; of a thousand adapters as quick as of one."""
+        """Whether a new request may use the name now. Constant time in the number of adapters."""
         return name in self._current
 
     def resolve(self, name: str) -> Version:
@@ -199,8 +199,9 @@ class Registry:
     def fail(self, name: str, path: Path, reason: str) -> None:
         """Lists the folder as not served; a name that serves goes on, the reason beside it. Logged once."""
         if self._list_unserved(name, _Unserved("failed", path, reason)):
-            serving = name in self._current
-            logger.warning("Adapter %s is %s: %s", name, "not replaced" if serving else "not served", reason)
+            current = self._current.get(name)
+            event = "adapter not served" if current is None else "adapter not replaced"
+            logger.warning(event, extra=_log_fields(name, current, reason=reason))
 
     def wait(self, name: str, path: Path, reason: str) -> None:
         """Lists the folder as one that will be read later; a name that serves goes on."""
@@ -220,11 +221,11 @@ class Registry:
         )
 
     def names(self) -> list[str]:
-        """Those that are served; of thousands quicker than ``entries`` by far."""
+        """The names that are served. Much faster than ``entries`` for thousands of adapters."""
         return list(self._current)
 
     def entry(self, name: str) -> Entry | None:
-        """What goes by the name: what new requests get, or why they get nothing."""
+        """What the name means: the version that new requests get, or the reason why they get none."""
         with self._lock:
             version, unserved = self._current.get(name), self._unserved.get(name)
             if version is None and unserved is None:
@@ -259,14 +260,14 @@ class Registry:
             self._current[new.name] = new
             self._uses[new] = _Use()
             gone = self._forget_if_idle(old)
-        logger.info("Adapter %s is served: rank %d, digest %.12s.", new.name, new.info.rank, new.digest)
+        logger.info("adapter served", extra=_log_fields(new.name, new, rank=new.info.rank))
         for warning in new.info.warnings:
-            logger.warning("Adapter %s: %s", new.name, warning)
+            logger.warning("adapter warning", extra=_log_fields(new.name, new, reason=warning))
         self._tell(gone)
         return new
 
     def _list_unserved(self, name: str, new: _Unserved) -> bool:
-        """Whether that is news."""
+        """Whether this changed the list."""
         with self._lock:
             if self._unserved.get(name) == new or (new.state == "waiting" and name in self._current):
                 return False
@@ -325,10 +326,18 @@ class Registry:
         return AdapterNotFound(f"There is no adapter {name!r:.140}{hint}")
 
 
+def _log_fields(name: str, version: Version | None, **more: object) -> dict[str, object]:
+    """The fields of a log event: ``version`` is when the version was registered, in seconds of Unix time."""
+    fields: dict[str, object] = {"name": name}
+    if version is not None:
+        fields |= {"digest": version.digest[:12], "version": round(version.created, 3)}
+    return {"fields": fields | more}
+
+
 def _unserved_entry(name: str, each: _Unserved) -> Entry:
     return Entry(name, each.state, None, 0, None, each.path, each.reason, each.created)
 
 
 def _near(name: str, names: Iterable[str]) -> list[str]:
-    """Comparing costs time in the name's length, and anybody may send one: long ones are near to nothing."""
+    """Names close to ``name``. A long name gets none, because the cost of comparing grows with its length."""
     return get_close_matches(name, names, n=3) if len(name) <= MAX_NAME_LENGTH else []

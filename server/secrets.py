@@ -83,4 +83,6 @@ def _close_to_others(path: Path) -> None:
         path.chmod(mode & 0o700)
     except PermissionError:
         fields = {"path": str(path), "mode": oct(mode)}
-        logger.warning("other users may read the state, and this is another user's", extra={"fields": fields})
+        logger.warning(
+            "other users may read the state folder, and another user owns it", extra={"fields": fields}
+        )

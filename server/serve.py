@@ -171,4 +171,4 @@ def _announce(service: RunningService, config: ServerConfig, listener: socket.so
     }
     logger.info("serving", extra={"fields": fields})
     if host not in ("127.0.0.1", "::1") and not config.http.api_keys:
-        logger.warning("anybody who can reach this address may use it: no --api-key is set")
+        logger.warning("no --api-key is set: everyone who can reach this address can use the server")

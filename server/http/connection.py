@@ -227,7 +227,7 @@ class BoundedConnection(HttpToolsProtocol):
         if read >= self.limits.min_data_rate * self.limits.write_timeout:
             self._expect_reader()
             return
-        logger.info("gave up on a client that does not read", extra={"fields": self._peer()})
+        logger.info("closed: the client does not read", extra={"fields": self._peer()})
         self.transport.abort()
 
     def _reads_too_slowly(self) -> None:

@@ -168,12 +168,17 @@ def test_unknown_names_come_with_near_matches(world: World) -> None:
     assert len(str(caught.value)) < 200
 
 
+def logged(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[tuple[str, object]]:
+    """The message and the fields of each record of at least ``level``."""
+    return [(record.message, vars(record)["fields"]) for record in caplog.records if record.levelno >= level]
+
+
 def test_a_failed_name_says_why_and_goes_when_it_works(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(2):
         world.registry.fail("a", ROOT / "a", "It is broken.")
-    assert [record.message for record in caplog.records] == ["Adapter a is not served: It is broken."]
+    assert logged(caplog) == [("adapter not served", {"name": "a", "reason": "It is broken."})]
     assert world.states() == [("a", "failed", 0)]
     for ask in (world.registry.resolve, world.registry.checkout):
         with pytest.raises(AdapterInvalid, match="Adapter 'a' cannot be served: It is broken"):
@@ -196,8 +201,9 @@ def test_a_bad_replacement_leaves_the_old_one_serving(world: World, caplog: pyte
     (entry,) = world.registry.entries()
     assert (entry.state, entry.reason, entry.version) == ("ready", "It has NaN.", first)
     assert world.registry.checkout("a") is first
-    assert [r.message for r in caplog.records if "not replaced" in r.message] == [
-        "Adapter a is not replaced: It has NaN."
+    version = {"name": "a", "digest": "one", "version": round(first.created, 3)}
+    assert logged(caplog, logging.WARNING)[1:] == [
+        ("adapter not replaced", version | {"reason": "It has NaN."})
     ]
 
 
@@ -209,11 +215,15 @@ def test_a_bad_new_adapter_is_the_callers_alone(world: World) -> None:
 
 def test_warnings_are_logged_with_the_name(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "manylora.adapters")
-    world.register("a", "one")
-    assert [r.message for r in caplog.records] == [
-        "Adapter a is served: rank 8, digest one.",
-        "Adapter a: Mind the gap.",
+    created = world.register("a", "one").created
+    version = {"name": "a", "digest": "one", "version": round(created, 3)}
+    assert logged(caplog) == [
+        ("adapter served", version | {"rank": 8}),
+        ("adapter warning", version | {"reason": "Mind the gap."}),
     ]
+    caplog.clear()
+    world.registry.unregister("a")
+    assert logged(caplog) == [("adapter unregistered", version)]
 
 
 def test_last_use_is_recorded(world: World) -> None:

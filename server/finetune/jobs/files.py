@@ -115,7 +115,7 @@ class Files:
         with self._database.write() as session:
             session.add(file)
         for name, count in file.unused_fields.items():
-            logger.warning("%s: the field %r of %d rows is not used", file.id, name, count)
+            logger.warning("unused field", extra={"fields": {"file": file.id, "field": name, "rows": count}})
         return file
 
     def add_results(self, filename: str, text: str) -> StoredFile:

@@ -118,7 +118,7 @@ def read_result(folder: Path) -> Result | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        logger.warning("a result cannot be read", extra={"fields": {"folder": folder.name}})
+        logger.warning("result.json is unreadable", extra={"fields": {"folder": folder.name}})
         return None
 
 

@@ -128,7 +128,7 @@ class Runner:
             try:
                 self._poll()
             except Exception:
-                logger.exception("looking after jobs failed; trying again")
+                logger.exception("job runner failed; trying again")
                 if self._stopping.is_set():
                     break  # the next server sets it right; the children end with this thread
                 self._stopping.wait(FAILED_INTERVAL)
@@ -177,7 +177,7 @@ class Runner:
             self._failures[job_id] += 1
             if isinstance(error, OSError) and self._failures[job_id] < MAX_FAILURES:
                 raise
-            logger.exception("a job cannot go on", extra={"fields": {"job": job_id}})
+            logger.exception("job failed with an internal error", extra={"fields": {"job": job_id}})
             child = self._children.pop(job_id, None)
             if child is not None:
                 child.kill()
@@ -289,7 +289,7 @@ class Runner:
         if job.status in ("succeeded", "cancelled"):
             self._remove_large_files(job_id)
         fields = {"job": job_id, "status": job.status, "reason": outcome.message}
-        logger.info("job left off", extra={"fields": fields})
+        logger.info("job process ended", extra={"fields": fields})
 
     def _publish(self, job: Job, outcome: Outcome) -> Outcome:
         try:

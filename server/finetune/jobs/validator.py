@@ -49,7 +49,7 @@ class JobValidator:
             found = json.loads(output)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = {"job": job.id, "reason": repr(error)}
-            logger.warning("a job could not be checked", extra={"fields": reason})
+            logger.warning("job validation failed to run", extra={"fields": reason})
             return []
         if code == _WRONG and found["error"]:
             raise _refusal(found["error"], job)
