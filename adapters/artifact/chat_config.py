@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.artifact.files import parse_object, read_file
-from adapters.errors import AdapterInvalid
+from adapters.artifact.files import open_file, parse_object, read_exactly, read_file
+from adapters.errors import AdapterError, AdapterInvalid
 
 MAX_TEMPLATE_BYTES = 256 << 10
 _MAX_JSON_BYTES = 4 << 20
 _TEMPLATE, _TOKENIZER, _TEMPLATE_JSON = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
-_SPECIAL, _GENERATION = "special_tokens_map.json", "generation_config.json"
-CHAT_CONFIG_FILES = (_TEMPLATE, _TOKENIZER, _TEMPLATE_JSON, _SPECIAL, _GENERATION)
+_SPECIAL, _GENERATION, _FAST = "special_tokens_map.json", "generation_config.json", "tokenizer.json"
+CHAT_CONFIG_FILES = (_TEMPLATE, _TOKENIZER, _TEMPLATE_JSON, _SPECIAL, _GENERATION, _FAST)
+_FAST_HEAD_BYTES = 1 << 20
+"""Of ``tokenizer.json``, which may have tens of megabytes: its added tokens come before its vocabulary."""
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -57,7 +60,7 @@ def read_chat_config(folder: int) -> ChatConfig | None:
     eos_ids = _eos_ids(_object(folder, _GENERATION))
     if template is None and "eos_token" not in tokens and not eos_ids:
         return None
-    return ChatConfig(template, tuple(tokens.items()), eos_ids, _added(tokenizer))
+    return ChatConfig(template, tuple(tokens.items()), eos_ids, _added(tokenizer) or _added_of_fast(folder))
 
 
 def _template(folder: int, tokenizer: Mapping[str, Any]) -> str | None:
@@ -112,6 +115,24 @@ def _added(tokenizer: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
     return tuple(
         (int(id_), text) for id_, text in contents.items() if id_.isdecimal() and isinstance(text, str)
     )
+
+
+def _added_of_fast(folder: int) -> tuple[tuple[int, str], ...]:
+    """Of ``tokenizer.json``: since version 5 transformers lists them there alone."""
+    with suppress(AdapterError), open_file(folder, _FAST, 2**63) as (stream, size):
+        text = read_exactly(stream, min(size, _FAST_HEAD_BYTES), _FAST).decode("utf-8", "replace")
+        start = text.find("[", text.find('"added_tokens"'))
+        with suppress(ValueError, RecursionError):
+            entries, _ = json.JSONDecoder().raw_decode(text, max(start, 0))
+            return tuple(filter(None, map(_id_and_content, entries if isinstance(entries, list) else [])))
+    return ()
+
+
+def _id_and_content(entry: object) -> tuple[int, str] | None:
+    match entry:
+        case {"id": int(id_), "content": str(text)}:
+            return id_, text
+    return None
 
 
 def _object(folder: int, name: str) -> Mapping[str, Any]:

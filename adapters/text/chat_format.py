@@ -84,6 +84,8 @@ class ChatFormats:
         eos = self._eos(config)
         template = self._template(config)
         if template is None:
+            if self.base.renderer is not None:
+                self._check_vocabulary(config, self.base.renderer.template.source)
             return ChatFormat(self.base.renderer, eos)
         self._check_vocabulary(config, template.source)
         renderer = ChatRenderer(self._special, template, self.allow_special_tokens)

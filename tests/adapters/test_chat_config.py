@@ -181,6 +181,35 @@ def test_what_the_base_cannot_speak_is_refused(text: ChatConfig, reason: str) ->
     all_.close()
 
 
+@pytest.mark.parametrize("own_template", [True, False])
+def test_a_tokenizer_with_other_ids_is_refused(tmp_path: Path, own_template: bool) -> None:
+    """As transformers saves it: the added tokens are in tokenizer.json alone."""
+    tokenizer = tiny_tokenizer()
+    folder = write_folder(tmp_path / "a")
+    if own_template:
+        tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folder)
+    all_ = chat_formats()
+    all_.check(inspect(folder).chat_config)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    first, second = saved["added_tokens"][1:3]
+    first["id"], second["id"] = second["id"], first["id"]
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(AdapterUnsupported, match="another vocabulary"):
+        all_.check(inspect(folder).chat_config)
+    all_.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"added_tokens": [', '{"added_tokens": [{"id": 1e9}, 3]}', "[" * 99999]
+)
+def test_a_strange_tokenizer_file_says_nothing(tmp_path: Path, text: str) -> None:
+    folder = folder_with(tmp_path / "a", chat_template__jinja=OWN, tokenizer__json=text)
+    config = inspect(folder).chat_config
+    assert config is not None
+    assert config.added == ()
+
+
 def test_tokens_that_the_template_does_not_write_do_no_harm() -> None:
     all_ = chat_formats()
     all_.check(config("{{ messages[0].content }}", added=((600, "[PAD]"), (2, "<|im_end|>"))))
