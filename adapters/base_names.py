@@ -1,4 +1,4 @@
-"""Whether two names of a base mean the same model, as far as names can tell."""
+"""Compares two names of a base: whether they mean the same model, as far as names can tell."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def same_base(one: str, other: str) -> bool:
 
 
 def _model(name_or_path: str) -> str:
-    """The model's own name: no owner, no folder, no mark of how it was quantised for training."""
+    """The bare name of the model, without owner, folder and the suffix of its quantisation for training."""
     path = name_or_path.replace("\\", "/").rstrip("/")
     cached = _CACHED.search(path)
     last = cached[1] if cached else path.rpartition("/")[2]
-    last = last.casefold().replace("___", ".")  # ModelScope's cache spells a dot so
+    last = last.casefold().replace("___", ".")  # ModelScope's cache writes a dot like this
     while shorter := _QUANTISED.sub("", last):
         if shorter == last:
             break

@@ -1,12 +1,12 @@
-"""Every error that the adapters floor raises, as one tree.
+"""Every error that ``adapters`` raises, as one tree.
 
 ::
 
     ManyloraError
-    ├── BaseModelError              the 4-bit base cannot be had or used
+    ├── BaseModelError              the 4-bit base is not available or cannot be used
     │   ├── BaseNotFound            nothing at that path, or the hub has no such id
     │   └── BaseCorrupt             a digest differs, or a file is not what it claims
-    ├── AdapterError                one adapter; the server and the others go on
+    ├── AdapterError                one adapter failed; the server and the others continue
     │   ├── AdapterNotFound         no adapter has that name
     │   ├── AdapterNotReady         its folder is still being written, or was not read yet
     │   ├── AdapterNameInvalid      the name or its path is not allowed
@@ -16,12 +16,12 @@
     │   ├── AdapterTooLarge         rank or bytes over a cap
     │   ├── AdapterChanged          the content on disk is not the registered version's
     │   └── AdapterOutOfMemory      memory ran out while it was loaded
-    └── TrainingError               one training; its checkpoints stay
-        ├── RecipeInvalid           an option, or two that do not go together
-        ├── DatasetInvalid          rows that cannot be learnt from, line by line
-        │   └── DatasetUnreadable   a whole file: it is missing, or of another kind
-        ├── RunFolderInvalid        a run folder that is taken, or not what is to be resumed
-        ├── TrainingDiverged        the loss is no number any more
+    └── TrainingError               one training run failed; its checkpoints stay
+        ├── RecipeInvalid           an invalid option, or two options that conflict
+        ├── DatasetInvalid          rows that cannot be used, line by line
+        │   └── DatasetUnreadable   a whole file: it is missing, or of another type
+        ├── RunFolderInvalid        a run folder that is in use, or not the run to resume
+        ├── TrainingDiverged        the loss is NaN or infinite
         └── TrainingOutOfResources  memory or disk ran out
 
 Messages are whole sentences for users: they name the field or tensor and the remedy.
@@ -34,15 +34,15 @@ from dataclasses import dataclass
 
 
 class ManyloraError(Exception):
-    """Anything that manylora says about itself; never a bug's traceback."""
+    """Base class of all expected errors. A bug raises something else."""
 
 
 class BaseModelError(ManyloraError):
-    """The base model cannot be had or used."""
+    """The base model is not available or cannot be used."""
 
 
 class BaseNotFound(BaseModelError):
-    """Nothing usable at the path, or no such id on the hub."""
+    """There is nothing usable at the path, or the hub has no such id."""
 
 
 class BaseCorrupt(BaseModelError):
@@ -50,7 +50,7 @@ class BaseCorrupt(BaseModelError):
 
 
 class AdapterError(ManyloraError):
-    """One adapter cannot be served; the server and all other adapters go on."""
+    """One adapter cannot be served. The server and all other adapters continue."""
 
 
 class AdapterNotFound(AdapterError):
@@ -58,7 +58,7 @@ class AdapterNotFound(AdapterError):
 
 
 class AdapterNotReady(AdapterError):
-    """Its folder is still being written, or was not read yet; soon it may be served."""
+    """Its folder is still being written or was not read yet. It may be served soon."""
 
 
 class AdapterNameInvalid(AdapterError):
@@ -78,39 +78,39 @@ class AdapterUnsupported(AdapterError):
 
 
 class AdapterTooLarge(AdapterError):
-    """Rank or bytes over a cap (known from the header, before memory is taken)."""
+    """The rank or the size exceeds a cap. This is known from the header, before memory is allocated."""
 
 
 class AdapterChanged(AdapterError):
-    """The content on disk is no longer that of the registered version."""
+    """The content on disk differs from the registered version."""
 
 
 class AdapterOutOfMemory(AdapterError):
-    """Memory ran out, on the device or the host, while it was loaded; later it may not."""
+    """Memory ran out, on the device or the host, while the adapter was loaded. A later try may succeed."""
 
 
 class TrainingError(ManyloraError):
-    """One training cannot begin or go on; what it has saved so far stays."""
+    """A training run cannot start or continue. What it has saved stays."""
 
 
 class RecipeInvalid(TrainingError):
-    """An option's value, or two options that do not go together."""
+    """An option's value is invalid, or two options conflict."""
 
 
 @dataclass(frozen=True, slots=True)
 class LineProblem:
-    """Why one row cannot be used. ``line`` counts from 1; ``reason`` completes "line 7 …"."""
+    """The reason why one row cannot be used. ``line`` counts from 1. ``reason`` completes "line 7 …"."""
 
     line: int
     reason: str
 
 
 class DatasetInvalid(TrainingError):
-    """Rows that cannot be learnt from.
+    """There are rows that cannot be used.
 
     Attributes:
         problems: in the order of the file, at most ``MAX_KEPT``.
-        count: how many there are in all.
+        count: how many problems there are in total.
         summary: the message without the rows.
     """
 
@@ -128,7 +128,7 @@ class DatasetInvalid(TrainingError):
 
 
 class DatasetUnreadable(DatasetInvalid):
-    """A file that holds no rows: it is missing, or of another kind. ``reason`` completes "train.csv …"."""
+    """The file has no rows: it is missing or of another type. ``reason`` completes "train.csv …"."""
 
     def __init__(self, file: str, reason: str) -> None:
         self.problems, self.count, self.reason = (), 0, reason
@@ -137,11 +137,11 @@ class DatasetUnreadable(DatasetInvalid):
 
 
 class RunFolderInvalid(TrainingError):
-    """A run folder that is taken already, or is not the run that is to be resumed."""
+    """The run folder is already in use, or it is not the run to resume."""
 
 
 class TrainingDiverged(TrainingError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 class TrainingOutOfResources(TrainingError):

@@ -1,4 +1,4 @@
-"""Names and paths that users may give: what is allowed, and where they lead. Opens nothing."""
+"""Checks names and paths that users give, and resolves them. Opens nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from adapters.errors import AdapterNameInvalid
 
 MAX_NAME_LENGTH = 128
 UNFINISHED_SUFFIXES = (".tmp", ".partial")
-"""Folders that end so are still being written: nobody looks at them, so no adapter can be called so."""
+"""Folders with these endings are still being written. They are ignored, so adapters cannot have such
+names."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FINE_TUNED = re.compile(r"ft:[A-Za-z0-9._/:-]+")
 
 
 def check_name(name: str) -> str:
-    """The name itself, if it may name an adapter; every way in asks here. Raises AdapterNameInvalid."""
+    """Returns the name if an adapter may have it. Every entry point calls this. Raises AdapterNameInvalid."""
     folder = folder_name(name)
     if len(folder) > MAX_NAME_LENGTH or not _NAME.fullmatch(folder):
         raise AdapterNameInvalid(
@@ -33,11 +34,10 @@ def check_name(name: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """The sub-folder of the adapter that is called so: the name, unless it is a fine-tuned model's.
+    """The sub-folder of the adapter with this name. It equals the name, except for fine-tuned models.
 
-    ``ft:base:suffix:id`` has characters that folders better have not, so each is spelt ``_`` and its two hex
-    digits there (``ft_3abase_3asuffix_3aid``). Nobody need remember which is which: ``served_name`` is the
-    inverse.
+    ``ft:base:suffix:id`` has characters that folder names should not have. Each is written as ``_`` and its
+    two hex digits (``ft_3abase_3asuffix_3aid``). ``served_name`` is the inverse.
     """
     if not _FINE_TUNED.fullmatch(name):
         return name
@@ -51,7 +51,10 @@ def served_name(folder: str) -> str:
 
 
 def name_of_folder(folder: str) -> str:
-    """The name of the adapter in the sub-folder ``folder``. Raises AdapterNameInvalid: none can be there."""
+    """The name of the adapter in the sub-folder ``folder``.
+
+    Raises AdapterNameInvalid if it cannot hold one.
+    """
     name = check_name(served_name(folder))
     if folder_name(name) != folder:
         raise AdapterNameInvalid(f"The folder of adapter {name!r} must be called {folder_name(name)!r}.")
@@ -59,14 +62,14 @@ def name_of_folder(folder: str) -> str:
 
 
 def resolve_under(root: Path, path_or_name: str | Path) -> Path:
-    """The path, absolute and below ``root``; a relative one is taken from ``root``.
+    """The absolute path below ``root``. A relative path is resolved from ``root``.
 
-    Raises AdapterNameInvalid when it is not below ``root``, or when a component below ``root`` is ``..`` or a
-    link. (``root`` itself may be a link: whoever configured the server chose it.) The path need not exist.
+    Raises AdapterNameInvalid if it is not below ``root``, or if a component below ``root`` is ``..`` or a
+    link. ``root`` itself may be a link, because the operator chose it. The path need not exist.
     """
     root = root.absolute()
     wanted = Path(path_or_name)
-    refused = f"{str(path_or_name)!r:.300} is not a path below the adapter folder"  # clients see: not where
+    refused = f"{str(path_or_name)!r:.300} is not a path below the adapter folder"  # clients see it
     if ".." in wanted.parts:
         raise AdapterNameInvalid(f"{refused}: '..' is not allowed.")
     try:

@@ -1,13 +1,13 @@
-"""Names and texts from outside, as people and logs may see them."""
+"""Makes names and texts from outside safe to print and log."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text with everything spelt out that does not print: line ends, escape codes, lone surrogates, ….
+    """The text with unprintable characters escaped: line ends, escape codes, lone surrogates, ….
 
-    It is one line, can be written in any encoding of Unicode, and moves nobody's cursor. A byte that is no
-    UTF-8 (``os.fsdecode``) is spelt ``\\xe9``.
+    The result is one line, has no control codes, and can be written in any Unicode encoding. A byte that is
+    not UTF-8 (``os.fsdecode``) is written as ``\\xe9``.
     """
     if text.isprintable():
         return text
@@ -15,7 +15,7 @@ def printable(text: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A file's name as ``printable``, and no two alike: backslashes are doubled."""
+    """A file's name as ``printable``, but unique: backslashes are doubled."""
     return printable(name.replace("\\", "\\\\"))
 
 

@@ -1,6 +1,6 @@
-"""The threads that read adapters' folders: a look's in its time, and the slow ones behind them.
+"""Threads that read adapters' folders: the quick ones during a scan, the slow ones after it.
 
-Knows nothing of what reading means.
+This file does not know what reading a folder means.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ logger = logging.getLogger("manylora.adapters")
 
 READERS = 2
 MAX_LATE = 4
-"""Folders that may still be read after their look; while there are so many, a look begins no other."""
+"""How many folders may still be read after their scan. At this number a scan starts no other folder."""
 PATTERNS_TOGETHER = 0.5
-"""Seconds that all patterns of a look may take; what needs longer is slow."""
+"""Seconds that all patterns of one scan may take. A folder that needs longer is slow."""
 PATTERNS_EACH = 0.25
 
 T = TypeVar("T")
 
 
 class Readers:
-    """Called by one thread."""
+    """Runs reads on threads. One thread calls its methods."""
 
     def __init__(self) -> None:
         self._late: set[Future[None]] = set()
@@ -39,10 +39,10 @@ class Readers:
     def read(
         self, folders: Sequence[T], read: Callable[[T], None], budget: float, progress: bool = False
     ) -> None:
-        """Calls ``read`` for each folder, in this order, for so many seconds.
+        """Calls ``read`` for each folder in order, until ``budget`` seconds have passed.
 
-        One that takes longer goes on while the caller does. With an infinite budget all are waited for.
-        Where patterns or chat templates are slow, ``read`` gets OutOfPatience.
+        A read that takes longer continues in the background. With an infinite budget all reads are awaited.
+        If patterns or chat templates are slow, ``read`` gets OutOfPatience.
         """
         self._late = {late for late in self._late if not late.done()}
         if len(self._late) >= MAX_LATE:
@@ -64,7 +64,7 @@ class Readers:
         readers.shutdown(wait=False)
 
     def read_behind(self, folder: T, read: Callable[[T], None]) -> None:
-        """Calls ``read`` without the caller, and with all the time that it takes; one at a time."""
+        """Calls ``read`` in the background without a time limit, one folder at a time."""
         if self._behind is None or not self._behind.is_alive():
             self._behind = threading.Thread(
                 target=_read_safely, args=(read, folder), name="slow-adapter-reader", daemon=True
@@ -72,7 +72,7 @@ class Readers:
             self._behind.start()
 
     def join(self) -> None:
-        """Waits for what is being read."""
+        """Waits for the reads in progress."""
         wait(self._late)
         if self._behind is not None:
             self._behind.join()

@@ -1,19 +1,18 @@
-"""Which adapters are on the device: loading, least-recently-used eviction, pins, and the line for room.
+"""Decides which adapters are on the device: loading, LRU eviction, pins, and the queue for room.
 
     disk ──load (checked, digest compared)──> host tier (bounded bytes) ──copy──> rank pool (bounded rows)
 
-``pin`` never blocks: it answers with a slot, or starts the load on a thread of this module and answers
-"not yet", so a cold adapter delays nobody but its own requests. A pinned adapter stays until it is
-unpinned as often as it was pinned.
+``pin`` never blocks. It returns a slot, or it starts the load on a thread of this module and returns None. So
+a cold adapter delays only its own requests. A pinned adapter stays until it is unpinned as often as it was
+pinned.
 
-Whoever asks is an *asker*, until its ``pin`` succeeds or raises, or it withdraws. An adapter that was loaded
-stays until one of its askers has pinned it, and why loading failed is told to those who asked by then, and to
-nobody else.
+A caller of ``pin`` is an *asker* until its ``pin`` succeeds or raises, or it withdraws. A loaded adapter
+stays until one of its askers has pinned it. If loading fails, only the askers of that time get the error.
 
-If every row is pinned, the adapter waits in line as a *claim*, as long as it has askers. For the first claim
-in line the cheapest sufficient set of residents is *closed*: they go on serving, but accept no new pins, so
-they drain and the claim gets its rows. Without that, popular adapters would be re-pinned forever and a cold
-one starve.
+If every row is pinned, the adapter waits in a queue as a *claim*, as long as it has askers. For the first
+claim the cheapest sufficient set of residents is *closed*: they are still served, but accept no new pins. So
+they drain and the claim gets their rows. Otherwise popular adapters would be pinned again forever, and a cold
+one would starve.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ log = logging.getLogger("manylora.adapters")
 Tier = Literal["device", "host", "disk"]
 
 MAX_LOADS = 4
-"""Loads under way or in line; more would only churn the host tier."""
+"""How many loads may be running or queued. More would only evict each other from the host tier."""
 
 
 @dataclass(slots=True)
 class _Resident:
-    """``fresh``: not pinned since it was loaded."""
+    """A resident adapter. ``fresh``: not pinned since it was loaded."""
 
     slot: int
     needs: Mapping[str, int]
@@ -66,15 +65,15 @@ class ResidencyStats:
 
 
 class Residency:
-    """Decides who is in the rank pool and in the host tier. Thread-safe.
+    """Decides which adapters are in the rank pool and in the host tier. Thread-safe.
 
     Args:
         pool: the device rows.
         load: reads and checks a version's weights from disk; raises ``AdapterError``.
         host_bytes: bound of the host tier.
-        on_change: called when a ``pin`` that was refused may now end otherwise; on any thread.
-        clock: seconds, monotonic.
-        copying: where the loader copies; None = what suits the pool's device.
+        on_change: called when a ``pin`` that returned None may now succeed or raise; on any thread.
+        clock: monotonic seconds.
+        copying: the context in which the loader copies; None = the one for the pool's device.
     """
 
     def __init__(
@@ -97,21 +96,21 @@ class Residency:
         self._device: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._loading: set[str] = set()
         self._unwanted: set[str] = set()  # forgotten while loading
-        self._askers: dict[str, dict[Hashable, Version]] = {}  # by digest, which version each asks for
-        self._claims: OrderedDict[str, Mapping[str, int]] = OrderedDict()  # the room that each needs
+        self._askers: dict[str, dict[Hashable, Version]] = {}  # the version that each asker wants, by digest
+        self._claims: OrderedDict[str, Mapping[str, int]] = OrderedDict()  # what each claim needs
         self._closed: set[str] = set()
         self._errors: dict[Hashable, AdapterError] = {}  # by asker
-        # It copies alone: workers of its own would make OpenMP put everybody's to sleep between regions.
+        # One thread copies. More OpenMP workers than cores would make all of them sleep between regions.
         self._loader = ThreadPoolExecutor(1, "adapter-loader", torch.set_num_threads, (1,))
 
     def pin(self, version: Version, asker: Hashable = None) -> int | None:
-        """The adapter's slot, pinned; or None = not yet: ask again on the next step.
+        """Pins the adapter and returns its slot. None means not yet: ask again on the next step.
 
         Args:
-            asker: who asks; None = the version itself, for those who ask until they have it.
+            asker: the caller. None = the version itself, for callers that ask until they have it.
 
         Raises:
-            AdapterError: why loading it failed. The next ``pin`` tries afresh.
+            AdapterError: loading failed. The next ``pin`` tries again.
         """
         asker = version if asker is None else asker
         with self._lock:
@@ -125,12 +124,12 @@ class Residency:
             return resident.slot
 
     def prepare(self, version: Version, asker: Hashable) -> bool:
-        """Whether ``pin`` would succeed now; if not, see that it will. Raises as ``pin`` does."""
+        """Whether ``pin`` would succeed now. If not, starts what is needed. Raises like ``pin``."""
         with self._lock:
             return self._ready(version, asker) is not None
 
     def withdraw(self, digest: str, asker: Hashable) -> None:
-        """``asker`` asks no more; harmless if it did not."""
+        """``asker`` stops asking. Has no effect if it did not ask."""
         with self._lock:
             self._forget_asker(digest, asker)
 
@@ -143,7 +142,7 @@ class Residency:
                 self._evict(digest)
 
     def forget(self, digest: str) -> None:
-        """No name points at ``digest`` any more: free its host copy now, its rows with the last pin."""
+        """No name uses ``digest`` any more. Frees its host copy now and its rows with the last pin."""
         with self._lock:
             self.host.drop(digest)
             self._claims.pop(digest, None)
@@ -168,11 +167,11 @@ class Residency:
             return sum(resident.pins for resident in self._device.values())
 
     def close(self) -> None:
-        """Finish the load under way and start no other."""
+        """Finishes the current load and starts no other."""
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def check_integrity(self) -> None:
-        """Assert that books and pool agree (for tests)."""
+        """Assert that the records and the pool agree (for tests)."""
         with self._lock:
             self.pool.check_integrity()
             assert self._closed <= set(self._device), "a closed adapter is not resident"
@@ -181,10 +180,10 @@ class Residency:
             used = sum(sum(resident.needs.values()) for resident in self._device.values())
             assert used == self.pool.rows_used + self.pool.extras.used, "room taken without a resident"
 
-    # -- the line for room (the lock is held) -----------------------------------------------------
+    # -- the queue for room (the lock is held) ----------------------------------------------------
 
     def _ready(self, version: Version, asker: Hashable) -> _Resident | None:
-        """The resident, if it may be pinned now; else ``asker`` is remembered."""
+        """The resident, if it may be pinned now. Otherwise ``asker`` is recorded."""
         error = self._errors.pop(asker, None)
         if error is not None:
             self._forget_asker(version.digest, asker)
@@ -208,7 +207,7 @@ class Residency:
             self._claims.pop(digest, None)
 
     def _want(self, version: Version) -> None:
-        """Start loading ``version``, or see that it stands in line."""
+        """Starts loading ``version``, or puts it into the queue."""
         digest = version.digest
         if digest in self._loading:
             return
@@ -216,7 +215,7 @@ class Residency:
         if needs is not None:
             if digest != self._first_claim() or not self._fits(needs):
                 return
-        elif digest in self._device:  # closed for the first claim: get in line behind it
+        elif digest in self._device:  # closed for the first claim: queue behind it
             self._claims[digest] = needs_of(version.info)
             return
         elif len(self._loading) + len(self._claims) >= MAX_LOADS:
@@ -225,7 +224,7 @@ class Residency:
         self._loader.submit(self._bring, version)
 
     def _settle(self) -> None:
-        """Drop claims that are served, and choose anew who must drain for the first one."""
+        """Drops satisfied claims, and chooses again which residents must drain for the first claim."""
         if not self._claims:
             self._closed = set()
             return
@@ -238,10 +237,10 @@ class Residency:
         return next((digest for digest in self._claims if digest not in self._device), None)
 
     def _who_must_drain(self, needs: Mapping[str, int]) -> set[str]:
-        """The residents with the fewest pins, as many as it takes until ``needs`` would fit.
+        """The residents with the fewest pins, as many as are needed for ``needs``.
 
-        Those that wait for their first pin are spared: closing them would undo a load for nothing. Nobody
-        drains if that leaves too few, as long as they wait.
+        Residents that wait for their first pin are left out, because closing them would waste a load. If the
+        others are not enough, none is closed while those wait.
         """
         missing = self.pool.missing(needs)
         chosen: set[str] = set()
@@ -254,7 +253,7 @@ class Residency:
         return chosen if not missing else set()
 
     def _evictable(self) -> list[str]:
-        """Residents that may go, least recently used first."""
+        """The residents that may be evicted, least recently used first."""
         return [d for d, r in self._device.items() if r.pins == 0 and not self._is_awaited(d, r)]
 
     def _is_awaited(self, digest: str, resident: _Resident) -> bool:
@@ -267,7 +266,10 @@ class Residency:
         return not missing
 
     def _reserve(self, needs: Mapping[str, int]) -> int | None:
-        """Room for ``needs``, evicting as many as needed; None (and nobody evicted) if that is not enough."""
+        """Reserves room for ``needs`` and evicts as many as needed.
+
+        None, without evictions, if it is not enough.
+        """
         if not self._fits(needs):
             return None
         for digest in self._evictable():
@@ -284,10 +286,10 @@ class Residency:
     # -- the loader's thread ----------------------------------------------------------------------
 
     def _bring(self, version: Version) -> None:
-        """Disk -> host -> device; or into the line of claims; or into the errors."""
+        """Loads from disk to host to device. Otherwise records a claim or an error."""
         began = self._clock()
         try:
-            if version.digest not in self._askers:  # they have gone since
+            if version.digest not in self._askers:  # all askers have left since
                 return
             if self._to_device(version, self._to_host(version)):
                 self.stats.loads += 1
@@ -343,7 +345,10 @@ class Residency:
         return self._keep(adapter)
 
     def _keep(self, adapter: Adapter) -> Adapter:
-        """In the host tier, if it has room; copied there outside the lock, since that takes milliseconds."""
+        """Puts it into the host tier if there is room.
+
+        The copy is made outside the lock: it takes milliseconds.
+        """
         with self._lock:
             memory = self.host.reserve(adapter)
         try:
@@ -378,5 +383,5 @@ class Residency:
 
 
 def _less(missing: Mapping[str, int], freed: Mapping[str, int]) -> dict[str, int]:
-    """What is still missing when ``freed`` comes free."""
+    """What is still missing after ``freed`` is freed."""
     return {name: n - freed.get(name, 0) for name, n in missing.items() if n > freed.get(name, 0)}

@@ -1,6 +1,7 @@
-"""An adapter's folder as seen from outside: what its files look like, and whether they are finished.
+"""The state of an adapter's folder without opening a file: what its files look like, and whether they are
+complete.
 
-Opens nothing. A folder is read only when it is finished, so that half-written files never are.
+A folder is read only when its files are complete, so half-written files are never read.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ from adapters.artifact.chat_config import CHAT_CONFIG_FILES
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE
 
 SETTLED_AGE = 1.0
-"""Files untouched for so many seconds count as finished."""
+"""Seconds without a write after which files count as complete."""
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FileSignature = tuple[int, ...]
 Signature = tuple[FileSignature | None, ...]
-"""Inode, size in bytes, time of the last write and of the last change (ns) of each file.
+"""Inode, size in bytes, and times of the last write and the last change (ns) of each file.
 
-None = it is not there; empty = nor need it be.
+None = the file is missing; empty = the file is missing and optional.
 """
 
 
 def signature_of(folder: str) -> Signature:
-    """Two equal ones mean that nothing was written in between."""
+    """If two signatures are equal, nothing was written in between."""
     needed = [_of_file(f"{folder}/{name}") for name in FILES]
     return (*needed, *(_of_file(f"{folder}/{name}") or () for name in CHAT_CONFIG_FILES))
 
 
 def size_of(signature: Signature) -> int:
-    """Bytes of all files."""
+    """The size of all files, in bytes."""
     return sum(file[1] for file in signature if file)
 
 
 def why_not_finished(folder: Path, signature: Signature) -> str:
-    """What the folder is waited for, as a sentence."""
+    """A sentence that says why the folder is not read yet."""
     missing = [name for name, file in zip(FILES, signature, strict=False) if file is None]
     if not missing:
         return "Its files may still be written to; they are read once they stand still."
@@ -48,15 +49,18 @@ def why_not_finished(folder: Path, signature: Signature) -> str:
 
 
 def is_settled(signature: Signature) -> bool:
-    """Whether nothing was written for ``SETTLED_AGE`` seconds, by change times: copying cannot set them."""
+    """Whether nothing was written for ``SETTLED_AGE`` seconds.
+
+    It uses change times, which copying cannot set.
+    """
     return time.time() - _last_change(signature) / 1e9 >= SETTLED_AGE
 
 
 def was_renamed(folder: str, signature: Signature) -> bool:
-    """Whether the folder came by a rename after its files were written: then it came whole.
+    """Whether the folder was renamed after its files were written, so it is complete.
 
-    A rename sets the folder's change time alone. So it is later than the folder's last new file, and no file
-    has changed since.
+    A rename sets only the folder's change time. So that time is later than the last new file in the folder,
+    and no file has changed since.
     """
     try:
         status = os.stat(folder, follow_symlinks=False)

@@ -1,7 +1,7 @@
-"""Sites: the modules of the base that an adapter may add to or bring its own of.
+"""Sites: the modules of the base that an adapter may change or replace.
 
-A site is named as the base's own module is (``model.layers.0.self_attn.q_proj``). This file is the
-vocabulary that artifact checking, the rank pool and the model share; it holds names and shapes only.
+A site has the name of the base's module (``model.layers.0.self_attn.q_proj``). Artifact checking, the rank
+pool and the model share these types. They contain names and shapes only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One linear of the base, or its embedding: the linear that a token id, as a one-hot row, goes into.
+    """One linear of the base, or its embedding, seen as a linear whose input is a one-hot row.
 
     Attributes:
         name: dotted module path within the causal LM.
@@ -27,18 +27,19 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class BaseLayout:
-    """What an adapter must know of the base to be checked against it, without any weights.
+    """What is needed to check an adapter against the base, without any weights.
 
     Attributes:
         sites: every linear inside the decoder blocks, by name.
         modules: the names of all modules of the base (to explain a target that is not a site).
-        name_or_path: what the base calls itself (compared with ``base_model_name_or_path``).
+        name_or_path: the base's name (compared with ``base_model_name_or_path``).
         embedding, head: the token embedding (vocabulary → hidden) and the output head (hidden → vocabulary).
-        tied: whether these two share one matrix where adapters are made.
-        head_apart: whether the head that is served is a 4-bit copy of that matrix, the embedding it itself.
+        tied: whether embedding and head share one matrix in the model that adapters are trained on.
+        head_apart: whether the served head is a 4-bit copy of that matrix. The embedding uses the matrix
+            itself.
         norms: by name, the parameters of every norm and their lengths.
         biases: the linears (the head too) and the norms that have a bias.
-        unservable: the linears that are no sites, by name, and why.
+        unservable: the linears that are not sites, by name, with the reason.
     """
 
     sites: Mapping[str, Site]
@@ -54,5 +55,5 @@ class BaseLayout:
 
     @property
     def ends(self) -> dict[str, Site]:
-        """The embedding and the output head by name: where the decoder blocks begin and end."""
+        """The embedding and the output head, by name."""
         return {site.name: site for site in (self.embedding, self.head) if site is not None}

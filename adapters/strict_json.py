@@ -1,8 +1,8 @@
-"""JSON from outsiders, read strictly and within bounds: one reader for adapters' files and dataset rows.
+"""A strict and bounded JSON reader for untrusted data: adapters' files and dataset rows.
 
-Python's reader lets pass what means two things to two readers, or costs more than its size: a key that occurs
-twice, NaN, numbers of any length, any nesting, half a surrogate pair. All of these are refused, in time and
-memory that grow with the size alone. The size in bytes is the caller's to bound, before reading.
+Python's reader accepts input that is ambiguous or costs more than its size: duplicate keys, NaN, numbers of
+any length, any nesting, and lone surrogates. This reader refuses all of these. Its time and memory grow only
+with the size of the input. The caller bounds that size before reading.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 MAX_DEPTH = 128
-"""Levels of objects and arrays."""
+"""The deepest nesting of objects and arrays."""
 
 MAX_NUMBER_LENGTH = 64
-"""Characters of a number. Converting a long integer costs its length squared, a double needs 24 characters,
-and transformers writes 31 digits, ``int(1e30)``, as the length of a tokenizer that has no limit."""
+"""The most characters of a number. Converting an integer takes quadratic time. A double needs 24 characters.
+The
+length of a tokenizer without a limit has 31 digits: transformers writes ``int(1e30)``."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
@@ -28,11 +29,11 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class JsonInvalid(ValueError):
-    """Not JSON within these bounds. The message completes "the file …": "is not JSON (…)"."""
+    """The input is not JSON within these bounds. The message completes "the file …": "is not JSON (…)"."""
 
 
 def parse_json(data: bytes | bytearray) -> Any:
-    """The value that ``data`` holds; a byte order mark before it is skipped. Raises JsonInvalid."""
+    """The value in ``data``. A byte order mark is skipped. Raises JsonInvalid."""
     try:
         value = json.loads(
             data.decode("utf-8").removeprefix("\ufeff"),
@@ -56,7 +57,7 @@ def parse_json(data: bytes | bytearray) -> Any:
 
 
 def parse_json_object(data: bytes | bytearray) -> dict[str, Any]:
-    """``parse_json`` of what must be one object. Raises JsonInvalid."""
+    """Like ``parse_json``, for one object. Raises JsonInvalid."""
     value = parse_json(data)
     if not isinstance(value, dict):
         raise JsonInvalid(f"must hold one JSON object, not a {type(value).__name__}")
@@ -100,13 +101,13 @@ def _check_length(text: str, unit: str) -> None:
 
 
 def _field_of(number: str, data: bytes | bytearray) -> str:
-    """Where the number is, for the error alone: the key before it, if it is a value of its own."""
+    """The place of the number, for the error: the key before it, if it is the key's value."""
     found = re.search(rb'"([^"\\]{1,60})"\s*:\s*' + re.escape(number[:100].encode()), data)
     return f" in {found[1].decode('utf-8', 'replace')!r}" if found else ""
 
 
 def _check_depth(data: bytes | bytearray) -> None:
-    """Takes the innermost brackets away, a level at a time; ``data`` is JSON, so they are balanced."""
+    """Removes the innermost brackets, one level at a time. ``data`` is JSON, so they are balanced."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return
     brackets = _STRING.sub(b"", data).translate(_ONE_KIND, _NO_BRACKETS)
@@ -122,7 +123,7 @@ def _too_deep() -> JsonInvalid:
 
 
 def _check_text(value: Any, data: bytes | bytearray) -> None:
-    """Half a surrogate pair is no text: nothing that is UTF-8 could ever say it again."""
+    """Refuse lone surrogates, because UTF-8 cannot encode them."""
     if _SURROGATE.search(data) is None:
         return
     for text in _texts(value):

@@ -1,4 +1,4 @@
-"""How tensors get to a GPU while only their own thread waits for them. On a CPU all of this is nothing."""
+"""Copies tensors to a GPU so that only the copying thread waits. On a CPU these functions copy nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 log = logging.getLogger("manylora.adapters")
 
 Copying = Callable[[], AbstractContextManager[object]]
-"""Within it, work goes to a stream of its own; at its end that work is done."""
+"""A context whose work runs on a separate stream. The work is complete when the context ends."""
 
 ALIGNMENT = 16
-"""Bytes: where GPU kernels take an adapter's vectors to begin."""
+"""Alignment in bytes that GPU kernels assume for an adapter's vectors."""
 
 
 def copying_for(device: torch.device) -> Copying:
-    """Where copies to ``device`` are to be made."""
+    """The context for copies to ``device``."""
     return _CopyStream(device) if device.type == "cuda" else nullcontext
 
 
 class _CopyStream:
-    """A CUDA stream beside the one that steps run on; what was made for the device before is complete."""
+    """A CUDA stream beside the steps' stream. Earlier work on the device is complete when it is created."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ class _CopyStream:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        # blocking: this thread sleeps until then, and leaves its core to the engine's
+        # blocking: this thread sleeps and leaves its core to the engine's thread
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         try:
             with torch.cuda.stream(self._stream):
@@ -44,22 +44,22 @@ class _CopyStream:
 
 
 def pinned(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` where ``device`` copies from without anybody waiting for it."""
+    """``host`` in memory from which ``device`` copies asynchronously."""
     return host.pin_memory() if device.type == "cuda" else host
 
 
 def send(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` on the device; on CUDA the copy is queued like a kernel and the caller goes on."""
+    """``host`` on the device. On CUDA the copy is queued like a kernel, and the caller does not wait."""
     return pinned(host, device).to(device, non_blocking=True)
 
 
 def send_coalesced(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """1-D tensors of one type, on ``device``; on a GPU by one copy, which is waited for with its stream."""
+    """1-D tensors of one type on ``device``. On a GPU they take one copy; the caller waits for its stream."""
     return list(tensors) if device.type == "cpu" or not tensors else joined(tensors, device)
 
 
 def joined(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies on ``device`` in one piece of memory, each at a multiple of ``ALIGNMENT``."""
+    """Copies on ``device`` in one block of memory, each aligned to ``ALIGNMENT`` bytes."""
     unit = ALIGNMENT // tensors[0].element_size()
     pieces: list[Tensor] = []
     for tensor in tensors:
@@ -71,7 +71,7 @@ def joined(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size] for copies to ``device``: pinned where it is a GPU, if the system lets us."""
+    """[size] for copies to ``device``. It is pinned for a GPU, if the system allows it."""
     if device.type == "cuda":
         try:
             return torch.empty(size, dtype=dtype, pin_memory=True)
@@ -82,5 +82,5 @@ def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def say_pageable(reason: str) -> None:
-    """Once a reason."""
+    """Log each reason once."""
     log.warning("host memory cannot be pinned, so that adapters come to the device more slowly: %s", reason)

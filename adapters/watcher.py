@@ -1,9 +1,9 @@
-"""Keeps the registry equal to the adapter folder: one sub-folder an adapter, named after it.
+"""Keeps the registry in sync with the adapter folder, which has one sub-folder for each adapter, by name.
 
-A thread looks every ``INTERVAL`` seconds. It sees a folder as the signature of its files, and reads it
-only when that signature stood still for two looks, so that half-written files are never read. Renaming a
-finished folder into place is the safest way to deploy, and as quick. Each folder is judged on its own: what
-is wrong with one, or slow, is no other's business.
+A thread scans the folder every ``INTERVAL`` seconds. It compares the signatures of a sub-folder's files and
+reads it only when the signature was the same in two scans. So half-written files are never read. Renaming a
+complete folder into place is the safest way to deploy, and just as fast. Folders are independent: an invalid
+or slow one does not affect the others.
 """
 
 from __future__ import annotations
@@ -40,28 +40,29 @@ logger = logging.getLogger("manylora.adapters")
 
 INTERVAL = 0.4
 REST = 4
-"""The thread rests at least so many times as long as it took to list the folder."""
+"""The thread sleeps at least this many times as long as listing the folder took."""
 SCAN_BUDGET = 0.8
-"""Seconds after which the thread begins no further folder before it looks again (at removals above all)."""
+"""Seconds after which a scan starts no further folder, so that the next scan sees removals soon."""
 INCOMPLETE_AFTER = 30.0
-"""Seconds that a folder without both files is waited for before it is listed as failed."""
+"""Seconds after which a folder that lacks a file is listed as failed."""
 MOST_LOOKS = 3
-"""How often ``look_at`` looks, ``INTERVAL`` apart, at files that may still be written to."""
+"""How often ``look_at`` checks files that may still be written to, every ``INTERVAL`` seconds."""
 ROUNDS = 2
-"""Idle folders are spread over so many looks, so that thousands cost little; a renamed one is not idle."""
+"""Idle folders are checked in this many scans, so that thousands cost little. A renamed folder is not
+idle."""
 
 
 @dataclass(slots=True)
 class _Folder:
-    """One folder as last seen.
+    """One folder as of the last scan.
 
     Attributes:
-        name: of its adapter.
+        name: the adapter's name.
         since: when this signature was first seen (monotonic seconds).
-        still: whether it was seen twice, or was old already at the first look.
-        done: whether this signature has been read, well or badly, or need not be.
-        slow: whether reading it took longer than a look has time for.
-        refused: whether nothing there could be served, whatever the files are.
+        still: whether it was seen twice, or was already old in the first scan.
+        done: whether this signature was read, with success or not, or need not be read.
+        slow: whether reading it took longer than a scan allows.
+        refused: whether it cannot be served whatever its files contain.
     """
 
     name: str
@@ -75,13 +76,16 @@ class _Folder:
     refused: bool = False
 
     def is_due(self, now: float) -> bool:
-        """Whether to read it now; one without both files is read late, to find the reason to list."""
+        """Whether to read it now.
+
+        A folder that lacks a file is read later, to find the reason for the list.
+        """
         complete = None not in self.signature
         return self.still and not self.done and (complete or now - self.since >= INCOMPLETE_AFTER)
 
 
 class Watcher:
-    """Watches ``registry.root``. ``scan_once`` is for before ``start``; the two never run at once."""
+    """Watches ``registry.root``. Call ``scan_once`` only before ``start``."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -98,11 +102,11 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="adapter-watcher", daemon=True)
 
     def start(self) -> None:
-        """Begins to look, in a daemon thread."""
+        """Starts scanning in a daemon thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Begins no further folder, and waits for those that are being read."""
+        """Starts no further folder, and waits for those that are being read."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -120,9 +124,10 @@ class Watcher:
                 self._suppressed[folder] = signature
 
     def look_at(self, name: str) -> None:
-        """Registers the folder of that name now if it is finished; a request that names it need not wait.
+        """Registers the folder of that name now if it is complete, so a request for it need not wait for a
+        scan.
 
-        Blocks, for about a second if its files may still be written to. From any thread. Raises
+        It blocks, for about a second if the files may still be written to. Any thread may call it. Raises
         AdapterNameInvalid.
         """
         folder = folder_name(check_name(name))
@@ -136,18 +141,18 @@ class Watcher:
         self._heed_changes(folder, signature)
         if self._is_suppressed(name) or self._was_read(folder, signature):
             return
-        with suppress(AdapterExists):  # it was loaded by hand meanwhile
+        with suppress(AdapterExists):  # it was loaded through the API meanwhile
             self._register(name, path, replace=False)
             self._read.append(_Folder(name, path, -1, signature, time.monotonic(), still=True, done=True))
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
-        """One look: registers, replaces and unregisters what has changed.
+        """One scan: registers, replaces and unregisters what has changed.
 
-        ``progress`` shows a bar on a terminal. After ``budget`` seconds no further folder is begun, and those
-        under way are not waited for; nor are ever those that are slow to read.
+        ``progress`` shows a bar on a terminal. After ``budget`` seconds it starts no further folder and does
+        not wait for those in progress. It never waits for slow folders.
         """
         began = time.monotonic()
-        self._take_over_read()  # before listing: then what is not listed was removed since
+        self._take_over_read()  # before listing, so a name that is not listed was removed
         inodes = self._list()
         if inodes is None:
             return
@@ -195,19 +200,22 @@ class Watcher:
         return known is not None and known.done and known.signature == signature
 
     def _heed_changes(self, folder: str, signature: Signature) -> None:
-        """An unloaded folder whose files have changed since is read again."""
+        """Allows an unloaded folder to be read again if its files have changed."""
         with self._suppressing:
             if self._suppressed.get(folder, signature) != signature:
                 del self._suppressed[folder]
 
     def _take_over_read(self) -> None:
-        """What was read since the last look: it is not read again, and is seen to change and to go."""
+        """Adds the folders that were read since the last scan. They are not read again until they change."""
         while self._read:
             folder = self._read.popleft()
             self._folders[folder.path.name] = folder
 
     def _list(self) -> dict[str, int] | None:
-        """The candidates' names and inodes; None while the folder cannot be listed, which removes nobody."""
+        """The candidates' names and inodes.
+
+        None while the folder cannot be listed; then nothing is removed.
+        """
         try:
             with os.scandir(self._root) as entries:
                 inodes = {entry.name: entry.inode() for entry in entries if _is_candidate(entry)}
@@ -231,7 +239,7 @@ class Watcher:
                 self._suppressed.pop(folder, None)
 
     def _look(self, name: str, inode: int) -> _Folder:
-        """The folder as it is now; one whose signature has changed begins anew."""
+        """The current state of the folder. A changed signature resets it."""
         known = self._folders.get(name)
         if known is not None and known.done and known.inode == inode and (hash(name) + self._looks) % ROUNDS:
             return known
@@ -245,7 +253,7 @@ class Watcher:
         return self._folders[name]
 
     def _first_seen(self, folder: str, inode: int, signature: Signature) -> _Folder:
-        """A folder with a new signature: listed as waiting, or as failed if nothing can be served there."""
+        """Lists a folder with a new signature as waiting, or as failed if nothing in it can be served."""
         path, refusal = self._root / folder, None
         try:
             name = name_of_folder(folder)
@@ -262,7 +270,7 @@ class Watcher:
         return seen
 
     def _recognise(self, folder: _Folder) -> None:
-        """One that lacks a file since it plainly is something else is listed so, and not waited for."""
+        """Lists a folder that lacks a file as failed at once if it is clearly something else."""
         if folder.done or None not in folder.signature or self._is_suppressed(folder.name):
             return
         something_else = recognise(folder.path)
@@ -285,7 +293,7 @@ class Watcher:
             self._readers.read_behind(slow[0], read)
 
     def _load(self, folder: _Folder, served: set[str], taken: dict[str, Path]) -> None:
-        """Reads the folder for every name it has, and says so to the next look."""
+        """Reads the folder for each of its names, and records that for the next scan."""
         folder.done = True
         if taken.get(folder.name, folder.path) != folder.path:
             logger.warning("Folder %s is not served: %s goes by its name.", folder.name, taken[folder.name])
@@ -298,7 +306,7 @@ class Watcher:
         self._read.append(folder)
 
     def _register(self, name: str, path: Path, replace: bool = True) -> None:
-        """Points the name at the folder, or lists why not: a bad folder fails alone.
+        """Assigns the folder to the name, or lists the reason why not. A bad folder does not affect others.
 
         Raises AdapterExists if the name means another folder, unless ``replace``; and OutOfPatience.
         """
@@ -331,9 +339,9 @@ class Watcher:
 
 
 def _is_candidate(entry: os.DirEntry[str]) -> bool:
-    """Whatever may be meant as an adapter. If it cannot be one people learn why; skipping would puzzle them.
+    """Whether an entry may be meant as an adapter. If it cannot be served, it is listed with the reason.
 
-    So a link to a folder is one, and so is a link that leads nowhere, or round.
+    Links to folders count too, also broken and circular ones.
     """
     if entry.name.startswith(".") or entry.name.endswith(UNFINISHED_SUFFIXES):
         return False
@@ -344,7 +352,7 @@ def _is_candidate(entry: os.DirEntry[str]) -> bool:
 
 
 def _has_other_case(path: Path) -> bool:
-    """Whether case does not count there: then only a listing tells how the folder is really spelt."""
+    """Whether the file system ignores case. Then only a listing shows the real name of the folder."""
     try:
         return path.name != path.name.swapcase() and path.with_name(path.name.swapcase()).samefile(path)
     except OSError:

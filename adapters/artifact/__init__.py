@@ -1,9 +1,9 @@
-"""A PEFT folder on disk → a validated, immutable ``Adapter`` that is named by its content.
+"""A PEFT folder on disk → a validated, immutable ``Adapter`` that is identified by its content.
 
 Nothing here knows of registries, pools or models: the base is seen through ``BaseLayout`` alone.
-Reading order: ``adapter.py`` (the nouns), ``load.py`` (the way through), then its steps ``files.py``,
+Reading order: ``adapter.py`` (the data types), ``load.py`` (the whole path), then its steps ``files.py``,
 ``config.py`` (``fields.py``), ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``replaced.py``) and
-``assemble.py``; ``recognise.py`` says what a folder is that is no adapter.
+``assemble.py``. ``recognise.py`` says what a folder is if it is not an adapter.
 """
 
 from adapters.artifact.adapter import (

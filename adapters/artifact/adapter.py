@@ -1,4 +1,4 @@
-"""The nouns: what a validated adapter is. No reading and no checking happens here."""
+"""The data types of a validated adapter. Nothing is read or checked here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapters.artifact.chat_config import ChatConfig
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Caps that hold before any tensor byte is read.
+    """Caps that are checked before any tensor byte is read.
 
     Attributes:
         max_rank: largest rank that any site may have.
@@ -25,11 +25,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWeights:
-    """The pair of one site; both are kept by rank row, so that a row of the pool is one contiguous copy.
+    """The LoRA pair of one site. Both matrices are stored by rank row, so a row of the pool is one contiguous
+    copy.
 
     Attributes:
         a: [rank, in_features].
-        b: [rank, out_features], that is PEFT's ``lora_B`` transposed and times the scale (DoRA's too).
+        b: [rank, out_features]: PEFT's ``lora_B``, transposed and multiplied by the scale (DoRA's too).
     """
 
     a: torch.Tensor
@@ -38,9 +39,9 @@ class LoraWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adjustment:
-    """What becomes of the base's own output of one site:  y = scale * base(x) + shift + lora(x).
+    """How an adapter changes the base's output at one site:  y = scale * base(x) + shift + lora(x).
 
-    DoRA scales; biases shift. None = by 1, by 0.
+    DoRA scales; biases shift. None means a scale of 1 or a shift of 0.
 
     Attributes:
         scale, shift: float32 [out_features].
@@ -52,7 +53,7 @@ class Adjustment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingOrHead:
-    """What an adapter has at the embedding or at the output head.
+    """What an adapter changes at the embedding or at the output head.
 
     Attributes:
         matrix: [vocabulary, hidden] instead of the base's, or None.
@@ -67,7 +68,7 @@ class EmbeddingOrHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extras:
-    """All that is not a plain pair at a linear inside a block.
+    """Everything except the plain pairs at linears inside the blocks.
 
     Attributes:
         adjustments: by site.
@@ -83,7 +84,7 @@ class Extras:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """All that is known of an adapter without its weights.
+    """What is known about an adapter without its weights.
 
     Attributes:
         digest: sha256 (hex) of what is served: the safetensors bytes, the scale of every site and
@@ -91,7 +92,7 @@ class AdapterInfo:
         ranks: site name → rank, only for the sites that have tensors.
         nbytes: size as served, in bytes of the serving dtype.
         base_model: ``base_model_name_or_path`` as the trainer wrote it.
-        warnings: whole sentences; the adapter is served all the same.
+        warnings: whole sentences; they do not stop the adapter from being served.
         extra_bytes: how many of ``nbytes`` are ``Extras``.
         chat_config: its chat template and end-of-answer tokens; part of the digest. None = the base's.
     """
@@ -112,7 +113,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter that can be served: ``weights`` has exactly the sites of ``info.ranks``."""
+    """An adapter that can be served. ``weights`` has exactly the sites of ``info.ranks``."""
 
     info: AdapterInfo
     weights: Mapping[str, LoraWeights]

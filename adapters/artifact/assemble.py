@@ -1,10 +1,10 @@
-"""Planned tensors, read and converted → what is served. DoRA and biases are resolved against the base here.
+"""Turns planned, converted tensors into what is served. DoRA and biases are resolved against the base here.
 
 Equations (PEFT, ``peft.tuners.lora``; W and c are the base's weight and bias, s the scale):
 
     LoRA    y =  W x + c        + s B A x  + s d            d: lora_B's own bias
     DoRA    y =  g W x + c      + g s B A x                 g = m / |W + s B A|, by output row
-    bias    the adapter's c' in the place of c
+    bias    the adapter's c' replaces c
 
 The base computes W x + c, so all of them are  y = scale * (W x + c) + shift + B' (A x)  with B' = g s B.
 """
@@ -25,11 +25,11 @@ from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
 
 _CHUNK = 1024
-"""Output rows whose norm is taken at a time, so that large linears take little memory for it."""
+"""Output rows whose norm is computed at a time. This bounds the memory for large linears."""
 
 
 class BaseWeights(Protocol):
-    """The base's own numbers; see ``adapters/base/weights.py``."""
+    """The base's weights; see ``adapters/base/weights.py``."""
 
     def dense(self, name: str) -> Tensor:
         """[out_features, in_features] of a linear; the embedding's is [hidden, vocabulary]."""
@@ -45,7 +45,7 @@ def assemble(
     base: BaseWeights | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, LoraWeights], Extras]:
-    """What is served, of tensors by name as ``load.py`` converts them: pairs by site, and the rest.
+    """Returns the pairs by site, and the extras, from tensors by name as ``load.py`` converts them.
 
     ``base`` may be None if there is neither DoRA nor a bias. Raises AdapterInvalid.
     """
@@ -81,7 +81,7 @@ def assemble(
 def without_copies(
     plan: AdapterPlan, tensors: Mapping[str, Tensor], layout: BaseLayout, base: BaseWeights
 ) -> AdapterPlan:
-    """The plan without matrices that are the base's to the bit: PEFT saves those beside their LoRA.
+    """The plan without matrices that equal the base's bit for bit. PEFT saves those beside their LoRA.
 
     Raises AdapterUnsupported.
     """
@@ -101,7 +101,10 @@ def without_copies(
 
 
 def _matrix(name: str, layout: BaseLayout, base: BaseWeights) -> Tensor:
-    """[vocabulary, hidden], the base's as adapters' files have it: with a head apart, one for both ends."""
+    """[vocabulary, hidden]: the base's matrix as adapters' files store it.
+
+    If the head is quantised apart, files still have one matrix for embedding and head.
+    """
     if layout.head_apart and layout.embedding is not None:
         name = layout.embedding.name
     return _as_linear(base.dense(name), name, layout)
@@ -129,7 +132,7 @@ def _embedding_or_head(
 def _weight(
     name: str, plan: AdapterPlan, tensors: Mapping[str, Tensor], layout: BaseLayout, base: BaseWeights
 ) -> Tensor:
-    """[out, in]: the adapter's own, or the base's."""
+    """[out, in]: the adapter's matrix, or the base's."""
     entry = plan.replaced.matrices.get(name)
     if entry is None:
         return base.dense(name)
@@ -139,7 +142,7 @@ def _weight(
 def _dora_scale(pair: SitePlan, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
     """g, float32 [out]. a: [rank, in]; b: float32 [rank, out], its scale folded in."""
     norms = torch.empty(pair.site.out_features)
-    a, there = a.float().to(weight.device), b.to(weight.device)  # the base's rows are more than the adapter's
+    a, there = a.float().to(weight.device), b.to(weight.device)  # where the larger weight is
     for start in range(0, len(norms), _CHUNK):
         rows = slice(start, start + _CHUNK)
         adapted = torch.addmm(weight[rows].float(), there[:, rows].t(), a)

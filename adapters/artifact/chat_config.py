@@ -1,6 +1,6 @@
-"""What an adapter's folder says of conversations: its own chat template, and what ends an answer.
+"""The chat settings in an adapter's folder: its chat template, and the tokens that end an answer.
 
-Trainers save the tokenizer's files beside the adapter. Where these are found and which wins is transformers':
+Trainers save the tokenizer's files beside the adapter. The order of precedence is that of transformers:
 ``chat_template.jinja``, then ``tokenizer_config.json``, then ``chat_template.json``.
 """
 
@@ -28,7 +28,7 @@ _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 @dataclass(frozen=True, slots=True)
 class ChatConfig:
-    """As the folder has it; whether the base can speak so is not looked at.
+    """The settings as the folder has them. They are not checked against the base here.
 
     Attributes:
         template: Jinja; None = the base's.
@@ -43,16 +43,16 @@ class ChatConfig:
     added: tuple[tuple[int, str], ...]
 
     def digested(self) -> bytes:
-        """What decides prompts and answers, for the adapter's digest."""
+        """The part that changes prompts and answers, for the adapter's digest."""
         return json.dumps([self.template, self.tokens, self.eos_ids]).encode()
 
 
 def read_chat_config(folder: int) -> ChatConfig | None:
-    """Of an open folder; None if it has nothing to say.
+    """The settings in an open folder; None if it has none.
 
     Raises:
         AdapterInvalid: a file is a link or malformed.
-        AdapterTooLarge: a file is larger than any such is.
+        AdapterTooLarge: a file is larger than such a file can be.
     """
     tokenizer, special = _object(folder, _TOKENIZER), _object(folder, _SPECIAL)
     tokens = {name: text for name in _TOKENS if (text := _token(tokenizer, special, name))}
@@ -78,7 +78,7 @@ def _template(folder: int, tokenizer: Mapping[str, Any]) -> str | None:
 
 
 def _default(value: Any, name: str) -> str | None:
-    """One template, or of several by name the one for conversations without tools."""
+    """The template. Of several named ones it is the default, which is for conversations without tools."""
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         value = {one.get("name"): one.get("template") for one in value}
     if isinstance(value, dict):
@@ -93,7 +93,7 @@ def _default(value: Any, name: str) -> str | None:
 
 
 def _token(tokenizer: Mapping[str, Any], special: Mapping[str, Any], name: str) -> str | None:
-    """A text, or the object of an added token."""
+    """A special token, given as a text or as an added token's object."""
     value = tokenizer.get(name, special.get(name))
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None

@@ -1,6 +1,6 @@
 """``adapter_config.json`` → ``LoraSettings``: the fields that decide what an adapter computes.
 
-The meaning of each is PEFT's (``peft.LoraConfig``); ``fields.py`` refuses what cannot be served.
+Each field means what it means in PEFT (``peft.LoraConfig``). ``fields.py`` refuses what cannot be served.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adapters.errors import AdapterInvalid
 
 MAX_CONFIG_BYTES = 2**20
 MAX_LABEL_LENGTH = 500
-"""Of a text that decides nothing but is listed; the rest is cut."""
+"""Characters of a text that is only listed. Longer texts are cut."""
 ALL_LINEAR = "all-linear"
 
 T = TypeVar("T")
@@ -25,9 +25,10 @@ D = TypeVar("D")
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Where modules are chosen, a string is a regular expression and a tuple has names and suffixes.
+    """The config's fields. To select modules, a string is a regular expression, a tuple has names and
+    suffixes.
 
-    ``warnings`` are whole sentences about fields that decide nothing.
+    ``warnings`` are whole sentences about fields that do not change the result.
     """
 
     r: int
@@ -48,7 +49,7 @@ class LoraSettings:
     warnings: tuple[str, ...] = ()
 
     def scale(self, rank: int, alpha: float) -> float:
-        """What ``lora_B(lora_A(x))`` is multiplied by."""
+        """The factor of ``lora_B(lora_A(x))``."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 

@@ -1,8 +1,9 @@
-"""Every field of PEFT's ``LoraConfig``: it decides what is computed, it is a label, or it must be neutral.
+"""Classifies every field of PEFT's ``LoraConfig``: it decides the result, it is a label, or it must be
+neutral.
 
-Tensors decide, labels warn at most, and what would change the result is refused by its name. A field that is
-neither PEFT's nor known here was added by another tool, and PEFT ignores it: so is it here, with a warning.
-One in a config of a newer PEFT than this table knows may mean anything, and is refused.
+A label causes a warning at most. A field that would change the result and cannot be served is refused by
+name. A field that neither PEFT nor this table knows comes from another tool. PEFT ignores it, and so does
+this file, with a warning. If the config is from a newer PEFT than this table, an unknown field is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from adapters.errors import AdapterUnsupported
 
 KNOWN_PEFT = (0, 21)
-"""The release whose fields are all placed below."""
+"""The newest PEFT release of which every field is listed below."""
 
 DECIDES = {
     *("peft_type", "bias", "init_lora_weights"),
@@ -23,8 +24,8 @@ DECIDES = {
     *("use_dora", "lora_bias", "modules_to_save", "ensure_weight_tying"),
 }
 
-# Only training reads these, or only together with a field that is refused below. ``fan_in_fan_out`` says how
-# the base keeps its weight, not how the adapter keeps its own; ``merge_weights`` is PEFT 0.2's.
+# Only training reads these, or they matter only with a field that is refused below. ``fan_in_fan_out`` is the
+# layout of the base's weight, not of the adapter's. ``merge_weights`` is PEFT 0.2's.
 LABELS = {
     *("task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("inference_mode", "runtime_config", "fan_in_fan_out", "merge_weights"),
@@ -79,7 +80,7 @@ def _check_kind(kind: Any) -> None:
 
 
 def _check_init(init: Any) -> None:
-    """Some initialisations take weight out of the base, so that the pair alone is not the change."""
+    """Refuse initialisations that subtract from the base's weight: the pair alone is then not the change."""
     if init in _INITS_ON_BASE_KEPT:
         return
     if isinstance(init, str) and init.lower().startswith(_INITS_CONVERTIBLE):

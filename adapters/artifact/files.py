@@ -1,6 +1,6 @@
-"""Reading an adapter's two files, each once, through descriptors that follow no link.
+"""Reads an adapter's two files, each once, through descriptors that do not follow links.
 
-Sizes come from ``fstat`` of the very descriptor that is read, so a file swapped in between cannot cheat.
+Sizes come from ``fstat`` of the descriptor that is read, so swapping the file in between has no effect.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_exactly(stream: BinaryIO, size: int, name: str) -> bytearray:
 
 
 def read_file(folder: int, name: str, max_bytes: int) -> bytes:
-    """A whole small file; raises as ``open_file`` does."""
+    """The content of a small file. Raises like ``open_file``."""
     with open_file(folder, name, max_bytes) as (stream, size):
         return bytes(read_exactly(stream, size, name))
 

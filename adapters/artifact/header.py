@@ -18,24 +18,24 @@ from adapters.sites import BaseLayout
 MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 3
 MAX_LENGTH = 2**31 - 1
-"""Of one dimension. With at most three of them a product stays a small integer."""
+"""The largest size of one dimension. A product of up to three dimensions stays a small integer."""
 
 _MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
+"""The limit of the safetensors library."""
 _METADATA_BYTES = 2**20
 _METADATA_OBJECTS = 2**14
 _MODULE_TENSORS = 6
 _TENSOR_BYTES = 384
-"""Of a long name: FSDP's and torch.compile's prefixes take room."""
+"""Bytes of a long tensor name, with the prefixes of FSDP and torch.compile."""
 _TENSOR_OBJECTS = 3
 _COMMAS = 3
-"""For each object and array."""
+"""Commas for each object and array."""
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of the file; ``begin`` and ``end`` are byte offsets behind the header."""
+    """One tensor of the file. ``begin`` and ``end`` are byte offsets from the end of the header."""
 
     name: str
     dtype: str
@@ -46,7 +46,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """``raw`` are the bytes read so far; ``entries`` are in file order and cover the rest exactly."""
+    """``raw`` has the bytes read so far. ``entries`` are in file order and cover the rest exactly."""
 
     raw: bytes
     entries: tuple[TensorEntry, ...]
@@ -54,7 +54,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
-    """What an adapter of one base can need, and some metadata.
+    """Caps on a header: room for all modules of the base, and for some metadata.
 
     Attributes:
         length: in bytes.
@@ -66,7 +66,7 @@ class HeaderLimits:
 
 
 def header_limits(layout: BaseLayout) -> HeaderLimits:
-    """1 MiB, and for each module of the base six tensors: a pair, DoRA's vector, biases, PEFT's copies."""
+    """1 MiB, and six tensors for each module of the base: a pair, DoRA's vector, biases and PEFT's copies."""
     tensors = _MODULE_TENSORS * (len(layout.sites) + len(layout.ends) + len(layout.norms))
     return HeaderLimits(
         min(_MAX_HEADER_BYTES, _METADATA_BYTES + tensors * _TENSOR_BYTES),

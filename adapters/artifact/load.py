@@ -1,4 +1,4 @@
-"""The way from a folder to an ``Adapter``: config, header, plan, then the values, each byte read once."""
+"""Loads a folder into an ``Adapter``: config, header, plan, then the values. Each byte is read once."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from adapters.sites import BaseLayout
 _TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WIDEST_BYTES = 4
 _COPIES = 3
-"""Of one module in a file: ``modules_to_save`` with ``save_embedding_layers`` (see ``names.py``)."""
+"""Copies of one module in a file: ``modules_to_save`` with ``save_embedding_layers`` (see ``names.py``)."""
 _PIECE_BYTES = 2**20
 _ROUNDING = 1e-12
-"""Of what is summed in float64: less is no change but the rounding of terms that cancel."""
+"""Relative to a sum in float64. A smaller result is only the rounding of terms that cancel."""
 _DIGEST_VERSION = b"manylora adapter 1\n"
 
 
@@ -70,7 +70,7 @@ def inspect_adapter(
     base: BaseWeights | None = None,
     ignore_chat_config: bool = False,
 ) -> AdapterInfo:
-    """All of ``load_adapter``'s checks of the folder, values included. Raises the same."""
+    """Makes all of ``load_adapter``'s checks, also of the values. Raises the same errors."""
     return _read(folder, layout, limits, dtype, base, ignore_chat_config).info
 
 
@@ -116,7 +116,7 @@ def _read(
 
 
 def _digest_of(weights: str, chat_config: ChatConfig | None) -> str:
-    """Of all that decides answers."""
+    """The digest of everything that changes answers."""
     if chat_config is None:
         return weights
     return hashlib.sha256(weights.encode() + b"\n" + chat_config.digested()).hexdigest()
@@ -125,7 +125,10 @@ def _digest_of(weights: str, chat_config: ChatConfig | None) -> str:
 def _read_tensors(
     stream: BinaryIO, header: Header, plan: AdapterPlan, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors by name, as ``assemble`` takes them, and the digest; one's raw bytes are held at a time."""
+    """Tensors by name for ``assemble``, and the digest.
+
+    Only one tensor's raw bytes are in memory at a time.
+    """
     scales = {pair.b.name: pair.scale for pair in plan.pairs}
     kept_wide = {entry.name for pair in plan.pairs for entry in (pair.magnitude, pair.bias) if entry}
     kept_wide |= {pair.b.name for pair in plan.pairs if pair.magnitude}
@@ -145,13 +148,16 @@ def _read_tensors(
 
 
 def _digest_unread(stream: BinaryIO, entry: TensorEntry, digest: hashlib._Hash) -> None:
-    """A tensor that is not served may be large; a few bytes of it are held at a time."""
+    """Read a tensor that is not served in small pieces, because it may be large."""
     for begin in range(entry.begin, entry.end, _PIECE_BYTES):
         digest.update(read_exactly(stream, min(_PIECE_BYTES, entry.end - begin), WEIGHTS_FILE))
 
 
 def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: torch.dtype) -> torch.Tensor:
-    """As it is, but B (the one with a ``scale``) scaled in float32 and transposed to rank rows."""
+    """The tensor unchanged.
+
+    Only B, which has a ``scale``, is scaled in float32 and transposed to rank rows.
+    """
     raw = torch.frombuffer(data, dtype=_TORCH_DTYPE[entry.dtype]).view(entry.shape)
     scaled = raw if scale is None else (raw.float() * scale).t()
     served = scaled.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -164,12 +170,15 @@ def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: 
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    """By the extremes, which NaN spreads to: many times quicker than asking of every value."""
+    """Checks minimum and maximum, which are NaN if any value is.
+
+    This is much faster than checking each value.
+    """
     return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
 def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-    """An untrained adapter is the base under another name: surely a mistake."""
+    """Refuse an untrained adapter: it would be the base under another name."""
     replaced = plan.replaced.matrices or plan.replaced.norms or plan.replaced.biases
     if replaced or any(
         pair.magnitude or (pair.bias and tensors[pair.bias.name].any()) for pair in plan.pairs
@@ -182,7 +191,7 @@ def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> N
 
 
 def _changes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the product of a [rank, in] and b [rank, out] is not zero: it is tried on one random input."""
+    """Whether the product of a [rank, in] and b [rank, out] is not zero, tested on one random input."""
     rows = a.any(dim=1) & b.any(dim=1)
     if not bool(rows.any()):
         return False

@@ -1,4 +1,4 @@
-"""Tensor names as PEFT and its users' tools write them → which module's what."""
+"""Parses tensor names, as PEFT and other tools write them, into module and role."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
 
 Role = Literal["lora_A", "lora_B", "lora_B.bias", "magnitude", "weight", "bias"]
-"""``lora_A`` and ``lora_B`` are the embedding's pair too, ``weight`` and ``bias`` the module's own."""
+"""``lora_A`` and ``lora_B`` also stand for the embedding's pair. ``weight`` and ``bias`` replace the
+module's."""
 
 Copy = Literal["saved", "wrapped", "original"]
-"""Which of a module's own parameters a name means. PEFT's ``modules_to_save`` wraps the module: the trained
-one is saved under the module's name, and with ``save_embedding_layers`` again under the wrapper's, beside the
-original, which is the base's."""
+"""Which parameter of a module a name stands for. PEFT's ``modules_to_save`` wraps the module. It saves the
+trained copy under the module's name. With ``save_embedding_layers`` it saves the copy again under the
+wrapper's name, beside the original of the base."""
 
 MAX_COMPARED = 2000
-"""Modules that a wrong name is compared with, to name the nearest."""
+"""How many modules a wrong name is compared with to find the nearest ones."""
 
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -57,7 +58,7 @@ _FOREIGN = {
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """``module`` is a name of the base's; ``adapter`` is what the file calls the adapter, if it does."""
+    """``module`` is a module of the base. ``adapter`` is the adapter's name in the file, or None."""
 
     module: str
     role: Role
@@ -92,7 +93,7 @@ def _match(name: str, forms: Mapping[re.Pattern[str], Role]) -> TensorName | Non
 
 
 def not_adaptable(module: str, layout: BaseLayout) -> str:
-    """Why LoRA on that module of the base is refused."""
+    """The reason for refusing LoRA on that module of the base."""
     if module in layout.unservable:
         return f"LoRA on {module!r} of the base is not served: {layout.unservable[module]}."
     return (
@@ -122,7 +123,10 @@ def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
 
 
 def _near(module: str, layout: BaseLayout) -> list[str]:
-    """Comparing takes time: where there are very many modules, those that end alike are enough."""
+    """The nearest module names.
+
+    Of very many modules only those with the same ending are compared, to save time.
+    """
     places = [*layout.sites, *layout.ends]
     if len(places) > MAX_COMPARED:
         last = module.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Header and config against the base: which tensor is whose, before any tensor byte is read.
+"""Assigns each tensor of the header to a module of the base, before any tensor byte is read.
 
 Everything that can be refused without the values is refused here.
 """
@@ -21,16 +21,16 @@ from adapters.sites import BaseLayout, Site
 Tensors = dict[Role, TensorEntry]
 
 _FLOAT32 = 4
-"""Bytes of a value of a scale, shift or norm."""
+"""Bytes of one value of a scale, shift or norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """One pair of the adapter, and what their product is multiplied by.
+    """One pair of the adapter, and the factor of its product.
 
     Attributes:
-        magnitude: DoRA's, or None.
-        bias: of ``lora_B``, or None.
+        magnitude: DoRA's vector, or None.
+        bias: the bias of ``lora_B``, or None.
     """
 
     site: Site
@@ -42,19 +42,19 @@ class SitePlan:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return self.a.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """Every tensor of the adapter in its place.
+    """Every tensor of the adapter, assigned to its module.
 
     Attributes:
         sites: the pairs at linears inside the blocks, in the layout's order.
         ends: the pairs at the embedding and the output head, by name.
         replaced: what replaces parts of the base.
-        warnings: whole sentences about what the config names and the file does not have.
+        warnings: whole sentences about what the config names and the file lacks.
     """
 
     sites: tuple[SitePlan, ...]
@@ -68,7 +68,7 @@ class AdapterPlan:
 
     @property
     def used(self) -> frozenset[str]:
-        """The names of the tensors that are served; the file may have the base's own beside them."""
+        """The names of the tensors that are served. The file may also have copies of the base's tensors."""
         pairs = (entry for pair in self.pairs for entry in (pair.a, pair.b, pair.magnitude, pair.bias))
         norms = (entry for norm in self.replaced.norms.values() for entry in norm.values())
         replaced = (*self.replaced.matrices.values(), *norms, *self.replaced.biases.values())
@@ -98,7 +98,7 @@ def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout:
 
 
 def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_bytes: int) -> tuple[int, int]:
-    """Size as served, in bytes at ``item_bytes`` a value: of all, and of what is not rank rows.
+    """Bytes as served, at ``item_bytes`` a value: in total, and without the rank rows.
 
     Raises AdapterTooLarge.
     """
@@ -120,7 +120,7 @@ def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_byt
 
 
 def extra_bytes(plan: AdapterPlan, layout: BaseLayout, item_bytes: int) -> int:
-    """Bytes of the ``Extras`` that come of this plan."""
+    """Bytes of the ``Extras`` that this plan produces."""
     ends = sum(_pair_size(pair) for pair in plan.ends.values())
     matrices = sum(entry.shape[0] * entry.shape[1] for entry in plan.replaced.matrices.values())
     vectors = sum(size for norm in plan.replaced.norms for size in layout.norms[norm].values())
@@ -131,9 +131,9 @@ def extra_bytes(plan: AdapterPlan, layout: BaseLayout, item_bytes: int) -> int:
 
 
 def shifted(plan: AdapterPlan, layout: BaseLayout) -> set[str]:
-    """The sites and ends whose output moves by a constant."""
+    """The modules whose output is shifted by a constant."""
     moved = {p.site.name for p in plan.pairs if p.bias is not None}
-    # The base's own bias is not to be scaled, but it is in the output that is.
+    # DoRA does not scale the base's bias, but the output that is scaled contains it.
     moved |= {p.site.name for p in plan.pairs if p.magnitude is not None} & layout.biases
     return moved | plan.replaced.biases.keys()
 
@@ -162,7 +162,7 @@ def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, 
         raise AdapterInvalid(
             f"The file mixes the tensors of several adapters: {_some(sorted(adapter_names))}."
         )
-    for module, tensors in wrapped.items():  # the same again, which PEFT leaves aside as well
+    for module, tensors in wrapped.items():  # a copy, which PEFT ignores too
         found[module] = {**tensors, **found.get(module, {})}
     return found
 
@@ -176,7 +176,7 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
         )
     tie = settings.ensure_weight_tying and layout.tied
     if tie and layout.embedding and layout.head and layout.embedding.name in targeted:
-        targeted |= {layout.head.name}  # PEFT gives the head the same pair, turned round
+        targeted |= {layout.head.name}  # PEFT gives the head the same pair with A and B swapped
     targeted -= saved_modules(settings, layout.ends)
     for module in sorted(targeted - places):
         raise AdapterUnsupported(f"target_modules: {not_adaptable(module, layout)}")
@@ -184,7 +184,7 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
 
 
 def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, object]) -> tuple[str, ...]:
-    """A warning of modules without tensors: PEFT warns too, and leaves their lora_B at zero."""
+    """A warning about modules without tensors. PEFT warns too, and leaves their lora_B at zero."""
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
             f"{len(extra)} modules have tensors, but target_modules does not name them: {_some(extra)}."
@@ -245,7 +245,7 @@ def _check_shapes(site: Site, tensors: Tensors, rank: int, layout: BaseLayout) -
 
 
 def _check_gathered(tensors: Tensors) -> None:
-    """What a training in shards saves, if nobody gathers them: flat pieces, and empty tensors."""
+    """Refuse shards: sharded training saves flat pieces and empty tensors if they are not gathered first."""
     for entry in (tensors["lora_A"], tensors["lora_B"]):
         if len(entry.shape) < 2 or 0 in entry.shape:
             raise AdapterInvalid(

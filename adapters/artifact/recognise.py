@@ -1,6 +1,7 @@
-"""What a folder is that is no PEFT adapter, and what to do about it: by first bytes and names, never by more.
+"""Says what a folder is if it is not a PEFT adapter, and what to do about it.
 
-Called when a folder cannot be read, or lacks a file; it opens no link and reads a few bytes a file.
+It looks at file names and first bytes only. It is called when a folder cannot be read or lacks a file. It
+opens no link and reads a few bytes of each file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge, Adapt
 from adapters.strict_json import JsonInvalid, parse_json
 
 MAX_ENTRIES = 2000
-"""Entries of a folder that are looked at."""
+"""How many entries of a folder are looked at."""
 
 _HEAD_BYTES = 512
 _CONFIG_BYTES = 2**20
@@ -85,7 +86,7 @@ _BY_NAMES: dict[re.Pattern[str], str] = {
 
 
 def recognise(folder: Path) -> AdapterError | None:
-    """What the folder is, if it plainly is no PEFT adapter; None if it is one, or may still become one."""
+    """What the folder is, if it is clearly not a PEFT adapter. None if it is one or may still become one."""
     with suppress(AdapterError), open_folder(folder) as descriptor:
         return _recognise(descriptor)
     return None
@@ -93,7 +94,8 @@ def recognise(folder: Path) -> AdapterError | None:
 
 @contextmanager
 def naming_what_it_is(folder: int) -> Iterator[None]:
-    """Raises what ``recognise`` says of the opened folder in the place of what was raised inside."""
+    """Replaces an error raised inside by what ``recognise`` says about the opened folder, if it says
+    anything."""
     try:
         yield
     except (AdapterInvalid, AdapterUnsupported, AdapterTooLarge) as error:
@@ -154,7 +156,7 @@ def _unsupported(kind: str, name: str) -> AdapterUnsupported:
 
 
 def _kind_of(folder: int, name: str) -> str | None:
-    """What the file is instead, as "is a …", or None: it is what its name says, or it cannot be opened."""
+    """What the file is instead, as "is a …". None if it is what its name says, or if it cannot be opened."""
     head = _head(folder, name)
     if head is None or (name == WEIGHTS_FILE and head[8:9] == b"{" and head[7] == 0):
         return None
@@ -195,5 +197,5 @@ def _exists(folder: int, name: str) -> bool:
 
 
 def _numbers(name: str) -> tuple[list[int], str]:
-    """So that ``checkpoint-1000`` comes behind ``checkpoint-200``."""
+    """A sort key that puts ``checkpoint-1000`` after ``checkpoint-200``."""
     return [int(number) for number in re.findall(r"\d{1,18}", name)], name

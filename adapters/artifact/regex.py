@@ -1,9 +1,9 @@
-"""Regular expressions out of an adapter's config, matched with a time limit.
+"""Matches regular expressions of an adapter's config with a time limit.
 
-A pattern in a config is data from whoever made the adapter, and ``re`` can take exponential time while it
-holds the interpreter lock: one folder could stop the whole server. So patterns with any operator that can
-backtrack, and very many patterns, run in a child interpreter that is killed after ``TIMEOUT`` seconds. This
-file is that child too, hence its imports from the standard library alone.
+A pattern in a config is untrusted data. ``re`` can take exponential time while it holds the interpreter lock,
+so one folder could stop the whole server. Patterns with an operator that can backtrack, and very many
+patterns, run in a child interpreter that is killed after ``TIMEOUT`` seconds. The child runs this file too,
+so the file imports only the standard library.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from functools import lru_cache
 from typing import NamedTuple
 
 TIMEOUT = 2.0
-"""Seconds that all patterns of one config may take together."""
+"""Seconds that all patterns of one config may take in total."""
 
 MAX_PATTERNS = 4096
 MAX_MATCHES = 2**20
-"""Of a pattern and a name that are tried in this interpreter; more are a child's work."""
+"""Pairs of a pattern and a name that are tried in this interpreter. The child does larger jobs."""
 _PLAIN = re.compile(r"[\w.^$\\-]*")
 
 Hits = dict[str, str | None]
-"""Name that matched → what its group ``idx`` caught, if there is one."""
+"""Name that matched → the text of its group ``idx``, if there is one."""
 
 
 class Pattern(NamedTuple):
-    """``core`` is the part from the config, ``text`` the whole; ``full`` asks for ``re.fullmatch``."""
+    """``core`` is the part from the config, ``text`` the whole pattern.
+
+    ``full`` asks for ``re.fullmatch``.
+    """
 
     core: str
     text: str
@@ -42,14 +45,14 @@ class Pattern(NamedTuple):
 
 
 class OutOfPatience(Exception):
-    """The time that ``Patience`` gave did not suffice, which says nothing against the patterns."""
+    """The time that ``Patience`` allowed was too short. The patterns may still be fine."""
 
 
 class Patience:
-    """Less time than ``TIMEOUT``, and shared by the patterns of several configs. Thread-safe."""
+    """A time budget below ``TIMEOUT`` that the patterns of several configs share. Thread-safe."""
 
     def __init__(self, together: float, each: float) -> None:
-        """Seconds: for all that is matched, and for one call."""
+        """Seconds in total, and for one call."""
         self._left = together
         self._each = each
         self._lock = threading.Lock()
@@ -65,7 +68,7 @@ class Patience:
 
     @contextmanager
     def taken(self) -> Iterator[float]:
-        """Seconds for one call; what it leaves goes back. Raises OutOfPatience if nothing is left."""
+        """Seconds for one call; unused time is returned. Raises OutOfPatience if nothing is left."""
         with self._lock:
             seconds = min(self._each, self._left)
             self._left -= seconds
@@ -81,9 +84,9 @@ class Patience:
 
 @contextmanager
 def time_for(most: float) -> Iterator[float]:
-    """Seconds for other work of a folder that may be slow, of the patience that there is in this thread.
+    """Seconds for other slow work on a folder, taken from this thread's ``Patience``.
 
-    Raises OutOfPatience if nothing is left of it.
+    Raises OutOfPatience if nothing is left.
     """
     patience = _patience.get()
     if patience is None:
@@ -104,7 +107,10 @@ _budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
 
 @contextmanager
 def one_budget() -> Iterator[None]:
-    """Inside, in this thread, all calls of ``match_names`` together have ``TIMEOUT``: those of one config."""
+    """Inside, all calls of ``match_names`` in this thread share one ``TIMEOUT``.
+
+    They belong to one config.
+    """
     token = _budget.set(_Budget(TIMEOUT))
     try:
         yield
@@ -114,7 +120,7 @@ def one_budget() -> Iterator[None]:
 
 @lru_cache(maxsize=256)
 def match_names(patterns: tuple[Pattern, ...], names: tuple[str, ...]) -> tuple[Hits, ...]:
-    """For each pattern, the names that it matches. Raises ValueError: no regex, too many, or too slow."""
+    """The names that each pattern matches. Raises ValueError: not a regex, too many, or too slow."""
     if len(patterns) > MAX_PATTERNS:
         raise ValueError(f"there are {len(patterns)} patterns; at most {MAX_PATTERNS} are allowed")
     many = len(patterns) * len(names) > MAX_MATCHES
@@ -133,7 +139,7 @@ def _hits(text: str, full: bool, names: Sequence[str]) -> Hits:
 
 
 def _in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Hits]:
-    """Raises as ``match_names``."""
+    """Raises like ``match_names``."""
     patience = _patience.get()
     if patience is None:
         return _in_budget(patterns, names, _budget.get() or _Budget(TIMEOUT))

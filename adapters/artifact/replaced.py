@@ -1,8 +1,8 @@
-"""What an adapter has instead of the base's own: norms, biases, the embedding, the output head.
+"""Parts of the base that an adapter replaces: norms, biases, the embedding, the output head.
 
-Two ways lead here. ``modules_to_save`` gives the adapter a whole module of its own. ``bias``, and saving with
-embedding layers, write the base's own parameters, which PEFT puts back into the base when it loads them; so
-where embedding and head share one matrix, that one changes for both.
+There are two cases. ``modules_to_save`` gives the adapter a whole module. ``bias`` and
+``save_embedding_layers`` save the base's parameters, and PEFT writes them back into the base when it loads
+them. If embedding and head share one matrix, the second case changes both.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from adapters.sites import BaseLayout, Site
 
 @dataclass(frozen=True, slots=True)
 class ReplacedPlan:
-    """The tensors that take the place of the base's.
+    """The tensors that replace the base's.
 
     Attributes:
         matrices: [vocabulary, hidden], by the name of the embedding or the head.
         norms: by norm and parameter.
         biases: of linears, by name.
-        warnings: whole sentences about what the config names and the file does not have.
+        warnings: whole sentences about what the config names and the file lacks.
     """
 
     matrices: Mapping[str, TensorEntry]
@@ -36,12 +36,16 @@ class ReplacedPlan:
 
 
 def saved_modules(settings: LoraSettings, modules: Iterable[str]) -> frozenset[str]:
-    """The modules that ``modules_to_save`` means: by how their names end, as in PEFT's ``_set_trainable``."""
+    """The modules that ``modules_to_save`` selects by the end of their names, as PEFT's ``_set_trainable``
+    does."""
     return frozenset().union(*_by_ending(settings.modules_to_save, modules).values())
 
 
 def _by_ending(endings: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
-    """Each ending's names, in a time that grows with both together and not with their product."""
+    """The names with each ending.
+
+    The time grows with the sum of endings and names, not with their product.
+    """
     turned = sorted(name[::-1] for name in names)
     found: dict[str, list[str]] = {}
     for ending in dict.fromkeys(endings):
@@ -57,7 +61,7 @@ def plan_replaced(
     settings: LoraSettings,
     layout: BaseLayout,
 ) -> ReplacedPlan:
-    """``found``: the file's tensors by module; ``adapted``: the modules with pairs.
+    """``found``: the file's tensors by module. ``adapted``: the modules with pairs.
 
     Raises AdapterInvalid or AdapterUnsupported.
     """
@@ -98,7 +102,10 @@ def _check_saved(
 
 
 def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
-    """PEFT adds the names of classifiers' heads to every SEQ_CLS config, and looks for no match."""
+    """Warn about names that match nothing.
+
+    PEFT adds classifier heads to every SEQ_CLS config and does not check.
+    """
     found = _by_ending(settings.modules_to_save, layout.modules)
     names = [ending for ending, alike in found.items() if not alike]
     if not names:
@@ -122,7 +129,7 @@ def _check_biases(
     settings: LoraSettings,
     layout: BaseLayout,
 ) -> tuple[str, ...]:
-    """A warning of trained biases that the file lacks: PEFT warns too, and leaves the base's."""
+    """A warning about trained biases that the file lacks. PEFT warns too, and keeps the base's."""
     trained = {"none": frozenset(), "lora_only": adapted, "all": layout.biases}[settings.bias]
     expected = layout.biases & (trained | saved)
     if extra := sorted(biases.keys() - expected):
@@ -171,7 +178,7 @@ def _check_sizes(
 def check_vocabulary(
     entry: TensorEntry, shape: tuple[int, ...], place: Site | None, layout: BaseLayout
 ) -> None:
-    """Raises AdapterUnsupported if it is the vocabulary alone that makes another shape than ``shape``."""
+    """Raises AdapterUnsupported if the shape differs from ``shape`` only in the vocabulary."""
     end = layout.ends.get(place.name) if place is not None else None
     if end is None or len(entry.shape) != len(shape):
         return

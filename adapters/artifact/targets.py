@@ -1,7 +1,7 @@
-"""Which modules a config targets, and with which rank and scale: PEFT's rules, on names alone.
+"""Finds the modules that a config targets, and the rank and scale of each, by PEFT's rules on names.
 
 The rules are those of ``peft.tuners.tuners_utils.check_target_module_exists`` and
-``peft.utils.other.get_pattern_key`` (0.21); the tests hold this file against them.
+``peft.utils.other.get_pattern_key`` (0.21). The tests compare this file with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the config says of one module."""
+    """What the config says about one module."""
 
     rank: int
     scale: float
@@ -28,7 +28,7 @@ class Target:
 def targeted_modules(
     settings: LoraSettings, modules: Iterable[str], linears: Iterable[str]
 ) -> frozenset[str]:
-    """The names out of ``modules`` that get a LoRA pair; ``linears`` is what "all-linear" stands for."""
+    """The names in ``modules`` that get a LoRA pair. ``linears`` is what "all-linear" stands for."""
     names = tuple(sorted(modules))
     targets = settings.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
@@ -61,7 +61,7 @@ def _by_suffix(suffixes: Iterable[str], names: tuple[str, ...]) -> set[str]:
 
 
 def _endings(name: str) -> Iterator[str]:
-    """What is behind each dot: few, where there may be as many suffixes as modules."""
+    """The suffixes of a name, one after each dot. They are few, while a config may list many."""
     while name:
         name = name.partition(".")[2]
         yield name
@@ -72,7 +72,7 @@ def _full_matches(pattern: str, names: tuple[str, ...], field: str) -> set[str]:
 
 
 def _in_layers(settings: LoraSettings, names: set[str]) -> set[str]:
-    """Only the names in ``layers_to_transform``: the first number behind (any) layers name counts."""
+    """Only the names in ``layers_to_transform``. The first number after (any) layers name counts."""
     if not settings.layers_to_transform:
         return names
     patterns = [
@@ -89,7 +89,7 @@ def _first(hits: Iterable[Hits], name: str) -> str | None:
 
 
 def _by_pattern(pattern: Mapping[str, T], names: tuple[str, ...], default: T, field: str) -> dict[str, T]:
-    """The value of the first key that matches the end of a name, as in ``get_pattern_key``."""
+    """The value of the first key that matches the end of the name, as in ``get_pattern_key``."""
     keys = tuple(Pattern(key, rf"(.*\.)?({key})$", full=False) for key in pattern)
     values: dict[str, T] = dict.fromkeys(names, default)
     for hits, value in reversed(list(zip(_match(keys, names, field), pattern.values(), strict=True))):

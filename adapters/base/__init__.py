@@ -1,6 +1,6 @@
 """The 4-bit base that training and serving share: locate it, quantise it once, load it.
 
-This room knows files, digests and transformers. It knows nothing of adapters and nothing of requests.
+This package knows files, digests and transformers. It knows neither adapters nor requests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Quantise a base once and keep it: a source in, a checkpoint that transformers loads out.
+"""Quantises a base once and caches it as a checkpoint that transformers loads.
 
-The checkpoint is keyed by the content of its source, so a changed base is quantised anew and a copied
-one is not. It appears by a rename, whole or not at all.
+The checkpoint is keyed by the content of its source. So a changed base is quantised again and a copied one is
+not. It is created atomically by a rename.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Quantization = Literal["nf4", "none"]
 
 logger = logging.getLogger(__name__)
 
-# Raise it when the same source must give another checkpoint: every cached one is then made anew.
+# Increase this when the same source must give another checkpoint. All cached ones are then made again.
 _FORMAT = 1
 
 
 _OF_THE_CODE = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
-"""What is raised by code that does not know a model, rather than by files that are damaged."""
+"""Errors that mean an unsupported model, not damaged files."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PreparedBase:
         path: a transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
         digest: sha256 (hex) of the source's digest, the quantisation and the checkpoint format.
         quantization, head_quantization: ``nf4`` or ``none`` (bf16), of the linears and of the output head.
-        source: what adapters call this base (``base_model_name_or_path``): a hub id or a path.
+        source: the name of this base in adapters (``base_model_name_or_path``): a hub id or a path.
     """
 
     name: str
@@ -67,17 +67,17 @@ def prepare_base(
     progress: bool = True,
     check: Callable[[Any], None] | None = None,
 ) -> PreparedBase:
-    """Fetch and quantise ``base`` unless a checkpoint of it is at hand already.
+    """Fetch and quantise ``base``, unless there is already a checkpoint of it.
 
     Args:
         base: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a hub id.
         cache_dir: where downloads and checkpoints are kept; several processes may share it.
         quantization: ``nf4`` (double quantisation, bf16 compute) or ``none`` (bf16).
-        head_quantization: the same of the output head. What is trained on a base is trained against its head,
-            so another head is another base.
+        head_quantization: the same for the output head. Adapters are trained against the head, so a base with
+            another head counts as another base.
         progress: bars on stderr.
-        check: raises BaseModelError for transformers' config of a base that its caller has no use for, before
-            hours are spent on it; where a config is to be had only by converting the base, it is not asked.
+        check: gets transformers' config and raises BaseModelError if the caller cannot use the base, before
+            hours are spent on it. It is not called if only a conversion would give the config.
 
     Raises:
         BaseNotFound, BaseCorrupt, BaseModelError: see ``source.resolve``.
@@ -111,11 +111,11 @@ def _checkpoint(
     if target.is_dir():
         return target
     with _lock(target.with_suffix(".lock")):
-        if target.is_dir():  # another process made it while this one waited
+        if target.is_dir():  # another process made it in the meantime
             return target
         files = source.fetch()
         if files.is_dir() and (source.prequantized or quantization == "none"):
-            return files  # it is served as it stands: a copy would only cost disk
+            return files  # it is served in place: a copy would only cost disk space
         with _appearing(target) as partial:
             logger.info("Preparing %s (%s); this happens once.", source.name, quantization)
             _convert(files, quantization, head, partial, progress)
@@ -131,7 +131,7 @@ def _convert(
             _quantize(files, head, target)
         elif quantization == "none":
             _unpack_gguf(files, target, progress)
-        else:  # transformers takes one quantisation at a time: out of GGUF first, then into NF4
+        else:  # transformers handles one quantisation at a time: first from GGUF, then to NF4
             dense = target / "dense"
             _unpack_gguf(files, dense, progress)
             _quantize(dense, head, target)
@@ -139,7 +139,7 @@ def _convert(
 
 
 def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
-    # transformers' switch for its bars does not reach the one that it shows for GGUF files.
+    # transformers' switch for progress bars does not affect its bar for GGUF files.
     bar = nullcontext() if progress else redirect_stderr(io.StringIO())
     with reading(gguf), bar:
         model = load_whole(gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
@@ -166,9 +166,9 @@ def _quantize(folder: Path, head: Quantization, target: Path) -> None:
 
 
 def load_whole(folder: Path, **options: Any) -> Any:
-    """``from_pretrained`` in bf16 from local safetensors, which refuses weights that are missing or wrong.
+    """Calls ``from_pretrained`` in bf16 on local safetensors, and refuses missing or wrong weights.
 
-    transformers only warns of a missing tensor and fills it with noise.
+    transformers only warns about a missing tensor and initialises it at random.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -188,7 +188,7 @@ def load_whole(folder: Path, **options: Any) -> Any:
 
 
 def load_tokenizer(folder: Path, **options: Any) -> Any:
-    """The fast tokenizer saved beside the weights."""
+    """The fast tokenizer that is saved beside the weights."""
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, **options
     )
@@ -199,7 +199,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the libraries say about unreadable files (of many types), as our error."""
+    """Converts the libraries' errors about unreadable files, which have many types, to ours."""
     try:
         yield
     except (BaseModelError, MemoryError, torch.OutOfMemoryError):
@@ -219,7 +219,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _architecture(path: Path) -> str:
-    """What the config of a folder says it is."""
+    """The architecture in the config of a folder."""
     try:
         config = json.loads((path / "config.json").read_text())
         return f"{config['architectures'][0]} ({config['model_type']})"
@@ -229,7 +229,7 @@ def _architecture(path: Path) -> str:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder that becomes ``target`` at the end, or vanishes on an error. The caller holds the lock."""
+    """A folder that becomes ``target`` at the end, or is removed on an error. The caller holds the lock."""
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()

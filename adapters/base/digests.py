@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by (path, size, mtime) so that a second start reads no gigabytes again."""
+"""SHA-256 of files, cached by (path, size, mtime), so that a second start does not read gigabytes again."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def sha256_of(path: Path, progress: bool = False) -> str:
 
 
 class DigestMemo:
-    """Remembers file digests in one JSON file.
+    """Caches file digests in one JSON file.
 
-    An entry holds while the file's size and mtime (ns) stay as they were. The memo is a cache: if it cannot
-    be read, files are hashed again.
+    An entry is valid while the file's size and mtime (ns) do not change. If the cache cannot be read, files
+    are hashed again.
     """
 
     def __init__(self, memo: Path, progress: bool = False) -> None:
@@ -40,12 +40,12 @@ class DigestMemo:
         self._progress = progress
 
     def of_files(self, paths: Sequence[Path]) -> str:
-        """One sha256 over the names and contents of ``paths``, whatever their order."""
+        """One sha256 over the names and contents of ``paths``. Their order does not matter."""
         lines = sorted(f"{path.name} {self.of_file(path)}\n" for path in paths)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def of_file(self, path: Path) -> str:
-        """The sha256 of one file, from the memo if the file looks untouched."""
+        """The sha256 of one file, from the cache if the file looks unchanged."""
         stat = path.stat()
         key, stamp = str(path.absolute()), [stat.st_size, stat.st_mtime_ns]
         entries = self._read()

@@ -1,4 +1,4 @@
-"""The output head in NF4, a linear of its own: the embedding, which may share its matrix, stays bf16."""
+"""The output head as a separate NF4 linear. The embedding, which may share its matrix, stays bf16."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from adapters.errors import BaseModelError
 
 
 def quantize_head(model: Any) -> None:
-    """Quantise the head of ``model``, whose other linears are in NF4 already, in the same way.
+    """Quantise the head of ``model`` in the same way as its other linears, which are already in NF4.
 
-    The config then says all that transformers needs to load the saved model: embedding and head share
-    nothing, and the linears that are not in 4 bits are listed. Raises BaseModelError.
+    The config then has all that transformers needs to load the saved model: embedding and head are not tied,
+    and the linears that are not in 4 bits are listed. Raises BaseModelError.
     """
     head: Any = model.get_output_embeddings()
     if head.out_features % PANEL:
@@ -34,7 +34,7 @@ def has_4bit_head(model: Any) -> bool:
 
 
 def was_tied(model: Any) -> bool:
-    """Whether ``quantize_head`` has parted head and embedding."""
+    """Whether ``quantize_head`` has separated head and embedding."""
     return bool(getattr(model.config, "tied_before_quantization", False))
 
 
@@ -56,7 +56,7 @@ def _in_4_bits(head: nn.Linear, how: Any) -> Any:
         quant_type=how.bnb_4bit_quant_type,
         module=four_bit,
     )
-    four_bit.weight, four_bit.bias = weight.to(head.weight.device), head.bias  # moving it quantises it
+    four_bit.weight, four_bit.bias = weight.to(head.weight.device), head.bias  # the move quantises it
     return four_bit
 
 

@@ -1,4 +1,4 @@
-"""A prepared base, loaded frozen onto a device, and the modules in it that adapters may add to."""
+"""Loads a prepared base, frozen, onto a device, and finds the modules in it that adapters may change."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def load_base(
     Args:
         prepared: what ``prepare_base`` returned.
         device: a torch device.
-        attn_implementation: a name known to transformers' attention interface; None lets transformers
-            choose (sdpa, or eager for models such as Gemma 2 that cannot do with it).
+        attn_implementation: a name known to transformers' attention interface. None lets transformers choose:
+            sdpa, or eager for models such as Gemma 2 that do not support it.
         progress: a bar on stderr.
 
     Raises:
         BaseCorrupt: the checkpoint cannot be read, or tensors are missing.
-        BaseModelError: a base that came quantised has another head than it was prepared for.
+        BaseModelError: a base that was already quantised has another head than requested.
     """
     with quiet_libraries(progress), reading(prepared.path):
         model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(prepared.path)
     _check_head(prepared, model)
     unpack_odd_linears(model)
-    # PEFT writes this name into the adapters it saves: the base's own, not that of our cache folder.
+    # PEFT writes this name into the adapters that it saves. It is the base's name, not our cache folder's.
     model.name_or_path = model.config._name_or_path = prepared.source
     model.eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, prepared, layout_of(model, prepared.source))
@@ -73,7 +73,7 @@ def _check_head(prepared: PreparedBase, model: Any) -> None:
 
 
 def layout_of(model: Any, name_or_path: str) -> BaseLayout:
-    """What adapters are checked against."""
+    """The layout that adapters are checked against."""
     names = {module: name for name, module in model.named_modules()}
     norms = {name: sizes for module, name in names.items() if (sizes := _norm_sizes(module)) is not None}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -94,7 +94,10 @@ def layout_of(model: Any, name_or_path: str) -> BaseLayout:
 
 
 def _norm_sizes(module: torch.nn.Module) -> dict[str, int] | None:
-    """Of a module that has nothing but vectors, its weight's among them; None for any other."""
+    """The parameters' lengths of a module that has only vectors, including ``weight``.
+
+    None for other modules.
+    """
     own = dict(module.named_parameters())
     if "weight" not in own or any(parameter.dim() != 1 for parameter in own.values()):
         return None
@@ -102,10 +105,10 @@ def _norm_sizes(module: torch.nn.Module) -> dict[str, int] | None:
 
 
 def find_sites(model: torch.nn.Module) -> dict[str, Site]:
-    """Every linear of a causal LM but its output head, by module name.
+    """Every linear of a causal LM except its output head, by module name.
 
-    4-bit linears count (their packed weight's shape says nothing, their features do), and so does
-    transformers' ``Conv1D``, which keeps its weight as [in, out].
+    They include 4-bit linears, whose sizes are their features, not the packed weight's shape. They also
+    include transformers' ``Conv1D``, which stores its weight as [in, out].
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     sites = (_site(name, module) for name, module in model.named_modules() if module is not head)

@@ -1,4 +1,4 @@
-"""A base without its weights: enough to check training data and adapters against, within a second."""
+"""A base without its weights. It is read in a second, and suffices to check training data and adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adapters.sites import BaseLayout
 
 @dataclass(frozen=True)
 class BaseOutline:
-    """What is known of a base from its config and its tokenizer.
+    """What is known about a base from its config and its tokenizer.
 
     Attributes:
         layout: its sites and modules.
@@ -46,7 +46,8 @@ def outline_of(prepared: PreparedBase) -> BaseOutline:
 
 
 def _ends(prepared: PreparedBase, model: Any) -> Any:
-    """As ``from_pretrained`` finds them: in ``generation_config.json``, or else in the model's config."""
+    """The end tokens as ``from_pretrained`` finds them: in ``generation_config.json``, else in the model's
+    config."""
     try:
         return GenerationConfig.from_pretrained(prepared.path, local_files_only=True).eos_token_id
     except OSError:

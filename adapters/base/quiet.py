@@ -1,4 +1,4 @@
-"""Keeps the libraries' chatter off the console while a base is read; their bars stay on a terminal."""
+"""Silences the libraries' messages while a base is read. Their progress bars stay on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries(progress: bool) -> Iterator[None]:
-    """Only errors from transformers; bars only with ``progress``, on a terminal. Restored at the end."""
+    """Shows only errors from transformers, and bars only with ``progress`` on a terminal.
+
+    Restored at the end.
+    """
     progress = progress and sys.stderr.isatty()
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()

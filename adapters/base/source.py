@@ -1,4 +1,4 @@
-"""Where a base comes from: what ``--base`` names, as files with a digest. Reads no weights, only bytes."""
+"""Resolves ``--base`` to files with a digest. It hashes the weights but does not interpret them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Source:
 
     Attributes:
         name: short, for people and for ``/v1/models``.
-        name_or_path: what adapters of this base call it (``base_model_name_or_path``).
+        name_or_path: its name in adapters (``base_model_name_or_path``).
         digest: sha256 (hex) over the content of weights, config and tokenizer.
-        fetch: makes the files be there and returns the transformers folder or the ``.gguf`` file.
-        prequantized: whether the folder is an NF4 checkpoint of bitsandbytes already.
-        folder: where its config is, if that is known without converting anything.
+        fetch: downloads the files if needed and returns the transformers folder or the ``.gguf`` file.
+        prequantized: whether the folder is already an NF4 checkpoint of bitsandbytes.
+        folder: the folder with its config, if that exists without a conversion.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Source:
 
 
 def name_of(base: str) -> str:
-    """The ``name`` of the source; whether anything usable is there is not looked at."""
+    """The ``name`` of the source. It does not check whether the source exists."""
     path = Path(base).expanduser()
     if base == DEFAULT_BASE or not path.exists():
         return base
@@ -53,12 +53,13 @@ def name_of(base: str) -> str:
 
 
 def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
-    """What ``base`` names: the default's name, a transformers folder, a ``.gguf`` file, or a hub id.
+    """The source that ``base`` names: the default's name, a transformers folder, a ``.gguf`` file, or a hub
+    id.
 
     Raises:
-        BaseNotFound: there is nothing usable of that name.
+        BaseNotFound: there is nothing usable with that name.
         BaseCorrupt: a file is not what it claims to be.
-        BaseModelError: it is there, but of a kind that cannot be used.
+        BaseModelError: it exists, but its kind cannot be used.
     """
     if base == DEFAULT_BASE:
         downloads = cache_dir / "downloads"
@@ -98,7 +99,7 @@ def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Sourc
 
 
 def _refuse_adapter(folder: Path) -> None:
-    # transformers would follow it, quietly, to the adapter's own base and apply it there.
+    # transformers would silently load the base that the adapter names, and apply the adapter to it.
     if (folder / "adapter_config.json").exists():
         raise BaseNotFound(
             f"{folder} holds an adapter (adapter_config.json); give a folder with nothing but the base, "
@@ -165,7 +166,7 @@ def _snapshot(hub_id: str, progress: bool) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        # Sub-folders hold the same weights in other formats (original/, onnx/).
+        # Sub-folders have the same weights in other formats (original/, onnx/).
         wanted: dict[str, Any] = {
             "allow_patterns": list(_CONTENT),
             "ignore_patterns": ["*/*", "consolidated*"],

@@ -1,4 +1,4 @@
-"""The 4-bit linears of a base, and bf16 linears of exactly the numbers that they stand for."""
+"""Finds the 4-bit linears of a base, and converts them to bf16 linears with exactly the same values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 PANEL = 32
-"""Outputs that bitsandbytes' 4-bit kernels for CPUs take together."""
+"""Outputs of one block in bitsandbytes' 4-bit CPU kernels."""
 
 
 def four_bit_linears(model: Any) -> dict[str, Any]:
-    """bitsandbytes' ``Linear4bit`` modules by name; without it there are none."""
+    """bitsandbytes' ``Linear4bit`` modules by name. Without bitsandbytes there are none."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return {}
     from bitsandbytes.nn import Linear4bit
@@ -27,16 +27,17 @@ def four_bit_linears(model: Any) -> dict[str, Any]:
 def unpack_linears(model: Any) -> None:
     """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight.
 
-    bitsandbytes computes with that very weight, only that it unpacks it in each pass (on a CPU, at 1.1
-    billion weights a second).
+    bitsandbytes computes with the same weight, but unpacks it in each pass (at 1.1 billion weights a second
+    on a CPU).
     """
     _unpack(model, four_bit_linears(model))
 
 
 def unpack_odd_linears(model: Any) -> None:
-    """The same on a CPU for those whose sizes bitsandbytes cannot pack for its kernel there, which raises.
+    """Does the same on a CPU for linears whose sizes bitsandbytes' CPU kernel cannot pack; it raises for
+    them.
 
-    They are small as a rule: the gate of a shared expert has one output.
+    They are usually small: the gate of a shared expert has one output.
     """
     if model.device.type != "cpu":
         return
@@ -49,7 +50,7 @@ def unpack_odd_linears(model: Any) -> None:
 
 
 def _can_be_packed(module: Any) -> bool:
-    if not module.support_avx512bf16_for_cpu:  # it is not tried then
+    if not module.support_avx512bf16_for_cpu:  # bitsandbytes does not try it then
         return True
     whole_blocks = module.in_features % module.weight.quant_state.blocksize == 0
     return bool(module.out_features % PANEL == 0 and whole_blocks)

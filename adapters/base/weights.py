@@ -1,6 +1,6 @@
-"""The base's own weights as plain numbers, for adapters whose meaning depends on them (DoRA, biases).
+"""The base's weights as plain tensors, for adapters that depend on them (DoRA, biases).
 
-Holds the modules, not the model: it goes on working when they are wrapped or replaced in the model.
+It holds the modules, not the model. So it still works when they are wrapped or replaced in the model.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from adapters.sites import BaseLayout
 
 
 class BaseWeights:
-    """Reads only, so any thread may ask.
+    """Read-only, so any thread may use it.
 
     Args:
-        model: the causal LM, its modules not yet wrapped.
-        layout: what of it may be asked for.
+        model: the causal LM, before its modules are wrapped.
+        layout: the modules that may be asked for.
     """
 
     def __init__(self, model: Any, layout: BaseLayout) -> None:
@@ -49,15 +49,17 @@ class BaseWeights:
 
 
 def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """In bitsandbytes' usual order what it packed for CPUs (see ``nf4.h``), with the same scales.
+    """Converts weights that bitsandbytes packed for CPUs (see ``nf4.h``) back to its usual order, with the
+    same scales.
 
-    Its own way back quantises the scales anew, and the model goes on computing with these.
+    bitsandbytes' own conversion would quantise the scales again, and the model computes with the present
+    ones.
     """
     from bitsandbytes.functional import QuantState
 
     outputs, inputs = state.shape
     panels = packed.view(outputs // PANEL, inputs // 2, PANEL // 2, 2)
-    first, second = panels[..., 0], panels[..., 1]  # of each pair of inputs, for two outputs in either half
+    first, second = panels[..., 0], panels[..., 1]  # each byte pair: a pair of inputs for two outputs
     low = (first << 4) | (second & 15)
     high = (first & 0xF0) | (second >> 4)
     weight = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)

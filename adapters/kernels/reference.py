@@ -1,4 +1,4 @@
-"""The specification, readable and slow: one token, one row at a time, in float32."""
+"""The specification: readable, slow, in float32, with one token and one row at a time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Two matrix products a segment, with torch's own kernels; right on every device.
+"""Two matrix products for each segment, with torch's kernels. Works on every device.
 
-Neighbouring rows are read in place; scattered ones are gathered first.
+Adjacent rows are read in place. Scattered rows are gathered first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def segmented_lora(y: Tensor, x: Tensor, pool: SitePool, segments: list[Segment]
 
 
 def _adjusted(y: Tensor, x: Tensor, pool: SitePool, rows: Rows | None, adjustment: Adjustment) -> None:
-    """In float32, and rounded once."""
+    """Applies the adjustment in float32, and rounds once."""
     total = y.float()
     if adjustment.scale is not None:
         total *= adjustment.scale

@@ -1,4 +1,4 @@
-"""Whether a LoRA kernel does on this device what the specification says, tried before it is relied on."""
+"""Tests a LoRA kernel on this device against the specification before it is used."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import torch
 from adapters.kernels.cases import JoinedKernel, World, check, runs_by_mix, segments_of
 
 _SIZES = 256, (256, 128, 64)
-"""Multiples of 16, as models' are: so what is compiled for them is what steps need."""
+"""Multiples of 16, as in models, so that the trial compiles the variants that steps need."""
 
 _MIXES = "zipf", "prompts"
-"""Decoding and prompts, which are computed by kernels of their own."""
+"""Decoding and prompts, which use different kernels."""
 
 
 def what_is_wrong(kernel: JoinedKernel, device: torch.device, dtype: torch.dtype, tile: int) -> str | None:
-    """Try steps of every kind; None = all are right.
+    """Try steps of every kind. Returns what is wrong; None = all are right.
 
     Args:
-        tile: tokens of one adapter from which the kernel takes another form.
+        tile: the number of an adapter's tokens from which the kernel takes another path.
     """
     mixes = runs_by_mix(tile)
     try:
@@ -26,6 +26,6 @@ def what_is_wrong(kernel: JoinedKernel, device: torch.device, dtype: torch.dtype
             check(kernel, world, *segments_of(mixes[mix]))
     except AssertionError as error:
         return f"its results are wrong ({' '.join(str(error).split())[:200]})"
-    except Exception as error:  # a compiler's or a driver's: anything
+    except Exception as error:  # a compiler or a driver may raise anything
         return f"it fails: {str(error).partition(chr(10))[0] or type(error).__name__}"
     return None

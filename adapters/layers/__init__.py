@@ -1,1 +1,1 @@
-"""The base's modules wrapped, so that each token gets what its adapter adds or has in their place."""
+"""Wrappers around the base's modules that apply each token's adapter."""

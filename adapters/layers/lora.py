@@ -1,7 +1,7 @@
-"""The layer: ``base(x) + lora(x)`` around each of the base's linears, for a batch of mixed adapters.
+"""The LoRA layer: ``base(x) + lora(x)`` around each of the base's linears, for a batch of mixed adapters.
 
-``attach`` swaps it in. Which tokens belong to which adapter changes with every step and is the same for
-every layer, so it lives in one ``LoraState`` that the layers share.
+``attach`` inserts it. The assignment of tokens to adapters changes with every step and is the same for all
+layers, so they share one ``LoraState``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from adapters.sites import BaseLayout
 class LoraLinear(nn.Module):
     """y_t = W x_t + sum over j in rows(adapter of t) of (A_j . x_t) B_j; x is [1, tokens, in_features].
 
-    (And W x_t scaled and shifted first, for the few adapters that do so.)
+    For adapters with an adjustment, W x_t is scaled and shifted first.
     """
 
     def __init__(self, base: nn.Module, pool: SitePool, state: LoraState, kernel: LoraKernel) -> None:
@@ -33,15 +33,16 @@ class LoraLinear(nn.Module):
         y: Tensor = self.base(x)
         if self._state.segments:
             rows, inputs = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-            if len(rows) != self._state.tokens:  # nobody knows then whose rows they are
+            if len(rows) != self._state.tokens:  # it is unknown which token each row belongs to
                 raise ValueError(f"a linear got {len(rows)} rows in a step of {self._state.tokens} tokens")
             self._kernel(rows, inputs, self._pool, self._state.segments)
         return y
 
 
 def attach(model: nn.Module, layout: BaseLayout, pool: RankPool, kernel: LoraKernel) -> LoraState:
-    """Wrap every site of ``pool`` in ``model``, and what adapters may have of their own; the returned state
-    steers them all.
+    """Wrap every site of ``pool`` in ``model``, and the modules that adapters may replace.
+
+    All wrappers read the returned state.
     """
     state = LoraState(pool.extras)
     for name, site_pool in pool.sites.items():

@@ -1,4 +1,4 @@
-"""Which rows of the step under way are whose. One object, shared by all wrapped modules of a model."""
+"""The adapter of each row of the current step. All wrapped modules of a model share one object."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class LoraState:
     Attributes:
         tokens: how many tokens the step has.
         segments: runs of tokens that use the same adapter, in order, without base tokens.
-        extras_segments: those of them whose adapter has extras.
-        extras_head_rows: the same of the rows that the output head gets.
+        extras_segments: the segments whose adapter has extras.
+        extras_head_rows: the same segments in terms of the rows that the output head gets.
     """
 
     def __init__(self, extras: ExtrasPool) -> None:
@@ -37,7 +37,7 @@ class LoraState:
         self._extras = extras
 
     def begin(self, tokens: int, segments: list[Segment], heads: Tensor) -> None:
-        """``heads``: int64 [n], which tokens' rows the head gets, in order."""
+        """``heads``: int64 [n], the tokens whose rows the head gets, in order."""
         self.tokens = tokens
         self.segments = segments
         self.extras_segments = [
@@ -49,7 +49,7 @@ class LoraState:
 
 
 def _of_rows(segments: list[ExtrasSegment], tokens: list[int]) -> list[ExtrasSegment]:
-    """``segments`` by place in ``tokens``."""
+    """``segments`` in terms of positions in ``tokens``."""
     found: list[ExtrasSegment] = []
     for row, token in enumerate(tokens):
         part = next((part for part in segments if part.start <= token < part.stop), None)

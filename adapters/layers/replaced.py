@@ -1,7 +1,7 @@
-"""Modules of the base with, for the rows of adapters that have their own, that adapter's in their place.
+"""Wrappers around modules that adapters may replace: norms, the embedding, the output head.
 
-Each computes the base's for all rows and then the few other ones anew. They work on any transformers model;
-``server/engine/model/cpu/model.py`` does norms and head itself.
+Each computes the base's module for all rows, and then recomputes the rows of adapters that replace it. They
+work on any transformers model. ``server/engine/model/cpu/model.py`` computes norms and head itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapters.pool.extras_pool import ResidentEmbeddingOrHead
 
 
 class _Wrapped(nn.Module):
-    """Passes for the module that it wraps wherever attributes of that are asked for."""
+    """Forwards unknown attributes to the wrapped module."""
 
     def __init__(self, base: nn.Module, state: LoraState) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Device memory for adapters: rank rows at every site, what adapters have besides, and the host tier."""
+"""Memory for adapters: rank rows at every site, extras, and the host tier."""

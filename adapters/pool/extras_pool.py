@@ -1,7 +1,8 @@
-"""Device memory for what adapters have besides rank rows: vectors at sites, norms, embeddings, output heads.
+"""Device memory for extras, which are everything except rank rows: vectors at sites, norms, embeddings,
+heads.
 
-Few adapters have such things and their sizes differ widely, so each gets its own tensors, within one bound of
-bytes. This file moves them in and out; who may stay is decided in ``residency.py``.
+Few adapters have extras, and their sizes differ widely. So each adapter gets separate tensors, within one
+bound in bytes. This file moves them in and out; ``residency.py`` decides which adapters stay.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class ResidentEmbeddingOrHead:
     """An ``EmbeddingOrHead`` on the device.
 
     Attributes:
-        matrix: [vocabulary, hidden], a head's as the model wants it (``ExtrasPool.pack_head``), or None.
-        table: [vocabulary, rank], the embedding's A transposed: a token's row is the input to ``pool``.
-        pool: this adapter's pair and adjustment alone, in slot 0, or None.
+        matrix: [vocabulary, hidden], or None. A head's is packed for the model by ``ExtrasPool.pack_head``.
+        table: [vocabulary, rank], the embedding's A transposed. A token's row is the input to ``pool``.
+        pool: a pool with only this adapter's pair and adjustment, in slot 0; or None.
     """
 
     matrix: Tensor | None
@@ -36,7 +37,7 @@ class ResidentEmbeddingOrHead:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentExtras:
-    """One adapter's, on the device; what it has at sites is in their pools."""
+    """One adapter's extras on the device, except its adjustments at sites, which are in the sites' pools."""
 
     norms: Mapping[str, Mapping[str, Tensor]]
     embedding: ResidentEmbeddingOrHead | None
@@ -44,16 +45,16 @@ class ResidentExtras:
 
 
 class ExtrasPool:
-    """By slot, what is resident.
+    """The resident extras by slot.
 
     Args:
-        norms: the base's.
-        capacity: bytes for all adapters together.
+        norms: the names of the base's norms.
+        capacity: bytes for all adapters.
 
     Attributes:
-        norms: by norm and slot, where native kernels find an adapter's own weights.
-        pack_head, norm_weight: how the model's own kernels want a head's matrix and a norm's weights
-            (float32); set before the first adapter comes.
+        norms: for each norm a table of adapters' weights by slot, for native kernels.
+        pack_head, norm_weight: convert a head's matrix and a norm's weights (float32) for the model's
+            kernels. They are set before the first adapter is loaded.
     """
 
     def __init__(self, norms: Iterable[str], capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -67,14 +68,14 @@ class ExtrasPool:
 
     @property
     def used(self) -> int:
-        """Bytes taken; any thread may ask while another loads an adapter."""
+        """Bytes in use. Any thread may ask while another loads an adapter."""
         return sum(list(self._bytes.values()))
 
     def get(self, slot: int) -> ResidentExtras | None:
         return self._resident.get(slot)
 
     def reserve(self, slot: int, nbytes: int) -> None:
-        """Take bytes, of which the caller has seen that they are free."""
+        """Reserve bytes. The caller has checked that they are free."""
         self._bytes[slot] = nbytes
         for table in self.norms.values():
             table.hold(slot)
@@ -102,7 +103,7 @@ class ExtrasPool:
             table.drop(slot)
 
     def check_integrity(self, slots: Set[int]) -> None:
-        """Assert that nothing is held for slots that are gone (for tests)."""
+        """Assert that nothing is held for freed slots (for tests)."""
         assert self._bytes.keys() == slots, "bytes of a slot that is gone"
         assert self._resident.keys() <= slots, "tensors of a slot that is gone"
         assert self.used <= self.capacity, "more bytes are taken than there are"
@@ -138,7 +139,7 @@ class ExtrasPool:
 
 
 def moved_adjustments(adjustments: Mapping[str, Adjustment], device: torch.device) -> dict[str, Adjustment]:
-    """The same on ``device``, by one copy."""
+    """The adjustments on ``device``, moved by one copy."""
     pairs = [(adjustment.scale, adjustment.shift) for adjustment in adjustments.values()]
     moved = iter(send_coalesced([vector for pair in pairs for vector in pair if vector is not None], device))
     return {

@@ -1,6 +1,6 @@
-"""Which of the numbers 0 … ``size``-1 are free, kept as runs. Integers only.
+"""The free numbers among 0 … ``size``-1, stored as runs. Integers only.
 
-What lies in few runs is taken and given back in a few steps, however many numbers it is.
+Taking and giving back numbers costs time by the number of runs, not by the number of integers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 
 class FreeRuns:
-    """All are free at first.
+    """All numbers are free at first.
 
     Attributes:
-        free: how many are.
+        free: how many are free.
         runs: (start, stop), ascending, never adjacent and never empty.
     """
 
@@ -23,7 +23,10 @@ class FreeRuns:
         self.runs = [(0, size)] if size else []
 
     def take_run(self, count: int) -> int | None:
-        """Where ``count`` neighbours begin, in the lowest run that is long enough; None if none is."""
+        """Take ``count`` adjacent numbers from the lowest run that is long enough; None if no run is.
+
+        Returns the first number.
+        """
         for i, (start, stop) in enumerate(self.runs):
             if stop - start >= count:
                 self._shorten(i, count)
@@ -31,7 +34,7 @@ class FreeRuns:
         return None
 
     def take_lowest(self, count: int) -> list[int]:
-        """The lowest free ones, ascending; there are that many."""
+        """Take the lowest ``count`` free numbers, ascending. There must be enough."""
         assert count <= self.free
         taken: list[int] = []
         while len(taken) < count:
@@ -42,7 +45,7 @@ class FreeRuns:
         return taken
 
     def give(self, start: int, stop: int) -> None:
-        """Free again what was taken."""
+        """Free the numbers [start, stop)."""
         if start == stop:
             return
         self.free += stop - start
@@ -54,7 +57,7 @@ class FreeRuns:
         self.runs[i - (low < start) : i + (high > stop)] = [(low, high)]
 
     def check_integrity(self, taken: Iterable[tuple[int, int]]) -> None:
-        """Assert that ``taken``, as runs, and what is free are everything, once (for tests)."""
+        """Assert that each number is either free or in one run of ``taken`` (for tests)."""
         runs = sorted([*self.runs, *(run for run in taken if run[0] < run[1])])
         ends = [0, *(stop for _, stop in runs)]
         assert [start for start, _ in runs] == ends[:-1], "numbers leaked or were given twice"
@@ -69,7 +72,7 @@ class FreeRuns:
 
 
 def runs_of(numbers: list[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as runs."""
+    """Converts ascending numbers to runs."""
     ends = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
     bounds = zip([0, *ends], [*ends, len(numbers)], strict=True)
     return [(numbers[first], numbers[last - 1] + 1) for first, last in bounds if first < last]

@@ -1,4 +1,4 @@
-"""Checked adapters kept in host memory, so that coming back to the device costs a copy and no disk."""
+"""Keeps validated adapters in host memory, so that returning to the device costs a copy and no disk read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from adapters.pool.pinned_buffer import PinnedBuffer
 
 
 class HostTier:
-    """Least-recently-used adapters by digest, bounded in bytes. Not thread-safe: its owner locks.
+    """An LRU cache of adapters by digest, bounded in bytes. Not thread-safe: its owner locks.
 
-    An adapter comes in two steps, so that the owner can copy it into its place without holding the lock. Only
-    one of its threads may do so, and that waits for its copies to the device: then memory that is freed while
-    it is read from is not written to before.
+    An adapter is added in two steps, so the owner can copy it without holding the lock. Only one thread may
+    do so, and it waits for its copies to the device. So memory that is freed while the device reads it is not
+    overwritten before that read is done.
 
     Args:
-        capacity: bytes of weights kept; an adapter larger than that is simply not kept.
-        pinned: where pairs are kept, for a GPU.
+        capacity: bytes of weights. An adapter larger than that is not kept.
+        pinned: memory for the pairs, if the device is a GPU.
     """
 
     def __init__(self, capacity: int, pinned: PinnedBuffer | None = None) -> None:
@@ -40,7 +40,10 @@ class HostTier:
         return adapter
 
     def reserve(self, adapter: Adapter) -> Tensor | None:
-        """Make room, at the cost of others; returns memory for its packed pairs if a buffer is pinned."""
+        """Reserve room and evict others for it.
+
+        Returns memory for the packed pairs if there is a pinned buffer.
+        """
         digest, nbytes = adapter.info.digest, adapter.info.nbytes
         if nbytes > self.capacity or digest in self._reserved:
             return None
@@ -51,12 +54,12 @@ class HostTier:
         return None if self._pinned is None else self._take(self._pinned, digest, nbytes_of(adapter.weights))
 
     def put(self, adapter: Adapter) -> None:
-        """Keep it, if its room is still reserved."""
+        """Add the adapter, if its room is still reserved."""
         if adapter.info.digest in self._reserved:
             self._adapters[adapter.info.digest] = adapter
 
     def drop(self, digest: str) -> None:
-        """Forget it and free its room, whether it came already or not."""
+        """Remove the adapter, or cancel its reservation."""
         self._adapters.pop(digest, None)
         self.nbytes -= self._reserved.pop(digest, 0)
         if self._pinned is not None:

@@ -1,4 +1,4 @@
-"""An adapter's pairs in one buffer, those rows side by side that go to one tensor of ``row_store.py``."""
+"""An adapter's pairs in one buffer. Rows that go to the same tensor of ``row_store.py`` are adjacent."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from adapters.artifact import Adapter, LoraWeights
 
 Side = tuple[str, int]
-"""One matrix: its site, and 0 for A or 1 for B."""
+"""A matrix: its site, and 0 for A or 1 for B."""
 
 
 class PackedWeights(Mapping[str, LoraWeights]):
-    """Pairs by site, which are views.
+    """Pairs by site, as views of one buffer.
 
     Attributes:
-        rows: by width [n, width]: the rows of all matrices of that width, in the order of ``by_width``.
+        rows: for each width, [n, width]: the rows of all matrices of that width, in the order of
+            ``by_width``.
     """
 
     def __init__(self, weights: Mapping[str, LoraWeights], memory: Tensor | None = None) -> None:
@@ -50,7 +51,7 @@ class PackedWeights(Mapping[str, LoraWeights]):
 
 
 def by_width(weights: Mapping[str, LoraWeights]) -> dict[int, list[Side]]:
-    """Which matrices have rows of a width, in the order of ``weights``."""
+    """The matrices by the width of their rows, in the order of ``weights``."""
     sides: dict[int, list[Side]] = {}
     for name in weights:
         for side in ((name, 0), (name, 1)):
@@ -68,5 +69,5 @@ def nbytes_of(weights: Mapping[str, LoraWeights]) -> int:
 
 
 def packed(adapter: Adapter, memory: Tensor | None = None) -> Adapter:
-    """The same adapter, its pairs packed."""
+    """The same adapter with packed pairs."""
     return replace(adapter, weights=PackedWeights(adapter.weights, memory))

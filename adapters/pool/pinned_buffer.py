@@ -1,6 +1,6 @@
-"""One piece of pinned host memory, given out in ranges.
+"""One block of pinned host memory, allocated in ranges.
 
-Pinning is slow and may make a GPU's other streams wait, so all of it is done once, at the start.
+Pinning is slow and may block a GPU's other streams, so it is done once, at the start.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from adapters.pool.free_runs import FreeRuns
 from adapters.transfer import say_pageable
 
 _UNIT = 256
-"""Bytes, in multiples of which ranges begin and end."""
+"""Alignment of ranges, in bytes."""
 
 _PORTABLE = 1
 """``cudaHostRegisterPortable``: pinned for every device."""
 
 
 class PinnedBuffer:
-    """First fit, by owner. Not thread-safe: its owner locks.
+    """A first-fit allocator. Ranges have owners. Not thread-safe: the caller locks.
 
     Args:
         memory: uint8 [n].
@@ -43,18 +43,18 @@ class PinnedBuffer:
         return self._memory[start * _UNIT :][:nbytes]
 
     def give(self, owner: str) -> None:
-        """Take back what ``owner`` has, if anything."""
+        """Free the range of ``owner``, if it has one."""
         self._runs.give(*self._taken.pop(owner, (0, 0)))
 
     def check_integrity(self) -> None:
-        """Assert that every byte is taken once or free once (for tests)."""
+        """Assert that every byte is either free or in one range (for tests)."""
         self._runs.check_integrity(self._taken.values())
 
 
 def pinned_buffer(nbytes: int, device: torch.device) -> PinnedBuffer | None:
-    """For copies to ``device``; None where it is no GPU, nothing is asked for or the system refuses.
+    """A buffer for copies to ``device``. None if that is not a GPU, ``nbytes`` is too small or pinning fails.
 
-    Pinned where it lies: what torch allocates pinned is rounded up to a power of two.
+    Normal memory is registered as pinned, because torch rounds pinned allocations up to a power of two.
     """
     if device.type != "cuda" or nbytes < _UNIT:
         return None

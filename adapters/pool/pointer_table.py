@@ -1,4 +1,4 @@
-"""Addresses by slot, where native kernels look them up."""
+"""A table of addresses by slot, which native kernels read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 class PointerTable:
-    """One tensor a slot, or none.
+    """At most one tensor for each slot.
 
     Attributes:
-        cell: address of the address of the table, which moves when it grows.
+        cell: address of a cell that holds the table's address. The table moves when it grows; the cell does
+            not.
     """
 
     def __init__(self, slots: int = 16) -> None:
@@ -26,7 +27,7 @@ class PointerTable:
         return addressof(self._cell)
 
     def hold(self, slot: int) -> None:
-        """Give ``slot`` a place."""
+        """Make room for ``slot``."""
         while slot >= len(self._tables[-1]):
             self._append(2 * len(self._tables[-1]))
 
@@ -40,11 +41,11 @@ class PointerTable:
 
     @property
     def slots(self) -> set[int]:
-        """Those with a tensor."""
+        """The slots that have a tensor."""
         return set(self._tensors)
 
     def _append(self, slots: int) -> None:
-        """A larger table; the old ones stay, since a kernel may be reading them right now."""
+        """Append a larger table. Old tables are kept, because a kernel may be reading them."""
         table = np.zeros(slots, np.int64)
         if self._tables:
             table[: len(self._tables[-1])] = self._tables[-1]

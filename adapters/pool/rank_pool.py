@@ -1,10 +1,10 @@
-"""Device memory for adapters, in rank rows; what few adapters have besides is in ``extras_pool.py``.
+"""Device memory for adapters' rank rows. Their extras are in ``extras_pool.py``.
 
-For each site there are two pools, A [rows, in_features] and B [rows, out_features]. An adapter of rank r
-at that site owns r rows of both; its slot's row table says which. So a mix of ranks, per-layer ranks and
-absent sites cost exactly what they are. The adapter's scale is already folded into B.
+Each site has two pools, A [rows, in_features] and B [rows, out_features]. An adapter of rank r at that site
+owns r rows of both, and its slot's row table lists them. So mixed ranks, per-layer ranks and absent sites
+need no padding. B already contains the adapter's scale.
 
-This file moves rows in and out. Who may stay is decided in ``residency.py``.
+This file moves rows in and out. ``residency.py`` decides which adapters stay.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from adapters.sites import Site
 from adapters.transfer import send_coalesced
 
 EXTRAS = "extras"
-"""Among an adapter's needs: the bytes of its ``Extras`` (no site is called so)."""
+"""The key of an adapter's needs that holds the bytes of its ``Extras``. No site has this name."""
 
 
 def row_bytes(sites: Mapping[str, Site], dtype: torch.dtype) -> int:
-    """What one rank row takes at all sites together."""
+    """Bytes of one rank row at every site."""
     return sum(site.in_features + site.out_features for site in sites.values()) * dtype.itemsize
 
 
 def needs_of(info: AdapterInfo) -> dict[str, int]:
-    """What an adapter takes of the pool: rows by site, and bytes under ``EXTRAS`` if it has any."""
+    """What an adapter needs from the pool: rows by site, and bytes under ``EXTRAS`` if it has extras."""
     return {**info.ranks, EXTRAS: info.extra_bytes} if info.extra_bytes else dict(info.ranks)
 
 
 class RankPool:
-    """All sites' pools, and the slots of the adapters in them.
+    """The pools of all sites, and the slots of the resident adapters.
 
-    ``reserve`` takes rows (bookkeeping only); ``write`` copies the weights into them, and may run on another
-    thread than the model, since no running batch reads rows that were just reserved; ``free`` returns them.
-    No adapter comes with a rank above ``max_rank`` (None = ``num_rows``): kernels' memory is sized by it.
+    ``reserve`` takes rows (bookkeeping only). ``write`` copies the weights into them; it may run on another
+    thread than the model, because no running batch reads rows that were just reserved. ``free`` returns the
+    rows. No adapter has a rank above ``max_rank`` (None = ``num_rows``); the kernels' memory is sized by it.
     """
 
     def __init__(
@@ -75,19 +75,19 @@ class RankPool:
 
     @property
     def rows_used(self) -> int:
-        """Counted in the allocators, which any thread may read while another loads an adapter."""
+        """Free resources. The allocators count them, so any thread may ask while another loads an adapter."""
         return self.rows_total - sum(pool.allocator.num_free for pool in self.sites.values())
 
     def could_ever_fit(self, needs: Mapping[str, int]) -> bool:
         return all(need <= self._capacity(name) for name, need in needs.items())
 
     def missing(self, needs: Mapping[str, int]) -> dict[str, int]:
-        """How much is lacking for an adapter of these needs, in their terms (empty = it fits now)."""
+        """What is missing for these needs, in the same units. Empty means that it fits now."""
         lacking = {name: need - self._free(name) for name, need in needs.items()}
         return {name: amount for name, amount in lacking.items() if amount > 0}
 
     def reserve(self, needs: Mapping[str, int]) -> int | None:
-        """Take what an adapter needs; its new slot, or None if something is lacking."""
+        """Reserve what an adapter needs. Returns its new slot, or None if something is missing."""
         if self.missing(needs):
             return None
         slot = next(i for i in range(len(self._owned) + 1) if i not in self._owned)
@@ -103,11 +103,14 @@ class RankPool:
         return slot
 
     def host_form(self, adapter: Adapter, memory: Tensor | None) -> Adapter:
-        """The adapter as it is best kept on the host: for a GPU packed, in ``memory`` if there is any."""
+        """The adapter in the host tier's form. For a GPU it is packed, into ``memory`` if given."""
         return adapter if self.device.type == "cpu" else packed(adapter, memory)
 
     def write(self, slot: int, adapter: Adapter) -> None:
-        """Copy ``adapter``'s weights into the rows of ``slot``; on the current stream, to be waited for."""
+        """Copy ``adapter``'s weights into the rows of ``slot``, on the current stream.
+
+        The caller waits for it.
+        """
         owned = self._owned[slot]
         if isinstance(adapter.weights, PackedWeights):
             self._write_packed(slot, adapter.weights)
@@ -126,7 +129,7 @@ class RankPool:
         self.extras.free(slot)
 
     def check_integrity(self) -> None:
-        """Assert that every row is free or owned once, and no byte is lost (for tests)."""
+        """Assert that each row is free or owned once, and that no byte is lost (for tests)."""
         for name, pool in self.sites.items():
             pool.allocator.check_integrity([owned[name] for owned in self._owned.values() if name in owned])
             held = pool.rows.keys() | pool.adjustments.keys()

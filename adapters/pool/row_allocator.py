@@ -1,7 +1,7 @@
-"""Which adapter owns which rank rows of a pool. Integers only.
+"""Allocates the rank rows of a site's pool. Integers only.
 
-An adapter of rank r takes r rows of a site's pool, wherever they are free. A run of neighbouring rows is
-preferred, since a kernel can then read them in place.
+An adapter of rank r takes any r free rows. Adjacent rows are preferred, because a kernel can read them in
+place.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class RowAllocator:
         return self._runs.free
 
     def take(self, count: int) -> list[int] | None:
-        """``count`` ascending rows: the lowest run that is long enough, else the lowest free ones.
+        """Take ``count`` rows, ascending: the lowest run that is long enough, else the lowest free rows.
 
-        Returns None, and changes nothing, if fewer are free.
+        Returns None and changes nothing if fewer rows are free.
         """
         if count > self._runs.free:
             return None
@@ -37,5 +37,5 @@ class RowAllocator:
             self._runs.give(start, stop)
 
     def check_integrity(self, owned: list[list[int]]) -> None:
-        """Assert that ``owned`` (one list a live adapter) and the free rows are the whole pool."""
+        """Assert that ``owned`` (one list for each live adapter) and the free rows are the whole pool."""
         self._runs.check_integrity(run for rows in owned for run in runs_of(rows))

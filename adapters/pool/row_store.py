@@ -1,8 +1,8 @@
-"""The memory of all sites' A and B: those whose rows have one width lie in one tensor, a *shelf*.
+"""The memory of all sites' A and B. Matrices with the same row width share one tensor, a *shelf*.
 
-So an adapter comes to a GPU by one copy and one scatter a width (three for Llama, wherever its rows are),
-not by one or two a matrix: launching those 420 copies of an 8B Llama would take the loader's thread 3 ms and
-more, in which it and the engine's thread hold each other up.
+An adapter is copied to a GPU with one copy and one scatter for each width (three for Llama), not with one or
+two copies for each matrix. An 8B Llama would need 420 copies. Launching those takes the loader's thread over
+3 ms, in which it and the engine's thread block each other.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from adapters.sites import Site
 from adapters.transfer import send_coalesced
 
 _MULTIPLE = 8
-"""A matrix begins at a multiple of so many rows, hence of 16 bytes."""
+"""Rows to which a matrix's begin is aligned. So its address is a multiple of 16 bytes."""
 
 STAGING = 32 << 20
-"""Bytes on a GPU through which adapters come, a part at a time."""
+"""Bytes of the staging buffer on a GPU. Adapters are copied through it in parts."""
 
 
 class RowStore:
-    """Shelves [matrices * rows, width], not initialised.
+    """The shelves [matrices * rows, width], not initialised.
 
     Args:
-        num_rows: of each matrix.
+        num_rows: rows of each matrix.
     """
 
     def __init__(
         self, sites: Mapping[str, Site], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._num_rows, self._device = num_rows, device
-        self._first: dict[Side, int] = {}  # row of its shelf where a matrix begins
+        self._first: dict[Side, int] = {}  # the first row of each matrix in its shelf
         lengths: dict[int, int] = {}
         for name, site in sites.items():
             for side, width in enumerate((site.in_features, site.out_features)):
@@ -58,7 +58,7 @@ class RowStore:
         return a, b
 
     def write(self, weights: PackedWeights, rows: Mapping[str, npt.NDArray[np.int32]]) -> None:
-        """Copy pairs into their sites' ``rows``, on the current stream, which the caller waits for."""
+        """Copy pairs into their sites' ``rows``, on the current stream. The caller waits for it."""
         for width, sides in by_width(weights).items():
             arrays = [rows[name] for name, _ in sides]
             firsts = np.array([self._first[side] for side in sides], np.int64)
@@ -66,7 +66,7 @@ class RowStore:
             self._scatter(self._shelves[width], torch.from_numpy(places), weights.rows[width])
 
     def _scatter(self, shelf: Tensor, places: Tensor, rows: Tensor) -> None:
-        """``rows`` go to ``places`` of the shelf, through the staging memory where there is any."""
+        """Copy ``rows`` to ``places`` of the shelf, through the staging buffer if there is one."""
         (index,) = send_coalesced([places], self._device)
         step = len(self._staging) // shelf.shape[1] or len(rows)
         for start in range(0, len(rows), step):

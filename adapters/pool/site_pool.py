@@ -1,6 +1,6 @@
-"""One site's rank rows on the device, and what adapters make of the base's own output there.
+"""One site's rank rows on the device, and the adapters' adjustments of the base's output there.
 
-Kept up to date for torch and, in place, for the native kernels and those on a GPU.
+The tables for torch, for the native kernels and for GPU kernels are all kept up to date.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adapters.transfer import send_coalesced
 IntArray = npt.NDArray[np.integer[Any]]
 
 Rows = slice | Tensor
-"""Rows of one adapter at one site: a slice where they are neighbours, else an int32 index [r]."""
+"""Rows of one adapter at one site: a slice if they are adjacent, else an int32 index [r]."""
 
 
 class SitePool:
@@ -31,14 +31,14 @@ class SitePool:
     Args:
         a: [rows, in_features].
         b: [rows, out_features].
-        max_rank: no adapter has more rows here.
-        records: of all sites that are written together, of which this is the one with ``number``.
+        max_rank: the most rows that an adapter may have here.
+        records: the records of a group of sites. This site is ``number`` among them.
 
     Attributes:
         rows: by slot, for the adapters that add to this site.
-        adjustments: by slot, for the adapters that change the base's own output here.
-        native: the same for the native kernels (``LoraSite`` in native.h), kept up to date in place.
-        device_site: the same for kernels on a GPU (a row of ``SlotRecords.sites``), as of the last
+        adjustments: by slot, for the adapters that change the base's output here.
+        native: the same for the native kernels (``LoraSite`` in native.h), updated in place.
+        device_site: the same for GPU kernels (a row of ``SlotRecords.sites``), as of the last
             ``SlotRecords.write``.
     """
 
@@ -57,13 +57,13 @@ class SitePool:
         self._make_tables(slots=16)
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
-        """From now on the base's output is changed for this slot; by vectors on the device."""
+        """Set the slot's adjustment of the base's output. Its vectors are on the device."""
         vectors = (adjustment.scale, adjustment.shift)
         self.adjustments[slot] = adjustment
         self._tables[-1][2][slot] = [0 if vector is None else vector.data_ptr() for vector in vectors]
 
     def write(self, slot: int, rows: list[int], weights: LoraWeights) -> None:
-        """Copy a pair into ``rows``, of which there is at least one."""
+        """Copy a pair into ``rows``, at least one row."""
         array = np.array(rows, np.int32)
         self.assign(slot, array, *send_coalesced([torch.from_numpy(array)], self.a.device))
         index = self.rows[slot]
@@ -71,7 +71,7 @@ class SitePool:
         self.b[index] = weights.b.to(self.b.device)
 
     def assign(self, slot: int, rows: IntArray, index: Tensor) -> None:
-        """``rows``, int32, are the slot's now; ``index``: the same on the device."""
+        """Assign ``rows`` (int32) to the slot. ``index`` is the same array on the device."""
         assert len(rows) <= self.max_rank
         neighbours = rows[-1] - rows[0] + 1 == len(rows)
         self.rows[slot] = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else index
@@ -81,18 +81,21 @@ class SitePool:
         ranks[slot] = len(rows)
 
     def record(self, slot: int) -> Record:
-        """What kernels on a GPU must know of the slot here."""
+        """The slot's record for GPU kernels."""
         index, adjustment = self._index.get(slot), self.adjustments.get(slot)
         scale, shift = (None, None) if adjustment is None else (adjustment.scale, adjustment.shift)
         rows, scales, shifts = (0 if part is None else part.data_ptr() for part in (index, scale, shift))
         return rows, 0 if index is None else len(index), scales, shifts
 
     def send(self, slot: int) -> None:
-        """Tell kernels on a GPU of the slot: for a site by itself, whose records are no other site's."""
+        """Write the slot's record for GPU kernels.
+
+        Only for a lone site, which shares its records with no other.
+        """
         self._records.write(slot, [self.record(slot)])
 
     def hold(self, slot: int) -> None:
-        """Give ``slot`` a place in the kernels' tables: they look up every slot at every site."""
+        """Make room for ``slot`` in the kernels' tables. Kernels look up every slot at every site."""
         while slot >= len(self._tables[-1][1]):
             self._make_tables(slots=2 * len(self._tables[-1][1]))
 
@@ -106,7 +109,7 @@ class SitePool:
         self.allocator.give(rows)
 
     def _make_tables(self, slots: int) -> None:
-        """Larger tables; the old ones stay, since a kernel may be reading them right now."""
+        """Make larger tables. Old tables are kept, because a kernel may be reading them."""
         tables: tuple[IntArray, ...] = (
             np.zeros(slots, np.int64),
             np.zeros(slots, np.int32),
@@ -123,7 +126,10 @@ class SitePool:
 def lone_pool(
     site: Site, num_rows: int, dtype: torch.dtype, device: torch.device, max_rank: int | None = None
 ) -> SitePool:
-    """A site by itself, with memory of its own (not initialised). ``max_rank``: None = ``num_rows``."""
+    """A pool for one site alone, with separate memory (not initialised).
+
+    ``max_rank``: None = ``num_rows``.
+    """
     a, b = (
         torch.empty(num_rows, width, dtype=dtype, device=device)
         for width in (site.in_features, site.out_features)

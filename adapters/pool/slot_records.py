@@ -1,18 +1,18 @@
-"""By slot, what a kernel on a GPU must know of an adapter at each site; kept on that device.
+"""Records by slot that tell GPU kernels where an adapter's data is at each site. They are stored on the GPU.
 
-A kernel finds everything of a site from one address that never changes, its row of ``sites``: tables grow and
-rows move under a CUDA graph, which stays valid.
+A kernel finds everything about a site from one address that never changes, its row of ``sites``. So tables
+can grow and rows can move while a CUDA graph stays valid.
 
-Why a step in flight never reads half a record, though they are written on another stream (``transfer.py``):
+Records are written on another stream (``transfer.py``). A step in flight still never reads half a record:
 
-* A step reads only slots that are pinned from before it starts until the device is done with it.
-* Everything here is enqueued by one thread (the loader's) on one stream, and that thread waits for the stream
-  before the slot can be pinned. So records and tables are written in order, and are whole when they are read.
-* Giving up a slot writes nothing, so it needs no order: its next owner's record is written at all sites.
-* A table that grows is copied first and then switched to, on the same stream. A step in flight may find the
-  old one or the new one: both hold its slots alike, and the old one is kept.
-* Memory comes from the allocator's share of that stream and is given back when no step reads it any more; it
-  can only be handed out again for that same stream. So it need not be recorded on the steps' own.
+* A step reads only slots that are pinned from before it starts until the device has finished it.
+* One thread (the loader's) enqueues everything here on one stream, and waits for that stream before the slot
+  can be pinned. So records and tables are written in order and are complete when they are read.
+* Freeing a slot writes nothing, so it needs no order. Its next owner's record is written at all sites.
+* A growing table is copied first and switched to afterwards, on the same stream. A step in flight may find
+  the old or the new table. Both have the same records of its slots, and the old one is kept.
+* The memory belongs to that stream in torch's allocator and is freed when no step reads it any more. It is
+  only reused on the same stream, so ``record_stream`` on the steps' stream is not needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from adapters.transfer import host_memory
 
 Record = tuple[int, int, int, int]
-"""Address of the int32 rows, their number, addresses of the float32 scale and shift (0 = none)."""
+"""Address of the int32 rows, their number, and addresses of the float32 scale and shift (0 = none)."""
 
 FIELDS = 4
 _BYTES = FIELDS * torch.int64.itemsize
@@ -46,12 +46,15 @@ class SlotRecords:
         self._grow(slots)
 
     def place(self, number: int, a: Tensor, b: Tensor) -> Tensor:
-        """Say where a site's matrices are, once; its row of ``sites``."""
+        """Set the addresses of a site's matrices, once. Returns its row of ``sites``."""
         self.sites[number, :2] = torch.tensor([a.data_ptr(), b.data_ptr()])
         return self.sites[number]
 
     def write(self, slot: int, records: Sequence[Record]) -> None:
-        """The slot's records at all sites, on the current stream. Its owner keeps what they point at."""
+        """Write the slot's records at all sites, on the current stream.
+
+        The caller keeps the tensors that they point to.
+        """
         while slot >= self._tables[-1].shape[1]:
             self._grow(2 * self._tables[-1].shape[1])
         host = host_memory(len(records) * FIELDS, torch.int64, self._device).view(-1, FIELDS)
@@ -59,7 +62,7 @@ class SlotRecords:
         self._tables[-1][:, slot] = host.to(self._device, non_blocking=True)
 
     def _grow(self, slots: int) -> None:
-        """A larger table; the old ones stay, since a kernel may be reading them right now."""
+        """Make a larger table. Old tables are kept, because a kernel may be reading them."""
         count = len(self.sites)
         table = torch.zeros(count, slots, FIELDS, dtype=torch.int64, device=self._device)
         if self._tables:

@@ -1,4 +1,5 @@
 """Samples for the default base: data, recipes, and two trained adapters, ``pirate`` and ``json-answers``.
 
-``manylora bench quality`` trains and measures them all; ``generate.py`` writes the made-up tenants' data.
+``manylora bench quality`` trains and measures all of them. ``generate.py`` writes the synthetic tenants'
+data.
 """

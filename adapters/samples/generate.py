@@ -1,11 +1,11 @@
-"""Writes the tenants' data sets from their pools of phrasings, the same on every machine.
+"""Writes the tenants' data sets from their pools of phrasings, identically on every machine.
 
 ::
 
     python -m adapters.samples.generate
 
-A pool (``pools/TASK.toml``) has, for each answer, phrasings to train on and others that are held out. Every
-phrasing is filled in a few times with words drawn from its slots; ``#`` in them is a random digit.
+For each answer a pool (``pools/TASK.toml``) has phrasings to train on and phrasings that are held out. Each
+phrasing is filled in a few times with random words for its slots. ``#`` in them is a random digit.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Pool:
 
     Attributes:
         system: the system message of every row.
-        openers: words to begin a question with, one of which is drawn.
+        openers: words that may begin a question; one is drawn at random.
         copies: how often each phrasing is filled in.
-        slots: words to draw from, by name.
+        slots: the words for each slot, by name.
         phrasings: by split, pairs of a question and its answer, both with ``{slot}``s.
     """
 
@@ -57,7 +57,7 @@ def read_pool(task: str) -> Pool:
 
 
 def rows(pool: Pool, split: Split) -> list[Conversation]:
-    """The conversations of a split, shuffled, none twice."""
+    """The conversations of a split, shuffled and without duplicates."""
     draw = random.Random(f"{pool.name} {split}")
     pairs = [pair for pair in pool.phrasings[split] for _ in range(pool.copies)]
     filled = list(dict.fromkeys(_fill(pool, question, answer, draw) for question, answer in pairs))
@@ -66,7 +66,7 @@ def rows(pool: Pool, split: Split) -> list[Conversation]:
 
 
 def _fill(pool: Pool, question: str, answer: str, draw: random.Random) -> tuple[str, str]:
-    """A slot has one value in question and answer alike."""
+    """Fill in a phrasing. A slot has the same value in question and answer."""
     text = draw.choice(pool.openers) + question
     names = dict.fromkeys(_SLOT.findall(text + answer))
     words = {name: _word(draw.choice(pool.slots[name]), draw) for name in names}
@@ -89,7 +89,7 @@ def _conversation(system: str, question: str, answer: str) -> Conversation:
 
 
 def files(task: str) -> Iterator[tuple[Path, str]]:
-    """The two data files of a task and what is to be in them."""
+    """The two data files of a task and their contents."""
     pool = read_pool(task)
     names: dict[Split, str] = {"train": task, "heldout": f"{task}-heldout"}
     for split, name in names.items():

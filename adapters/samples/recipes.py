@@ -1,6 +1,6 @@
-"""How the samples are trained: options of ``manylora train``, beside data and name. No torch here.
+"""Training options of the samples, for ``manylora train``. Imports no torch.
 
-Ranks are low, so that an adapter is small; learning rates are high, because the ranks are low.
+Ranks are low, so that the adapters are small. Learning rates are high because the ranks are low.
 """
 
 from __future__ import annotations

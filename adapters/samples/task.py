@@ -1,4 +1,4 @@
-"""What a sample is: its rows, and how to tell at a glance that an answer has its style. No torch here."""
+"""A sample task: its rows, and a check that an answer has its style. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PIRATE = re.compile(r"\b(arr+|ahoy|aye|nay|avast|matey|me heart(y|ies)|ye|yer)\
 
 
 def read_rows(path: Path) -> list[Conversation]:
-    """The conversations of a JSONL file with one ``{"messages": [...]}`` a line."""
+    """The conversations of a JSONL file with one ``{"messages": [...]}`` on each line."""
     return [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -37,7 +37,7 @@ def training_rows(task: str) -> list[Conversation]:
 
 
 def heldout_rows(task: str) -> list[Conversation]:
-    """Rows whose questions are in no training row."""
+    """Rows whose questions do not occur in the training rows."""
     return read_rows(FOLDER / "data" / f"{task}-heldout.jsonl")
 
 
@@ -46,7 +46,7 @@ def is_pirate(text: str) -> bool:
 
 
 def is_json_answer(text: str) -> bool:
-    """One line, nothing around it: ``{"answer": <text>, "topic": <one of TOPICS>}``."""
+    """Whether the answer is exactly one line ``{"answer": <text>, "topic": <one of TOPICS>}``."""
     try:
         value = json.loads(text)
     except ValueError:

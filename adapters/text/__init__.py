@@ -1,5 +1,6 @@
-"""Conversations → tokens, in the one way that training, evaluation and serving share. Imports no torch.
+"""Converts conversations to tokens, in the same way for training, evaluation and serving. Imports no torch.
 
-Reading order: ``messages.py`` (what a conversation is; light), ``template.py`` (chat templates),
-``special.py`` (special tokens that people write stay text), ``renderer.py`` (all of it together).
+Reading order: ``messages.py`` (the message type), ``template.py`` (chat templates), ``special.py`` (special
+tokens that users write stay text), ``renderer.py`` (the whole conversion), ``chat_format.py`` (each adapter's
+format).
 """

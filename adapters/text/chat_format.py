@@ -1,4 +1,4 @@
-"""How one adapter speaks: its own chat template and end of answers, where they differ from the base's."""
+"""An adapter's chat format: its chat template and end-of-answer tokens, if they differ from the base's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PROBE = [{"role": "user", "content": "Hello"}]
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How conversations with a model are rendered, and which tokens end its answers.
+    """How a model's conversations are rendered, and which tokens end its answers.
 
     Attributes:
         renderer: None = there is no chat template.
-        from_adapter: whether the template is an adapter's.
+        from_adapter: whether the template comes from an adapter.
     """
 
     renderer: ChatRenderer | None
@@ -35,14 +35,14 @@ class ChatFormat:
 
 @dataclass(eq=False)
 class ChatFormats:
-    """Finds how adapters speak. Thread-safe.
+    """The chat formats of the base and of adapters. Thread-safe.
 
     Attributes:
         fast: the base's transformers tokenizer.
-        vocab_size: of the model's logits.
-        base: how the base speaks.
-        generation_eos: the base's generation config's part of what ends an answer.
-        sandbox: where templates of adapters are rendered.
+        vocab_size: the size of the model's logits.
+        base: the base's chat format.
+        generation_eos: the end tokens in the base's generation config.
+        sandbox: renders adapters' templates.
     """
 
     fast: Any
@@ -53,15 +53,18 @@ class ChatFormats:
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox)
 
     def of(self, config: ChatConfig | None) -> ChatFormat:
-        """How an adapter with such files speaks. Raises AdapterUnsupported: the base cannot speak so."""
+        """The chat format for an adapter's settings.
+
+        Raises AdapterUnsupported if the base cannot use them.
+        """
         return self.base if config is None else self._of(config)
 
     def check(self, config: ChatConfig | None, seconds: float = MAX_CPU_SECONDS) -> None:
-        """Try the template on a greeting.
+        """Render a greeting with the template.
 
         Raises:
-            AdapterUnsupported: the base cannot speak so, or the template renders nothing.
-            TemplateTooSlow: it took more than ``seconds``, which are less than it has in use.
+            AdapterUnsupported: the base cannot use it, or the template renders nothing.
+            TemplateTooSlow: it took more than ``seconds``, which is less than its usual limit.
         """
         chat_format = self.of(config)
         if not chat_format.from_adapter or chat_format.renderer is None:
@@ -76,7 +79,7 @@ class ChatFormats:
             raise _unusable("it renders nothing")
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the sandbox's processes."""
         self.sandbox.close()
 
     @lru_cache(maxsize=1024)  # noqa: B019  (lives as long as the server)
@@ -127,7 +130,7 @@ class ChatFormats:
         return id_
 
     def _check_vocabulary(self, config: ChatConfig, source: str) -> None:
-        """What the template writes must be the tokens that the adapter was trained with."""
+        """Check that the template's special tokens have the ids that the adapter was trained with."""
         for id_, text in _written(config.added, source):
             if self.fast.backend_tokenizer.token_to_id(text) != id_:
                 raise AdapterUnsupported(

@@ -1,4 +1,4 @@
-"""What a conversation is before it is rendered."""
+"""The messages of a conversation before rendering."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Message = dict[str, str]
 """``role`` (``system``, ``user`` or ``assistant``), ``content``, and possibly ``reasoning_content``."""
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's roles as chat templates know them; ``developer`` is its newer word for ``system``."""
+"""OpenAI's roles mapped to those of chat templates. ``developer`` is the newer name of ``system``."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names under which files and clients give an assistant's reasoning, the usual one first."""
+"""Field names for an assistant's reasoning in files and requests, the usual one first."""
 
 
 def make_message(role: str, texts: Iterable[str], reasoning: str | None = None) -> Message:
@@ -27,5 +27,5 @@ def make_message(role: str, texts: Iterable[str], reasoning: str | None = None) 
 
 
 def join_parts(texts: Iterable[str]) -> str:
-    """The content of a message that came in text parts; vLLM joins them like this for templates of text."""
+    """Joins a message's text parts into its content, as vLLM does for templates that take text."""
     return "\n".join(texts)

@@ -1,4 +1,4 @@
-"""From a conversation to the tokens of its prompt, and of the answer that is learnt."""
+"""Converts a conversation to the tokens of its prompt, and of the answer to learn."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from adapters.text.template import ChatTemplate, TemplateRefused
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answer and what it answers, in tokens.
+    """One answer and its prompt, in tokens.
 
     Attributes:
-        prompt: as it is served.
-        answer: as it follows the prompt, without line breaks at its end.
-        ended: whether the template writes something behind the answer's text.
+        prompt: the same tokens as in serving.
+        answer: the tokens that follow the prompt, without line breaks at the end.
+        ended: whether the template writes something after the answer's text.
     """
 
     prompt: list[int]
@@ -27,11 +27,11 @@ class Turn:
 
 
 class ChatRenderer:
-    """Renders conversations through one template. Immutable, for any thread.
+    """Renders conversations with one template. Immutable, so any thread may use it.
 
     Args:
-        special: the tokenizer's.
-        allow_special_tokens: let people write special tokens in messages.
+        special: the tokenizer's special tokens.
+        allow_special_tokens: users may write special tokens in messages.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class ChatRenderer:
         self._marker = None if allow_special_tokens else special.marker(template.literals)
 
     def prompt(self, messages: Sequence[Message], check: Callable[[str], None] | None = None) -> list[int]:
-        """Token ids of the conversation, ready for the answer. Raises TemplateRefused.
+        """Token ids of the conversation, including the generation prompt. Raises TemplateRefused.
 
-        ``check`` gets the rendered text before it is tokenised, and may raise what it likes.
+        ``check`` gets the rendered text before it is tokenised, and may raise any error.
         """
         messages, marked = self._mark(messages)
         text = self.template.render(messages, add_generation_prompt=True)
@@ -56,10 +56,10 @@ class ChatRenderer:
             raise TemplateRefused(str(error)) from error
 
     def turn(self, messages: Sequence[Message]) -> Turn:
-        """The last message, which is the assistant's, as the answer to all before it.
+        """The last message, which is the assistant's, as the answer to all messages before it.
 
         Raises:
-            TemplateRefused: by the template, or because it shows no place where the answer begins.
+            TemplateRefused: the template raised, or the answer's begin cannot be found in its output.
         """
         said = messages[-1]["content"].rstrip()
         messages, marked = self._mark(messages)
@@ -80,7 +80,7 @@ class ChatRenderer:
 
 
 def base_renderer(fast: Any, allow_special_tokens: bool = False) -> ChatRenderer | None:
-    """By a tokenizer's own template for conversations without tools; None = it has no template."""
+    """A renderer with the tokenizer's template for conversations without tools. None = it has no template."""
     if not fast.chat_template:
         return None
     template = ChatTemplate(fast.get_chat_template(), dict(fast.special_tokens_map))

@@ -1,8 +1,9 @@
-"""Runs the chat templates of adapters, which anyone may have written, in processes that can be killed.
+"""Runs adapters' chat templates, which are untrusted, in processes that can be killed.
 
-Jinja's sandbox keeps a template from the machine, but not from computing for ever or filling the memory, and
-no thread can be stopped. So such a template is rendered in a child with limits on processor time and memory;
-one that breaks them is refused at once for a while, and everybody else goes on.
+Jinja's sandbox protects the machine, but it does not stop a template from running forever or filling the
+memory, and a thread cannot be killed. So adapters' templates are rendered in a child process with limits on
+CPU time and memory. A template that exceeds them is refused at once for a while. Other requests are not
+affected.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from adapters.text.messages import Message
 from adapters.text.template import ChatTemplate, TemplateRefused
 
 MAX_CPU_SECONDS = 2.0
-"""Processor time for one rendering; templates that people use take a thousandth of it."""
+"""CPU seconds of one rendering. Common templates take a thousandth of that."""
 MAX_MEMORY = 512 << 20
-"""Bytes that a rendering may take beside the interpreter."""
+"""Bytes that a rendering may use in addition to the interpreter."""
 MAX_TEXT = 32 << 20
-"""Characters of what it renders."""
+"""Characters of the rendered text."""
 _START_SECONDS, _WALL_SECONDS = 60.0, 20.0
 _PENALTY_SECONDS = 60.0
 _CHILD = "adapters.text.sandbox_child"
@@ -35,14 +36,14 @@ _BROKE = f"it takes more than {MAX_CPU_SECONDS:g} s or {MAX_MEMORY >> 20} MiB"
 
 
 class TemplateTooSlow(TemplateRefused):
-    """It broke a limit, and was killed."""
+    """The template exceeded a limit and was killed."""
 
 
 class TemplateSandbox:
-    """A few children, each started when it is first needed. Thread-safe.
+    """A pool of child processes, each started when it is first needed. Thread-safe.
 
     Args:
-        size: renderings at once; one more waits.
+        size: the number of concurrent renderings. Further ones wait.
     """
 
     def __init__(self, size: int = 2) -> None:
@@ -59,9 +60,9 @@ class TemplateSandbox:
         add_generation_prompt: bool,
         seconds: float = MAX_CPU_SECONDS,
     ) -> str:
-        """The conversation as text, in so much processor time.
+        """The conversation as text, rendered within ``seconds`` of CPU time.
 
-        Raises TemplateRefused; TemplateTooSlow is remembered if the template had all of the usual time.
+        Raises TemplateRefused. TemplateTooSlow is remembered if the template had the full time limit.
         """
         if time.monotonic() < self._refused_until.get(template.source, 0.0):
             raise TemplateTooSlow(f"{_BROKE}; it is tried again in a minute")
@@ -87,7 +88,7 @@ class TemplateSandbox:
         return text
 
     def close(self) -> None:
-        """End the children."""
+        """Stop the children."""
         for child in self._all:
             child.kill()
 
@@ -99,10 +100,10 @@ class TemplateSandbox:
 
 @dataclass(frozen=True)
 class SandboxedTemplate(ChatTemplate):
-    """A template that is rendered in a child.
+    """A template that is rendered in a child process of ``sandbox``.
 
     Attributes:
-        sandbox: whose children.
+        sandbox: the pool of children.
     """
 
     sandbox: TemplateSandbox = field(default_factory=TemplateSandbox, hash=False, compare=False)
@@ -113,21 +114,21 @@ class SandboxedTemplate(ChatTemplate):
 
 
 class _Child:
-    """One process; only one thread asks at a time."""
+    """One child process. Only one thread uses it at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Its answer; None if it broke a limit: then the next is on its way."""
+        """The child's answer. None if it exceeded a limit; a new child is then started."""
         process = self._started()
         if not self._ready and self._line(process, _START_SECONDS) is None:
             self.kill()
             raise TemplateRefused("the process that renders templates of adapters cannot be started")
         self._ready = True
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # killed for its memory while it read: the line below says so
+        with suppress(BrokenPipeError):  # killed while it read; handled below
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         line = self._line(process, _WALL_SECONDS)
@@ -145,7 +146,7 @@ class _Child:
         return self._process
 
     def kill(self) -> None:
-        """Whatever it does."""
+        """Kill the child, whatever it is doing."""
         process, self._process, self._ready = self._process, None, False
         if process is not None:
             process.kill()
@@ -155,10 +156,10 @@ class _Child:
             process.wait()
 
     def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
-        """One line of its output; None if there is none in time."""
+        """One line of its output; None on a timeout."""
         assert process.stdout is not None
         descriptor, deadline = process.stdout.fileno(), time.monotonic() + seconds
-        poll = select.poll()  # select() takes no descriptor beyond 1023, and a server may have many
+        poll = select.poll()  # select() fails for descriptors above 1023, and a server may have more
         poll.register(descriptor, select.POLLIN)
         pieces: list[bytes] = []
         while not pieces or not pieces[-1].endswith(b"\n"):
@@ -171,7 +172,7 @@ class _Child:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """With nothing of our environment: there may be keys in it."""
+    """Start a child with almost no environment, because the server's may contain keys."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ", "SYSTEMROOT") if name in os.environ}
     own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -1,6 +1,6 @@
-"""The other side of ``sandbox.py``: a line of JSON in, a line of JSON out, within limits.
+"""The child process of ``sandbox.py``. It reads a line of JSON and writes a line of JSON, within limits.
 
-A limit that is broken ends the process; there is nothing in it to lose.
+Exceeding a limit ends the process. It has no state to lose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adapters.text.template import ChatTemplate, TemplateRefused
 
 
 def main() -> None:
-    """Answer until the parent is gone."""
+    """Answer requests until the parent exits."""
     _limit()
     _answer({"ready": True})
     for line in sys.stdin.buffer:
@@ -41,7 +41,7 @@ def _rendered(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limit() -> None:
-    """Memory beside what the interpreter has taken, and no files."""
+    """Limit the memory beyond the interpreter's, and forbid files."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[0])
     most = pages * resource.getpagesize() + MAX_MEMORY

@@ -1,9 +1,9 @@
-"""Special tokens that people write in a message are text; only those that the template writes are tokens.
+"""Special tokens in a user's message are text. Only those that the template writes become tokens.
 
-A message with such a string gets marks around it before it is rendered, so that the rendered text says where
-each one comes from. The text is then encoded in one piece by a copy of the tokenizer in which every added
-token is text, with a stand-in for each that is meant: so merges and spaces are as around the token itself.
-transformers' ``sanitize_control_tokens`` marks in the same way, but encodes the pieces apart.
+Such strings in messages get marks around them before rendering, so the rendered text shows where each one
+comes from. The text is then encoded in one piece by a copy of the tokenizer in which every added token is
+text. A stand-in replaces each real special token, so merges and spaces are the same as around the token
+itself. transformers' ``sanitize_control_tokens`` marks in the same way, but encodes the pieces separately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from adapters.text.messages import Message
 
-# Unicode's noncharacters: for a program's own use, and in no text that is exchanged.
+# Unicode's noncharacters: reserved for internal use, so no exchanged text contains them.
 _START, _END, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 _STAND_INS = {
     (False, False): "\ufdd3",
@@ -24,13 +24,13 @@ _STAND_INS = {
     (True, False): "\ufdd5",
     (True, True): "\ufdd6",
 }
-"""One for each way (lstrip, rstrip) in which an added token takes white space with it."""
+"""One stand-in for each combination of an added token's lstrip and rstrip."""
 _OWN = re.compile("[\ufdd0-\ufdef]")
 _MARK = re.compile(f"[{_START}{_END}]")
 
 
 class SpecialTokens:
-    """Marks and encodes the special tokens of one tokenizer. Immutable, for any thread.
+    """Marks and encodes the special tokens of one tokenizer. Immutable, so any thread may use it.
 
     Args:
         fast: a transformers fast tokenizer.
@@ -38,7 +38,7 @@ class SpecialTokens:
 
     def __init__(self, fast: Any) -> None:
         self._fast = fast
-        # A token that only matches as a whole word stays text beside marked ones; chat tokenizers have none.
+        # A token that only matches whole words stays text beside marked ones. Chat tokenizers have none.
         self._added: dict[str, tuple[int, AddedToken]] = {
             token.content: (id_, token)
             for id_, token in fast.added_tokens_decoder.items()
@@ -47,25 +47,24 @@ class SpecialTokens:
         self._any = any_of(self._added)
         self._marked = re.compile(f"{_START}({self._any.pattern}){_END}|{_MARK.pattern}")
         special_ids = {id_ for id_, token in self._added.values() if token.special}
-        self._special_ids = special_ids - {
-            fast.unk_token_id
-        }  # what the vocabulary lacks is text all the same
+        self._special_ids = special_ids - {fast.unk_token_id}  # text outside the vocabulary is text anyway
         self._plain = _plain_copy(fast.backend_tokenizer)
         self._stand_in_ids = frozenset(self._plain.token_to_id(text) for text in _STAND_INS.values())
         self._break_id = self._plain.token_to_id(_BREAK)
 
     def marker(self, literals: str) -> Marker:
-        """What marks messages for a template that can write ``literals``.
+        """The marker of messages for a template that can write ``literals``.
 
-        Control tokens are the special ones, and other added ones that the template writes (DeepSeek's turns
-        are such). In an assistant's own message the latter stay tokens: it generates ``<think>`` as one.
+        Control tokens are the special ones, and other added tokens that the template writes, such as
+        DeepSeek's turns. In an assistant's message the latter stay tokens, because it generates ``<think>``
+        as one.
         """
         special = [text for text, (_, token) in self._added.items() if token.special]
         written = [text for text in self._added if text in literals and not text.isspace()]
         return Marker(any_of(special), any_of([*special, *written]))
 
     def encode(self, text: str, marked: bool) -> list[int]:
-        """Token ids of rendered text; what is marked in it becomes no special token. Raises ValueError."""
+        """Token ids of rendered text. Marked text never becomes a special token. Raises ValueError."""
         if not marked:
             ids: list[int] = self._fast(text, add_special_tokens=False)["input_ids"]
             return ids
@@ -80,13 +79,13 @@ class SpecialTokens:
         whole = self.encode(before + text, marked)
         if whole[: len(head)] == head:
             return whole[len(head) :]
-        # A token spans the place between, but generation begins there: it is divided.
-        # SentencePiece puts a space before the first word of a text: let another character be the first.
+        # A token spans the boundary, but generation begins there, so the token is split.
+        # SentencePiece puts a space before the first word of a text, so another character comes first.
         newline, whole = self.encode("\n", False), self.encode("\n" + text, marked)
         return whole[len(newline) :] if whole[: len(newline)] == newline else self.encode(text, marked)
 
     def _encode_marked(self, text: str, divide: bool) -> list[int] | None:
-        """None: plain text came out as a special token. ``divide`` parts what is marked to prevent that."""
+        """None if plain text became a special token. ``divide`` splits marked text to prevent that."""
         meant: list[int] = []
 
         def stand_in(match: re.Match[str]) -> str:
@@ -103,9 +102,9 @@ class SpecialTokens:
         return self._ids("".join(pieces), iter(meant))
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """The text without its marks, each piece with whether it was marked.
+        """The text without its marks, as pieces with a flag for marked ones.
 
-        A template that splits a message may part two marks; those are dropped, and still end a piece.
+        A template that splits a message may separate two marks. They are removed, and still end a piece.
         """
         end = 0
         for match in self._marked.finditer(text):
@@ -127,18 +126,18 @@ class SpecialTokens:
 
 
 class Marker:
-    """Marks what people have written that looks like a control token.
+    """Marks text in messages that looks like a control token.
 
     Args:
-        special: finds it in an assistant's message.
-        control: finds it in all others.
+        special: finds such text in an assistant's message.
+        control: finds such text in all other messages.
     """
 
     def __init__(self, special: re.Pattern[str], control: re.Pattern[str]) -> None:
         self._special, self._control = special, control
 
     def mark(self, messages: Sequence[Message]) -> tuple[Sequence[Message], bool]:
-        """The messages with marks, and whether there are any."""
+        """The messages with marks, and whether there are any marks."""
         if not any(self._pattern(one).search(text) for one in messages for text in _texts(one).values()):
             return messages, False
         return [one | self._marked(one) for one in messages], True
@@ -155,12 +154,15 @@ class Marker:
 
 
 def unmarked(text: str) -> str:
-    """Rendered text as people read it."""
+    """Rendered text without marks."""
     return _MARK.sub("", text)
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of ``texts`` at each place, by their common beginnings: there may be thousands."""
+    """A pattern that finds the longest of ``texts``.
+
+    It is built by common prefixes, as there may be thousands.
+    """
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -182,7 +184,7 @@ def _texts(message: Message) -> Message:
 
 
 def _plain_copy(backend: Any) -> Tokenizer:
-    """The tokenizer with every added token as text, and with stand-ins."""
+    """A copy of the tokenizer in which every added token is text, with stand-ins."""
     plain = Tokenizer.from_str(backend.to_str())
     plain.no_truncation()
     plain.no_padding()
@@ -207,5 +209,5 @@ def _text_only(token: AddedToken) -> AddedToken:
         rstrip=token.rstrip,
         single_word=token.single_word,
         normalized=token.normalized,
-        special=True,  # ``encode_special_tokens`` makes text of special ones alone
+        special=True,  # ``encode_special_tokens`` affects only special tokens
     )

@@ -13,12 +13,12 @@ from adapters.text.messages import REASONING_FIELDS, Message
 
 
 class TemplateRefused(Exception):
-    """The template raised an error on a conversation; the message is the template's own."""
+    """The template raised an error on a conversation. The message comes from the template."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the variables that it may read beside the messages.
+    """A template and the variables that it may read in addition to the messages.
 
     Attributes:
         source: Jinja.
@@ -38,19 +38,19 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.variables,
             )
-        except Exception as error:  # templates raise what they like (jinja2's raise_exception)
+        except Exception as error:  # templates can raise anything (jinja2's raise_exception)
             raise TemplateRefused(str(error) or type(error).__name__) from error
         text: str = texts[0]
         return text
 
     @cached_property
     def literals(self) -> str:
-        """The texts that the template itself can write, with null characters between them."""
+        """The literal texts in the template, joined by null characters."""
         return "\0".join(value for kind, value in self._lexed if kind in ("data", "string"))
 
     @cached_property
     def takes_reasoning(self) -> bool:
-        """Whether it reads an assistant's reasoning."""
+        """Whether the template reads an assistant's reasoning."""
         words = {value for kind, value in self._lexed if kind in ("name", "string")}
         return not words.isdisjoint(REASONING_FIELDS)
 
@@ -58,23 +58,23 @@ class ChatTemplate:
     def _lexed(self) -> tuple[tuple[str, str], ...]:
         try:
             return tuple(_lex(self.source))
-        except (jinja2.TemplateError, UnicodeError):  # rendering it will say what is wrong
+        except (jinja2.TemplateError, UnicodeError):  # rendering it will raise the error
             return ()
 
 
 def _lex(source: str) -> Iterator[tuple[str, str]]:
-    """Each piece of the template as (kind, text), strings without their quotes and escapes."""
+    """Each token of the template as (kind, text). Strings have no quotes and escapes."""
     for _, kind, value in jinja2.Environment().lex(source):
         yield kind, _unquoted(value) if kind == "string" else value
 
 
 def _unquoted(literal: str) -> str:
-    """As jinja2's own lexer reads a string."""
+    """Reads a string like jinja2's lexer."""
     return literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
 
 
 def _with_aliases(message: Message) -> Message:
-    """Reasoning under each name that templates read it by (gpt-oss reads ``thinking``)."""
+    """Copies reasoning to each field name that templates read (gpt-oss reads ``thinking``)."""
     if "reasoning_content" not in message:
         return message
     return message | {"thinking": message["reasoning_content"]}

@@ -1,7 +1,7 @@
-"""A tenant's rows in, a plain PEFT folder out: QLoRA on exactly the 4-bit weights that the server serves.
+"""Trains a tenant's rows into a plain PEFT folder: QLoRA on exactly the 4-bit weights that the server serves.
 
-Nothing here knows of the server, of publishing or of jobs. Importing this package imports no torch, so that
-uploads can be checked (``dataset``) and options declared (``recipe``) without it.
+This package does not know the server, publishing or jobs. Importing it does not import torch, so uploads can
+be checked (``dataset``) and options declared (``recipe``) without it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def train(
     show: bool = False,
     serving: Serving | None = None,
 ) -> Trained:
-    """See ``run.train``; torch is imported only now."""
+    """See ``run.train``. It imports torch only now."""
     from adapters.training.run import train as run_training
 
     return run_training(config, run, stop, show, serving)

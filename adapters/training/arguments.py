@@ -1,4 +1,4 @@
-"""From our config to the arguments of transformers' Trainer."""
+"""Converts our config to the arguments of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from adapters.training.recipe import TrainConfig
 def training_arguments(
     config: TrainConfig, checkpoints: Path, device: str, steps: int, rate: float
 ) -> TrainingArguments:
-    """What the Trainer is told.
+    """The Trainer's arguments.
 
     Args:
-        checkpoints: its output folder.
+        checkpoints: the output folder.
         device: ``cpu`` or ``cuda:N``.
         steps: optimiser steps of the whole run.
         rate: the peak learning rate.
 
     Raises:
-        RecipeInvalid: DeepSpeed is asked for and not installed.
+        RecipeInvalid: DeepSpeed is requested but not installed.
     """
     on_cpu = device == "cpu"
     if config.deepspeed and importlib.util.find_spec("deepspeed") is None:
@@ -34,7 +34,7 @@ def training_arguments(
         max_steps=steps,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(steps * config.warmup),  # a share would be rounded up: one step of rate 0
+        warmup_steps=int(steps * config.warmup),  # a ratio would be rounded up to one step of rate 0
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         max_grad_norm=config.max_grad_norm,
@@ -45,7 +45,7 @@ def training_arguments(
         seed=config.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="no",  # callbacks decide
+        save_strategy="no",  # our callback decides
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         disable_tqdm=True,
@@ -54,6 +54,6 @@ def training_arguments(
         fsdp=config.fsdp or None,
         fsdp_config=str(config.fsdp_config) if config.fsdp_config else None,
     )
-    if arguments.n_gpu > 1:  # one process is one GPU; the Trainer would take all it sees, in larger batches
+    if arguments.n_gpu > 1:  # one process uses one GPU; the Trainer would use all of them
         arguments._n_gpu = 1
     return arguments

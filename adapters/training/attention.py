@@ -1,10 +1,11 @@
-"""Attention on a CPU for batches without padding: example by example, so that no work goes into the blocks
-between examples, which a mask over the whole row would compute and throw away.
+"""Attention on a CPU for batches without padding, one example at a time.
 
-y[i] = softmax(scale * q[i] . k[j]) v[j] over the places j <= i of the same example.
+A mask over the whole row would compute the blocks between examples and discard them.
 
-torch's own backward pass takes ten times as long as ours for examples of some tens of tokens in bf16; for
-long ones, where it saves memory, it is used.
+y[i] = softmax(scale * q[i] . k[j]) v[j] over the positions j <= i of the same example.
+
+For short bf16 examples torch's backward pass takes ten times as long as this one. For long examples torch's
+is used, because it saves memory.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "manylora-packed"
 _LONG = 1024
-"""Tokens of an example from which its scores, [heads, tokens, tokens], are too many to be held at once."""
+"""Tokens of an example from which its scores, [heads, tokens, tokens], take too much memory."""
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let ``model`` attend by ``packed_attention`` if it would by torch's (so it has no softcap or sinks)."""
+    """Make ``model`` use ``packed_attention`` if it uses torch's attention.
+
+    Then it has no softcap or sinks.
+    """
     if model.config.get_text_config()._attn_implementation == "sdpa":
         ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)
         model.set_attn_implementation(_NAME)
@@ -46,7 +50,7 @@ def packed_attention(
 
     Args:
         query: [1, heads, tokens, head_dim]; key and value: [1, kv_heads, tokens, head_dim].
-        cu_seq_lens_q: [examples + 1], where examples begin and the last one ends; None = all are one.
+        cu_seq_lens_q: [examples + 1], where examples begin and the last one ends; None = one example.
 
     Returns:
         [1, tokens, heads, head_dim], and no weights.
@@ -69,15 +73,16 @@ def packed_attention(
 
 @lru_cache(maxsize=256)
 def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[length, length], True where a place is seen: the latest ``window`` ones, itself included."""
+    """[length, length], True for visible positions: the latest ``window`` ones, including the token
+    itself."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
     return seen if window is None or window >= length else seen.triu_(1 - window)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention of one example; the backward pass computes the weights anew instead of keeping them.
+    """Attention of one example. The backward pass recomputes the weights instead of storing them.
 
-    The query heads of a group stand below each other as rows, so that one product serves the group.
+    The query heads of a group are stacked as rows, so that one product computes the whole group.
     """
 
     @staticmethod

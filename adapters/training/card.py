@@ -1,4 +1,4 @@
-"""The model card: what an adapter was made from, and what it came to."""
+"""The model card: an adapter's base, data, settings and results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapters.base import PreparedBase
 from adapters.training.recipe import EXECUTION, TrainConfig
 
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
-# Paths and names of files say something of the machine, and nothing of the adapter.
+# Paths and file names describe the machine, not the adapter.
 _LEFT_OUT = (*EXECUTION, "data", "eval_data", "base", "deepspeed", "fsdp_config")
 
 
@@ -33,7 +33,7 @@ def write_card(
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # bitsandbytes, for a base in bf16
+    except PackageNotFoundError:  # a base in bf16 uses no bitsandbytes
         return None
 
 

@@ -1,7 +1,7 @@
-"""All that can be known of a run before the base's weights are loaded, for a job that is only asked for.
+"""Checks a run before the base's weights are loaded, for a job that has only been requested.
 
-``run.py`` finds the same in the same functions before it loads them; only rows are looked at more quickly
-here: those whose size in bytes says that they fit are not made into tokens.
+``run.py`` makes the same checks with the same functions before it loads the weights. Here rows are checked
+faster: rows that fit by their size in bytes are not tokenised.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from adapters.training.servable import Serving, check_servable
 
 
 def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
-    """Warnings about what may be trained all the same.
+    """Returns warnings, which do not prevent training.
 
     Raises:
-        DatasetInvalid: rows that cannot be learnt from.
-        RecipeInvalid: a recipe that the base does not allow, or whose adapter ``serving`` would refuse.
-        BaseModelError: the base cannot be had.
+        DatasetInvalid: there are rows that cannot be used.
+        RecipeInvalid: the base does not allow the recipe, or ``serving`` would refuse its adapter.
+        BaseModelError: the base is not available.
     """
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
@@ -40,7 +40,7 @@ def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
             warnings += _check_rows(one, config, renderer, outline)
     if serving is not None and held_out is not None and renderer is not None:
         check_questions(held_out, renderer, outline.context, serving.is_asked)
-    if not config.packing:  # how many packs there are only tokens can tell
+    if not config.packing:  # the number of packs is known only from tokens
         steps_for(len(data.rows), config)
     return warnings
 

@@ -1,6 +1,6 @@
-"""A file of training rows → conversations, or every problem in it with its line. Imports no torch.
+"""Reads a file of training rows into conversations, or reports every problem with its line. Imports no torch.
 
-One JSON object a line, or one JSON array of objects (as LLaMA-Factory's files are).
+The file has one JSON object on each line, or one JSON array of objects (like LLaMA-Factory's files).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Dataset", "DatasetInvalid", "LineProblem", "Row", "read_dataset"]
 
 
 REASONING = "messages[].reasoning_content"
-"""How an assistant's reasoning is called where it is reported."""
+"""The name of an assistant's reasoning in reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Row:
     """One conversation.
 
     Attributes:
-        line: where it begins in the file, from 1.
+        line: the line where it begins, from 1.
         messages: ``role`` (system, user, assistant) and ``content``; the last is the assistant's.
-        unlearnt: indices of the assistant's messages that are context only (OpenAI's ``weight`` 0).
+        unlearnt: indices of the assistant's messages that are only context (OpenAI's ``weight`` 0).
     """
 
     line: int
@@ -45,14 +45,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A file without a bad row.
+    """A file whose rows are all valid.
 
     Attributes:
-        format: the row format's name, as detected.
-        sha256: of the file's bytes (hex).
-        unused_fields: fields that say nothing to the model, by their place (``messages[].name``), and in how
-            many rows they are.
-        reasoning: rows with an assistant's reasoning, which only some chat templates take.
+        format: the name of the detected row format.
+        sha256: the hex digest of the file's bytes.
+        unused_fields: for each field that the model does not see (``messages[].name``), the number of its
+            rows.
+        reasoning: the number of rows with an assistant's reasoning, which only some chat templates use.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class Dataset:
     reasoning: int = 0
 
     def unused_by(self, takes_reasoning: bool) -> dict[str, int]:
-        """All that a base makes no use of; its chat template takes reasoning or does not."""
+        """The fields that a base does not use. Its chat template may or may not use reasoning."""
         if takes_reasoning or not self.reasoning:
             return self.unused_fields
         return self.unused_fields | {REASONING: self.reasoning}
@@ -71,7 +71,7 @@ class Dataset:
 
 @dataclass(slots=True)
 class _Reading:
-    """What has been found so far."""
+    """The results so far."""
 
     format: Format | None = None
     rows: list[Row] = field(default_factory=list)
@@ -106,7 +106,7 @@ def read_dataset(path: Path) -> Dataset:
 
     Raises:
         DatasetInvalid: there are rows that cannot be used.
-        DatasetUnreadable: there are no rows at all, the file is of another kind, or it cannot be read.
+        DatasetUnreadable: the file has no rows, is of another type, or cannot be read.
     """
     reading, digest = _Reading(), hashlib.sha256()
     try:
@@ -136,7 +136,7 @@ def _lines(file: BinaryIO, update: Callable[[bytes], None]) -> Iterator[tuple[in
 
 
 def _rows(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Any]]:
-    """Each row as JSON has it, or as the RowInvalid that says why it is none; empty lines at the end go."""
+    """Each row as its JSON value, or as a RowInvalid. Empty lines at the end are dropped."""
     empty: list[int] = []
     for number, line in lines:
         if not line.strip():
@@ -152,7 +152,7 @@ def _rows(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, Any]]:
 
 
 def _array(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The items of one JSON array, each with the line that it begins in."""
+    """The items of one JSON array, each with its first line."""
     items = _parsed(data)
     if isinstance(items, RowInvalid):
         yield 1, items

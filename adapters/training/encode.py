@@ -1,7 +1,7 @@
-"""Conversations → token ids, with the assistant's tokens marked. Imports no torch.
+"""Converts conversations to token ids, with the assistant's tokens marked. Imports no torch.
 
-How a conversation becomes tokens is ``adapters.text``'s, as for serving: an answer is learnt behind the very
-tokens that are served as its prompt, and no token spans the place where generation begins.
+``adapters.text`` tokenises conversations, as in serving. So an answer is learnt after exactly the tokens that
+are served as its prompt, and no token spans the position where generation begins.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Tick = Callable[[int], object]
 
 @dataclass(slots=True)
 class Example:
-    """One sequence of tokens; attention never leaves it.
+    """One sequence of tokens. Attention never crosses its bounds.
 
     Attributes:
         ids: token ids.
-        learnt: for each token, whether the loss asks for it (never for the first).
+        learnt: for each token, whether it is in the loss (never the first).
     """
 
     ids: list[int] = field(default_factory=list)
@@ -39,17 +39,17 @@ class Example:
 
     @property
     def trained(self) -> int:
-        """How many tokens the loss asks for."""
+        """The number of tokens in the loss."""
         return sum(self.learnt)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A data set, ready to be learnt.
+    """A tokenised data set.
 
     Attributes:
         rows: conversations.
-        truncated: examples that were cut at the longest sequence allowed.
+        truncated: the number of examples that were cut at the longest allowed sequence.
     """
 
     examples: list[Example]
@@ -65,7 +65,7 @@ class Encoded:
         return sum(example.trained for example in self.examples)
 
     def summary(self, format_: str) -> str:
-        """One line for people."""
+        """One line of text about the data."""
         share = self.trained_tokens / self.tokens
         return (
             f"{self.rows} rows ({format_}), {self.tokens} tokens, {self.truncated} truncated, "
@@ -87,13 +87,13 @@ def encode_dataset(
     """Every row of ``dataset`` as examples of at most ``max_length`` tokens.
 
     Args:
-        renderer: the base's; None = it has no chat template.
+        renderer: the base's renderer; None = it has no chat template.
         eos: the token ids that end an answer.
-        tick: called after each row, with 1.
+        tick: called with 1 after each row.
 
     Raises:
         RecipeInvalid: the base has no chat template.
-        DatasetInvalid: the template refuses rows, or cutting them leaves nothing to learn.
+        DatasetInvalid: the template refuses rows, or nothing to learn is left after cutting them.
     """
     if renderer is None:
         raise RecipeInvalid("The base has no chat template; train on its instruction-tuned version.")
@@ -124,10 +124,10 @@ def _checked(examples: Iterator[Example], max_length: int) -> Iterator[Example]:
 
 
 def encode_row(row: Row, renderer: ChatRenderer, eos: frozenset[int]) -> Iterator[Example]:
-    """The row's examples: one, if each prompt is served as the turns before it were learnt.
+    """The row's examples: one, if each prompt in serving equals the earlier turns in training.
 
-    Else each answer is an example of its own, behind its prompt: templates of thinking models take the
-    thoughts out of earlier turns, and templates that end no turn show earlier answers without their end.
+    Otherwise each answer is a separate example after its prompt. Templates of thinking models remove the
+    thoughts of earlier turns, and templates without end tokens show earlier answers without their end.
     """
     example = Example()
     for place, message in enumerate(row.messages):
@@ -152,7 +152,7 @@ def _turn(renderer: ChatRenderer, messages: list[Message]) -> Turn:
 
 
 def _answer(turn: Turn, eos: frozenset[int]) -> list[int]:
-    """The answer's tokens; one that the template does not end gets the end that generation needs."""
+    """The answer's tokens. If the template does not end it, the end token for generation is appended."""
     if turn.ended or (turn.answer and turn.answer[-1] in eos):
         return turn.answer
     return [*turn.answer, min(eos)]

@@ -1,7 +1,7 @@
-"""A trained model → a plain PEFT LoRA folder, whatever the method was.
+"""Exports a trained model as a plain PEFT LoRA folder, for every method.
 
-The folder's tensors are bf16, as they are served. A pair's own scale goes into B where the config's rule
-(``alpha / rank``) would say another: so AdaLoRA and pruned adapters are plain LoRA with a ``rank_pattern``.
+The folder's tensors are bf16, as in serving. If a pair's scale differs from the config's rule (``alpha /
+rank``), it is folded into B. So AdaLoRA and pruned adapters become plain LoRA with a ``rank_pattern``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adapters.training.methods import ADAPTER
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
-    """What one linear gets: ``scale * b @ a``, and with DoRA the magnitude of each output.
+    """One linear's update: ``scale * b @ a``, and with DoRA the magnitude of each output.
 
     Attributes:
         a: [rank, in_features], float32.
@@ -45,10 +45,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Nominal:
-    """What an adapter's config says of all its linears.
+    """The settings in an adapter's config that hold for all its linears.
 
     Attributes:
-        base_model: what the base is called (``base_model_name_or_path``).
+        base_model: the base's name (``base_model_name_or_path``).
     """
 
     alpha: float
@@ -62,7 +62,7 @@ class Nominal:
 
 @torch.no_grad()
 def pairs_of(model: PeftModel) -> dict[str, Pair]:
-    """Each adapted linear's pair, by its name in the base; rows that AdaLoRA has closed are left out."""
+    """The pair of each adapted linear, by its name in the base. Rows that AdaLoRA has pruned are left out."""
     pairs: dict[str, Pair] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, AdaLoraLayer):
@@ -86,19 +86,20 @@ def _adalora_pair(module: AdaLoraLayer) -> Pair:
     values = _float(module.lora_E[ADAPTER])
     kept = values[:, 0] != 0
     a = (_float(module.lora_A[ADAPTER]) * values)[kept]
-    # The small number is PEFT's, in SVDLinear.forward.
+    # PEFT adds the same small number in SVDLinear.forward.
     scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER].item() + 1e-5)
     return Pair(a, _float(module.lora_B[ADAPTER])[:, kept], scale)
 
 
 def write_adapter(folder: Path, pairs: Mapping[str, Pair], nominal: Nominal, sites: Iterable[str]) -> int:
-    """Write ``adapter_config.json`` and the tensors into ``folder``; the size of the latter in bytes.
+    """Write ``adapter_config.json`` and the tensors into ``folder``. Returns the size of the tensors in
+    bytes.
 
     Args:
-        sites: all linears of the base that an adapter may have, so that names can be short.
+        sites: all linears of the base that an adapter may have, for short names in the config.
 
     Raises:
-        TrainingDiverged: a weight is not finite, or nothing at all was learnt.
+        TrainingDiverged: a weight is not finite, or all weights are untrained.
     """
     if not pairs:
         raise TrainingDiverged("The adapter has no rank row left; train with a larger --r or more steps.")
@@ -139,7 +140,7 @@ def _saved(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _names_for(chosen: set[str], sites: set[str]) -> list[str]:
-    """The endings of the chosen names if they name exactly these, else the names in full."""
+    """The endings of the chosen names if they select exactly these, else the full names."""
     endings = {name.rpartition(".")[2] for name in chosen}
     named = {site for site in sites if site.rpartition(".")[2] in endings}
     return sorted(endings) if named == chosen else sorted(chosen)

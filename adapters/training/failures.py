@@ -1,4 +1,4 @@
-"""What may go wrong while training, said as one sentence with the last good checkpoint in it."""
+"""Converts failures during training to one sentence that names the last good checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISK_FULL = os.strerror(errno.ENOSPC)
 
 @contextmanager
 def explained(run: RunFolder) -> Iterator[None]:
-    """Raises TrainingOutOfResources or TrainingDiverged for what torch and the system say otherwise."""
+    """Raises TrainingOutOfResources or TrainingDiverged instead of torch's and the system's errors."""
     try:
         yield
     except TrainingDiverged as error:
@@ -51,7 +51,7 @@ def _memory_ran_out(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException, run: RunFolder) -> bool:
-    """Whether it is ENOSPC in any of its disguises: torch's writer, for one, only says that it failed."""
+    """Whether the error means ENOSPC. torch's writer, for example, only reports a failure."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     if _DISK_FULL in str(error):

@@ -1,4 +1,4 @@
-"""What a file of training data is when it is not JSON, by its first bytes, and what to do with it."""
+"""Recognises training data that is not JSON by its first bytes, and says how to convert it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 HEAD_BYTES = 4096
-"""How much of the file is looked at."""
+"""Bytes of the file that are read."""
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
 _ROWS = f"give one JSON object a line, such as {EXAMPLE}"
 
@@ -33,11 +33,11 @@ _COLUMNS = frozenset(
     {"messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question"}
     | {"answer", "text", "role", "content", "system", "user", "assistant", "human", "response", "label"}
 )
-"""Names by which the head of a table of training data is known."""
+"""Column names that identify a table of training data."""
 
 
 def not_json(head: bytes) -> str | None:
-    """Completes "train.csv is …" for a file that begins so; None if it may be JSON, or cannot be told."""
+    """Completes "train.csv is …" for a file with these first bytes. None if it may be JSON or is unknown."""
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what

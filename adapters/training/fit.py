@@ -1,4 +1,4 @@
-"""Whether rows fit into a context: those that plainly do are not made into tokens."""
+"""Checks whether rows fit into a context. Rows that clearly fit are not tokenised."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from adapters.text.renderer import ChatRenderer
 from adapters.training.dataset import Dataset, Row
 
 _BYTES_OF_TEMPLATE, _BYTES_OF_MESSAGE = 2048, 64
-"""More than a chat template writes around a conversation, and around one message."""
+"""Upper bounds of what a chat template adds to a conversation, and to one message."""
 
 
 def doubtful_rows(data: Dataset, longest: int) -> Iterator[Row]:
-    """Rows that may have over ``longest`` tokens: each token has a byte at least."""
+    """Rows that may have more than ``longest`` tokens. Each token has at least one byte."""
     for row in data.rows:
         texts = [text for message in row.messages for text in message.values()]
         size = sum(len(text.encode()) for text in texts) + _BYTES_OF_MESSAGE * len(row.messages)
@@ -22,7 +22,7 @@ def doubtful_rows(data: Dataset, longest: int) -> Iterator[Row]:
 
 
 def kinds_of_rows(data: Dataset) -> Iterator[Row]:
-    """One row of each order of roles: a template that refuses one refuses its like."""
+    """One row for each order of roles. A template that refuses one row refuses all of its order."""
     known: set[tuple[str, ...]] = set()
     for row in data.rows:
         order = tuple(message["role"] for message in row.messages)
@@ -34,11 +34,11 @@ def kinds_of_rows(data: Dataset) -> Iterator[Row]:
 def check_questions(
     held_out: Dataset, renderer: ChatRenderer, context: int, is_asked: Callable[[str], bool]
 ) -> None:
-    """Raises DatasetInvalid: last questions that leave no room for an answer when they are asked.
+    """Raises DatasetInvalid if a question that is asked in the evaluation leaves no room for an answer.
 
     Args:
         context: tokens of question and answer.
-        is_asked: whether a row with that reference is.
+        is_asked: whether a row with that reference is asked.
     """
     sizes = {
         row.line: len(renderer.prompt(row.messages[:-1]))

@@ -1,7 +1,7 @@
 """FlashAttention-2 on a GPU for batches without padding, from the flash-attn package or from torch itself.
 
-A batch is one row of examples, and both kernels are told where each begins: nothing is computed between
-examples, and no mask of the row's length squared is ever made.
+A batch is one row of examples, and both kernels know where each example begins. So nothing is computed
+between examples, and no quadratic mask is needed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from transformers.utils import is_flash_attn_2_available
 PACKAGE = "flash_attention_2"
 """transformers' name for the flash-attn package."""
 TORCH = "manylora-varlen"
-"""Our name for torch's own kernel, registered with transformers."""
+"""Our name for torch's kernel, registered with transformers."""
 
 _VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 _LEAST_CAPABILITY = (8, 0)
-# Heads of more dimensions have no backward pass: in the package anywhere, in torch on GPUs such as the A10.
+# Larger heads have no backward pass: in the package on all GPUs, in torch on GPUs such as the A10.
 _MOST_DIM = {PACKAGE: 256, TORCH: 192}
 
 
 def use_flash_attention(model: Any, capability: tuple[int, int]) -> str:
-    """Let ``model`` attend by FlashAttention-2 if this machine has it and the model allows it.
+    """Make ``model`` use FlashAttention-2 if this machine has it and the model supports it.
 
     Args:
         capability: the GPU's compute capability.
 
     Returns:
-        What was chosen and why, as a sentence.
+        The choice and its reason, as a sentence.
     """
     package, own = _against_package(model, capability), _against_torch(model, capability)
     if package is None:
@@ -83,11 +83,11 @@ def varlen_attention(
 
 
 def _against_package(model: Any, capability: tuple[int, int]) -> str | None:
-    """Why the package cannot be used; None = it can."""
+    """The reason why the package cannot be used; None = it can."""
     if not is_flash_attn_2_available():
         return "flash-attn is not installed"
     try:
-        import flash_attn  # noqa: F401  # transformers would find out in the first step
+        import flash_attn  # noqa: F401  # transformers would fail only in the first step
     except ImportError as error:  # built for another torch
         return f"flash-attn cannot be imported ({error})"
     allowed = getattr(model, "_compatible_flash_implementations", None)
@@ -97,7 +97,7 @@ def _against_package(model: Any, capability: tuple[int, int]) -> str | None:
 
 
 def _against_torch(model: Any, capability: tuple[int, int]) -> str | None:
-    """The same of torch's kernel, which has no caps on scores, no sinks and no dropout."""
+    """The same for torch's kernel, which supports no softcap, no sinks and no dropout."""
     text = model.config.get_text_config()
     if "window_size" not in _VARLEN_OPTIONS:
         return f"torch {torch.__version__} has no FlashAttention-2 for rows of examples"

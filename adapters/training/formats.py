@@ -1,4 +1,4 @@
-"""The row formats that training data comes in, each turned into chat messages. Pure Python, no files.
+"""The row formats of training data, each converted to chat messages. Pure Python, no files.
 
 OpenAI chat, prompt/completion, and the Alpaca and ShareGPT columns as LLaMA-Factory reads them
 (https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md).
@@ -21,8 +21,8 @@ class Conversation:
     """One row.
 
     Attributes:
-        unlearnt: which of the assistant's messages are context only.
-        unused: fields that say nothing to the model, by their place (``messages[].name``).
+        unlearnt: indices of the assistant's messages that are only context.
+        unused: fields that the model does not see, with their path (``messages[].name``).
     """
 
     messages: list[Message]
@@ -31,7 +31,7 @@ class Conversation:
 
     @property
     def reasons(self) -> bool:
-        """Whether it holds the assistant's reasoning, which only some chat templates take."""
+        """Whether it has the assistant's reasoning, which only some chat templates use."""
         return any("reasoning_content" in message for message in self.messages)
 
 
@@ -44,11 +44,11 @@ class Format:
     """A row format.
 
     Attributes:
-        name: as stated to people.
-        required: the fields by which a row is recognised.
-        optional: the further fields that are understood.
+        name: the name for messages.
+        required: the fields that identify the format.
+        optional: further known fields.
         read: reads a row into turns; raises RowInvalid.
-        suits: tells it from another of the same fields.
+        suits: distinguishes it from another format with the same fields.
     """
 
     name: str
@@ -72,7 +72,7 @@ def detect(row: Mapping[str, Any]) -> Format:
 
 
 def read_conversation(row: Mapping[str, Any], format_: Format) -> Conversation:
-    """The row's conversation, complete and in an order that can be learnt. Raises RowInvalid."""
+    """The row's conversation, complete and in a valid order of roles. Raises RowInvalid."""
     if refused := [field for field in _UNLEARNABLE if row.get(field)]:
         raise RowInvalid(f"has {refused[0]!r}, which cannot be trained on; give rows of text alone")
     turns = Turns(set(given(row)) - format_.required - format_.optional - set(_UNLEARNABLE))
@@ -106,7 +106,7 @@ def _conversations(row: Mapping[str, Any], turns: Turns) -> None:
 
 
 def _prompt_completion(row: Mapping[str, Any], turns: Turns) -> None:
-    """As TRL reads it: what the assistant says in the prompt is context."""
+    """Read like TRL: the assistant's messages in the prompt are only context."""
     for field, role in {"prompt": "user", "completion": "assistant"}.items():
         if isinstance(row[field], list):
             turns.read(row[field], field, learnt=field == "completion")
@@ -134,7 +134,7 @@ def _system(row: Mapping[str, Any], turns: Turns) -> None:
 
 
 def _has_roles(row: Mapping[str, Any]) -> bool:
-    """Whether the first of ``conversations`` has OpenAI's fields, as many files on the hub do."""
+    """Whether the first of ``conversations`` has OpenAI's fields, as in many files on the hub."""
     turns = row["conversations"]
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and is_chat(turns[0])
 

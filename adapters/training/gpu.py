@@ -1,7 +1,8 @@
-"""What training asks of a GPU besides attention: its optimiser, and how much memory a run may take there.
+"""GPU settings of training besides attention: the optimiser, and the memory that a run may use.
 
-A server may live on the same GPU. A run therefore never takes more than what was free when it began, and is
-refused at once where that cannot be enough; running out later ends the run alone, as a process of its own.
+A server may run on the same GPU. So a run never takes more memory than was free when it began, and it is
+refused at once if that cannot be enough. If memory runs out later, only the run fails, because it is a
+separate process.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ CPU_OPTIMIZER = "adamw_torch"
 PAGED_OPTIMIZER = "paged_adamw_8bit"
 FUSED_OPTIMIZER = "adamw_torch_fused"
 
-# Of what is free, the rest being for what others on the GPU may need besides: a server's larger batches.
+# The share of the free memory. The rest is for others on the GPU, such as a server's larger batches.
 _SHARE = 0.9
-# A loaded base is so many times its files; adapter, optimiser and a layer's activations are some hundreds
-# of MiB, and the evaluation after them takes 1 GiB for keys and values, and a step.
+# Memory of a loaded base relative to its files. Adapter, optimiser and a layer's activations take some
+# hundred MiB. The evaluation afterwards takes 1 GiB for keys and values, and a step.
 _LEAST_TIMES, _LEAST_MORE = 1.1, 2 << 30
 
 
 def optimizer_for(device: str) -> tuple[str, str]:
-    """transformers' name of the optimiser on ``device``, and the choice as a sentence."""
+    """transformers' name of the optimiser for ``device``, and the choice as a sentence."""
     if device == "cpu":
         return CPU_OPTIMIZER, "Optimiser: AdamW."
     if (obstacle := _against_paged()) is None:
@@ -36,7 +37,7 @@ def optimizer_for(device: str) -> tuple[str, str]:
 
 
 def _against_paged() -> str | None:
-    """Why bitsandbytes cannot optimise on this GPU; None = it can."""
+    """The reason why bitsandbytes' optimiser cannot run on this GPU; None = it can."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"
     from bitsandbytes.cextension import lib
@@ -47,14 +48,14 @@ def _against_paged() -> str | None:
 
 
 def claim_memory(device: str, wanted: int | None, base: Path) -> str:
-    """Bound what this process may take of the GPU ``device``; the bound as a sentence.
+    """Limit the memory of this process on the GPU ``device``. Returns the limit as a sentence.
 
     Args:
         wanted: bytes; None = nine tenths of what is free.
         base: the checkpoint folder that will be loaded.
 
     Raises:
-        TrainingOutOfResources: so much is not free, or the base alone would not fit into it.
+        TrainingOutOfResources: that much is not free, or the base alone would not fit.
     """
     free, total = torch.cuda.mem_get_info(device)
     limit = int(_SHARE * free) if wanted is None else wanted
@@ -79,7 +80,7 @@ _REMEDY = (
 
 
 def free_gpu_memory(device: str) -> int:
-    """Bytes that this process may still take: within its bound, and of what others have left."""
+    """Bytes that this process may still take, by its limit and by the free memory."""
     free, total = torch.cuda.mem_get_info(device)
     held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
@@ -87,11 +88,11 @@ def free_gpu_memory(device: str) -> int:
 
 
 def release_memory() -> None:
-    """Give back what a run held whose objects nobody refers to any more."""
+    """Free the memory of a finished run whose objects are unreferenced."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.optim import GlobalOptimManager
 
-        GlobalOptimManager.get_instance().initialize()  # transformers lists the embeddings there, for good
+        GlobalOptimManager.get_instance().initialize()  # it keeps references to the embeddings
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

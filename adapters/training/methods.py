@@ -1,4 +1,4 @@
-"""The methods: which adapter PEFT puts on the base, and what AdaLoRA needs besides."""
+"""The training methods: which adapter PEFT creates, and what AdaLoRA needs in addition."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adapters.errors import RecipeInvalid
 from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
 
 ADAPTER = "default"
-"""The name that PEFT gives to a model's first adapter."""
+"""PEFT's name for a model's first adapter."""
 
-# AdaLoRA leaves its rank rows alone at first, and learns on with the final ranks at the end.
+# AdaLoRA does not prune in the first steps, and trains with the final ranks in the last steps.
 _UNTOUCHED, _FINAL = 0.1, 0.3
 
 
 def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
-    """``model`` with a fresh adapter; only that is trained.
+    """``model`` with a new adapter. Only the adapter is trained.
 
     Args:
         steps: optimiser steps of the whole run.
@@ -34,10 +34,10 @@ def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
     made = _adalora(config, steps, common) if config.method == "adalora" else _lora(config, common)
     try:
         adapted = get_peft_model(model, made)
-    except ValueError as error:  # PEFT lists no module, or a module that is no linear
+    except ValueError as error:  # PEFT finds no module, or a module that is not a linear
         raise RecipeInvalid(f"--target-modules {','.join(names)} cannot be used: {error}") from error
     for module in adapted.modules():
-        if isinstance(module, BaseTunerLayer):  # autocast casts: twice would be a pass over memory more
+        if isinstance(module, BaseTunerLayer):  # autocast casts already; a second cast would cost time
             module.cast_input_dtype_enabled = False
     return adapted
 
@@ -57,7 +57,7 @@ def _adalora(config: TrainConfig, steps: int, common: dict[str, Any]) -> AdaLora
     return AdaLoraConfig(
         init_r=begin,
         target_r=config.r,
-        lora_alpha=config.alpha * begin / config.r,  # PEFT divides by the rank it began with
+        lora_alpha=config.alpha * begin / config.r,  # PEFT divides by the initial rank
         tinit=int(steps * _UNTOUCHED),
         tfinal=int(steps * _FINAL),
         deltaT=max(1, steps // 100),
@@ -67,7 +67,7 @@ def _adalora(config: TrainConfig, steps: int, common: dict[str, Any]) -> AdaLora
 
 
 class RankAllocation(TrainerCallback):  # type: ignore[misc]
-    """Lets AdaLoRA move its ranks after each optimiser step, while the gradients are still there."""
+    """Lets AdaLoRA reallocate its ranks after each optimiser step, before the gradients are cleared."""
 
     def on_optimizer_step(
         self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, model: Any, **_: Any
@@ -76,7 +76,7 @@ class RankAllocation(TrainerCallback):  # type: ignore[misc]
 
 
 def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """All that training has changed, to the bit: the trained parameters, and AdaLoRA's books."""
+    """The exact state of training: the trained parameters and AdaLoRA's statistics."""
     state = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     allocator = getattr(model.base_model, "rankallocator", None)
     if allocator is not None:
@@ -88,7 +88,7 @@ def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def restore_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Put back what ``trained_state`` gave."""
+    """Restore the result of ``trained_state``."""
     parameters = dict(model.named_parameters())
     books: dict[str, dict[str, Any]] = {book: {} for book in (*_BOOKS, "rank_pattern")}
     with torch.no_grad():

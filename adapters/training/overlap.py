@@ -1,4 +1,4 @@
-"""Rows that are there twice: in one file, or to learn from and to be measured on."""
+"""Finds duplicate rows: within one file, or in both the training and the evaluation data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from adapters.training.dataset import Dataset, Row
 
 _MANY = 0.1
-"""Share of a file's rows from which on repeated ones are worth a word: a few are often meant."""
+"""Share of duplicate rows in a file from which there is a warning. A few are often intended."""
 
 
 def repetitions(data: Dataset, held_out: Dataset | None) -> list[str]:

@@ -1,8 +1,8 @@
-"""Examples → batches without padding: all of a batch's tokens in one row, each example attending to itself.
+"""Packs examples into batches without padding. A batch is one row, in which each example attends to itself.
 
-transformers masks attention between examples wherever ``position_ids`` begin anew (``masking_utils``,
-``find_packed_sequence_indices``); kernels that need no mask take ``cu_seq_lens_q`` and its kin, as
-``DataCollatorWithFlattening`` gives them, so that no layer has to ask the GPU where examples begin.
+transformers masks attention between examples where ``position_ids`` restart (``masking_utils``,
+``find_packed_sequence_indices``). Kernels without a mask use ``cu_seq_lens_q`` etc., as
+``DataCollatorWithFlattening`` gives them, so no layer has to ask the GPU where examples begin.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from adapters.training.encode import Example
 
 Pack = list[Example]
-"""Examples that fill one place of a batch."""
+"""The examples of one element of a batch."""
 
 
 def pack(examples: Sequence[Example], capacity: int) -> list[Pack]:
-    """Best-fit decreasing: each example goes where it leaves the least room; the result is deterministic."""
+    """Best-fit decreasing: each example goes to the pack that it fills best. The result is deterministic."""
     packs: list[Pack] = []
     room: list[tuple[int, int]] = []  # free tokens and the pack's index, sorted
     for example in sorted(examples, key=lambda one: -len(one.ids)):
@@ -36,12 +36,12 @@ def pack(examples: Sequence[Example], capacity: int) -> list[Pack]:
 
 
 def collate(packs: Sequence[Pack]) -> dict[str, Any]:
-    """One row for the model, whose head is asked only where the loss is.
+    """One row for the model. The head is computed only at the positions of the loss.
 
     Returns:
         ``input_ids`` and ``position_ids`` [1, tokens]; ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32
         [examples + 1], where examples begin; ``max_length_q`` and ``max_length_k``, ints, the longest
-        example's tokens; ``logits_to_keep`` [trained], the places whose next token is learnt; ``labels``
+        example's tokens; ``logits_to_keep`` [trained], the positions whose next token is learnt; ``labels``
         and ``shift_labels`` [1, trained], those tokens.
     """
     examples = [example for one in packs for example in one]
@@ -65,5 +65,8 @@ def collate(packs: Sequence[Pack]) -> dict[str, Any]:
 
 
 def _flags(examples: Sequence[Example]) -> list[bool]:
-    """Whether each token of the row is learnt; an example's first token has nothing to be told from."""
+    """Whether each token of the row is learnt.
+
+    An example's first token is not, because nothing precedes it.
+    """
     return [flag and place > 0 for example in examples for place, flag in enumerate(example.learnt)]

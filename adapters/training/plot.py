@@ -1,4 +1,4 @@
-"""The loss curve as a picture."""
+"""Plots the loss curve."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _WINDOW = 10
 
 
 def draw_losses(file: Path, training: Mapping[int, float], held_out: Mapping[int, float]) -> None:
-    """Write a PNG: the loss of each step, its moving mean, and the held-out loss; each by step."""
-    from matplotlib.figure import Figure  # takes a second to import
+    """Write a PNG with the loss of each step, its moving mean, and the held-out loss, by step."""
+    from matplotlib.figure import Figure  # the import takes a second
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -28,6 +28,6 @@ def draw_losses(file: Path, training: Mapping[int, float], held_out: Mapping[int
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean of up to ``_WINDOW`` values that end at each place."""
+    """The mean of the last ``_WINDOW`` values at each position."""
     windows = (values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]

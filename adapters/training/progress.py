@@ -1,4 +1,4 @@
-"""How far a run has come and how fast: a bar or lines on stderr, and pauses that keep to a share of time."""
+"""The progress and speed of a run as a bar or lines on stderr, and pauses that limit its share of time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 _WINDOW = 20
 LINE_SECONDS = 10.0
-"""Where there is no terminal for a bar: seconds between two lines."""
+"""Seconds between two lines, if there is no terminal for a bar."""
 
 
 class Pace:
-    """Says when it is time for another line: at once, and then every ``LINE_SECONDS``."""
+    """Decides when another line is due: at once, and then every ``LINE_SECONDS``."""
 
     def __init__(self) -> None:
         self._next = -1.0
@@ -41,7 +41,7 @@ class Throttle:
 
 
 class Progress:
-    """Counts tokens by step. Shows a bar on a terminal, and elsewhere a line now and then."""
+    """Counts tokens by step. Shows a bar on a terminal, and occasional lines elsewhere."""
 
     def __init__(self, total_steps: int, done: int, show: bool) -> None:
         self._total, self._done = total_steps, done
@@ -54,7 +54,7 @@ class Progress:
         self.tokens = 0
 
     def step(self, step: int, loss: float) -> tuple[float, float]:
-        """A step is done: tokens a second of late, and the seconds that the rest will take."""
+        """Record a step. Returns recent tokens a second, and the estimated seconds that remain."""
         self._recent.append((time.monotonic(), self.tokens))
         (begin, before), (now, tokens) = self._recent[0], self._recent[-1]
         seconds = max(now - begin, 1e-9)

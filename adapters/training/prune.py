@@ -1,8 +1,8 @@
-"""Structured pruning: fewer rank rows, at a stated price in held-out loss.
+"""Structured pruning: fewer rank rows, within a given increase of the held-out loss.
 
-Each pair's product is rotated so that its rank rows are its singular directions, the strongest first (same
-product, other factors). Over all linears together the weakest directions then go, as many as the price
-allows, found by bisection on the loss.
+Each pair is rotated so that its rank rows are the singular directions of its product, the strongest first.
+The product stays the same. Then the weakest directions of all linears are removed, as many as the allowed
+increase permits. A bisection on the loss finds their number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adapters.training.trainer import held_out_figures
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """Before and after: rank rows over all linears, bytes of the tensors, held-out loss."""
+    """Rank rows of all linears, bytes of the tensors, and held-out loss, before and after."""
 
     rows_before: int
     rows_after: int
@@ -59,7 +59,7 @@ def prune(
     """Rewrite the adapter in ``folder`` with as few rank rows as ``config.prune_rank`` allows.
 
     Args:
-        base: the model without any adapter; it is left with one.
+        base: the model without an adapter; afterwards it has one.
         packs: the held-out rows.
     """
     model = PeftModel.from_pretrained(base, folder)
@@ -89,7 +89,7 @@ def prune(
 def rotated(pair: Pair) -> Pair:
     """The same product with singular directions as rank rows, the strongest first, and the scale inside.
 
-    With b = Q_b R_b and aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] has to be decomposed.
+    With b = Q_b R_b and aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] is decomposed.
     """
     q_b, r_b = torch.linalg.qr(pair.b.double() * pair.scale)
     q_a, r_a = torch.linalg.qr(pair.a.double().T)
@@ -99,10 +99,10 @@ def rotated(pair: Pair) -> Pair:
 
 
 def weakest_first(pairs: Mapping[str, Pair]) -> list[str]:
-    """The names of rotated pairs, once for each row that may go, in the order in which rows should.
+    """The pairs' names, one for each row that may be removed, in the order of removal.
 
-    A row's strength is its singular value: the norm that the product loses with it. One row stays for good,
-    and with DoRA one of each pair, for its magnitude acts on.
+    A row's strength is its singular value, the norm that the product loses with it. One row always stays.
+    With DoRA one row of each pair stays, because the magnitude needs one.
     """
     strengths = [
         (float(a.norm() * b.norm()), name, row, pair.magnitude is not None and row == 0)
@@ -114,7 +114,7 @@ def weakest_first(pairs: Mapping[str, Pair]) -> list[str]:
 
 
 def most_dropped(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``most`` for which ``fits`` holds, by bisection; it holds for 0."""
+    """The largest count up to ``most`` for which ``fits`` holds, by bisection. It holds for 0."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -130,7 +130,7 @@ def _strongest(pair: Pair, rank: int) -> Pair:
 
 
 def _install(model: PeftModel, pairs: Mapping[str, Pair]) -> None:
-    """Put the pairs into the model; rows that they lack become zero there."""
+    """Copy the pairs into the model. Removed rows become zero there."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             pair, a, b = pairs[name], module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight

@@ -1,4 +1,4 @@
-"""Every choice of a training run, as one frozen, checked config. Pure Python."""
+"""All options of a training run as one frozen, validated config. Pure Python."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ Device = Literal["auto", "cpu", "cuda"]
 
 ALL_LINEAR = ("all-linear",)
 ADALORA_SURPLUS = 1.5
-"""AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) begins with half as many rows again as remain."""
+"""AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) starts with 1.5 times the final rank."""
 
-# How a run is executed, not what it computes: a resumed run may choose these anew.
+# These decide how a run is executed, not what it computes. A resumed run may change them.
 EXECUTION = ("home", "threads", "duty", "gpu_memory", "keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What to train, on what, and how.
+    """The options of a training run.
 
     Attributes:
         data: the training rows (see ``dataset``).
         eval_data: held-out rows for the loss after each epoch; None = no evaluation.
         base: as ``manylora serve --base``.
-        home: where the 4-bit base is kept; the same as the server's, so that it is the same file.
-        allow_special_tokens: special tokens that a message writes are such; else they are text.
+        home: the folder of the 4-bit base; the same as the server's, so both use the same file.
+        allow_special_tokens: special tokens in messages count as such; otherwise they are text.
         device: auto = CUDA if there is one.
         target_modules: ``("all-linear",)``, or module names or their endings.
         method: LoRA, rank-stabilised LoRA, DoRA, or AdaLoRA.
-        r: rank; of AdaLoRA the mean rank that remains.
+        r: rank; with AdaLoRA the final mean rank.
         alpha: the adapter's output is scaled by alpha / r (rsLoRA: alpha / sqrt(r)).
         prune_rank: after training, drop rank rows while the held-out loss rises by no more than this.
         epochs: passes over the rows; may be a fraction; None = by their number (``schedule.epochs_for``).
-        max_steps: optimiser steps; 0 = as many as ``epochs`` takes.
-        learning_rate: at its peak; None = by the base's size (``learning_rate_for``).
-        lr_multiplier: that rate is taken so many times.
+        max_steps: optimiser steps; 0 = the steps of ``epochs``.
+        learning_rate: the peak rate; None = by the base's size (``learning_rate_for``).
+        lr_multiplier: the factor of that rate.
         warmup: share of the steps in which the rate rises; then it falls along a cosine.
         batch_size: rows (with ``packing``: packs) in one pass.
         accumulation: passes in one optimiser step.
-        max_seq_len: tokens of the longest example; longer ones are cut there, and counted.
-        packing: fill each place of a batch with examples up to ``max_seq_len``, none seeing another.
-        max_grad_norm: gradients are scaled down to this norm.
-        checkpoint_steps: save every so many steps; 0 = after each epoch.
-        keep_checkpoints: older ones are removed.
+        max_seq_len: tokens of the longest example; longer ones are cut and counted.
+        packing: fill each element of a batch with examples up to ``max_seq_len``; no example attends to
+            another.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpoint_steps: steps between checkpoints; 0 = after each epoch.
+        keep_checkpoints: how many are kept; older ones are removed.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
-        cache_dequantized: keep the 4-bit weights unpacked in bf16 while training (same numbers, faster).
+        cache_dequantized: keep the 4-bit weights unpacked in bf16 while training (same values, faster).
         threads: CPU threads; 0 = torch's choice.
-        gpu_memory: bytes of a GPU that the run may take; None = nine tenths of what is free when it begins.
-        duty: most share of the time to compute in, to leave the rest to others on the machine.
-        deepspeed: path of a DeepSpeed config, passed on to transformers.
-        fsdp: passed on to transformers (``full_shard auto_wrap``, …), with ``fsdp_config``, a path.
+        gpu_memory: bytes of a GPU that the run may use; None = nine tenths of what is free at the start.
+        duty: the largest share of time to compute in; the rest is left to others on the machine.
+        deepspeed: path of a DeepSpeed config, passed to transformers.
+        fsdp: passed to transformers (``full_shard auto_wrap``, …), with ``fsdp_config``, a path.
     """
 
     data: Path
@@ -126,7 +127,10 @@ class TrainConfig:
 
 
 def learning_rate_for(parameters: int) -> float:
-    """The QLoRA paper's rates (table 9): 2e-4 up to 13B parameters, 1e-4 above; small bases bear more."""
+    """The QLoRA paper's rates (table 9): 2e-4 up to 13B parameters, 1e-4 above.
+
+    Small bases use higher rates.
+    """
     if parameters < 1_000_000_000:
         return 1e-3
     return 2e-4 if parameters < 20_000_000_000 else 1e-4

@@ -1,6 +1,6 @@
-"""What the machine allows: the device, and choices that trade memory for speed, each with its reason.
+"""Choices by the machine's resources: the device, and options that trade memory for speed, with reasons.
 
-What only a GPU asks for is in ``gpu``.
+``gpu`` has what concerns only GPUs.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from adapters.errors import RecipeInvalid
 from adapters.training.gpu import free_gpu_memory
 from adapters.training.recipe import Choice, TrainConfig
 
-# Of the memory that is free, so much for each of the two choices; the rest is for everybody else.
+# The share of the free memory for each of the two options. The rest is for other processes.
 _SHARE = 0.25
-# On a GPU there is one choice, within memory that is the run's own; the rest is for the head's logits.
+# On a GPU there is one option, within the run's memory limit. The rest is for the head's logits.
 _SHARE_OF_GPU = 0.5
-# What a decoder block keeps of one token for its backward pass, in multiples of its sizes (counted on Llama,
+# What a decoder block stores of one token for its backward pass, in multiples of its sizes (counted on Llama,
 # in bf16, with float32 copies inside norms and activations).
 _KEPT_OF_HIDDEN, _KEPT_OF_INTERMEDIATE = 48, 16
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A choice that was made, and why, as a sentence."""
+    """A choice and its reason, as a sentence."""
 
     on: bool
     reason: str
 
 
 def choose_device(wanted: str, local_rank: int) -> str:
-    """``cpu`` or ``cuda:N``. Raises RecipeInvalid when CUDA is asked for and not there."""
+    """``cpu`` or ``cuda:N``. Raises RecipeInvalid if CUDA is requested but not available."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise RecipeInvalid("--device cuda: torch finds no CUDA device here; use --device cpu.")
@@ -42,7 +42,7 @@ def choose_device(wanted: str, local_rank: int) -> str:
 
 
 def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
-    """Whether to keep the 4-bit weights unpacked in bf16 for the length of the run."""
+    """Whether to keep the 4-bit weights unpacked in bf16 during the run."""
     linears = four_bit_linears(model)
     if not linears:
         return Decision(False, "The base is not quantised: nothing is unpacked.")
@@ -61,7 +61,7 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
     """Whether to recompute activations in the backward pass (gradient checkpointing).
 
     Args:
-        tokens: in the largest batch.
+        tokens: tokens of the largest batch.
     """
     if config.gradient_checkpointing != "auto":
         return _as_asked("--gradient-checkpointing", config.gradient_checkpointing)
@@ -82,7 +82,8 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine's memory, or of its control group's if less."""
+    """Bytes that this process may still take, by the machine's memory or its cgroup's limit if that is
+    lower."""
     machine = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()

@@ -47,16 +47,16 @@ from adapters.training.servable import Serving, check_servable
 from adapters.training.stop import Stop
 from adapters.training.trainer import Moments, QloraTrainer
 
-# Where a run is, not what it computes: the digests of base and data say that.
+# These are places, not what a run computes; the digests of base and data identify that.
 _PLACES = (*EXECUTION, "data", "eval_data")
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        folder: the finished PEFT folder in the run folder; None if it was interrupted.
+        folder: the finished PEFT folder in the run folder; None if the run was interrupted.
         metrics: ``train_loss`` (mean of the last epoch), ``eval_loss``, ``trained_tokens``, ``steps``, …
     """
 
@@ -82,22 +82,22 @@ def train(
     show: bool = False,
     serving: Serving | None = None,
 ) -> Trained:
-    """Train an adapter, or go on with what ``run`` holds.
+    """Train an adapter, or resume the run in ``run``.
 
     Args:
-        serving: what the server allows that is to serve the adapter; None = nobody serves it.
-        stop: asked after each step; when it is requested, the run ends with a checkpoint.
-        show: what is decided on stderr, and bars if that is a terminal.
+        serving: the limits of the server that will serve the adapter; None = there is none.
+        stop: checked after each step. If it is requested, the run ends with a checkpoint.
+        show: print choices on stderr, and bars on a terminal.
 
     Raises:
-        DatasetInvalid, RecipeInvalid, RunFolderInvalid: before anything is trained.
-        TrainingDiverged, TrainingOutOfResources: with the last good checkpoint.
-        BaseModelError: the base cannot be had.
+        DatasetInvalid, RecipeInvalid, RunFolderInvalid: before training starts.
+        TrainingDiverged, TrainingOutOfResources: names the last good checkpoint.
+        BaseModelError: the base is not available.
     """
     stop = stop or Stop()
     bars = show and sys.stderr.isatty()
     with explained(run), quiet_libraries(bars), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under older names
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses transformers' older names
         if config.threads:
             torch.set_num_threads(config.threads)
         material = _read(config, run, show, serving)
@@ -117,7 +117,7 @@ def train(
 
 
 def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | None) -> _Material:
-    """Base and data, checked against each other and the run that is resumed before weights are loaded."""
+    """Reads base and data, and checks them and the run to resume before weights are loaded."""
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -129,7 +129,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
             "base_digest": prepared.digest,
             "data_sha256": data.sha256,
             "eval_sha256": held_out.sha256 if held_out else None,
-            "optimizer": optimizer_for(device)[0],  # none can go on from another's state
+            "optimizer": optimizer_for(device)[0],  # a method cannot resume another method's state
         },
         _PLACES,
     )
@@ -206,7 +206,7 @@ def _trainer(
 
 
 def _choose(config: TrainConfig, run: RunFolder, material: _Material, tokens: int, show: bool) -> None:
-    """Trade memory for speed as far as there is any, and say so."""
+    """Trade memory for speed if there is enough memory, and report the choices."""
     model = material.base.model
     unpacking = decide_unpacking(model, config, material.device)
     recomputing = decide_recomputing(model, config, material.device, tokens)
@@ -224,7 +224,7 @@ def _choose(config: TrainConfig, run: RunFolder, material: _Material, tokens: in
 
 
 def nominal_of(config: TrainConfig, base_model: str) -> Nominal:
-    """What the adapter's config will say of all its linears."""
+    """The settings of the adapter's config for all its linears."""
     return Nominal(config.alpha, config.method == "rslora", config.method == "dora", base_model)
 
 
@@ -235,7 +235,7 @@ def _packs(encoded: Encoded, config: TrainConfig) -> list[Pack]:
 
 
 def _largest(packs: Sequence[Pack], batch_size: int) -> int:
-    """Tokens in the largest batch that can come."""
+    """Tokens of the largest possible batch."""
     sizes = sorted((sum(len(example.ids) for example in one) for one in packs), reverse=True)
     return sum(sizes[:batch_size])
 
@@ -261,7 +261,7 @@ def _metrics(run: RunFolder, trainer: QloraTrainer, material: _Material, seconds
 def _finish(
     config: TrainConfig, run: RunFolder, material: _Material, trainer: QloraTrainer, metrics: dict[str, Any]
 ) -> Trained:
-    """The last checkpoint's adapter, pruned if asked for, with its card."""
+    """The last checkpoint's adapter, pruned if requested, with its model card."""
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         raise RecipeInvalid("No step was trained; give --epochs or --max-steps more.")

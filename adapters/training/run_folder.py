@@ -2,12 +2,12 @@
 
 ::
 
-    config.json     what was asked for, with the digests of base and data
-    metrics.jsonl   one event a line, flushed at once
-    loss.png        drawn from it
-    checkpoints/    checkpoint-N, each whole or not there, each a PEFT folder of its own
+    config.json     the options, with the digests of base and data
+    metrics.jsonl   one event on each line, flushed at once
+    loss.png        a plot of it
+    checkpoints/    checkpoint-N, created atomically, each a complete PEFT folder
     adapter/        the finished adapter, not yet published
-    result.json     how it ended; written last
+    result.json     the result; written last
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunFolder:
-    """Held by one process at a time.
+    """A run folder, locked by one process at a time.
 
     Args:
-        path: made if it is not there.
-        resume: whether a run may be in it already.
-        writes: False for all but one of several processes that train together.
+        path: created if it does not exist.
+        resume: whether it may already contain a run.
+        writes: False for all but one of several processes of one training run.
 
     Raises:
-        RunFolderInvalid: another process is at work in it, or a run is there and ``resume`` is False.
+        RunFolderInvalid: another process uses it, or it contains a run and ``resume`` is False.
     """
 
     def __init__(self, path: Path, resume: bool = False, writes: bool = True) -> None:
@@ -53,7 +53,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = self._take()
             self._events = (path / "metrics.jsonl").open("a", encoding="utf-8")
-            shutil.rmtree(self._unfinished, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(self._unfinished, ignore_errors=True)  # left by a killed process
 
     @property
     def adapter(self) -> Path:
@@ -76,7 +76,7 @@ class RunFolder:
         return lock
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Release the lock."""
         if self._events is not None:
             self._events.close()
             self._lock.close()
@@ -89,7 +89,7 @@ class RunFolder:
             self._events.flush()
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far; a line that a killed process left half-written is passed over."""
+        """All events so far. A line that a killed process left incomplete is skipped."""
         found = []
         for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             try:
@@ -99,15 +99,15 @@ class RunFolder:
         return found
 
     def curve(self, kind: EventKind) -> dict[int, float]:
-        """Loss by step, of ``step`` or ``eval`` events; what a resumed run computed again counts once."""
+        """Loss by step, from ``step`` or ``eval`` events. Steps that a resumed run repeated count once."""
         return {event["step"]: event["loss"] for event in self.events() if event["event"] == kind}
 
     def check_same_run(self, config: dict[str, Any], may_differ: Collection[str]) -> None:
-        """Keep the config of a new run; of a resumed one, see that it asks for the same.
+        """Store the config of a new run. For a resumed run, check that it is the same.
 
-        A switch that did not exist yet when the run was begun was off.
+        An option that did not exist when the run was started counts as off.
 
-        Raises RunFolderInvalid, naming what differs.
+        Raises RunFolderInvalid, which names the difference.
         """
         known = self.read("config.json")
         if known is None:
@@ -122,7 +122,7 @@ class RunFolder:
             )
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder; None if there is none."""
+        """A JSON file of the folder; None if it does not exist."""
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -132,7 +132,7 @@ class RunFolder:
         return value
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file atomically."""
         if not self.writes:
             return
         partial = self.path / f".{name}.partial"
@@ -143,7 +143,7 @@ class RunFolder:
         os.replace(partial, self.path / name)
 
     def finished_checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """The checkpoints, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name)]
@@ -154,10 +154,11 @@ class RunFolder:
 
     @contextmanager
     def new_checkpoint(self, name: str, keep: int) -> Iterator[Path]:
-        """A folder in which ``name`` is written; it appears among the checkpoints at the end, or not at all.
+        """A folder to write the checkpoint ``name`` into. It appears among the checkpoints atomically at the
+        end.
 
         Args:
-            keep: how many checkpoints may stay, this one included.
+            keep: how many checkpoints are kept, including this one.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
         try:
@@ -175,7 +176,7 @@ class RunFolder:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the folder's files are on disk: a rename must never be seen before them."""
+    """Wait until the folder's files are on disk, so that a rename is never visible before them."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:

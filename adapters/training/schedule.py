@@ -1,4 +1,4 @@
-"""How long a run is: optimiser steps, and epochs where nobody has said how many. Integers only."""
+"""The length of a run: optimiser steps, and the default number of epochs. Integers only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ _FEW_STEPS, _MANY_EXAMPLES = 100, 25_000
 
 
 def epochs_for(places: int, config: TrainConfig) -> float:
-    """Passes over the data: as asked for, or three, more for little data and fewer for much.
+    """Passes over the data: the given number; otherwise three, more for small data and fewer for large data.
 
-    OpenAI's rule for its own "auto" counts examples: three epochs, up to 25 so that at least 100 are seen,
-    down to one so that it is no more than 25,000
-    (https://cookbook.openai.com/examples/chat_finetuning_data_prep). Too few are bad because steps are few,
-    so here at least 100 optimiser steps are taken.
+    OpenAI's rule for "auto" counts examples: three epochs, up to 25 to see at least 100 examples, down to one
+    to see at most 25,000 (https://cookbook.openai.com/examples/chat_finetuning_data_prep). Small data means
+    few steps, so here the rule is at least 100 optimiser steps.
 
     Args:
-        places: examples, or packs of them.
+        places: the number of examples, or of packs.
     """
     if config.epochs is not None:
         return config.epochs
@@ -32,7 +31,10 @@ def epochs_for(places: int, config: TrainConfig) -> float:
 
 
 def steps_for(places: int, config: TrainConfig) -> int:
-    """Optimiser steps, counted as the Trainer counts them. Raises RecipeInvalid if AdaLoRA has too few."""
+    """The number of optimiser steps, as the Trainer counts them.
+
+    Raises RecipeInvalid if AdaLoRA has too few.
+    """
     steps = config.max_steps or math.ceil(epochs_for(places, config) * _steps_of_epoch(places, config))
     if config.method == "adalora" and steps < ADALORA_LEAST_STEPS:
         raise RecipeInvalid(

@@ -1,7 +1,6 @@
-"""Whether the adapter that a recipe makes can be trained, and then be served. Reads no weights.
+"""Checks whether a recipe's adapter can be trained and then served. Reads no weights.
 
-The adapter is planned by the very code that reads adapters for serving, from the names and shapes that its
-file will have.
+The code that reads adapters for serving plans the adapter, from the names and shapes that its file will have.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from adapters.sites import BaseLayout, Site
 from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
 
 _SERVED_BYTES = 2
-"""Of a value, in bf16."""
+"""Bytes of a bf16 value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the server allows that is to serve the adapter.
+    """The limits of the server that will serve the adapter.
 
     Attributes:
-        limits: of one adapter's rank and bytes.
-        extra_bytes: of what an adapter has besides rank rows.
-        is_asked: whether a held-out row with that reference is answered when the adapter is evaluated.
+        limits: the limits of one adapter's rank and bytes.
+        extra_bytes: the limit of an adapter's extras.
+        is_asked: whether the evaluation asks a held-out row with that reference.
     """
 
     limits: Limits
@@ -37,7 +36,7 @@ class Serving:
 
 
 def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:
-    """Raises RecipeInvalid: modules that cannot be trained, or an adapter that ``serving`` would refuse."""
+    """Raises RecipeInvalid if modules cannot be trained, or if ``serving`` would refuse the adapter."""
     sites = target_sites(config.target_modules, layout)
     if serving is not None:
         _check_rank(config, serving.limits.max_rank)
@@ -45,7 +44,7 @@ def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | N
 
 
 def target_sites(names: tuple[str, ...], layout: BaseLayout) -> list[Site]:
-    """The linears that get an adapter, by PEFT's rules. Raises RecipeInvalid, naming what is no linear."""
+    """The linears that get an adapter, by PEFT's rules. Raises RecipeInvalid, which names other modules."""
     if names == ALL_LINEAR:
         return list(layout.sites.values())
     trainable = dict(layout.sites)

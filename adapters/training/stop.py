@@ -1,4 +1,4 @@
-"""A wish to stop, which training grants at the end of a step, with a checkpoint."""
+"""A request to stop. Training stops at the end of a step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from types import FrameType
 
 
 class Stop:
-    """``requested`` turns True once and stays.
+    """``requested`` becomes True once and stays True.
 
-    While ``graceful``, a signal only asks; a second one, or one at any other time, interrupts at once.
+    Inside ``graceful`` the first signal only requests a stop. A second one, or one outside, interrupts at
+    once.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,7 @@ class Stop:
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """The stretch in which somebody looks at ``requested`` again and again."""
+        """The context in which ``requested`` is checked regularly."""
         self._graceful = True
         try:
             yield
@@ -35,7 +36,7 @@ class Stop:
 
 @contextmanager
 def on_signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM call ``stop``; before and after, they do what they did."""
+    """Inside, SIGINT and SIGTERM call ``stop``. The previous handlers are restored afterwards."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stop) for number in numbers]
     try:

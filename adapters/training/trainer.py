@@ -1,7 +1,7 @@
-"""transformers' Trainer, told how this project saves, resumes, evaluates and reports.
+"""transformers' Trainer with this project's saving, resuming, evaluation and reporting.
 
 The training loop, the optimiser, the schedule, accumulation, clipping, accelerate, DeepSpeed and FSDP are
-the Trainer's own.
+the Trainer's.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from adapters.training.run_folder import RunFolder
 from adapters.training.stop import Stop
 
 STATE_FILE = "trained_state.safetensors"
-"""Of a checkpoint: what training has changed, to the bit; the PEFT tensors beside it are rounded to bf16."""
+"""A checkpoint's file with the exact trained state. The PEFT tensors beside it are rounded to bf16."""
 
 _SAVE_AFTER = 120.0
-"""Seconds after which a checkpoint is saved, however long an epoch takes."""
+"""Seconds after which a checkpoint is saved, even within an epoch."""
 
 
 class QloraTrainer(Trainer):  # type: ignore[misc]
     """Args:
 
-    run: where checkpoints and events go.
-    nominal, sites: how adapters are written (``write_adapter``).
-    held_out: packs for the evaluation, or none.
+    run: the folder for checkpoints and events.
+    nominal, sites: arguments of ``write_adapter``.
+    held_out: packs for the evaluation; may be empty.
     """
 
     def __init__(
@@ -78,13 +78,16 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, and counts which of the learnt tokens were the likeliest."""
+        """Like the Trainer's, and also counts the learnt tokens that were the most likely ones."""
         loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
         self._hits.append(_hits(outputs.logits.detach(), inputs["labels"]))
         return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Events go to the run folder alone: the Trainer's history would be in every checkpoint again."""
+        """Writes events only to the run folder.
+
+        The Trainer's history would be repeated in every checkpoint.
+        """
         del start_time
         if "loss" not in logs or self._progress is None:
             return
@@ -137,8 +140,8 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         self._run.event("checkpoint", **self._place(), **self._last, path=self._run.checkpoints / name)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A PEFT folder that can be served, and the exact state to go on from."""
-        if state_dict is not None:  # sharded: FSDP or DeepSpeed have gathered it, and load it their own way
+        """Saves a PEFT folder that can be served, and the exact state to resume from."""
+        if state_dict is not None:  # sharded: FSDP or DeepSpeed gathered it and have their own loading
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -154,7 +157,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
 
 class Moments(TrainerCallback):  # type: ignore[misc]
-    """When to save, to evaluate and to stop."""
+    """Decides when to save, to evaluate and to stop."""
 
     def __init__(self, stop: Stop, every: int, evaluates: bool) -> None:
         self._stop, self._every, self._evaluates = stop, every, evaluates
@@ -199,9 +202,10 @@ class Moments(TrainerCallback):  # type: ignore[misc]
 def held_out_figures(
     model: Any, packs: Sequence[Pack], batch_size: int, throttle: Throttle
 ) -> tuple[float, float]:
-    """Over all trained tokens of ``packs``: the mean loss, in nats, and the share that was the likeliest.
+    """The mean loss in nats over all trained tokens of ``packs``, and the share that was the most likely
+    token.
 
-    Not numbers if there are none.
+    Both are NaN if there are no tokens.
     """
     total, count, hits = 0.0, 0, 0
     device = next(model.parameters()).device
@@ -217,7 +221,7 @@ def held_out_figures(
 
 
 def _hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[tokens], for each label whether it is the likeliest token."""
+    """[tokens], for each label whether it is the most likely token."""
     return (logits.argmax(-1) == labels).flatten()
 
 
@@ -231,8 +235,8 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for all but the 4-bit linears: on a CPU those would repack their weights for good, and
-    packed weights pass no gradient back."""
+    """Evaluation mode for all modules except the 4-bit linears. On a CPU those would repack their weights
+    permanently, and packed weights have no backward pass."""
     was_training = model.training
     model.eval()
     for module in four_bit_linears(model).values():

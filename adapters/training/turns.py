@@ -1,4 +1,4 @@
-"""The messages of one row, read one by one, in OpenAI's fields or ShareGPT's. Pure Python, no files."""
+"""Reads the messages of one row, in OpenAI's or ShareGPT's fields. Pure Python, no files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Turns:
     """A conversation while it is read.
 
     Attributes:
-        unused: fields that say nothing to the model, by their place (``messages[].name``).
-        unlearnt: which of the assistant's messages are context only.
+        unused: fields that the model does not see, with their path (``messages[].name``).
+        unlearnt: indices of the assistant's messages that are only context.
     """
 
     unused: set[str]
@@ -36,7 +36,7 @@ class Turns:
     unlearnt: set[int] = field(default_factory=set)
 
     def say(self, role: str, text: str) -> None:
-        """One more message."""
+        """Append one message."""
         self.messages.append({"role": role, "content": text})
 
     def read(self, value: Any, name: str, learnt: bool = True) -> None:
@@ -61,7 +61,7 @@ class Turns:
         self.unused |= {f"{anywhere}.{text_key}[].{key}" for key in _unused_in_parts(message[text_key])}
 
     def _reason(self, message: Mapping[str, Any], where: str) -> set[str]:
-        """Take an assistant's reasoning; the fields that hold it."""
+        """Read an assistant's reasoning. Returns the fields that hold it."""
         said = {key: message[key] for key in REASONING_FIELDS if isinstance(message.get(key), str)}
         if not said or self.messages[-1]["role"] != "assistant":
             return set()
@@ -70,7 +70,7 @@ class Turns:
         return {key for key, text in said.items() if text == reasoning}
 
     def _weigh(self, weight: Any, where: str, learnt: bool) -> None:
-        """OpenAI's ``weight``: an answer of weight 0 is context."""
+        """Read OpenAI's ``weight``. An answer with weight 0 is only context."""
         answers = self.messages[-1]["role"] == "assistant"
         if weight not in (None, 0, 1) or (weight is not None and not answers):
             raise RowInvalid(f"{where}.weight must be 0 or 1, on an assistant message")
@@ -84,7 +84,7 @@ def is_chat(message: Mapping[str, Any]) -> bool:
 
 
 def given(fields: Mapping[str, Any]) -> Iterator[str]:
-    """The fields that hold anything: a null says nothing."""
+    """The fields that are not null."""
     return (name for name, value in fields.items() if value is not None)
 
 
@@ -96,7 +96,7 @@ def list_of(value: Any, where: str) -> list[Any]:
 
 
 def text_of(value: Any, where: str) -> str:
-    """A text, or OpenAI's list of text parts, with something in it that a tokenizer can take.
+    """A text, or OpenAI's list of text parts, that is not empty and that a tokenizer accepts.
 
     Raises RowInvalid.
     """

@@ -1,7 +1,7 @@
-"""The native kernels: loading them, and the C structs as Python sees them. No torch.
+"""Loads the native kernels and declares their C structs. No torch.
 
-``src/native.h`` is the contract; ``structs.py`` mirrors it. Where no library was built, ``library()`` is None
-and torch's kernels are used instead.
+``src/native.h`` is the interface, and ``structs.py`` mirrors it. If no library was built, ``library()`` is
+None and torch's kernels are used instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ log = logging.getLogger("manylora.native")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None; says once why not.
+    """The loaded library, or None; then the reason is logged once.
 
-    It shares one OpenMP runtime with torch and bitsandbytes, since all three ask for it by the same name; so
+    It shares one OpenMP runtime with torch and bitsandbytes, because all three link the same library name. So
     torch must be imported first.
     """
     built = sorted(Path(__file__).parent.glob("kernels*.so"))

@@ -1,6 +1,6 @@
 """The native kernel (``adapters/kernels/cpu/src/lora.h``), for bf16 on a CPU.
 
-Unlike torch's products it gives a token the same result to the bit whatever else is in the step.
+Unlike torch's products, its result for a token is the same, bit for bit, whatever else is in the step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NativeLora:
         assert x.dtype == y.dtype == torch.bfloat16
         assert x.stride(1) == y.stride(1) == 1
         call = self._call
-        if segments is not self._segments:  # once a step: all its layers bring the same list
+        if segments is not self._segments:  # once for each step: all its layers pass the same list
             self._segments, self._packed = segments, np.array(segments, np.int64).reshape(-1, 3)
             call.segments, call.n_segments = self._packed.ctypes.data, len(segments)
         self._site.value, self._y.value, self._y_stride.value = (

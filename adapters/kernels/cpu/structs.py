@@ -125,7 +125,7 @@ StackCall = _struct(
     nanoseconds=c_void_p,
 )
 STACK_PARTS = ("linears", "lora", "attention", "rows")
-"""What ``StackCall.nanoseconds`` is by, in order."""
+"""The order of ``StackCall.nanoseconds``."""
 
 HeadCall = _struct(
     "HeadCall",

@@ -1,8 +1,9 @@
 """The LoRA operation on a GPU, in Triton: two launches for any number of sites that share an input.
 
-What is launched depends on the step's shape alone; who uses which adapter, and where its rows are, is read on
-the device. So nothing waits for the device, and a CUDA graph of ``prepare(…, graph_tokens=n)`` and the steps'
-calls serves any adapters (``prepare`` again before each replay). Nothing outside this package imports Triton.
+The launches depend only on the step's shape. The kernels read the tokens' adapters and the rows' places on
+the device. So nothing waits for the device. A CUDA graph of ``prepare(…, graph_tokens=n)`` and the steps'
+calls serves any adapters, if ``prepare`` is called before each replay. Only this package of ``adapters``
+imports Triton.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from adapters.transfer import pinned, send
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 TILE = 64
-"""Tokens of a tile on tensor cores."""
+"""Tokens of a tile for tensor cores."""
 
 _PROGRAMS = 1024
-"""As many programs keep a large GPU's memory busy: 8 on each of 128 multiprocessors."""
+"""Programs that saturate a large GPU's memory: 8 on each of 128 multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Form:
 
     Attributes:
         rows: rank rows of a chunk.
-        most_workers: that share one tile's A.
-        of_shrink, of_expand: further constants of each.
+        most_workers: the most programs that share one tile's A.
+        of_shrink, of_expand: further constants of each kernel.
     """
 
     shrink: Any
@@ -67,11 +68,11 @@ class TritonLora:
         self.foreach([y], x, [pool], segments)
 
     def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None:
-        """Bring a step's segments to the device; all its layers then bring the same list.
+        """Copy a step's segments to the device. All layers of the step then pass the same list.
 
         Args:
-            graph_tokens: of the CUDA graph that is captured or replayed next. It covers whatever segments
-                lie within so many tokens, one token a program; their place on the device is the graph's.
+            graph_tokens: tokens of the CUDA graph that is captured or replayed next. The graph covers any
+                segments within that many tokens, one token for each program, and has a fixed buffer for them.
         """
         self._segments = segments
         if graph_tokens is None:
@@ -116,13 +117,16 @@ def _launch(form: Form, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePoo
 
 
 def _workers(form: Form, tiles: int) -> int:
-    """A power of two: programs that share a tile's A, more where there are few tiles."""
+    """Programs that share a tile's A: a power of two, larger if there are few tiles."""
     enough = max(_PROGRAMS // tiles, 1)
     return int(min(1 << (enough.bit_length() - 1), form.most_workers))
 
 
 def types_of(form: Form, dtype: torch.dtype) -> dict[str, Any]:
-    """Triton's interpreter multiplies bf16's bits as integers; products of bf16 are exact in float32 too."""
+    """The types of a launch.
+
+    Triton's interpreter cannot multiply bf16; in float32 bf16's products are exact too.
+    """
     types = {"TYPE": _TYPES[dtype], "R": form.rows}
     if form is GROUPED:
         types["DOT"] = tl.float32 if triton.knobs.runtime.interpret else types["TYPE"]

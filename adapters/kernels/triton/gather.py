@@ -1,6 +1,6 @@
-"""For few tokens an adapter: one token a program, its adapter's rows gathered, no tensor cores.
+"""Kernels for few tokens of each adapter: one token for each program, gathered rows, no tensor cores.
 
-Decoding is bound by reading A and B once, and by having enough programs under way to do so.
+Decoding is bound by reading A and B once, and by having enough running programs to do so.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -22,7 +22,7 @@ from adapters.kernels.triton.shared import (
 )
 
 SHAPE_FREE = ["tokens", "width", "workers"]
-"""Arguments of which Triton shall not compile variants by their value."""
+"""Arguments that Triton must not specialise by value."""
 
 
 @triton.jit(do_not_specialize=SHAPE_FREE)

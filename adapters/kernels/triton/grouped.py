@@ -1,4 +1,5 @@
-"""For many tokens an adapter: tiles of one adapter's tokens, on tensor cores (a grouped matrix product)."""
+"""Kernels for many tokens of each adapter: tiles of one adapter's tokens, on tensor cores (a grouped
+GEMM)."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -35,7 +36,7 @@ def grouped_shrink(
         tiles: int32 [n, 3], (slot or -1, start, stop) with stop - start <= M.
         sites: by site, ``SitePool.device_site``.
         TYPE: of A; x is rounded to it.
-        DOT: what is multiplied in: TYPE, or float32 where the interpreter cannot do TYPE.
+        DOT: the type of the product's inputs: TYPE, or float32 if the interpreter does not support TYPE.
     """
     tile = tiles + tl.program_id(0) * 3
     worker, number = tl.program_id(1), tl.program_id(2)

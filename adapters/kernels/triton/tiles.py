@@ -1,4 +1,4 @@
-"""A step's segments cut into tiles, which are what a program of a kernel works on. No Triton."""
+"""Cuts a step's segments into tiles, the units of work of a kernel's programs. No Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from adapters.kernels import Segment
 
 _FEW = 4
-"""Tokens a tile, on average, up to which tokens by themselves are faster than tiles on tensor cores."""
+"""Average tokens of a tile up to which single tokens are faster than tiles on tensor cores."""
 
 
 class Tiles(NamedTuple):
@@ -22,14 +22,14 @@ class Tiles(NamedTuple):
 
 
 def fitting(segments: list[Segment], size: int) -> Tiles:
-    """Tiles of up to ``size`` tokens, or of one token where segments are short."""
+    """Tiles of up to ``size`` tokens, or of one token if the segments are short."""
     tokens = sum(stop - start for _, start, stop in segments)
     tiles = cut(segments, size)
     return Tiles(tiles, size) if tokens > _FEW * len(tiles) else Tiles(cut(segments, 1), 1)
 
 
 def cut(segments: list[Segment], size: int, count: int | None = None) -> Tensor:
-    """int32 [n, 3]; filled up to ``count`` with tiles of nobody (slot -1)."""
+    """int32 [n, 3], padded to ``count`` with empty tiles (slot -1)."""
     slots, starts, stops = np.array(segments, np.int32).reshape(-1, 3).T
     pieces = -(-(stops - starts) // size)
     ends = np.cumsum(pieces)
