@@ -112,7 +112,7 @@ class RunningGeneration:
         self._unread += _size(output)
         if self._unread > MAX_UNREAD:
             self._cancel()
-            self._outputs = asyncio.Queue()  # nobody waits on the old queue: it is full
+            self._outputs = asyncio.Queue()  # no task waits on the old queue: it is full
             why = "The answer was read so slowly that it was ended; read it as it comes."
             output = Output(self._request_id, 0, token=-1, error=AnswerNotRead(why))
         self._outputs.put_nowait(output)

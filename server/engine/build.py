@@ -1,4 +1,4 @@
-"""Puts the parts together, in the order in which they need one another; the only place to know them all."""
+"""Builds the parts in order of dependency and connects them. No other module knows them all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ log = logging.getLogger("manylora.engine")
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a server is made of, put together and not yet started."""
+    """All parts of a server, built and connected but not started."""
 
     base: LoadedBase
     info: ModelInfo
@@ -72,7 +72,7 @@ def build_parts(config: ServerConfig) -> Parts:
 
     Raises:
         ConfigError: a size that does not fit the model or the memory.
-        BaseModelError: the base cannot be had or served.
+        BaseModelError: the base cannot be obtained or served.
     """
     threads.claim(config.engine.threads)
     return assemble(config, _load(config))
@@ -81,9 +81,9 @@ def build_parts(config: ServerConfig) -> Parts:
 def assemble(
     config: ServerConfig, base: LoadedBase, load: Callable[[Version], Adapter] | None = None
 ) -> Parts:
-    """The parts around a base that is loaded already, and is the parts' own from now on.
+    """The parts around a loaded base, which belongs to them from now on.
 
-    ``load`` reads an adapter's version; None = from its folder.
+    ``load`` reads an adapter version; None = from its folder.
     """
     found = probe(base)
     base = servable(base, found)
@@ -133,7 +133,7 @@ def build_service(config: ServerConfig) -> EngineService:
         on_close=parts.close,
     )
     parts.residency.on_change = service.wake
-    gc.freeze()  # what was loaded stays: a collection need not walk a million objects between two tokens
+    gc.freeze()  # these objects stay alive: the garbage collector need not scan them between two tokens
     return service
 
 
@@ -198,7 +198,7 @@ def _allocate_kv(
 
 
 def _async_scheduling(config: EngineConfig, base: LoadedBase) -> bool:
-    """On a CPU there is nobody to run ahead of: the host computes the step itself."""
+    """By default only on a GPU. On a CPU the host computes the step itself, so nothing can overlap."""
     return base.model.device.type == "cuda" if config.async_scheduling is None else config.async_scheduling
 
 

@@ -1,4 +1,4 @@
-"""A CUDA device's memory, and how much of it a step takes, found out by taking one."""
+"""Measures a CUDA device's memory, and how much a step takes by running one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GpuMeter:
 def step_bytes(
     model: StepModel, chunks: SequenceOf[Chunk], num_blocks: int, block_size: int, meter: Meter
 ) -> int:
-    """What ``chunks`` take for as long as they are computed. They have so many KV blocks for that long."""
+    """The bytes that computing ``chunks`` takes, with ``num_blocks`` KV blocks allocated meanwhile."""
     model.allocate(num_blocks, block_size)
     meter.release()
     before = meter.free()
@@ -49,16 +49,16 @@ def step_bytes(
 def largest_step(
     config: Any, max_tokens: int, max_seqs: int, longest: int, block_size: int
 ) -> tuple[list[Chunk], int]:
-    """The step that takes most: the end of the longest prompt, beside as many answers as there can be.
+    """The step that takes the most memory: the end of the longest prompt, with as many answers as allowed.
 
-    All under an adapter, so that its kernels take their memory too.
+    All sequences use an adapter, so the memory of the LoRA kernels counts too.
 
     Args:
-        config: the text model's.
-        longest: tokens of the prompt; what some attention backends take grows with it.
+        config: the text model's config.
+        longest: tokens of the prompt. The memory of some attention backends grows with it.
 
     Returns:
-        The chunks, and how many KV blocks there must be for them.
+        The chunks, and the number of KV blocks that they need.
     """
     prompt = made_up_prompt(config, longest, block_size, slot=0)
     length = min(max_tokens - (max_seqs - 1), prompt.length)

@@ -1,11 +1,11 @@
-"""Which sequence owns which KV block. Integers only: no tensors, no clock, no threads.
+"""Allocates KV blocks to sequences. Integers only: no tensors, no clock, no threads.
 
-A block holds ``block_size`` tokens of keys and values. Full blocks are named by a chain of digests that
-starts at the adapter's own, so a block is found again only by the same tokens under the same weights:
-a replaced adapter can never read its predecessor's KV.
+A block holds the keys and values of ``block_size`` tokens. Full blocks are named by a chain of digests that
+starts with the adapter's digest. So a block is found again only for the same tokens and the same weights: a
+replaced adapter can never read its predecessor's KV.
 
-Free blocks keep their content and their name until they are taken for something else, least recently
-freed first; the prefix cache is simply the set of named blocks.
+A free block keeps its content and its name until it is allocated again; the least recently freed block is
+allocated first. The prefix cache is the set of named blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BlockName = bytes
 
 
 def chain_root(digest: str | None) -> BlockName:
-    """The name before the first block: the adapter's content digest, or the base's own."""
+    """The start of the chain of names: from the adapter's content digest, or for the base."""
     return hashlib.blake2b((digest or "base").encode(), digest_size=16).digest()
 
 
@@ -29,11 +29,11 @@ def chain_next(parent: BlockName, tokens: Sequence[int]) -> BlockName:
 
 
 class BlockTable:
-    """One sequence's blocks, in order, and the names of those that are full.
+    """One sequence's blocks, in order, and the names of the full ones.
 
     Attributes:
         root: see ``chain_root``.
-        blocks: block ids; token i lives in ``blocks[i // block_size]``.
+        blocks: block ids; token i is in ``blocks[i // block_size]``.
         names: names of the leading full blocks whose content is computed.
     """
 
@@ -50,11 +50,11 @@ class BlockTable:
 
 
 class BlockManager:
-    """Allocates blocks, shares equal prefixes, and forgets nothing until it must.
+    """Allocates blocks, shares equal prefixes, and keeps cached blocks as long as possible.
 
     Args:
-        num_blocks: how many blocks the KV tensors hold.
-        block_size: tokens in a block.
+        num_blocks: the number of blocks in the KV tensors.
+        block_size: tokens of a block.
         prefix_caching: whether full blocks are named and found again.
     """
 
@@ -79,9 +79,9 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def match(self, table: BlockTable, tokens: Sequence[int]) -> int:
-        """Take over cached blocks for the longest known prefix of ``tokens`` and return its length.
+        """Add the cached blocks of the longest known prefix of ``tokens`` to ``table``; returns its length.
 
-        The last token is always left to compute, since its logits are what the caller wants.
+        The last token is never taken from the cache, because the caller needs its logits.
         """
         if not self._prefix_caching:
             return 0
@@ -97,7 +97,7 @@ class BlockManager:
         return len(table.blocks) * size
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
-        """Extend ``table`` to hold ``num_tokens``; False (and nothing changed) if blocks run out."""
+        """Extend ``table`` to hold ``num_tokens``. Returns False and changes nothing if blocks run out."""
         missing = self.blocks_for(num_tokens) - len(table.blocks)
         if missing > len(self._free):
             return False
@@ -106,7 +106,7 @@ class BlockManager:
         return True
 
     def commit(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
-        """Name the blocks that are full now that ``num_computed`` leading ``tokens`` have their KV."""
+        """Name the blocks that became full: the first ``num_computed`` of ``tokens`` have their KV now."""
         if not self._prefix_caching:
             return
         size = self.block_size
@@ -118,7 +118,7 @@ class BlockManager:
                 self._name_of[table.blocks[i]] = name
 
     def release(self, table: BlockTable) -> None:
-        """Give all of a sequence's blocks back; deepest first, so that a prefix outlives its tail."""
+        """Free all blocks of a sequence, the last one first, so that a prefix stays cached the longest."""
         for block in reversed(table.blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0:
@@ -129,11 +129,11 @@ class BlockManager:
         table.names.clear()
 
     def held_alone(self, table: BlockTable) -> int:
-        """Blocks that would come free with ``table``: nobody shares them."""
+        """The number of blocks that only ``table`` uses, so releasing it would free them."""
         return sum(self._refs[block] == 1 for block in table.blocks)
 
     def check_integrity(self, tables: Sequence[BlockTable]) -> None:
-        """Assert that the books agree with the live ``tables`` (for tests)."""
+        """Assert that the bookkeeping agrees with the live ``tables`` (for tests)."""
         refs = [0] * self.num_blocks
         for table in tables:
             for block in table.blocks:

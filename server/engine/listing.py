@@ -1,4 +1,4 @@
-"""What is told of adapters: the registry's entries joined with where their weights are."""
+"""The status of adapters: the registry's entries, with the tier that holds their weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.engine.interface import AdapterStatus
 
 
 class AdapterListing:
-    """Reads; changes nothing. What comes from outside is told in characters that print."""
+    """Read-only. Text that comes from adapter files is reduced to printable characters."""
 
     def __init__(self, registry: Registry, residency: Residency) -> None:
         self._registry = registry

@@ -1,8 +1,8 @@
-"""An adapter that nobody knows yet: its folder is looked at once, off the event loop, before it is refused.
+"""Looks up an adapter that is not registered yet: checks its folder, off the event loop.
 
-Requests name what they like, so a look is cheap to repeat: those who ask for one name share it, its result
-holds for a while, and only so many names are looked at at once. Whoever comes in excess is told what is
-known.
+Requests may name anything, so lookups are bounded. Requests for one name share a lookup, its result is
+remembered for a while, and only a limited number of names are looked up at a time. A request beyond that
+limit gets the current state.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from server.pools import Pool
 log = logging.getLogger("manylora.engine")
 
 REMEMBERED_SECONDS = 1.0
-"""For so long after a look a name is not looked at again."""
+"""Seconds after a lookup during which a name is not looked up again."""
 MAX_REMEMBERED = 1024
 MAX_LOOKS = 64
-"""Names that are looked at, or wait for it, at once."""
+"""Most names that are being looked up, or wait for it, at a time."""
 PATIENCE = 5.0
-"""Seconds that a request waits for a look, which may have to read a large adapter."""
+"""Seconds that a request waits for a lookup, which may have to read a large adapter."""
 
 
 class AdapterLookup:
-    """Lives on the event loop; ``look`` runs in threads of its own."""
+    """Runs on the event loop; ``look`` runs in its own threads."""
 
     def __init__(self, look: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """``look`` registers the adapter of that name if its folder is there; it blocks."""
+        """``look`` registers the adapter of a name if its folder exists; it blocks."""
         self._look = look
         self._clock = clock
         self._under_way: dict[str, asyncio.Task[None]] = {}
@@ -41,17 +41,17 @@ class AdapterLookup:
         self._pool = Pool("adapter-lookups")
 
     async def look_for(self, name: str) -> None:
-        """Returns once the folder was looked at, or need not be; nobody learns here what was found."""
+        """Returns when the folder has been checked, or need not be. Ask the registry for the result."""
         look = self._under_way.get(name) or self._begin(name)
         if look is not None:
             await asyncio.wait((look,), timeout=PATIENCE)
 
     def close(self) -> None:
-        """Begin no further look, and wait for those under way."""
+        """Start no more lookups, and wait for the running ones."""
         self._pool.close()
 
     def _begin(self, name: str) -> asyncio.Task[None] | None:
-        """A look, under way from now on; None if the name is not allowed, or was looked at just now."""
+        """Start a lookup; None if the name is not allowed, was just looked up, or there are too many."""
         if len(self._under_way) >= MAX_LOOKS or self._is_remembered(name) or not _is_allowed(name):
             return None
         look = asyncio.create_task(self._pool.run(self._look_safely, name))
@@ -63,7 +63,7 @@ class AdapterLookup:
         try:
             self._look(name)
         except Exception:
-            log.exception("looking for adapter %s failed", name)
+            log.exception("looking up adapter %s failed", name)
 
     def _end(self, name: str) -> None:
         del self._under_way[name]

@@ -1,6 +1,6 @@
-"""How a GPU's memory is shared out: by integers, without torch.
+"""Divides a GPU's memory. Integers only, without torch.
 
---gpu-memory-utilization of the whole = what is taken already + a step + what may come later + keys and values
+--gpu-memory-utilization * total = already used + one step + reserves + KV cache
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Protocol
 from server.config import ConfigError
 
 KV_CACHE_ON_CPU = 1 << 30
-"""Bytes for keys and values on a CPU, whose memory others need too."""
+"""Bytes of the KV cache on a CPU, whose memory other programs need too."""
 
 LORAS_ON_CPU = 16
 
 RANK = 16
-"""Rows that an adapter is thought to take at each site."""
+"""Rank rows that a typical adapter takes at each site."""
 
 GRAPHS = 512 << 20
-"""Bytes left for CUDA graphs, which are captured after the rest is taken: up to a hundred KB for each of a
-few hundred launches in each of a dozen graphs, and the memory that they share.
+"""Bytes reserved for CUDA graphs, which are captured after everything else is allocated. A graph of a few
+hundred launches takes up to 100 KB for each launch. There are a dozen graphs, and they share a memory pool.
 """
 
 LATER = 256 << 20
-"""Bytes left for what CUDA takes when it needs it first: code of kernels, cuBLAS's workspaces, copies of
-adapters under way; and for what the allocator cannot use because it lies in pieces.
+"""Bytes reserved for what CUDA allocates on first use (kernel code, cuBLAS workspaces, adapters being copied)
+and for the allocator's fragmentation.
 """
 
 BYTES_A_LOGIT = 24
-"""While tokens are drawn: a row's logits in float32 shaped, as probabilities and added up, places of the
-sorted ones, and the logits of one step more, which nobody has read yet.
+"""Bytes for each logit while tokens are sampled: float32 logits after the processors, probabilities and their
+cumulative sum, indices of the sorted ones, and the logits of one more step that is in flight.
 """
 
 
@@ -39,24 +39,24 @@ class Meter(Protocol):
     """A device's memory in bytes.
 
     Attributes:
-        total: all of it.
+        total: the whole memory.
     """
 
     total: int
 
     def free(self) -> int:
-        """What nobody holds; what the allocator keeps for later is held."""
+        """Bytes that no process holds. The allocator's cache counts as held."""
 
     def ours(self) -> int:
-        """What this process' allocator holds."""
+        """Bytes that this process's allocator holds."""
 
     def release(self) -> None:
-        """Give back what the allocator keeps for later."""
+        """Free the allocator's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """``nbytes`` for ``what``; ``flags`` change it."""
+    """``nbytes`` for ``what``; ``flags`` names the flags that change it."""
 
     what: str
     nbytes: int
@@ -67,22 +67,22 @@ class Share:
 
 
 def usable(total: int, utilization: float) -> int:
-    """The bytes that may be taken, by whomever."""
+    """The bytes that all processes together may use."""
     return int(total * utilization)
 
 
 def rows_that_fit(answers: int, max_rank: int, row_bytes: int, room: int) -> int:
-    """Rank rows for an adapter of rank ``RANK`` for each of ``answers``, if a quarter of ``room`` holds them.
+    """Rank rows for one adapter of rank ``RANK`` for each of ``answers``, in at most a quarter of ``room``.
 
-    More adapters than answers at once are never needed on the device; and keys and values, which decide how
-    many answers there can be, shall get most. One adapter of the largest rank fits in any case.
+    The device never needs more adapters than concurrent answers. The KV cache gets most of the memory,
+    because it limits the number of answers. One adapter of the largest rank always fits.
     """
     wanted = min(answers * RANK, room // 4 // row_bytes)
     return max(wanted // RANK * RANK, max_rank)
 
 
 def left_for_kv(total: int, utilization: float, shares: Sequence[Share], least: int) -> int:
-    """Bytes for keys and values, when the others have their shares.
+    """Bytes for the KV cache, after all other shares.
 
     Raises:
         ConfigError: less than ``least`` is left.
@@ -93,7 +93,7 @@ def left_for_kv(total: int, utilization: float, shares: Sequence[Share], least: 
     largest_first = sorted(shares, key=lambda share: -share.nbytes)
     raise ConfigError(
         f"--gpu-memory-utilization {utilization:g}: {gib(usable(total, utilization))} of the GPU's "
-        f"{gib(total)} may be used, of which are taken: {'; '.join(map(str, largest_first))}. That leaves "
+        f"{gib(total)} may be used. These are taken: {'; '.join(map(str, largest_first))}. That leaves "
         f"{gib(max(left, 0))} for keys and values, which need at least {gib(least)}; raise "
         "--gpu-memory-utilization, or give less to one of these"
     )

@@ -1,4 +1,4 @@
-"""How a base's makers say it should be sampled: ``generation_config.json``, used as vLLM uses it."""
+"""Sampling defaults from the base's ``generation_config.json``, used as vLLM uses it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _REMEDY = "give --generation-config none, or a folder with another file"
 
 
 def sampling_defaults(choice: str, base: LoadedBase) -> SamplingDefaults:
-    """What requests that are silent about it get.
+    """The sampling defaults for requests that leave fields out.
 
     Args:
-        choice: of ``--generation-config``: ``auto`` (the base's own), ``none``, or a folder with a file.
+        choice: the value of ``--generation-config``: ``auto`` (the base's), ``none``, or a folder.
 
     Raises:
-        ConfigError: no such file, or a value that no request might ask for.
+        ConfigError: there is no such file, or a value is outside the range allowed to requests.
     """
     if choice == "none":
         return SamplingDefaults()
@@ -44,11 +44,11 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value in the type of its range's ends."""
+    """The value, converted to the type of its range."""
     low, high = SAMPLING_RANGES.get(name, (1, 1 << 31))
     whole = isinstance(low, int)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise ConfigError(f"{_FILE}: {name} is {value!r:.40}, which is no number of its kind; {_REMEDY}")
+        raise ConfigError(f"{_FILE}: {name} is {value!r:.40}, which is not a number of its kind; {_REMEDY}")
     if not low <= value <= high:
         raise ConfigError(f"{_FILE}: {name} is {value}, and must be from {low} to {high}; {_REMEDY}")
     return value if whole else float(value)

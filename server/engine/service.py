@@ -1,7 +1,7 @@
-"""Between the event loop and the engine's thread: ``server.engine.interface.Service``, for real.
+"""Implements ``server.engine.interface.Service``: carries requests to the engine's thread and outputs back.
 
-Commands go to the thread through a deque, outputs come back once a step through the loop. The thread is
-the only one that touches the engine; everything else here runs on the event loop.
+Commands go to the thread through a deque. Outputs come back to the event loop once a step. Only the thread
+touches the engine; everything else here runs on the event loop.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ log = logging.getLogger("manylora.engine")
 
 Command = Callable[[], None]
 _RETRY_WAITING = 0.05
-"""Seconds after which waiting requests are looked at again when nothing runs (an adapter may have come)."""
+"""Seconds between checks of the waiting requests when nothing runs; an adapter may have been loaded."""
 
 
 class EngineService:
-    """Runs the engine on a thread of its own and carries requests to it.
+    """Runs the engine on its own thread and carries requests to it.
 
     Args:
         engine, registry, watcher, tokenizer, listing: the parts, already built.
-        stats: a snapshot of the parts' counters; cheap and safe from any thread.
-        max_queued: requests that may wait to start.
-        num_threads: how many the engine computes with.
+        stats: returns a snapshot of the parts' counters; cheap, and safe from any thread.
+        max_queued: most requests that may wait to start.
+        num_threads: the number of threads that the engine computes with.
         on_close: frees what the parts hold, after the thread has ended.
     """
 
@@ -95,7 +95,7 @@ class EngineService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # -- life -------------------------------------------------------------------------------------
+    # -- lifecycle --------------------------------------------------------------------------------
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -105,11 +105,11 @@ class EngineService:
         self._watcher.start()
 
     def begin_drain(self) -> None:
-        """Take no new requests; those that are here go on."""
+        """Take no new requests; those already here continue."""
         self._draining = True
 
     async def drain(self, timeout: float) -> bool:
-        """Wait until every request has ended; False if some had not after ``timeout`` seconds."""
+        """Wait until every request has ended; False if some have not after ``timeout`` seconds."""
         self.begin_drain()
         deadline = time.monotonic() + timeout
         while self._running and time.monotonic() < deadline:
@@ -117,7 +117,7 @@ class EngineService:
         return not self._running
 
     def stop(self) -> None:
-        """End the thread at the next step's end and free everything."""
+        """End the thread after the current step, and free everything."""
         self._stopping = True
         self._wake.set()
         self._watcher.stop()
@@ -129,10 +129,10 @@ class EngineService:
         self._on_close()
 
     def wake(self) -> None:
-        """Look at the waiting requests again (an adapter's state has changed); from any thread."""
+        """Check the waiting requests again, because an adapter's state has changed; from any thread."""
         self._wake.set()
 
-    # -- what HTTP asks ---------------------------------------------------------------------------
+    # -- interface for HTTP -----------------------------------------------------------------------
 
     @property
     def base(self) -> ModelInfo:
@@ -209,7 +209,7 @@ class EngineService:
         return status
 
     async def unload_adapter(self, name: str) -> None:
-        self._watcher.suppress(name)  # its folder is still there; do not load it again
+        self._watcher.suppress(name)  # its folder is still there: do not load it again
         self._registry.unregister(name)
 
     def _register(self, name: str, path: str, replace: bool) -> None:
@@ -218,7 +218,7 @@ class EngineService:
         self._registry.register(name, path, replace)
 
     def _checkout(self, request: GenerationRequest) -> Version | None:
-        """The version that answers, held until the engine releases it."""
+        """The version that serves the request, acquired until the engine releases it."""
         if request.version is not None:
             self._registry.acquire(request.version)
             return request.version
@@ -245,7 +245,7 @@ class EngineService:
             )
 
     def _seconds_for(self, waiting: int) -> int:
-        """How long the present queue takes at the pace of the latest answers, between 1 and 60 s."""
+        """How long the queue takes at the rate of the latest requests, between 1 and 60 s."""
         if len(self._ends) < 2:
             return 1
         pace = (time.monotonic() - self._ends[0]) / len(self._ends)
@@ -284,7 +284,7 @@ class EngineService:
             self._die(f"{type(error).__name__}: {error}")
 
     def _turn(self) -> None:
-        """Take commands, make one step, hand its outputs over; sleep while there is nothing to do."""
+        """Run the commands, make one step, deliver its outputs; sleep while there is nothing to do."""
         self._wake.clear()
         while self._commands:
             self._commands.popleft()()
@@ -311,5 +311,5 @@ class EngineService:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the event loop is closed: nobody listens any more
+        except RuntimeError:  # the event loop is closed: there are no clients any more
             self._stopping = True

@@ -1,4 +1,4 @@
-"""The sizes that only the device and the loaded model can tell: of a step, the rank pool, the KV cache."""
+"""The sizes that depend on the device and the loaded model: of a step, the rank pool, the KV cache."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from server.engine.model import StepModel
 log = logging.getLogger("manylora.engine")
 
 _STEP_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Tokens of a step, by device: where more make prefill no faster, and only everybody's next token later."""
+"""Tokens of a step, by device. More do not speed up prefill, and delay every sequence's next token."""
 
 
 class Sizes:
-    """What is "auto" in ``config``, for this base on its device; asked for in the order of the methods.
+    """The values for "auto" in ``config``, for this base on its device. Call the methods in their order.
 
     Args:
-        meter: of the device's memory; None = of what it has, which is a GPU's only.
+        meter: measures the device's memory; None = a ``GpuMeter`` on a GPU, nothing on a CPU.
 
     Attributes:
         block_size: tokens of a KV block.
@@ -60,7 +60,7 @@ class Sizes:
         )
 
     def pool_rows(self) -> int:
-        """Rank rows, when the base is loaded and nothing else."""
+        """The number of rank rows. Call it when only the base is loaded."""
         adapters, answers = self._config.adapters, self._config.engine.max_num_seqs
         if adapters.pool_rows is not None:
             return adapters.pool_rows
@@ -73,7 +73,7 @@ class Sizes:
         return rows_that_fit(answers, adapters.max_lora_rank, bytes_a_row, max(room, 0))
 
     def kv_blocks(self, model: StepModel, pool: RankPool) -> int:
-        """KV blocks, when everything else that stays is there.
+        """The number of KV blocks. Call it when everything else that stays is allocated.
 
         Raises:
             ConfigError: too little memory is left.
@@ -98,8 +98,12 @@ class Sizes:
             Share("the base", ours - rows, "--base, --quantization"),
             Share("rank rows of adapters", rows, "--max-loras, --lora-pool-rows"),
             Share("other processes and CUDA itself", taken - ours),
-            Share("what adapters have besides", self._config.adapters.extra_memory, "--lora-extra-memory"),
-            Share("what CUDA takes later", LATER),
+            Share(
+                "the adapters' norms, embeddings and heads",
+                self._config.adapters.extra_memory,
+                "--lora-extra-memory",
+            ),
+            Share("what CUDA allocates later", LATER),
         ]
         if not engine.enforce_eager:
             shares.append(Share("CUDA graphs", GRAPHS, "--enforce-eager"))
@@ -107,7 +111,7 @@ class Sizes:
         if model.bytes_a_position:
             positions = min(own_length(self._base.model.config.get_text_config()) or room, room // token)
             tables = model.bytes_a_position * max(positions, 0)
-            shares.append(Share("what the model keeps by position", tables))
+            shares.append(Share("the model's tables by position", tables))
         step = self._step_bytes(model, max(room // 2 // token, self.step_tokens), meter)
         shares.append(Share("a step", step, "--max-num-batched-tokens, --max-num-seqs"))
         left = left_for_kv(meter.total, engine.gpu_memory_utilization, shares, self.step_tokens * token)
@@ -119,7 +123,7 @@ class Sizes:
         return left
 
     def _step_bytes(self, model: StepModel, most_tokens: int, meter: Meter) -> int:
-        """What the largest step takes, drawing its tokens included; ``most_tokens`` have room meanwhile."""
+        """The bytes that the largest step takes, with sampling. ``most_tokens`` of KV fit meanwhile."""
         engine = self._config.engine
         config: Any = self._base.model.config.get_text_config()
         longest = min(most_tokens, engine.max_model_len or own_length(config) or most_tokens)
@@ -134,7 +138,7 @@ class Sizes:
 
 
 def max_model_len(config: EngineConfig, model_config: Any, capacity: int) -> int:
-    """The length asked for, or the model's own as far as the KV cache holds it. Raises ``ConfigError``."""
+    """The configured length, or the model's own limited by the KV cache. Raises ``ConfigError``."""
     own = own_length(model_config.get_text_config()) or capacity
     wanted = config.max_model_len
     if wanted is None:
@@ -150,14 +154,14 @@ def max_model_len(config: EngineConfig, model_config: Any, capacity: int) -> int
 
 
 def own_length(text_config: Any) -> int | None:
-    """Tokens that the model itself handles, if it says so."""
+    """The context length that the model's config states, if it does."""
     length: int | None = getattr(text_config, "max_position_embeddings", None)
     return length
 
 
 @contextmanager
 def out_of_memory_names(flag: str, what: str) -> Iterator[None]:
-    """A GPU's memory that runs out within, at the start, as a ``ConfigError``."""
+    """Turn running out of GPU memory at the start into a ``ConfigError`` that names ``flag``."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""Stop strings across token borders: text is held back only while it may still become one."""
+"""Finds stop strings across token boundaries. Text is held back only while it may become a stop string."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """Text that may be shown now, and the stop string that ended it, if one did."""
+    """Text that may be sent now, and the stop string that ended it, if one did."""
 
     text: str
     stop: str | None = None
@@ -25,7 +25,7 @@ class StopScanner:
         self._held = ""
 
     def push(self, text: str) -> Scan:
-        """Add ``text``; what is returned is cut before the earliest stop string."""
+        """Add ``text``; the returned text is cut before the earliest stop string."""
         self._held += text
         found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -37,12 +37,12 @@ class StopScanner:
         return Scan(shown)
 
     def finish(self) -> str:
-        """The held-back text: no stop string came of it."""
+        """The text held back at the end, which did not become a stop string."""
         rest, self._held = self._held, ""
         return rest
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that starts a stop string."""
+        """Length of the longest suffix of the held text that starts a stop string."""
         longest = min(max((len(stop) for stop in self._stops), default=1) - 1, len(self._held))
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stops):

@@ -1,7 +1,8 @@
-"""Texts that cannot fit are refused before they are tokenised whole, which takes 300 bytes a token.
+"""Refuses texts that cannot fit before they are tokenised whole, which takes 300 bytes a token.
 
-First by their bytes, since no token stands for more than the vocabulary's longest. Then, if a text is far
-longer than texts that fit are, by the tokens of its beginning: a little at first, then twice as much.
+The first check counts bytes: no token stands for more bytes than the longest in the vocabulary. The second
+check is for texts much longer than usual. It tokenises the beginning of the text, and doubles its length as
+long as that fits.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from tokenizers import Tokenizer
 from server.errors import PromptTooLong
 
 LONG_TEXT = 64 << 10
-"""Characters from which a text is tokenised behind other long ones."""
+"""Texts of this many characters or more are tokenised in a queue of their own."""
 _USUAL = 6
-"""Characters a token: what fits has seldom more on average."""
+"""Characters a token. A text that fits seldom has more on average."""
 _FIRST = 2
 _NFC_SHRINKS = 3
-"""So many bytes may become one when a text is composed (Hangul)."""
+"""This many bytes may become one when a text is composed (Hangul)."""
 _KEEPS_ALL = {"ByteLevel", "Digits", "Metaspace", "Prepend", "Punctuation", "Sequence"}
 
 
 class TextBounds:
-    """What may fit into a context of ``context`` tokens. Immutable, for any thread."""
+    """Checks whether texts may fit into a context of ``context`` tokens. Immutable; safe from any thread."""
 
     def __init__(self, backend: Tokenizer, context: int) -> None:
         self._backend = backend
@@ -33,27 +34,27 @@ class TextBounds:
         self._longest = longest_token(json.loads(backend.to_str()))
 
     def check_bytes(self, field: str, size: int) -> None:
-        """Raises PromptTooLong if ``size`` bytes of text have more tokens than fit, whatever they are."""
+        """Raises PromptTooLong if any text of ``size`` bytes has more tokens than fit."""
         if self._longest is not None and size > self._context * self._longest:
             raise PromptTooLong(field, self._context, size // self._longest, at_least=True)
 
     def check(self, field: str, text: str) -> None:
-        """Raises PromptTooLong for a text that is surely too long; what it lets pass may be so too."""
+        """Raises PromptTooLong for a text that is certainly too long. Other texts may be too long, too."""
         self.check_bytes(field, len(text.encode()))
         if len(text) <= _USUAL * self._context:
             return
         end = _FIRST * self._context
         while end < len(text):
             tokens = len(self._backend.encode_batch_fast([text[:end]])[0])
-            if tokens > self._context * 3 // 2:  # however the last word goes on, so many do not become one
+            if tokens > self._context * 3 // 2:  # more text can change only the last word's tokens
                 raise PromptTooLong(field, self._context, tokens, at_least=True)
             end *= 2
 
 
 def longest_token(tokenizer: dict[str, Any]) -> int | None:
-    """Most bytes of a text that one token can stand for; None if there is no such number.
+    """The most bytes of text that one token can stand for; None if there is no limit.
 
-    There is none where text may vanish (spaces that are dropped) or become one unknown token.
+    There is no limit where text may vanish (dropped spaces) or become a single unknown token.
 
     Args:
         tokenizer: as ``tokenizer.json`` has it.
@@ -73,7 +74,7 @@ def longest_token(tokenizer: dict[str, Any]) -> int | None:
 
 
 def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The step, and those that it is a sequence of."""
+    """The step, and the steps that it is a sequence of."""
     if step is not None:
         yield step
         for each in step.get("normalizers") or step.get("pretokenizers") or ():

@@ -1,9 +1,9 @@
-"""Which thread computes in parallel: the engine's, and no other.
+"""Makes the engine's thread the only one that computes in parallel.
 
-OpenMP keeps a pool of workers for every thread that ever ran a parallel region. Once there are more workers
-than processors it lets waiting ones sleep at once, and waking them costs more than a whole layer of a small
-model. So the main thread gives its pool back when the model is built, and whoever loads adapters computes
-alone.
+OpenMP keeps a pool of workers for every thread that ever ran a parallel region. When there are more workers
+than processors, waiting workers go to sleep at once, and waking them costs more than a whole layer of a small
+model. So the main thread releases its workers when the model is built, and threads that load adapters compute
+on one thread.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from adapters.kernels.cpu import library
 
 
 def claim(threads: int) -> None:
-    """The calling thread computes with so many threads."""
+    """Make the calling thread compute with this many threads."""
     torch.set_num_threads(threads)
-    torch.get_num_threads()  # a thread takes the number that was set last at its first operation: now
+    torch.get_num_threads()  # a thread reads the number at its first operation: this one
 
 
 def step_aside() -> None:
-    """The calling thread gives its workers back; it, and threads that start later, compute alone.
+    """Release the calling thread's workers. It and all later threads compute on one thread.
 
-    Threads that have claimed theirs keep them.
+    Threads that called ``claim`` keep their workers.
     """
     torch.set_num_threads(1)
     native = library()

@@ -1,4 +1,4 @@
-"""Text to tokens and back: encoding, conversations, and text that grows token by token."""
+"""Text to tokens and back: encoding, chat templates, and detokenising token by token."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from server.errors import InvalidRequest
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-"""A token of SentencePiece for one byte."""
+"""SentencePiece's token for one byte."""
 
 
 class Tokenizer:
-    """The base's own tokenizer, and what renders conversations.
+    """The base's tokenizer and chat template.
 
     Args:
         fast: a transformers fast tokenizer.
-        vocab_size: of the model's logits (may exceed the tokenizer's).
-        eos: the generation config's end-of-sequence tokens.
-        renderer: None = the base has no chat template.
+        vocab_size: the size of the model's logits, which may exceed the tokenizer's.
+        eos: the base's end-of-sequence tokens.
+        renderer: renders chats; None = the base has no chat template.
         bounds: refuses texts that cannot fit; None = nothing is refused.
-        chat_formats: how adapters speak; None = for a base whose ``eos`` is its generation config's.
+        chat_formats: the adapters' own chat templates and end tokens; None = made from the other arguments.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Tokenizer:
         self._anchor = self._anchor_for_pieces()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a raw prompt; special tokens that are written in it count as such, as in vLLM.
+        """Token ids of a raw prompt. Special tokens written in it are recognised, as in vLLM.
 
-        Raises PromptTooLong, if that can be known before.
+        Raises PromptTooLong if that is known before tokenising.
         """
         if self._bounds is not None:
             self._bounds.check("prompt", text)
@@ -64,11 +64,11 @@ class Tokenizer:
         return ids
 
     def render_chat(self, messages: Sequence[Message], chat_format: ChatFormat | None = None) -> list[int]:
-        """Token ids of the conversation, ready for the answer of who speaks so; None = the base.
+        """Token ids of the conversation, rendered with ``chat_format``'s template; None = the base's.
 
         Raises:
-            InvalidRequest: there is no template, or it refuses these messages (it says why).
-            PromptTooLong: they cannot fit, and that can be known before they are tokenised.
+            InvalidRequest: there is no template, or it refuses these messages and says why.
+            PromptTooLong: the messages cannot fit, and that is known before they are tokenised.
         """
         chat_format = chat_format or self.chat_formats.base
         if chat_format.renderer is None:
@@ -87,21 +87,21 @@ class Tokenizer:
             self._bounds.check("messages", text)
 
     def stream(self, skip_special_tokens: bool) -> Detokenizer:
-        """An answer's text from the beginning."""
+        """A detokenizer for a new answer."""
         return Detokenizer(self, skip_special_tokens)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
-        """An answer's text as it is streamed."""
+        """The text of an answer's tokens, the same as when it is streamed."""
         stream = self.stream(skip_special_tokens)
         return "".join(map(stream.push, tokens)) + stream.finish()
 
-    @lru_cache(maxsize=65536)  # noqa: B019  (one tokenizer lives as long as the process)
+    @lru_cache(maxsize=65536)  # noqa: B019  (the tokenizer lives as long as the process)
     def piece(self, token: int) -> tuple[str, bytes]:
-        """A token's own text behind other text, and the exact bytes it stands for.
+        """A token's text when it follows other text, and the exact bytes that it stands for.
 
-        The text of a token that is part of a character is U+FFFD; its bytes are still right for byte-level
-        BPE and for SentencePiece's byte tokens. Decoders treat the first token of a text alone in another way
-        (SentencePiece's loses its space), so the token is decoded behind one that is an ordinary word.
+        The text of a token that is part of a character is U+FFFD. Its bytes are still right for byte-level
+        BPE and for SentencePiece's byte tokens. Decoders treat the first token of a text differently
+        (SentencePiece's drops its space), so the token is decoded after one that is an ordinary word.
         """
         text = self._decode([*self._anchor, token])[len(self._decode(self._anchor)) :]
         if _REPLACEMENT not in text:
@@ -121,7 +121,7 @@ class Tokenizer:
         return text
 
     def _anchor_for_pieces(self) -> list[int]:
-        """A token that is an ordinary word in any text; none if there is no such."""
+        """A token that is an ordinary word; empty if the vocabulary has none of those tried."""
         added = self._backend.get_added_tokens_decoder()
         for text in ("a", "the", "1", "."):
             for token in self._backend.encode(text, add_special_tokens=False).ids[-1:]:
@@ -132,9 +132,9 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """One answer's text, token by token; a character split over tokens comes with its last one.
+    """Turns one answer's tokens into text, incrementally. A split character comes with its last token.
 
-    Bytes that are no UTF-8 become U+FFFD, and what is valid around them stays.
+    Bytes that are not UTF-8 become U+FFFD; the valid text around them stays.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
@@ -143,13 +143,13 @@ class Detokenizer:
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that ``token`` completes, possibly none."""
+        """The text that ``token`` completes, possibly empty."""
         if self._skip and self._tokenizer.is_special(token):
             return ""
         return self._characters.decode(self._tokenizer.piece(token)[1])
 
     def finish(self) -> str:
-        """What a last unfinished character leaves, as U+FFFD."""
+        """U+FFFD if the answer ends inside a character, else empty."""
         return self._characters.decode(b"", final=True)
 
 

@@ -1,7 +1,7 @@
 """Attention over paged keys and values.
 
-``AttentionBackend`` is the interface; ``torch_paged.py`` runs everywhere, ``native_paged.py`` on CPUs,
-``flash_paged.py`` on GPUs. ``choice.py`` chooses.
+``AttentionBackend`` is the interface. ``torch_paged.py`` runs everywhere, ``native_paged.py`` on CPUs,
+``flash_paged.py`` on GPUs. ``choice.py`` chooses one.
 
 The model's own attention modules call the function that ``install`` registers with transformers.
 """
@@ -24,12 +24,12 @@ NAME = "manylora"
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What is fixed for a layer.
+    """The fixed parameters of a layer's attention.
 
     Attributes:
         scale: multiplies q.k.
-        window: a query sees so many latest tokens, itself included; None = all.
-        softcap: scores become softcap * tanh(scores / softcap); None = left as they are.
+        window: the number of latest tokens that a query sees, itself included; None = all.
+        softcap: scores become softcap * tanh(scores / softcap); None = unchanged.
     """
 
     scale: float
@@ -39,7 +39,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """One layer's keys and values: heads and the dimension of each."""
+    """The shape of one layer's keys and values: the heads and their dimensions."""
 
     kv_heads: int
     key_dim: int
@@ -61,15 +61,15 @@ class AttentionBackend(Protocol):
     graphable: bool
 
     def allocate(self, shapes: Mapping[int, KvShape], num_blocks: int) -> None:
-        """Take the memory: for each layer, ``num_blocks`` blocks of keys and of values."""
+        """Allocate ``num_blocks`` blocks of keys and of values for each layer."""
 
     def begin(self, chunks: Sequence[Chunk], graph_batch_size: int | None = None) -> None:
-        """A step starts, whose tokens are ``chunks``, one after the other.
+        """Start a step, whose tokens are the ``chunks``, one after the other.
 
         Args:
             graph_batch_size: None, unless ``graphable``. A number n makes a step of n tokens in n sequences
                 for a CUDA graph. ``chunks`` are at most n, of one token each. The rest is padding: it writes
-                and reads a spare block that nobody owns, and its results mean nothing. Until the next
+                and reads a spare block that no sequence owns, and its results mean nothing. Until the next
                 ``begin``, every tensor that the kernels get besides q, k and v has the address and the shape
                 that it had at the last ``begin`` with the same n. The numbers that they get are the same too.
                 So what was captured after one ``begin(…, graph_batch_size=n)`` is replayed after another. It
@@ -89,7 +89,7 @@ class AttentionBackend(Protocol):
 
 
 class AttentionHost:
-    """Where the model's attention calls arrive; the runner sets ``handler`` for what is under way."""
+    """Receives the model's attention calls and passes them to ``handler``, which the runner sets."""
 
     def __init__(self) -> None:
         self.handler: Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor] | None = None
@@ -118,7 +118,7 @@ class AttentionHost:
 
 
 def install(model: nn.Module) -> AttentionHost:
-    """Route ``model``'s attention through a fresh host.
+    """Route ``model``'s attention through a new host.
 
     Raises:
         BaseModelError: if the model does not use transformers' attention interface.
@@ -137,7 +137,7 @@ def install(model: nn.Module) -> AttentionHost:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Let go of ``model``'s host, which transformers keeps for good: of the pages that it leads to."""
+    """Unregister ``model``'s host, so that transformers does not keep its pages alive."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = model.config._attn_implementation  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
-"""Which attention backend serves a model on this machine; heavy ones are imported only when chosen.
+"""Chooses the attention backend for a model on this machine. Heavy backends are imported only when chosen.
 
-The first of ``BUILDS`` that can on a GPU, the native kernel on a CPU; gathered pages where neither can.
+On a GPU it is the first of ``BUILDS`` that supports the model, on a CPU the native kernel. Otherwise it is
+torch's attention over gathered pages.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from server.engine.attention.torch_paged import TorchPaged
 log = logging.getLogger("manylora.engine")
 
 GATHERED = 16
-"""Tokens of a block that suit a CPU, and gathered pages."""
+"""Best block size, in tokens, on a CPU and for gathered pages."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Build:
     """One build of FlashAttention-2.
 
     Attributes:
-        load: raises ImportError if it is not there.
-        page: a block must hold a multiple of so many tokens.
-        suits: tokens of a block that suit it.
-        softcap: whether it can cap scores.
+        load: loads it; raises ImportError if it is not installed.
+        page: a block must hold a multiple of this number of tokens.
+        suits: its best block size, in tokens.
+        softcap: whether it supports a soft cap of scores.
     """
 
     name: str
@@ -52,7 +53,7 @@ def _triton() -> PagedKernel:
 BUILDS = (
     Build("flash-attn", FlashAttn.load, PAGE, PAGE, softcap=True),
     Build("PyTorch's varlen_attn", TorchVarlen.load, PAGE, PAGE, softcap=False),
-    # Smaller blocks share more prefixes, but tables of longer rows are sent to the device in each step.
+    # Smaller blocks share more prefixes, but each step sends larger block tables to the device.
     Build("the Triton kernel", _triton, 1, 64, softcap=True),
 )
 
@@ -65,7 +66,7 @@ def choose(
     dtype: torch.dtype,
     max_length: int,
 ) -> AttentionBackend:
-    """The backend for this model on this machine. Why a better one is not used, is logged.
+    """The backend for this model on this machine. Logs why a better one is not used.
 
     Args:
         shapes, specs: by layer.
@@ -87,7 +88,7 @@ def choose(
 
 
 def preferred_block_size(text_config: Any, device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens of a block that suit this device and the layers that transformers' ``text_config`` tells of."""
+    """The best block size, in tokens, for this device and the layers in transformers' ``text_config``."""
     if device.type != "cuda":
         return GATHERED
     dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
@@ -104,7 +105,7 @@ def first_fit(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Build, PagedKernel] | None:
-    """The first build that serves these layers on this device; ``block_size`` None = what suits it."""
+    """The first build that supports these layers on this device; ``block_size`` None = its best one."""
     layers = frozenset((shape, specs[layer]) for layer, shape in shapes.items())
     for build in builds:
         found = _tried(build, layers, block_size or build.suits, device, dtype)
@@ -122,14 +123,14 @@ def _tried(
     device: torch.device,
     dtype: torch.dtype,
 ) -> PagedKernel | str:
-    """The kernel, or why not; tried once, however often the choice is made."""
+    """The kernel, or why it cannot be used. The result is cached."""
     reason = _why_not(build, layers, block_size, device, dtype)
     if reason is not None:
         return reason
     try:
         kernel = build.load()
     except (ImportError, OSError) as error:
-        return f"it is not there ({error})"
+        return f"it is not installed ({error})"
     for layer in layers:
         if (wrong := what_is_wrong(kernel, *layer, block_size, device, dtype)) is not None:
             return wrong
@@ -148,7 +149,7 @@ def _why_not(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
-    """What about the layers, the blocks or the device it cannot do."""
+    """Why the build does not support the device, the layers or the block size, or None."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -159,7 +160,7 @@ def _why_not(
         if shape.key_dim > 256 or shape.key_dim % 8:
             return f"heads of {shape.key_dim} dimensions are not a multiple of 8 up to 256"
         if spec.softcap is not None and not build.softcap:
-            return "it cannot cap scores, as this model does"
+            return "it has no soft cap of scores, which this model needs"
     if block_size % build.page:
         return f"a block holds {block_size} tokens, not a multiple of {build.page} (--block-size)"
     return None

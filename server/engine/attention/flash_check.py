@@ -1,4 +1,4 @@
-"""Whether a flash kernel does on this device what its documentation says, tried before it is relied on."""
+"""Checks on this device that a flash kernel does what its documentation says, before it is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.engine.attention.reference import ReferencePaged
 
 _GROUP = 2
 _ALIKE = 0.05
-"""Largest distance from the definition that rounding to 16 bits explains, relative to the largest result."""
+"""Largest error that rounding to 16 bits explains, relative to the largest result."""
 
 
 def what_is_wrong(
@@ -23,7 +23,7 @@ def what_is_wrong(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
-    """Compare a mixed step and a decode step of two sequences with the definition; None = they are alike."""
+    """Compare a mixed step and a decode step with ``ReferencePaged``; None = the results agree."""
 
     def random(*size: int) -> Tensor:
         values = torch.randn(size, generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def what_is_wrong(
         expected = ReferencePaged()(q, keys, values, metadata, spec).float()
         try:
             got = kernel(q, keys, values, metadata, spec).float()
-        except Exception as error:  # whatever is wrong with it: another one will do
+        except Exception as error:  # any failure: another backend is used
             return f"it fails: {str(error).partition(chr(10))[0] or type(error).__name__}"
         difference = ((got - expected).abs().max() / expected.abs().max()).item()
         if not difference < _ALIKE:

@@ -1,13 +1,13 @@
-"""FlashAttention-2 behind one interface (``PagedKernel``), whoever built it.
+"""FlashAttention-2 behind one interface (``PagedKernel``), for two builds of it.
 
-What both builds have in common, as their sources say (flash-attn 2.8 ``csrc/flash_attn/flash_api.cpp``,
+Both builds have in common, according to their sources (flash-attn 2.8 ``csrc/flash_attn/flash_api.cpp``,
 ``src/mask.h``; PyTorch 2.13 ``aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp``):
 
 - a page holds a multiple of 256 tokens; block tables, lengths and running sums are int32;
-- the causal mask is aligned bottom right; a window (left, right) reaches from ``left`` places before the
-  query's own to ``right`` after it, both included;
-- a lone query sees everything, so "causal" says nothing then; and only if no window is given at all are the
-  query heads that share a KV head taken together as its query rows, so that its keys are read once.
+- the causal mask is aligned bottom right; a window (left, right) reaches from ``left`` positions before the
+  query to ``right`` positions after it, both included;
+- a single query sees everything, so "causal" has no effect then. Only without a window do they treat the
+  query heads that share a KV head as its query rows, so that its keys are read once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.engine.attention import AttentionSpec
 from server.engine.attention.flash_metadata import FlashMetadata
 
 PAGE = 256
-"""A page holds a multiple of so many tokens."""
+"""A page holds a multiple of this number of tokens."""
 
 _EVERYTHING = (-1, -1)
 
@@ -41,7 +41,7 @@ class FlashAttn:
 
     @classmethod
     def load(cls) -> FlashAttn:
-        """Raises ImportError if it is not installed, does not load or is too old."""
+        """Raises ImportError if it is not installed, cannot be loaded or is too old."""
         import flash_attn
 
         varlen, with_kvcache = flash_attn.flash_attn_varlen_func, flash_attn.flash_attn_with_kvcache
@@ -69,7 +69,7 @@ class FlashAttn:
 
 
 class TorchVarlen:
-    """PyTorch's own build, which takes block tables (2.13 does, 2.11 does not). See ``PagedKernel``.
+    """PyTorch's own build, if it supports block tables (2.13 does, 2.11 does not). See ``PagedKernel``.
 
     Args:
         varlen: ``torch.nn.attention.varlen.varlen_attn``.
@@ -86,7 +86,7 @@ class TorchVarlen:
         from torch.nn.attention.varlen import varlen_attn
 
         _require(varlen_attn, "block_table", "seqused_k", "enable_gqa")
-        logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)  # each call says that it is made
+        logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)  # it logs every call
         return cls(varlen_attn)
 
     def __call__(

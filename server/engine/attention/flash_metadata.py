@@ -1,4 +1,4 @@
-"""A step as kernels that read pages in place see it: integers, made with numpy, sent in one copy."""
+"""A step's metadata for kernels that read pages in place: integers, made with numpy, sent in one copy."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class FlashMetadata:
-    """A step of n sequences.
+    """The metadata of a step of n sequences.
 
     Attributes:
         new_slots: int64 [tokens], block * block_size + offset of each token of the step.
-        query_starts: int32 [n + 1], where in the step each sequence's tokens begin, and the end.
-        kv_starts: int32 [n + 1], the running sum of ``lengths``.
-        lengths: int32 [n], tokens that a sequence has with those of this step.
-        tables: int32 [n, width], a sequence's blocks in order; beyond its length, anything at all.
-        max_query, max_length: no sequence has more tokens in the step; no sequence is longer.
+        query_starts: int32 [n + 1], the start of each sequence's tokens in the step, and the end.
+        kv_starts: int32 [n + 1], the cumulative sum of ``lengths``.
+        lengths: int32 [n], the tokens of each sequence, with those of this step.
+        tables: int32 [n, width], the blocks of each sequence in order; arbitrary beyond its length.
+        max_query: an upper bound of a sequence's tokens in the step.
+        max_length: an upper bound of ``lengths``.
     """
 
     new_slots: Tensor
@@ -39,11 +40,11 @@ class FlashMetadata:
 
 
 class FlashMetadataBuilder:
-    """Makes plans.
+    """Builds the metadata of steps.
 
     Args:
-        spare: the block that nobody owns.
-        width: blocks of the longest sequence there can be.
+        spare: the block that no sequence owns.
+        width: blocks of the longest possible sequence.
     """
 
     def __init__(self, block_size: int, spare: int, width: int, device: torch.device) -> None:
@@ -79,8 +80,8 @@ class FlashMetadataBuilder:
         return metadata
 
     def _filled(self, layout: _Layout, chunks: Sequence[Chunk], starts: Ints, counts: Ints) -> Tensor:
-        """The integers on the host; sequences beyond the chunks are on the spare block."""
-        # Fresh every time: torch hands pinned memory out again only when the copy that was queued has ended.
+        """The integers on the host. Sequences beyond the chunks use the spare block."""
+        # A new tensor every time: torch reuses pinned memory only after the queued copy has finished.
         host = torch.empty(layout.size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         new_slots, query_starts, kv_starts, lengths, tables = (x.numpy() for x in layout.views(host))
         lengths[:] = starts + counts
@@ -89,7 +90,7 @@ class FlashMetadataBuilder:
         np.cumsum(lengths, out=kv_starts[1:])
         tables[len(chunks) :, 0] = self._spare
         for row, blocks in zip(tables, self._rows.of(chunks), strict=False):
-            used = min(len(blocks), len(row))  # a sequence may have blocks for tokens to come
+            used = min(len(blocks), len(row))  # a sequence may have blocks for later tokens
             row[:used] = blocks[:used]
         sequences = np.repeat(np.arange(layout.sequences), counts)
         positions = np.arange(layout.tokens) + (starts - query_starts[:-1])[sequences]
@@ -99,7 +100,7 @@ class FlashMetadataBuilder:
 
 
 class _Layout(NamedTuple):
-    """Where the metadata's tensors lie in one buffer of int32, each at a multiple of 16 bytes."""
+    """The layout of the metadata's tensors in one int32 buffer, each aligned to 16 bytes."""
 
     tokens: int
     sequences: int
@@ -126,7 +127,7 @@ class _Layout(NamedTuple):
 
 
 class _Rows:
-    """Block tables as arrays, kept from step to step while they stay as they are."""
+    """Block tables as arrays, cached from step to step while they do not change."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[list[int], Ints]] = {}
@@ -138,7 +139,7 @@ class _Rows:
             assert chunk.sequence.table is not None
             blocks = chunk.sequence.table.blocks
             entry = self._kept.get(id(blocks))
-            if entry is None or entry[0] != blocks:  # quick: a copy's items are the list's own
+            if entry is None or entry[0] != blocks:  # quick: both lists hold the same objects
                 entry = blocks.copy(), np.array(blocks, np.int32)
             fresh[id(blocks)] = entry
             rows.append(entry[1])
@@ -147,7 +148,7 @@ class _Rows:
 
 
 def _spans(chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
-    """By chunk, its start and its length."""
+    """The start and the length of each chunk."""
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     return starts, np.array([chunk.length for chunk in chunks], np.int32)
 

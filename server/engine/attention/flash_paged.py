@@ -1,6 +1,6 @@
-"""Paged attention by kernels that read the pages in place, on a GPU: FlashAttention-2 and its like.
+"""Paged attention on a GPU by kernels that read the pages in place, such as FlashAttention-2.
 
-The metadata (``flash_metadata.py``) says where everything lies, a kernel (``flash_kernels.py``) attends.
+The metadata (``flash_metadata.py``) describes the step; a kernel (``flash_kernels.py``) attends.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class PagedKernel(Protocol):
     def __call__(
         self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
     ) -> Tensor:
-        """For each sequence of the metadata, its m tokens of the step attend to its n tokens of the pages.
+        """The m tokens of each sequence in the step attend to the n tokens of the sequence in the pages.
 
-        The m tokens are its last ones: the mask is aligned bottom right, token i of the m sees the first
-        n - m + i + 1 of the n, or as many of their last as the window has. What the tables hold beyond a
-        sequence's length, and what the pages hold beyond it, is not read.
+        The m tokens are the sequence's last ones, so the mask is aligned bottom right: token i of the m sees
+        the first n - m + i + 1 of the n tokens, or the last ones of these if there is a window. Tables and
+        pages are not read beyond a sequence's length.
 
         Args:
             q: [tokens, heads, dim].
@@ -44,11 +44,11 @@ class FlashPaged:
     """See ``AttentionBackend``.
 
     Args:
-        max_length: tokens of the longest sequence there can be.
+        max_length: tokens of the longest possible sequence.
 
     Attributes:
-        pages: by layer, keys and values, each [blocks + 1, block_size, kv_heads, dim]. The last block is the
-            spare one, on which padding is.
+        pages: by layer, keys and values, each [blocks + 1, block_size, kv_heads, dim]. The last block is
+            the spare one, which padding uses.
     """
 
     graphable = True
@@ -80,7 +80,7 @@ class FlashPaged:
 
     @property
     def new_slots(self) -> Tensor:
-        """int64 [tokens]: block * block_size + offset of each token of the step, or of its padding."""
+        """int64 [tokens]: block * block_size + offset of each token of the step, with padding."""
         return self._begun.new_slots
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -89,7 +89,7 @@ class FlashPaged:
             pages.view(-1, *pages.shape[2:]).index_copy_(0, self.new_slots, new)
 
     def attend(self, layer: int, q: Tensor, spec: AttentionSpec) -> Tensor:
-        """q [tokens, heads, dim] -> [tokens, heads, dim]; the step's keys and values are stored already."""
+        """q [tokens, heads, dim] -> [tokens, heads, dim]. The step's keys and values must be stored."""
         return self._kernel(q, *self.pages[layer], self._begun, spec)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

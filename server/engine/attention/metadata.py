@@ -1,7 +1,7 @@
-"""A step's attention as index tensors, made once a step and used in every layer.
+"""A step's metadata for attention over gathered pages: index tensors, made once and used in every layer.
 
-A KV slot is ``block * block_size + offset``. Sequences with one new token are attended to as one padded
-batch; a longer chunk is attended to alone.
+A KV slot is ``block * block_size + offset``. Sequences with one new token are computed as one padded batch.
+Each longer chunk is computed by itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class DecodePart:
     """All sequences with one new token.
 
     Attributes:
-        tokens: [n] where in the step their tokens are.
+        tokens: [n] the indices of their tokens in the step.
         kv_slots: [n, longest] their KV slots, padded with a slot that always holds zeros.
-        lengths: [n] how many of them count, the new token's own included.
+        lengths: [n] the number of valid KV slots, with the new token's.
     """
 
     tokens: Tensor
@@ -31,7 +31,7 @@ class DecodePart:
     _biases: dict[int | None, Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[n, 1, 1, longest]: 0 where a token is seen, -inf where it is not."""
+        """[n, 1, 1, longest]: 0 where a token is visible, -inf where it is not."""
         if window not in self._biases:
             position = torch.arange(self.kv_slots.shape[1], device=self.lengths.device)[None]
             last = self.lengths[:, None]
@@ -48,8 +48,8 @@ class PrefillPart:
     """One sequence's chunk of several tokens.
 
     Attributes:
-        start, stop: where in the step its tokens are.
-        kv_slots: [seen] the KV slots of all its tokens up to the chunk's last.
+        start, stop: the range of its tokens in the step.
+        kv_slots: [seen] the KV slots of all its tokens up to the chunk's last one.
     """
 
     start: int
@@ -59,11 +59,11 @@ class PrefillPart:
 
     @property
     def whole(self) -> bool:
-        """Whether the chunk is all that there is to see, so that plain causal attention is right."""
+        """Whether the chunk starts at the sequence's first token, so that plain causal attention is right."""
         return self.kv_slots.shape[0] == self.stop - self.start
 
     def seen(self, window: int | None) -> Tensor:
-        """[new, seen] bool: which tokens each new one may look at."""
+        """[new, seen] bool: the tokens that each new token sees."""
         if window not in self._seen:
             total = self.kv_slots.shape[0]
             key = torch.arange(total, device=self.kv_slots.device)[None]
@@ -87,10 +87,10 @@ class AttentionMetadata:
 def build_metadata(
     chunks: SequenceOf[Chunk], block_size: int, padding: int, device: torch.device | str = "cpu"
 ) -> AttentionMetadata:
-    """Index tensors for ``chunks``, whose tokens lie one chunk after the other in the step.
+    """Index tensors for ``chunks``, whose tokens are concatenated in the step.
 
-    ``padding`` is a KV slot that nobody writes: what is masked is still multiplied by 0, and 0 times another
-    request's NaN would be NaN.
+    ``padding`` is a KV slot that is never written. Masked values are still multiplied by 0, and 0 times a NaN
+    of another request would be NaN.
     """
     new_slots: list[Tensor] = []
     prefills: list[PrefillPart] = []
@@ -119,7 +119,7 @@ def build_metadata(
 
 
 def _kv_slots(chunk: Chunk, block_size: int) -> Tensor:
-    """[start + length] the KV slots of the sequence's tokens up to the chunk's last."""
+    """[start + length] the KV slots of the sequence's tokens up to the chunk's last one."""
     table = chunk.sequence.table
     assert table is not None
     starts = torch.tensor(table.blocks) * block_size

@@ -1,7 +1,7 @@
 """Paged attention by the native kernel (``adapters/kernels/cpu/src/attention.h``), for bf16 on a CPU.
 
-It reads the pages in place and gives a token the same result to the bit however its prompt was cut and
-whatever else is in the step.
+It reads the pages in place. A token's result is bit-identical however its prompt was chunked and whatever
+else is in the step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NativePages:
         self.layers = {layer: self._layer(shape, num_slots) for layer, shape in shapes.items()}
 
     def check(self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
-        """Raises ValueError if the kernel would read or write beside what this layer has."""
+        """Raises ValueError if the kernel would read or write outside this layer's pages."""
         pages = self.layers[layer]
         kv = (tokens, pages.kv_heads, pages.head_dim)
         heads = q.shape[1]
@@ -40,7 +40,7 @@ class NativePages:
 
     def _layer(self, shape: KvShape, num_slots: int) -> ctypes.Structure:
         size = num_slots * shape.kv_heads * shape.key_dim
-        # Not zeroed: what was never written is never read, and takes no memory before it is.
+        # Not zeroed: pages are written before they are read, and take no memory until then.
         keys, values = (torch.empty(size, dtype=torch.bfloat16) for _ in range(2))
         self._memory += [keys, values]
         return Pages(keys.data_ptr(), values.data_ptr(), shape.kv_heads, shape.key_dim)
@@ -60,7 +60,7 @@ class NativePaged:
 
     @staticmethod
     def fits(shapes: Mapping[int, KvShape], block_size: int) -> bool:
-        """Whether the kernel can serve these layers: whole tiles in a block, whole registers in a head."""
+        """Whether the kernel supports these layers: blocks of whole tiles, heads of whole registers."""
         even = all(
             shape.key_dim == shape.value_dim and shape.key_dim % TILE == 0 for shape in shapes.values()
         )

@@ -1,4 +1,4 @@
-"""A step's tokens as the native kernels see them (``Tokens`` in native.h): plain integer arrays."""
+"""A step's tokens for the native kernels (``Tokens`` in native.h): plain integer arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class NativeTokens:
-    """The arrays of the step under way; ``struct`` points at them."""
+    """The arrays of the current step; ``struct`` points at them."""
 
     def __init__(self, block_size: int) -> None:
         self._tiles_in_block = np.arange(block_size // TILE)

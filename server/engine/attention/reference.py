@@ -1,4 +1,4 @@
-"""Attention over pages by the definition, in plain torch: the spec that every ``PagedKernel`` equals."""
+"""Attention over pages in plain torch: the reference for every ``PagedKernel``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.engine.attention.flash_metadata import FlashMetadata
 
 
 class ReferencePaged:
-    """See ``PagedKernel``. Slow, in float32, one sequence after the other."""
+    """See ``PagedKernel``. Slow: in float32, one sequence after the other."""
 
     name = "reference"
 

@@ -1,8 +1,8 @@
-"""Paged attention with torch's own flash kernels; right on every device.
+"""Paged attention with torch's own kernels, for every device.
 
-Keys and values are gathered from their pages, then attended to by ``scaled_dot_product_attention``. In
-decoding, the query heads that share a KV head are laid out as that head's query rows, so that the gathered
-keys are read once and not once a query head.
+Keys and values are gathered from their pages and passed to ``scaled_dot_product_attention``. In decoding, the
+query heads that share a KV head become that head's query rows, so the gathered keys are read once and not
+once for each query head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Cache = tuple[Tensor, Tensor]
 class TorchPaged:
     """See ``AttentionBackend``. A layer's keys and values are each [blocks * block_size + 1, kv_heads, dim].
 
-    The last slot is never written: padding reads it.
+    The last slot is never written; padding reads it.
     """
 
     name = "torch SDPA over gathered pages"

@@ -1,7 +1,7 @@
-"""FlashAttention-2 over pages in Triton: for GPUs and models that no other build of it serves.
+"""FlashAttention-2 over pages in Triton, for GPUs and models that no other build supports.
 
-PyTorch's own reads no block tables in 2.11 and caps no scores in 2.13; and all other builds want pages of
-256 tokens.
+PyTorch's own build has no block tables in 2.11 and no soft cap in 2.13. All other builds need pages of 256
+tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -21,26 +21,26 @@ from server.engine.attention.flash_metadata import FlashMetadata
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _ROWS = 64
-"""Rows of a program's tile in prompts, each a query token and head; all heads of a token share a KV head."""
+"""Rows of a program's tile in prompts. A row is a query token and head; all heads share a KV head."""
 
 _PROGRAMS = 512
-"""As many programs keep a large GPU's memory busy: 4 on each of 128 multiprocessors."""
+"""This many programs keep a large GPU's memory busy: 4 on each of 128 multiprocessors."""
 
 _MOST_SPLITS = 32
-"""Programs that share one sequence's keys. A power of two."""
+"""Most programs that share one sequence's keys. A power of two."""
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 SHAPE_FREE = ["sequences", "width", "splits"]
-"""Arguments of which Triton shall not compile variants by their value."""
+"""Arguments whose values Triton must not specialise on."""
 
 
 class TritonPaged:
     """See ``PagedKernel``; q's last dimension must be dense.
 
-    Decoding is bound by reading the keys and values once, by enough programs: where there are few sequences,
-    several programs share one's keys, and a second launch puts their results together. Which, depends on the
-    number of sequences alone, not on their lengths.
+    Decoding is bound by reading the keys and values once, which takes enough programs. If there are few
+    sequences, several programs share the keys of one, and a second launch combines their results. The number
+    of splits depends on the number of sequences alone, not on their lengths.
     """
 
     name = "FlashAttention-2 in Triton"
@@ -87,7 +87,7 @@ def form_of(
     """The constants of ``attend_pages``."""
     padded = max(triton.next_power_of_2(dim), 16)
     rows = max(triton.next_power_of_2(group), 16)
-    # Triton's interpreter multiplies bf16's bits as integers; products of bf16 are exact in float32 too.
+    # Triton's interpreter would multiply bf16's bits as integers. Products of bf16 are exact in float32 too.
     dot = tl.float32 if triton.knobs.runtime.interpret else _TYPES[dtype]
     return {
         "TYPE": _TYPES[dtype],
@@ -130,19 +130,19 @@ def attend_pages(
 ):  # fmt: skip
     """out[t, h] = sum over the keys j that t sees of softmax(scale * q[t, h] . k[j])[j] * v[j]
 
-    A program has the M / GROUP query tokens of one block, with all GROUP heads of a KV head, and one split of
-    the keys that any of them sees.
+    A program computes the M / GROUP query tokens of one block, with all GROUP heads of a KV head, over one
+    split of the keys that any of these tokens sees.
 
     Grid: (query blocks, KV heads, splits).
 
     Args:
-        out: [tokens, heads, DIM]; with SPLIT float32 [splits, tokens, heads, DIM], each split's own result.
-        sums: with SPLIT, float32 [splits, tokens, heads], base 2 logarithm of each split's sum of
-            exponentials; -inf where a split has no key, and then its result is not written.
-        q: [tokens, heads, DIM], ``q_token`` and ``q_head`` apart.
+        out: [tokens, heads, DIM]; with SPLIT float32 [splits, tokens, heads, DIM], the result of each split.
+        sums: with SPLIT, float32 [splits, tokens, heads], the base 2 logarithm of each split's sum of
+            exponentials; -inf where a split has no key, and its result is then not written.
+        q: [tokens, heads, DIM], with strides ``q_token`` and ``q_head``.
         keys, values: [blocks, PAGE, KV_HEADS, DIM].
         query_starts, lengths, tables: see ``FlashMetadata``; a table's row has ``width`` blocks.
-        DOT: what is multiplied in: TYPE, or float32 where the interpreter cannot do TYPE.
+        DOT: the type of the products: TYPE, or float32 where the interpreter does not support TYPE.
         WINDOW: 0 = none.
         DECODE: every sequence has one query token.
     """
@@ -197,7 +197,7 @@ def attend_pages(
             seen &= j[None, :] > place[:, None] - WINDOW
         scores = tl.where(seen, scores * LOG2_E, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen nothing yet
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a row may have seen no key yet
         weights = tl.exp2(scores - finite[:, None])
         kept = tl.exp2(highest - finite)
         v = tl.load(values + at[:, None] + d[None, :], mask=known[:, None] & (d < DIM)[None, :], other=0.0)
@@ -224,7 +224,7 @@ def attend_pages(
 def join_parts(
     out, parts, sums, splits, DIM: tl.constexpr, D: tl.constexpr, MOST: tl.constexpr
 ):  # fmt: skip
-    """out[t, h] = sum over splits of share[split] * parts[split, t, h], by each one's share of the whole sum.
+    """out[t, h] = sum over splits of share[split] * parts[split, t, h]; share = its part of the total sum.
 
     Grid: (tokens, heads). ``parts`` and ``sums`` are those of ``attend_pages``.
     """

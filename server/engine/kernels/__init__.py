@@ -1,18 +1,18 @@
-"""The small operations of a Llama-like block, on a step's flattened tokens, several backends.
+"""The small operations of a Llama-like block, on a step's flattened tokens, in several backends.
 
-    fused_add_rms_norm:          x = x + delta, or x + RMSNorm(delta); then RMSNorm(x), where
-                       RMSNorm(x) = x / sqrt(mean(x²) + eps) * weight
-    rope_and_cache:  q, k = rotate(q), rotate(k), or of the RMSNorm of each head, where
-                       rotate(x) = x * cos + rotate_half(x) * sin and rotate_half((a, b)) = (-b, a);
-                       pages[new_slots] = k, v
-    gated:             act(gate) * up
+    fused_add_rms_norm: x = x + delta, or x + RMSNorm(delta); then RMSNorm(x), where
+                        RMSNorm(x) = x / sqrt(mean(x²) + eps) * weight
+    rope_and_cache:     q, k = rotate(q), rotate(k), or of the RMSNorm of each head, where
+                        rotate(x) = x * cos + rotate_half(x) * sin and rotate_half((a, b)) = (-b, a);
+                        pages[new_slots] = k, v
+    act_and_mul:        act(gate) * up
 
-Activations are bf16, fp16 or float32, and contiguous; arithmetic is in float32, rounded once to their dtype
-(and after each addition to x, which the next norm then sees rounded). Norms' weights are float32, with what
-a model adds to them (Gemma's 1 + weight) already in them. ``reference.py`` is the specification.
+Activations are contiguous bf16, fp16 or float32. Arithmetic is in float32 and rounded once to their dtype. An
+addition to x is also rounded, before the next norm reads x. Norm weights are float32 and include what a model
+adds to them (Gemma's 1 + weight). ``reference.py`` is the specification.
 
-On a GPU each is one launch, whose shape depends on its tensors' shapes alone: nothing waits for the device,
-so all may run in a CUDA graph (once they ran outside one: the first call compiles).
+On a GPU each operation is one launch, whose grid depends on its tensors' shapes alone. Nothing waits for the
+device, so all of them may run in a CUDA graph. The first call compiles, so it must run outside a graph.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 class BlockOps(Protocol):
-    """See the module's docstring. n = tokens of the step."""
+    """See the module's docstring. n is the number of tokens of the step."""
 
     def fused_add_rms_norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, delta_weight: Tensor | None = None
     ) -> Tensor:
-        """Add delta to x, in place; the new x's norm in a new tensor.
+        """Add delta to x in place; return the norm of the new x in a new tensor.
 
         Args:
             x, delta: [n, hidden]. Without a delta x stays as it is.
             weight: [hidden].
-            delta_weight: [hidden], of the norm through which delta goes first (Gemma2's "post" norms).
+            delta_weight: [hidden], the weight of a norm that delta passes first (Gemma2's "post" norms).
         """
 
     def rope_and_cache(
@@ -52,26 +52,26 @@ class BlockOps(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        """Turn q and k by their positions; k and v go into the pages.
+        """Apply the rotary embedding to q and k, and write k and v to the pages.
 
         Args:
             qkv: [n, (heads + 2 * kv_heads) * dim], q, k and v side by side, as one projection makes them.
-            cos, sin: float32 [positions, dim], as transformers' rotary embedding makes them. All of a head is
-                turned (as in Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma2; none of them turns a part).
-            positions: int64 [n], rows of cos and sin.
+            cos, sin: float32 [positions, dim], as transformers' rotary embedding makes them. The whole head
+                is rotated (as in Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma2).
+            positions: int64 [n], the rows of cos and sin to use.
             new_slots: int64 [n], block * block_size + offset of each token.
             key_pages, value_pages: [blocks, block_size, kv_heads, dim].
-            q_norm, k_norm: float32 [dim], both or none; each head of q and k goes through them first (Qwen3).
-            eps: of these norms.
+            q_norm, k_norm: float32 [dim], both or neither; norms of each head of q and k, applied first
+                (Qwen3).
+            eps: the epsilon of these norms.
 
         Returns:
-            q [n, heads, dim], a view of qkv, where it is turned in place: a head's values and the heads of a
-            token lie side by side, which is what attention kernels ask for. Of k and v, what qkv holds is
-            as it was.
+            q [n, heads, dim], a view of qkv, rotated in place. The values of a head and the heads of a token
+            are contiguous, as attention kernels require. The k and v in qkv are unchanged.
         """
 
     def act_and_mul(self, gate_up: Tensor, gelu: bool) -> Tensor:
-        """act(gate) * up [n, m] of gate_up [n, 2 * m]; act is SiLU, or GELU by its tanh formula."""
+        """act(gate) * up [n, m] of gate_up [n, 2 * m]; act is SiLU, or GELU in its tanh form."""
 
 
 def choose(device: torch.device) -> BlockOps:

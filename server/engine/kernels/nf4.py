@@ -1,25 +1,25 @@
 """x W^T for W in NF4 and up to ``MOST_ROWS`` rows of x, in Triton: the 4-bit weights are read once.
 
-W is as bitsandbytes packs it: two weights a byte, the even one of a row in the high nibble; a float32 scale
-for each run of ``blocksize`` of a row's weights. A weight is what bitsandbytes makes of it, to the bit:
+W is packed as by bitsandbytes: two weights in each byte, the even one of a row in the high nibble, and a
+float32 scale for each ``blocksize`` weights of a row. A decoded weight is bit-identical to bitsandbytes':
 code[nibble] * scale in float32, rounded to x's type. Sums are in float32.
 
-A program has an N tile of W's rows and all rows of x, so that each weight is decoded once. It never puts a
-byte's two weights side by side: it multiplies the high nibbles with the even columns of x and the low ones
-with the odd columns, which are the halves of x's 32-bit words. The product is W x^T, not x W^T: tensor cores
-ask for 64 rows on the left, and there the weights may stay in registers.
+A program computes an N tile of W's rows with all rows of x, so each weight is decoded once. It never
+interleaves the two weights of a byte. Instead it multiplies the high nibbles with the even columns of x and
+the low nibbles with the odd columns, which are the halves of x's 32-bit words. The product is W x^T, and not
+x W^T: tensor cores need 64 rows on the left, and the left operand may stay in registers.
 
-Decoding is what such a product is bound by, next to memory: at an H100's bandwidth a multiprocessor gets 26
-weights a cycle and issues 128 instructions. So the code book is in the registers of a warp's lanes, and a
-shuffle looks up: one instruction for an exact float32, whose index needs no masking (the book is there twice:
-a lane's number has five bits, of which the fifth may be the next nibble's). Triton's own ways take two
-address computations a weight (``tl.load``) or a barrier a tile (``tl.gather``); choosing among bytes (PRMT)
-runs at half rate and cannot give float32. In all it is about 5 instructions a weight on compute capability
-9.0.
+Such a product is bound by decoding and by memory: at an H100's bandwidth a multiprocessor receives 26 weights
+in each cycle and issues 128 instructions. So the code book is in the registers of a warp's lanes, and one
+shuffle instruction looks up an exact float32. Its index needs no mask, because the book is there twice: a
+lane number has five bits, and the fifth may belong to the next nibble. Triton's own lookups take two address
+computations for each weight (``tl.load``) or a barrier for each tile (``tl.gather``). Selecting bytes
+(PRMT) runs at half rate and cannot give float32. In total it is about 5 instructions for each weight on
+compute capability 9.0.
 
-Where there are few N tiles, K is split and a second launch adds up the parts, in order: no atomics, the same
-bits every time. Launches depend on shapes alone, so they may run in a CUDA graph (once they ran outside one:
-the first call compiles). Nothing outside this file imports Triton for it.
+If there are few N tiles, K is split, and a second launch adds up the parts in order: without atomics, with
+the same bits every time. Launches depend on shapes alone, so they may run in a CUDA graph. The first call
+compiles, so it must run outside a graph. Only this file imports Triton for it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -37,26 +37,26 @@ from torch import Tensor
 MOST_ROWS = 128
 
 TILE_K = 64
-"""Weights of a row in one step of the loop: 32 bytes, what a GPU's memory gives at least."""
+"""Weights of a row in one iteration of the loop: 32 bytes, a GPU's smallest memory transaction."""
 
 _MOST_PARTS = 8
 _FEWEST_TILES = 4
-"""Of K in a part: a loop that is shorter never fills its stages."""
+"""Least tiles of K in a part: a shorter loop never fills its stages."""
 
 _WARPS_PER_SM = 8
-"""For which K is split; as many as have room with the registers that 64 rows need."""
+"""K is split until there are this many; more do not fit with the registers that 64 rows need."""
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Constants for up to so many rows.
+    """Compile-time constants for up to ``rows`` rows.
 
     Attributes:
-        n: outputs of a program. x is read once for each N tile, from the cache: the more rows, the wider.
-        stages: of the loop. 16 KB of weights and more on their way to each multiprocessor hide the memory's
-            latency; x's tiles beside them limit how many have room.
+        n: outputs of a program. x is read from the cache once for each N tile, so more rows need wider tiles.
+        stages: of the loop. At least 16 KB of weights in flight for each multiprocessor hide the memory's
+            latency. The tiles of x limit the number of stages that fit.
     """
 
     rows: int
@@ -66,11 +66,11 @@ class Form:
 
 
 FORMS = Form(16, 128, 4, 6), Form(32, 128, 4, 5), Form(64, 256, 8, 4), Form(MOST_ROWS, 128, 8, 3)
-"""At most 91 KB of shared memory, of the 99 that a program may have from compute capability 8.0 on."""
+"""They use at most 91 KB of shared memory; a program may use 99 KB from compute capability 8.0 on."""
 
 
 def why_not(inputs: int, blocksize: int, quant_type: str) -> str | None:
-    """Why weights of this kind have no product here, or None."""
+    """Why this kernel does not support such weights, or None."""
     if quant_type != "nf4" or blocksize % TILE_K or inputs % blocksize:
         return f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {TILE_K}"
     return None
@@ -83,8 +83,8 @@ def product(
 
     Args:
         x: bf16 or fp16 [rows, inputs], 1 to ``MOST_ROWS`` rows.
-        packed: uint8, outputs * inputs / 2 of them, row by row.
-        scales: float32, by row and block of it.
+        packed: uint8 [outputs * inputs / 2], row by row.
+        scales: float32, one for each block of each row.
         code: float32 [16].
         bias: of x's type.
     """
@@ -108,11 +108,11 @@ def product(
 
 
 def split(tiles: int, warps: int, multiprocessors: int) -> tuple[int, int]:
-    """Into how many parts K is cut, and how many of its tiles are in each.
+    """The number of parts that K is split into, and the number of tiles in each part.
 
     Args:
-        tiles: of K.
-        warps: of all programs if it is not cut.
+        tiles: tiles of K.
+        warps: warps of all programs without a split.
     """
     wanted = min(_WARPS_PER_SM * multiprocessors // warps, tiles // _FEWEST_TILES, _MOST_PARTS)
     part = triton.cdiv(tiles, max(wanted, 1))
@@ -121,7 +121,7 @@ def split(tiles: int, warps: int, multiprocessors: int) -> tuple[int, int]:
 
 @cache
 def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, object]:
-    """What is compiled in. Triton's interpreter knows no PTX, and multiplies bf16's bits as integers."""
+    """The compile-time constants. Triton's interpreter has no PTX and would multiply bf16 as integers."""
     kind = _TYPES[dtype]
     interpreted = triton.knobs.runtime.interpret
     return {
@@ -137,10 +137,10 @@ def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, objec
 
 
 def decode_ptx(dtype: torch.dtype) -> str:
-    """Of four neighbouring bytes: their high and their low weights, in pairs.
+    """PTX that decodes four adjacent bytes to their high and their low weights, in pairs.
 
-    $0 and $1 are the high ones, $2 and $3 the low ones; $4 the bytes, $5 to $8 their scales, $9 to $12 four
-    times the lane's entry of the code book.
+    $0 and $1 are the high weights, $2 and $3 the low ones. $4 is the bytes, $5 to $8 are their scales, $9 to
+    $12 are four times the lane's entry of the code book.
     """
     kind = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
     lines = [".reg .f32 w<8>;", ".reg .b32 s;"]
@@ -166,10 +166,10 @@ mul.wide.u32 at, lane, 4;
 add.u64 at, at, $1;
 ld.global.nc.f32 $0, [at];
 }""")
-"""The lane's entry of the code book at address $1: a scalar to Triton, and another one in each lane."""
+"""Loads the lane's entry of the code book at address $1. Triton sees a scalar, but each lane has its own."""
 
 _ADDED = 512
-"""Outputs of a program that adds parts up: four a thread, which so has all parts of them."""
+"""Outputs of a program that adds up parts: four for each thread, which reads all parts of them."""
 
 
 @cache
@@ -185,13 +185,13 @@ def _multiply(
 ):  # fmt: skip
     """sums[part, m, n] = bias[n] + sum over k in part of x[m, k] * W[n, k]
 
-    Grid: (N tiles, parts of K). Beyond M and N the last row is computed again, so that no load has a mask.
+    Grid: (N tiles, parts of K). Beyond M and N the last row is computed again, so loads need no mask.
 
     Args:
         sums: float32 [parts, M, N], or y itself.
-        x: its rows as int32 [M, K / 2], each an even column (low half) and the odd one after it.
-        part_tiles: of BLOCK_K, in a part.
-        PTX: decode by ``decode_ptx``; else in Triton, which gives the same.
+        x: int32 [M, K / 2], each word an even column (low half) and the odd column after it.
+        part_tiles: tiles of BLOCK_K in a part.
+        PTX: decode with ``decode_ptx``; else in Triton, with the same result.
     """
     HALF: tl.constexpr = BLOCK_K // 2
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -229,7 +229,7 @@ def _multiply(
 
 @triton.jit
 def _decode(weights, scale, codes, lane_code, TYPE: tl.constexpr, PTX: tl.constexpr):
-    """The high and the low weights of bytes."""
+    """The high and the low weights of the bytes."""
     if PTX:
         high, low = tl.inline_asm_elementwise(
             _TO_FP16 if TYPE.is_fp16() else _TO_BF16, "=r,=r,=r,=r,r,f,f,f,f,f,f,f,f",
@@ -247,7 +247,7 @@ def _add_parts(y, sums, bias, M, N, parts, PARTS: tl.constexpr, BLOCK_N: tl.cons
     """y[m, n] = bias[n] + sum over parts of sums[part, m, n]. Grid: (blocks of N, rows).
 
     Args:
-        PARTS: a power of two, at least ``parts``: they are read all at once.
+        PARTS: a power of two, at least ``parts``. All parts are read at once.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.arange(0, PARTS)

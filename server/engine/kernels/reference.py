@@ -1,4 +1,4 @@
-"""The specification of ``BlockOps``, in torch; serves where there is no Triton."""
+"""The specification of ``BlockOps``, in torch. It is used where there is no Triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``BlockOps`` on a GPU, in Triton. Nothing outside this file imports Triton.
 
-A model's sizes are compiled in; what a step brings (how many tokens, where they lie) is not, so that one
-compilation serves every step. All three kernels are bound by memory: a thread reads 16 bytes at a time.
+A model's sizes are compile-time constants. A step's sizes and addresses are not, so one compilation serves
+every step. All three kernels are bound by memory, so a thread reads 16 bytes at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -15,7 +15,7 @@ from torch import Tensor
 
 _WARP = 32
 _WIDE = 8
-"""16-bit values in 16 bytes."""
+"""The number of 16-bit values in 16 bytes."""
 
 
 def fused_add_rms_norm(
@@ -25,7 +25,7 @@ def fused_add_rms_norm(
     assert delta is None or delta.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    # A row stays in registers, so it is read once: two wide reads a thread, by up to 512 threads.
+    # A row stays in registers, so it is read once, with two wide reads for each of up to 512 threads.
     warps = min(max(block // (2 * _WIDE * _WARP), 1), 16)
     _fused_add_rms_norm[len(x),](out, x, delta, weight, delta_weight, eps, x.shape[1], block, num_warps=warps)
     return out
@@ -57,7 +57,7 @@ def rope_and_cache(
 
 
 _ROPE_WARPS = 4
-"""Each thread reads either half of a head once; so a group is 16 heads of 128 values."""
+"""Each thread reads each half of a head once, so a group is 16 heads of 128 values."""
 
 
 def act_and_mul(gate_up: Tensor, gelu: bool) -> Tensor:
@@ -97,7 +97,7 @@ def _rope_and_cache(
     qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, groups of heads: q's, then k's, then v's). A head is its left and its right half."""
+    """Grid: (tokens, groups of heads: q's, then k's, then v's). Each head is read as two halves."""
     HALF: tl.constexpr = DIM // 2
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
@@ -133,7 +133,7 @@ def _rope_and_cache(
 
 @triton.jit
 def _of_q_or_k(q_norm, k_norm, i, is_q, is_k):
-    """The norm's weights, by whose head it is; 0 for v's, which go through none."""
+    """The norm weights for a head of q or of k; 0 for a head of v, which has no norm."""
     return tl.load(q_norm + i, mask=is_q, other=0.0) + tl.load(k_norm + i, mask=is_k, other=0.0)
 
 
@@ -141,8 +141,8 @@ def _of_q_or_k(q_norm, k_norm, i, is_q, is_k):
 def _act_and_mul(out, gate_up, GELU: tl.constexpr, INNER: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (tokens, blocks of INNER).
 
-    GELU's tanh formula is x * (1 + tanh(z)) / 2 with z = sqrt(2 / pi) * (x + 0.044715 x³), and
-    (1 + tanh(z)) / 2 = sigmoid(2 z): so either activation is x * sigmoid of something.
+    GELU's tanh form is x * (1 + tanh(z)) / 2 with z = sqrt(2 / pi) * (x + 0.044715 x³). Since
+    (1 + tanh(z)) / 2 = sigmoid(2 z), both activations have the form x * sigmoid(...).
     """
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

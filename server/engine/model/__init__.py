@@ -1,7 +1,8 @@
-"""The model: one forward pass over a step's flattened tokens. Everything below here is tensors.
+"""The model: one forward pass over a step's flattened tokens.
 
-``StockModel`` runs transformers' own blocks; for Llama-like ones, where the machine can, ``FusedModel`` runs
-them in one native call on a CPU, ``DeviceModel`` in few launches on a GPU. ``build_model`` chooses, once.
+``StockModel`` runs transformers' own blocks. For Llama-like models, if the machine supports it,
+``FusedModel`` runs them in one native call on a CPU, and ``DeviceModel`` in few launches on a GPU.
+``build_model`` chooses once.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class StepModel(Protocol):
     """Runs steps.
 
     Attributes:
-        name: what it is, for the log.
-        shapes: by layer, its keys and values.
-        bytes_a_position: what ``allocate`` takes for each position of a context, besides the pages.
-        fallbacks: what should run here and does not, and why; after ``warm_up``.
+        name: for the log.
+        shapes: the shape of the keys and values, by layer.
+        bytes_a_position: bytes that ``allocate`` takes for each position, apart from the pages.
+        fallbacks: messages about what should run here but does not, and why; filled by ``warm_up``.
     """
 
     name: str
@@ -42,23 +43,24 @@ class StepModel(Protocol):
 
     @property
     def attention_name(self) -> str:
-        """What attends, for the log and ``/version``; after ``allocate``."""
+        """The attention backend, for the log and ``/version``; known after ``allocate``."""
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Take the memory for the KV pages; before the first step."""
+        """Allocate the KV pages. Call it before the first step."""
 
     def warm_up(self) -> None:
-        """Compile and record what the first requests would wait for; once, while nobody owns a KV block."""
+        """Compile kernels and capture graphs. Call it once, while no sequence owns a KV block."""
 
     def __call__(
         self, chunks: Sequence[Chunk], rows: Tensor | None = None, prev_tokens: Tensor | None = None
     ) -> Tensor:
-        """Compute ``chunks`` and return float32 logits [n, vocabulary], which last until the next call.
+        """Compute ``chunks`` and return float32 logits [n, vocabulary], valid until the next call.
 
         Args:
-            rows: int64 [n], which of the step's tokens give logits; None = the last of each sampling chunk.
-            drawn: int64, on the device: what the step before drew, which nobody has read yet. A token id
-                -1-i among the chunks' stands for the i-th of them.
+            rows: int64 [n], the tokens of the step that give logits; None = the last token of each chunk that
+                samples.
+            prev_tokens: int64, on the device: the tokens that the previous step sampled and the host has not
+                read yet. A token id -1-i in the chunks stands for the i-th of them.
         """
 
 
@@ -71,13 +73,13 @@ def build_model(
     enforce_eager: bool = False,
     found: Probe | None = None,
 ) -> StepModel:
-    """The fastest model that serves this base here exactly.
+    """The fastest model that serves this base exactly on this machine.
 
     Args:
         block_size: tokens of a KV block.
         max_tokens: most tokens of a step.
         max_seqs: most sequences of a step.
-        enforce_eager: on a GPU, without CUDA graphs.
+        enforce_eager: use no CUDA graphs.
         found: as for ``StockModel``.
     """
     stock = StockModel(base, pool, found)
@@ -112,7 +114,7 @@ def _on_gpu(
     from server.engine.model.cuda.graphs import cuda_graphs
     from server.engine.model.cuda.model import DeviceModel, why_not_device
 
-    stock.allocate(1, block_size)  # tells how it attends
+    stock.allocate(1, block_size)  # chooses the attention backend
     reason = why_not_device(stock)
     if reason is not None:
         return reason

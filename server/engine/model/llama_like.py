@@ -1,6 +1,6 @@
-"""What the fused models must know of Llama-like ones: names, activations, norms, rotary angles; a guard.
+"""What the fused models know of Llama-like models: names, activations, norms, rotary angles, and a check.
 
-``fused.py`` runs them on a CPU, ``device.py`` on a GPU. Whatever is not known here runs on transformers' own
+``cpu/model.py`` runs them on a CPU, ``cuda/model.py`` on a GPU. All other models run on transformers' own
 blocks.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
 
 ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
-"""Whether it is GELU's tanh form, by transformers' own."""
+"""By transformers' class, whether the activation is GELU in its tanh form."""
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
@@ -55,11 +55,11 @@ _CHECK_TOKENS = 40
 """Length of the prompt on which two models are compared."""
 
 ALIKE = 0.15
-"""``distance`` that bf16's rounding explains."""
+"""Largest ``distance`` that rounding to bf16 explains."""
 
 
 def why_unlike_llama(model: Any) -> str | None:
-    """Why no fused step knows this model, or None."""
+    """Why there is no fused step for this model, or None."""
     if model.config.model_type not in MODEL_TYPES:
         return f"there is no fused step for {model.config.model_type}"
     if model.model.rotary_emb.rope_type not in STATIC_ROPE:
@@ -71,23 +71,23 @@ def why_unlike_llama(model: Any) -> str | None:
 
 
 def norms_of(model: Any, layer: Any) -> Mapping[str, str]:
-    """Where a block's norms are, by what they are for."""
+    """The paths of a block's norms, by role."""
     block = _GEMMA2_NORMS if model.config.model_type == "gemma2" else _BLOCK_NORMS
     heads = {role: path for role, path in _HEAD_NORMS.items() if hasattr(layer.self_attn, role)}
     return {**block, **heads}
 
 
 def norm_weight(model: Any, weight: Tensor) -> Tensor:
-    """What a fused norm multiplies by: float32."""
+    """The weight that a fused norm multiplies by: float32, with Gemma's 1 added."""
     return (weight.float() + 1.0 if model.config.model_type in _PLUS_ONE else weight.float()).contiguous()
 
 
 @torch.inference_mode()
 def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [positions, head_dim] as the model makes them, its scaling included.
+    """Cosines and sines, float32 [positions, head_dim], as the model computes them, with its scaling.
 
     Args:
-        at_once: positions computed together: what that takes besides the tables does not grow with them.
+        at_once: positions computed at a time, which bounds the temporary memory.
     """
     like = torch.zeros(1, dtype=torch.bfloat16, device=model.device)
     size = positions, head_size(model)
@@ -101,7 +101,7 @@ def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> tuple[Tens
 
 
 def angle_bytes(model: Any) -> int:
-    """What ``rotary_angles`` keeps for each position."""
+    """Bytes of ``rotary_angles`` for each position."""
     return 2 * 4 * head_size(model)
 
 
@@ -113,9 +113,9 @@ def head_size(model: Any) -> int:
 def differs_from(
     ours: StepModel, stock: StepModel, config: Any, block_size: int, max_tokens: int
 ) -> str | None:
-    """Run both on a made-up prompt; says so if ours is not the model that transformers would run.
+    """Run both models on a dummy prompt; returns how they differ, or None if they agree.
 
-    A guard against configurations that the fused steps do not know of.
+    This catches configurations that the fused steps do not know.
     """
     prompt = made_up_prompt(config, min(_CHECK_TOKENS, max_tokens), block_size)
     for model in (ours, stock):
@@ -126,5 +126,5 @@ def differs_from(
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
-    """Of logits: the mean one, in standard deviations of the expected ones."""
+    """Root mean square difference of logits, in standard deviations of the expected ones."""
     return float((got - expected).square().mean().sqrt() / expected.std())

@@ -1,4 +1,4 @@
-"""Steps of nobody's: to compare two models, to warm one up, to see how much memory a step takes."""
+"""Dummy steps: to compare two models, to warm one up, to measure the memory of a step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _WARM_TOKENS = 256
 
 
 def made_up_prompt(config: Any, length: int, block_size: int, slot: int = -1) -> Chunk:
-    """A whole prompt in the first KV blocks; only while nobody owns them.
+    """A whole prompt in the first KV blocks. Use it only while no sequence owns them.
 
     Args:
-        config: the model's; nothing gets longer than it allows.
-        slot: an adapter's place. A free one has no rows, so that kernels run and add nothing.
+        config: the model's config; it limits the length.
+        slot: an adapter slot. A free slot has no rank rows, so the kernels run and add nothing.
     """
     length = min(length, config.max_position_embeddings)
     prompt = tuple((37 * i + 11) % config.vocab_size for i in range(length))
@@ -28,7 +28,7 @@ def made_up_prompt(config: Any, length: int, block_size: int, slot: int = -1) ->
 
 
 def warming_steps(config: Any, num_blocks: int, block_size: int) -> list[list[Chunk]]:
-    """A prompt, then a token, each under an adapter: together they launch every kernel that steps launch."""
+    """A prompt, then one token, each with an adapter. Together they launch every kernel that steps use."""
     length = min(_WARM_TOKENS, num_blocks * block_size)
     prompt = made_up_prompt(config, length, block_size, slot=0)
     return [[prompt], [Chunk(prompt.sequence, prompt.length - 1, 1)]]

@@ -1,4 +1,4 @@
-"""What a base's forward pass does, learnt from a run on a few tokens: how it attends, what linears get."""
+"""Runs a base on a few tokens to learn how it attends and what its linears receive."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TOKENS = 5
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What was learnt.
+    """What the run showed.
 
     Attributes:
-        host: where the model's attention calls arrive from now on.
-        shapes, specs: by layer, what its keys and values look like and how it attends.
-        rows: by linear, of how many rows its inputs were; empty = nothing came to it.
+        host: receives the model's attention calls from now on.
+        shapes, specs: the shape of keys and values, and the attention spec, by layer.
+        rows: by linear, the row counts of its inputs; empty = it was not called.
     """
 
     host: AttentionHost
@@ -41,10 +41,10 @@ class Probe:
 
 @torch.inference_mode()
 def probe(base: LoadedBase) -> Probe:
-    """Run ``base``, whose modules nobody has wrapped yet, on five tokens, of which one gives logits.
+    """Run ``base`` on five tokens, of which one gives logits. Its modules must not be wrapped yet.
 
     Raises:
-        BaseModelError: it cannot be served; names its architecture and says why.
+        BaseModelError: it cannot be served; names its architecture and the reason.
     """
     model, config = base.model, base.model.config
     check_config(config)
@@ -67,14 +67,14 @@ def probe(base: LoadedBase) -> Probe:
 
 
 def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """float32 logits [n, vocabulary] of ``rows`` [n] of a step's tokens."""
+    """float32 logits [n, vocabulary] of the step's tokens ``rows`` [n]."""
     out = model(input_ids=tokens[None], position_ids=positions[None], logits_to_keep=rows, use_cache=False)
     logits: Tensor = out.logits[0].float()
     return logits
 
 
 def servable(base: LoadedBase, found: Probe) -> LoadedBase:
-    """``base`` without the linears that adapters cannot add to, since they do not see each token once."""
+    """``base`` without the linears that LoRA cannot apply to, because they do not see each token once."""
     unservable = {
         name: "the base does not run it on each token of a step by itself"
         for name, counts in found.rows.items()
@@ -82,14 +82,14 @@ def servable(base: LoadedBase, found: Probe) -> LoadedBase:
     }
     if not unservable:
         return base
-    log.info("adapters cannot add to %d linears, the first is %s", len(unservable), next(iter(unservable)))
+    log.info("LoRA cannot apply to %d linears; the first is %s", len(unservable), next(iter(unservable)))
     sites = {name: site for name, site in base.layout.sites.items() if name not in unservable}
     return replace(base, layout=replace(base.layout, sites=sites, unservable=unservable))
 
 
 @contextmanager
 def _counting(model: Any, rows: dict[str, set[int]]) -> Iterator[None]:
-    """Note of how many rows the inputs of these linears are."""
+    """Record the row counts of these linears' inputs."""
 
     def note(counts: set[int], _: object, inputs: tuple[Tensor, ...]) -> None:
         counts.add(math.prod(inputs[0].shape[:-1]))
@@ -107,7 +107,7 @@ def _counting(model: Any, rows: dict[str, set[int]]) -> Iterator[None]:
 
 @contextmanager
 def _naming(config: Any) -> Iterator[None]:
-    """Whatever the model's code raises, as a refusal of its architecture."""
+    """Turn any exception from the model's code into a BaseModelError that names the architecture."""
     try:
         yield
     except torch.OutOfMemoryError:

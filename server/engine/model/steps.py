@@ -1,4 +1,4 @@
-"""A step's chunks as one run of tokens."""
+"""A step's chunks as one flat list of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.engine.sequence import Chunk
 
 
 def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
-    """Runs of the step's tokens that share an adapter; base tokens are in none."""
+    """The step's runs of tokens that share an adapter. The base's tokens are in no segment."""
     segments: list[Segment] = []
     token = 0
     for chunk in chunks:
@@ -27,9 +27,9 @@ def lora_segments(chunks: SequenceOf[Chunk]) -> list[Segment]:
 
 
 def flatten(chunks: SequenceOf[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and positions of the step [tokens], and which of them give logits.
+    """The step's token ids [tokens], their positions [tokens], and the indices of those that give logits.
 
-    A negative id stands for a token that nobody has read yet (``transfer.resolve``).
+    A negative id stands for a token that the host has not read yet (``transfer.resolve``).
     """
     tokens: list[int] = []
     positions: list[int] = []

@@ -1,6 +1,6 @@
-"""Which architectures the engine can step. Of the tokens before it keeps keys and values, and nothing else.
+"""Checks which architectures the engine can serve. The engine's only state of past tokens is the KV cache.
 
-Configs are transformers'.
+Configs are transformers' configs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from adapters.errors import BaseModelError
 
 _STEPPED = frozenset({"attention", "full_attention", "sliding_attention"})
-"""Kinds of layers, as configs name them."""
+"""Supported layer types, as configs name them."""
 
 
 def name_of(config: Any) -> str:
@@ -21,24 +21,24 @@ def name_of(config: Any) -> str:
 
 
 def check_config(config: Any) -> None:
-    """Raises BaseModelError that names the architecture if the engine cannot step it."""
+    """Raises BaseModelError, which names the architecture, if the engine cannot serve it."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     others = sorted(set(kinds) - _STEPPED)
     if others:
         raise BaseModelError(
             f"{name_of(config)} cannot be served: it has layers of the kind {', '.join(others)}, and this "
-            "server steps layers of full and of sliding attention only. Give --base another model."
+            "server supports only layers of full and of sliding attention. Give --base another model."
         )
 
 
 def check_layers(config: Any, attending: Collection[int]) -> None:
-    """The same once it is known which layers attend through the engine."""
+    """Raises BaseModelError if some layers do not attend through the engine."""
     count: int = config.get_text_config().num_hidden_layers
     others = sorted(set(range(count)) - set(attending))
     if others:
         raise BaseModelError(
             f"{name_of(config)} cannot be served: {len(others)} of its {count} layers (the first is layer "
             f"{others[0]}) do not attend through transformers' attention interface, and this server keeps "
-            "nothing else of the tokens before. Give --base another model."
+            "no other state of past tokens. Give --base another model."
         )

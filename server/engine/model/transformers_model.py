@@ -1,6 +1,6 @@
-"""The base as transformers runs it: its own blocks, our attention, our layer around its linears.
+"""The base as transformers runs it, with our attention and our LoRA layers around its linears.
 
-Serves every causal LM that uses transformers' attention interface, on every device.
+It serves every causal LM that uses transformers' attention interface, on every device.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class StockModel:
     """See ``StepModel``.
 
     Args:
-        base: the loaded base; its model is changed in place and belongs to this object from now on.
+        base: the loaded base. Its model is changed in place and belongs to this object from now on.
         pool: the adapters' rank rows, for this base's sites.
-        found: what the base was found to do, if that is known already.
+        found: the result of ``probe``, if it has run already.
 
     Attributes:
-        shapes, specs: by layer, what its keys and values look like and how it attends.
-        layout: the base's modules that adapters may have something for.
-        lora, lora_kernel: which rows are whose, and what computes their part.
-        attention: what owns the KV pages; None before ``allocate``.
+        shapes, specs: the shape of keys and values, and the attention spec, by layer.
+        layout: the base's modules that adapters may change.
+        lora, lora_kernel: the step's assignment of tokens to adapters, and the kernel that applies LoRA.
+        attention: the backend that owns the KV pages; None before ``allocate``.
     """
 
     name = "transformers"
@@ -57,7 +57,7 @@ class StockModel:
         self.fallbacks: list[str] = []
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        self._host.handler = self.attention = None  # what pages there were go before others come
+        self._host.handler = self.attention = None  # free the old pages before allocating new ones
         own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.attention = choose_attention(
             self.shapes,

@@ -73,13 +73,13 @@ def test_why_a_build_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
         reasons.append(why_not(caplog, wanted, **changed))
         caplog.clear()
     assert reasons == [
-        "it is not there (No module named 'it')",
+        "it is not installed (No module named 'it')",
         "it fails: no kernel image",
         "the model computes in torch.float32, not in 16 bits",
         "keys have 64 dimensions and values 32",
         "heads of 20 dimensions are not a multiple of 8 up to 256",
         "heads of 512 dimensions are not a multiple of 8 up to 256",
-        "it cannot cap scores, as this model does",
+        "it has no soft cap of scores, which this model needs",
         "a block holds 32 tokens, not a multiple of 256 (--block-size)",
     ]
     assert why_not(caplog, build(Wrong)).startswith("its results are wrong by")

@@ -113,5 +113,5 @@ def test_the_fused_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a step of 21 tokens"):
         model([made_up_prompt(config, 21, 16)])
     for rows in ([20], [-1], [0, 500]):
-        with pytest.raises(ValueError, match="rows beside the step's 20 tokens"):
+        with pytest.raises(ValueError, match="rows outside the step's 20 tokens"):
             model(step, torch.tensor(rows))

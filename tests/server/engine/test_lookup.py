@@ -85,7 +85,7 @@ async def test_a_slow_look_is_not_waited_for(looker: Looker, monkeypatch: pytest
 
 async def test_a_look_that_fails_is_written_down(looker: Looker, caplog: pytest.LogCaptureFixture) -> None:
     await looker.lookup.look_for("boom")
-    assert "looking for adapter boom failed" in caplog.text
+    assert "looking up adapter boom failed" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a" * 300, "a\nb", "a.tmp", "\ud800"])

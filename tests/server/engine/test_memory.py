@@ -87,7 +87,7 @@ def test_who_has_taken_what_is_said_largest_first_with_the_flags_that_change_it(
     with pytest.raises(ConfigError) as raised:
         left_for_kv(24 * GB, 0.9, shares, GB)
     assert str(raised.value) == (
-        "--gpu-memory-utilization 0.9: 21.60 GiB of the GPU's 24.00 GiB may be used, of which are taken: "
+        "--gpu-memory-utilization 0.9: 21.60 GiB of the GPU's 24.00 GiB may be used. These are taken: "
         "16.00 GiB for rank rows (--max-loras); 5.00 GiB for the base (--base); 0.00 GiB for others. That "
         "leaves 0.60 GiB for keys and values, which need at least 1.00 GiB; raise --gpu-memory-utilization, "
         "or give less to one of these"

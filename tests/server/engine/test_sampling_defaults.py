@@ -55,7 +55,7 @@ def test_a_folder_with_another_file(tmp_path: Path) -> None:
         ("[]", "not a JSON object"),
         ('{"temperature": 3}', "temperature is 3, and must be from 0.0 to 2.0"),
         ('{"temperature": NaN}', "temperature is nan"),
-        ('{"top_k": 0.5}', "top_k is 0.5, which is no number of its kind"),
+        ('{"top_k": 0.5}', "top_k is 0.5, which is not a number of its kind"),
         ('{"top_p": true}', "top_p is True"),
         ('{"repetition_penalty": 1e-38}', "repetition_penalty is 1e-38"),
         ('{"max_new_tokens": 0}', "max_tokens is 0"),

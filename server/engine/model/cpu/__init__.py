@@ -1,1 +1,1 @@
-"""Llama-like models on a CPU: one native call a step."""
+"""Llama-like models on a CPU: one native call for each step."""

@@ -21,14 +21,14 @@ _FINAL_NORM = "model.norm"
 
 
 class FusedHead:
-    """A row's logits are the same to the bit, whichever other rows there are.
+    """The output head. A row's logits are bit-identical whatever other rows there are.
 
     Args:
-        stock: the model; its state says which rows belong to adapters with a norm or head of their own.
-        weights: of the same model.
+        stock: the model. Its LoRA state says which rows belong to adapters with their own norm or head.
+        weights: the weights of the same model.
 
     Attributes:
-        size: how many weights it has.
+        size: the number of weights.
         is_4bit: whether they are NF4.
     """
 
@@ -66,7 +66,7 @@ class FusedHead:
         return self._changed(logits, normed, end) if changed and end is not None else logits
 
     def _changed(self, logits: Tensor, normed: Tensor, end: ResidentEmbeddingOrHead) -> Tensor:
-        """The adapter's pair and adjustment at the head; then the soft cap."""
+        """Apply the adapter's LoRA and its scale at the head; then the soft cap."""
         assert end.pool is not None
         added = torch.zeros(logits.shape, dtype=normed.dtype)
         self._kernel(added, normed, end.pool, [Segment(0, 0, len(normed))])
@@ -77,10 +77,10 @@ class FusedHead:
     def _run(
         self, x: Tensor, rows: Tensor, norm: Tensor, head: Mapping[str, int], softcap: float
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and the normed rows that they are of. ``head``: as ``FusedWeights.head``."""
+        """The logits, and the normed rows that they are computed from. ``head``: as ``FusedWeights.head``."""
         n, wanted = len(rows), rows.tolist()
         if n and not 0 <= min(wanted) <= max(wanted) < len(x):
-            raise ValueError(f"the head is asked for rows beside the step's {len(x)} tokens")
+            raise ValueError(f"the head is asked for rows outside the step's {len(x)} tokens")
         out = torch.empty(n, -(-self._vocabulary // 16) * 16)
         normed = torch.empty(n, x.shape[1], dtype=x.dtype)
         call = HeadCall(

@@ -1,7 +1,7 @@
-"""Llama-like models in one native call a step (``kernels/cpu/src/stack.h``), on 4-bit weights on a CPU.
+"""Llama-like models in one native call for each step (``kernels/cpu/src/stack.h``), on NF4 on a CPU.
 
-The weights stay where bitsandbytes packed them. A request's logits are the same to the bit alone, in any
-batch, beside any adapters, chunked, preempted or from the prefix cache.
+The weights stay as bitsandbytes packed them. A request's logits are bit-identical alone, in any batch, beside
+any adapters, chunked, preempted or from the prefix cache.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class FusedModel:
     """See ``StepModel``.
 
     Args:
-        stock: the same model as transformers runs it; weights, shapes and rotary angles are taken from it.
+        stock: the same model as transformers runs it. Weights, shapes and rotary angles are taken from it.
         pool: the adapters' rank rows.
         max_tokens: most tokens of a step.
 
     Attributes:
-        nanoseconds: spent so far in each of ``STACK_PARTS``; only grows.
-        head: the output head, as a part of its own.
+        nanoseconds: time spent so far in each of ``STACK_PARTS``; never decreases.
+        head: the output head.
         heads_per_kv_head: query heads that share a KV head.
     """
 
@@ -119,7 +119,7 @@ class FusedModel:
         self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
 
     def warm_up(self) -> None:
-        """Nothing: it was compiled when the package was built."""
+        """Do nothing: the kernels were compiled when the package was built."""
 
     @torch.inference_mode()
     def __call__(
@@ -143,21 +143,21 @@ class FusedModel:
         return self.head(x, rows)
 
     def adopt(self, pool: RankPool) -> None:
-        """From now on adapters' own heads and norms come as the native kernels want them."""
+        """Make the pool store adapters' own heads and norms in the native kernels' layout."""
         pool.extras.pack_head, pool.extras.norm_weight = pack_head, self._weights.norm_weight
 
     def _check_extents(self, chunks: SequenceOf[Chunk], count: int) -> None:
-        """Raises ValueError if the kernel would write beside its scratch or read beside its angles."""
+        """Raises ValueError if the kernel would write outside its scratch or read outside its angles."""
         assert self._angles is not None
         longest = max(chunk.stop for chunk in chunks)
         if count > self._max_tokens or longest > len(self._angles[0]):
             raise ValueError(
-                f"a step of {count} tokens, of a sequence of up to {longest}; there is room for "
+                f"a step of {count} tokens with a sequence of {longest} tokens; there is room for "
                 f"{self._max_tokens} tokens and {len(self._angles[0])} positions"
             )
 
     def _norm_slots(self, count: int) -> IntArray | None:
-        """By token, whose norms; None if nobody in the step has any of their own."""
+        """By token, the slot of the adapter whose norms apply; None if no adapter in the step has norms."""
         extras_segments = [part for part in self._lora.extras_segments if part.extras.norms]
         if not extras_segments:
             return None

@@ -1,4 +1,4 @@
-"""A Llama-like model's weights as the native stack reads them: addresses into the loaded model."""
+"""A Llama-like model's weights for the native stack: addresses into the loaded model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from server.engine.model.llama_like import LINEARS, norm_weight, norms_of
 
 
 class FusedWeights:
-    """The ``Block`` structs of all layers, and whatever they point at that the model itself does not hold.
+    """The ``Block`` structs of all layers, and the tensors that they point at and the model does not hold.
 
     Args:
-        model: transformers' model, its linears already wrapped for adapters and packed for the CPU.
+        model: transformers' model. Its linears are already wrapped for adapters and packed for the CPU.
 
     Attributes:
-        head: the fields of ``HeadCall`` that say what the head multiplies by.
+        head: the fields of ``HeadCall`` for the head's weights.
     """
 
     def __init__(self, model: Any, pool: RankPool, specs: Mapping[int, AttentionSpec]) -> None:
@@ -65,7 +65,7 @@ class FusedWeights:
         )
 
     def norm_weight(self, weight: Tensor) -> Tensor:
-        """What the native norm multiplies by: float32."""
+        """The weight that the native norm multiplies by: float32."""
         return norm_weight(self._model, weight)
 
     def _norm(self, module: Any, pool: RankPool, name: str) -> ctypes.Structure:
@@ -79,7 +79,7 @@ class FusedWeights:
 
 
 def _codebook(layer: Any) -> Tensor:
-    """NF4's sixteen values in bf16, as bitsandbytes has them."""
+    """NF4's sixteen values in bf16, from bitsandbytes."""
     code: Tensor = layer.get_submodule(LINEARS["q"]).base.weight.quant_state.code
     return code.detach().to(torch.bfloat16)
 
@@ -91,7 +91,7 @@ def is_4bit(linear: Any) -> bool:
 
 
 def pack_head(weight: Tensor) -> Tensor:
-    """[vocabulary, hidden] -> [groups, hidden / 2, 16, 2]: sixteen words' weights lie side by side."""
+    """[vocabulary, hidden] -> [groups, hidden / 2, 16, 2]: the weights of sixteen words are interleaved."""
     vocabulary, hidden = weight.shape
     groups = -(-vocabulary // 16)
     padded = torch.zeros(groups * 16, hidden, dtype=torch.bfloat16)

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: recorded once for each batch size, replayed for any batch of that size.
 
-A graph repeats its launches with the very addresses that it was recorded with. So all that varies from step
-to step (tokens, pages, whose rows) lies at fixed places, which are written before each replay; how many
-adapters there are, and which, does not matter.
+A graph repeats its launches with the addresses that it was recorded with. So everything that varies from step
+to step (tokens, pages, adapter rows) is at fixed addresses, which are written before each replay. One graph
+serves any number of adapters.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor
 log = logging.getLogger("manylora.engine")
 
 MAX_GRAPH_BATCH_SIZE = 512
-"""Of a graph. Larger steps take the device longer than launching them takes the host."""
+"""Most sequences in a graph. For larger steps, launching takes the host less time than computing them."""
 
 
 class Graph(Protocol):
     """One recorded run."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Record ``run``; the result is where every replay's will be."""
+        """Record ``run``; returns the tensor that every replay writes its result to."""
 
     def replay(self) -> None: ...
 
 
 class CudaGraph:
-    """See ``Graph``. All of them share one pool of memory: what a run makes lasts until the next one runs.
+    """See ``Graph``. All graphs share one memory pool, so a run's tensors last until the next run.
 
-    Its result is kept for good, though: let all runs bring theirs to one place.
+    The result of each graph stays allocated, so all runs should write theirs to one tensor.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -46,9 +46,9 @@ class CudaGraph:
         stream = _recording_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # compiles and allocates what a recording may not, cuBLAS' workspace above all
+            run()  # compiles, and allocates what a capture may not: above all cuBLAS' workspace
         torch.cuda.current_stream().wait_stream(stream)
-        # Another thread's allocations do not end the recording: adapters may be loading.
+        # Allocations of other threads do not end the capture: adapters may be loading.
         with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             return run()
 
@@ -58,30 +58,30 @@ class CudaGraph:
 
 @cache
 def _recording_stream() -> torch.cuda.Stream:
-    """One for all graphs: cuBLAS keeps a workspace, of 32 MiB on an H100, for every stream that it ran on."""
+    """One stream for all graphs: cuBLAS keeps a workspace for each stream, of 32 MiB on an H100."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def cuda_graphs() -> Callable[[], Graph]:
-    """A maker of graphs that share their memory."""
+    """A factory of graphs that share their memory."""
     pool = torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(pool)
 
 
 def graph_batch_sizes(most: int) -> list[int]:
-    """1, 2, 4, then every 8, to 256, then every 64: a step is padded by an eighth where it is dear."""
+    """1, 2, 4, then every 8 up to 256, then every 64: large steps are padded by a quarter at most."""
     steps = [1, 2, 4, *range(8, 257, 8), *range(320, most, 64)]
     return [*(n for n in steps if n < most), most]
 
 
 class DecodeGraphs:
-    """Graphs by (batch size, whether anybody has an adapter).
+    """Graphs by (batch size, whether any sequence has an adapter).
 
     Args:
-        prepare: brings an empty step of a batch size to the places that the recorded launches read.
-        run: the launches for a batch size, with the adapters' part or without.
+        prepare: writes an empty step of a batch size to the addresses that the recorded launches read.
+        run: makes the launches for a batch size, with or without LoRA.
         most: the largest batch size.
-        make: a new graph.
+        make: makes an empty graph.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class DecodeGraphs:
 
     def batch_size_for(self, tokens: int) -> int | None:
         """The smallest recorded batch size that holds ``tokens``; None if none does."""
-        place = bisect_left(self._recorded, tokens)
-        return self._recorded[place] if place < len(self._recorded) else None
+        index = bisect_left(self._recorded, tokens)
+        return self._recorded[index] if index < len(self._recorded) else None
 
     def capture_all(self) -> None:
-        """Record every graph, the largest first, whose memory then does for all."""
+        """Record every graph, the largest first; the others reuse its memory."""
         began = time.monotonic()
         counts = graph_batch_sizes(self._most)
         for batch_size in reversed(counts):
@@ -113,7 +113,7 @@ class DecodeGraphs:
         log.info("CUDA graphs: %d, recorded in %.1f s", len(self._graphs), time.monotonic() - began)
 
     def replay(self, batch_size: int, adapted: bool) -> Tensor:
-        """The result of what was prepared for ``batch_size``; it lasts until the next replay is launched."""
+        """The result of the prepared step; valid until the next replay is launched."""
         graph, result = self._graphs[batch_size, adapted]
         graph.replay()
         return result

@@ -1,6 +1,6 @@
-"""Linears that share an input, as one product on joined weights; with the adapters' part of each.
+"""Linears that share an input, as one product with joined weights, and the LoRA of each.
 
-One launch where three would each be too small to keep a GPU busy. The base's own modules go on working: their
+One launch replaces several that are too small to keep a GPU busy. The base's own modules still work: their
 weights become views of the joined ones.
 """
 
@@ -22,11 +22,11 @@ from server.engine.model.cuda.products import PRODUCTS, Choice, Nf4Weight
 
 
 class JoinedLinear:
-    """y = x [W_1; W_2; …]^T + biases, and for each part what the step's adapters add to it.
+    """y = x [W_1; W_2; …]^T + biases, plus the LoRA of the step's adapters for each part.
 
     Args:
-        parts: by site, the wrapped linears, all of one kind (``why_not_joined`` has nothing to say).
-        pools: of the same sites.
+        parts: the wrapped linears, by site; ``why_not_joined`` must be None for them.
+        pools: the rank rows of the same sites.
     """
 
     def __init__(
@@ -46,18 +46,18 @@ class JoinedLinear:
 
     @property
     def nf4(self) -> Nf4Weight | None:
-        """The joined weights, if they are 4-bit ones."""
+        """The joined weights, if they are 4-bit."""
         return None if self._nf4 is None else self._nf4.weight
 
     def choose(self, choices: Mapping[tuple[int, int], Choice]) -> None:
-        """From now on multiply as these say, by (out_features, in_features) of 4-bit weights."""
+        """Set the product to use, by (out_features, in_features) of 4-bit weights."""
         if self._nf4 is not None:
             self._nf4.choice = choices[self._nf4.weight.outputs, self._nf4.weight.inputs]
 
     def __call__(self, x: Tensor, adapted: bool) -> Tensor:
-        """x [tokens, in_features] -> [tokens, all parts' out_features side by side].
+        """x [tokens, in_features] -> [tokens, sum of the parts' out_features].
 
-        ``adapted``: whether anybody in the step has an adapter.
+        ``adapted``: whether any sequence in the step has an adapter.
         """
         y = self._product(x, self._bias)
         if adapted:
@@ -76,10 +76,10 @@ def why_not_joined(parts: Sequence[Any]) -> str | None:
         plain = all(type(part) is Linear and part.weight.dtype == torch.bfloat16 for part in parts)
         return None if plain else f"its linears are {type(parts[0]).__name__}"
     if any(state is None or getattr(state, "packing_format_for_cpu", False) for state in states):
-        return "its linears are not all 4-bit ones in bitsandbytes' usual order"
+        return "its linears are not all 4-bit in bitsandbytes' usual order"
     kinds = {(state.quant_type, state.blocksize) for state in states}
     if len(kinds) > 1 or parts[0].in_features % states[0].blocksize:
-        return "its 4-bit linears are cut into blocks that do not fit together"
+        return "its 4-bit linears have blocks that cannot be joined"
     return None
 
 
@@ -96,10 +96,10 @@ class _Dense:
 
 
 class _Nf4:
-    """By the quickest of several products (``products.py``).
+    """Multiplies by the quickest of several products (``products.py``).
 
-    The scales of 64 weights each are float32 here: kept in 8 bits they would need one offset for all parts.
-    That costs 3 of 67 bytes more.
+    The scale of each 64 weights is float32 here, because 8-bit scales would need one offset for all parts. It
+    takes 3 more bytes for each 64 weights.
     """
 
     def __init__(self, bases: Sequence[Any]) -> None:
@@ -128,7 +128,7 @@ def _state_of(base: Any) -> Any:
 
 
 def _scales(state: Any) -> Tensor:
-    """float32 [blocks], however they are kept."""
+    """float32 [blocks], dequantised if they are nested."""
     from bitsandbytes.functional import dequantize_blockwise
 
     if not state.nested:
@@ -139,7 +139,7 @@ def _scales(state: Any) -> Tensor:
 
 
 def _join_biases(bases: Sequence[Any]) -> Tensor | None:
-    """bf16 [all outputs]; zeros for the parts that have none."""
+    """bf16 [all outputs]; zeros for the parts without a bias."""
     if all(base.bias is None for base in bases):
         return None
     biases = [

@@ -1,7 +1,7 @@
-"""Llama-like models on a GPU: few launches a block, and decode steps as CUDA graphs.
+"""Llama-like models on a GPU: few launches for each block, and decode steps as CUDA graphs.
 
-The same weights and the same attention as ``StockModel``, which also takes the rare steps in which somebody
-has norms, an embedding or a head of their own.
+It uses the weights and the attention of ``StockModel``. ``StockModel`` itself runs the rare steps with an
+adapter that has its own norms, embedding or head.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ log = logging.getLogger("manylora.engine")
 _NAME = "fused on the device"
 
 _JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""A block's products, and which linears each is of."""
+"""A block's products, and the linears that each one joins."""
 
 
 def why_not_device(stock: StockModel) -> str | None:
-    """Why this model cannot run fused on its GPU, or None if it can; its attention is allocated already."""
+    """Why this model cannot run fused on its GPU, or None. Its attention must be allocated already."""
     model: Any = stock.model
     if not isinstance(stock.lora_kernel, TritonLora):
         return "the fused step on a GPU needs Triton"
@@ -71,8 +71,8 @@ class Block:
     """One block's weights.
 
     Attributes:
-        norms: by what they are for (``llama_like.norms_of``), float32.
-        delta_norm: of what the block before adds; None = that is added as it is.
+        norms: float32 weights, by role (``llama_like.norms_of``).
+        delta_norm: the norm of the previous block's output; None = the output is added as it is.
     """
 
     layer: int
@@ -89,11 +89,11 @@ class DeviceModel:
     """See ``StepModel``.
 
     Args:
-        stock: the same model as transformers runs it; its weights are joined in place.
+        stock: the same model as transformers runs it. Its weights are joined in place.
         pool: the adapters' rank rows.
         ops: the fused operations of a block.
-        max_seqs: most sequences of a step; those with up to ``MAX_GRAPH_BATCH_SIZE`` may be graphs.
-        new_graph: makes an empty graph; None = every step is launched kernel by kernel.
+        max_seqs: most sequences of a step. Steps with up to ``MAX_GRAPH_BATCH_SIZE`` may be graphs.
+        new_graph: makes an empty graph; None = no CUDA graphs.
     """
 
     def __init__(
@@ -175,14 +175,14 @@ class DeviceModel:
     # -- graphs -----------------------------------------------------------------------------------
 
     def _record(self, graphs: DecodeGraphs, token: list[Chunk], expected: Tensor) -> str | None:
-        """Record all graphs; why they cannot be used, or None: one gives ``token`` its ``expected`` logits.
+        """Record all graphs; returns why they cannot be used, or None if they give the ``expected`` logits.
 
-        A guard against what some driver or library cannot do: it shall cost speed, not answers or a start.
+        If a driver or library cannot do it, the server is slower, but it starts and its answers are right.
         """
         try:
             graphs.capture_all()
             difference = distance(self(token), expected)
-        except Exception as error:  # a driver's, or Triton's: no RuntimeError
+        except Exception as error:  # drivers and Triton raise more than RuntimeError
             return f"recording them raised {type(error).__name__} ({str(error).partition(chr(10))[0]})"
         return None if difference < ALIKE else f"their logits are off by {difference:.2f}"
 
@@ -213,7 +213,7 @@ class DeviceModel:
         rows: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """float32 logits of ``rows`` (None = of all), in ``out`` if that is given."""
+        """float32 logits of ``rows`` (None = of all tokens), written to ``out`` if it is given."""
         x = self._model.model.embed_tokens(tokens[None])[0]
         delta = None
         for block in self._blocks:
@@ -229,7 +229,7 @@ class DeviceModel:
     def _run_block(
         self, block: Block, x: Tensor, delta: Tensor | None, positions: Tensor, adapted: bool
     ) -> Tensor:
-        """Add ``delta``, which the block before left, to x; return what this block leaves."""
+        """Add the previous block's output ``delta`` to x; return this block's output."""
         ops, norms = self._ops, block.norms
         normed = ops.fused_add_rms_norm(x, delta, norms["norm_before_attention"], self._eps, block.delta_norm)
         q = self._rope_and_cache(block, block.qkv(normed, adapted), positions)
@@ -241,7 +241,7 @@ class DeviceModel:
         return block.down(ops.act_and_mul(block.gate_up(normed, adapted), self._gelu), adapted)
 
     def _rope_and_cache(self, block: Block, qkv: Tensor, positions: Tensor) -> Tensor:
-        """q [tokens, heads, dim]; the keys and values go into their pages."""
+        """Return q [tokens, heads, dim]; write the keys and values to their pages."""
         assert self._angles is not None
         attention, norms = self._attention, block.norms
         return self._ops.rope_and_cache(
@@ -258,7 +258,7 @@ class DeviceModel:
     # -- parts ------------------------------------------------------------------------------------
 
     def _choose_products(self) -> None:
-        """Before anything is recorded: a graph keeps the products that it was recorded with."""
+        """Choose the products, before recording: a graph keeps the products that it was recorded with."""
         products = [p for block in self._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
         weights = [product.nf4 for product in products if product.nf4 is not None]
         with stopwatch(self._stock.device, graphs=self._graphs is not None) as timer:

@@ -1,7 +1,7 @@
-"""Which product of NF4 weights is the quickest here: each is tried once at the start, on the model's weights.
+"""Times the products of NF4 weights at the start, on the model's own weights, and chooses the quickest.
 
-Ours is left out if it fails or if its result is not the dequantised one's, for any of the weights and any
-number of rows: a wrong kernel costs speed and not an answer.
+Our kernel is not used if it fails, or if its result differs from the dequantised product, for any weight and
+any number of rows. A wrong kernel costs speed, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from server.engine.model.cuda.products import (
 log = logging.getLogger("manylora.engine")
 
 Timer = Callable[[Callable[[], Tensor]], float]
-"""Seconds on the device of what it is given."""
+"""Measures the seconds that a callable takes on the device."""
 
 _PAST_CACHE = 128_000_000
-"""Bytes of weights that a round reads where there are as many: more than any GPU's cache holds."""
+"""Bytes of weights that a round reads, if the model has as many: more than any GPU's cache holds."""
 
 _ROUNDS = 3
 _EXACT = 0.02
-"""Of the largest value; bf16 rounds by 0.004."""
+"""Largest error, relative to the largest value; bf16 rounds by 0.004."""
 
 
 @contextmanager
 def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
-    """None = nothing is measured on this device.
+    """A timer for this device; None = nothing is measured on it.
 
     Args:
-        graphs: time what a graph launches, as it will decode steps; else what is launched one by one.
+        graphs: time launches in a CUDA graph, as decode steps use them; else single launches.
     """
     if device.type != "cuda":
         yield None
         return
     new_graph = cuda_graphs() if graphs else None
-    kept: list[Graph] = []  # their memory is one pool, which lasts while one of them does
+    kept: list[Graph] = []  # they share a memory pool, which lives as long as one of them
 
     def seconds_of(run: Callable[[], Tensor]) -> float:
         again: Callable[[], object] = run
@@ -73,7 +73,7 @@ def stopwatch(device: torch.device, graphs: bool) -> Iterator[Timer | None]:
 
 @torch.inference_mode()
 def choose(weights: Sequence[Nf4Weight], seconds_of: Timer) -> Choice:
-    """By row count, what multiplies these weights, all of one shape, in the least time."""
+    """The quickest product for each row count; all weights have one shape."""
     xs = [
         torch.randn(rows, weights[0].inputs, device=weights[0].packed.device).to(torch.bfloat16)
         for rows in ROWS
@@ -89,7 +89,7 @@ def choose(weights: Sequence[Nf4Weight], seconds_of: Timer) -> Choice:
                 continue
             try:
                 taken[name] = seconds_of(_round(name, some, x))
-            except Exception as error:  # it may run, and not be recorded in a graph
+            except Exception as error:  # it may run but fail to be captured in a graph
                 log.warning("The product %r of NF4 weights cannot be timed here: %s", name, error)
                 refused = _in_short(error) if name == OURS else refused
         if USUAL not in taken:
@@ -99,7 +99,7 @@ def choose(weights: Sequence[Nf4Weight], seconds_of: Timer) -> Choice:
 
 
 def choose_by_shape(weights: Sequence[Nf4Weight], seconds_of: Timer) -> dict[tuple[int, int], Choice]:
-    """By (outputs, inputs) of these weights. Logged."""
+    """``choose`` for each (outputs, inputs) of these weights; logs the choices."""
     began = time.monotonic()
     by_shape: dict[tuple[int, int], list[Nf4Weight]] = {}
     for weight in weights:
@@ -125,7 +125,7 @@ def _round(name: str, weights: Sequence[Nf4Weight], x: Tensor) -> Callable[[], T
 
 
 def _why_wrong(weights: Sequence[Nf4Weight], xs: Sequence[Tensor]) -> str:
-    """Why our product is not the dequantised one but for rounding, for each weight and x; empty = it is."""
+    """Why our product is wrong beyond rounding for some weight and x; empty = it is right."""
     if not xs:
         return ""
     together = torch.cat(list(xs))
@@ -140,7 +140,7 @@ def _why_wrong(weights: Sequence[Nf4Weight], xs: Sequence[Tensor]) -> str:
 def _why_off(weight: Nf4Weight, x: Tensor, expected: Tensor) -> str:
     try:
         got = PRODUCTS[OURS](weight, x, None).float()
-    except Exception as error:  # a compiler's or a driver's: anything
+    except Exception as error:  # any exception of a compiler or a driver
         return f"it does not run here: {_in_short(error)}"
     off = float((got - expected).abs().max() / expected.abs().max())
     return "" if off <= _EXACT else f"it is off by {off:.3f} at {len(x)} rows"  # NaN is wrong too
@@ -151,7 +151,7 @@ def _in_short(error: Exception) -> str:
 
 
 def between_events(run: Callable[[], object]) -> float:
-    """Seconds on the device of what ``run`` queues there."""
+    """Seconds that the device takes for what ``run`` queues."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     first.record()
     run()

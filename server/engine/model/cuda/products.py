@@ -1,9 +1,8 @@
-"""Products of NF4 weights, and which of them is the quickest for so many rows. Decided by what a GPU took.
+"""Products of NF4 weights, and the choice of the quickest for each number of rows, by measurement.
 
-``bitsandbytes`` is its operation, which chooses between a kernel for few rows and dequantising by a table
-that was tuned once per kind of GPU. ``dense`` dequantises in any case. ``triton`` is ours
-(``kernels/nf4.py``), which reads 4-bit weights once for up to 128 rows. Where nothing was measured it is the
-first.
+``bitsandbytes`` is its own operation. It chooses between a kernel for few rows and dequantising, by a table
+that was tuned for each kind of GPU. ``dense`` always dequantises. ``triton`` is ours (``kernels/nf4.py``),
+which reads the 4-bit weights once for up to 128 rows. Without measurements ``bitsandbytes`` is used.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""For which is measured; those between do as the next larger does."""
+"""Row counts that are measured. A count in between uses the next larger one's choice."""
 
 USUAL, OURS = "bitsandbytes", "triton"
 _CLEARLY = 0.97
-"""Of what the usual one takes: less is no noise, so that two starts choose alike."""
+"""A product must take less than this share of the usual one's time, so that noise does not decide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +30,9 @@ class Nf4Weight:
     """A matrix [outputs, inputs] in 4 bits.
 
     Attributes:
-        packed: uint8, row by row, two a byte, the first in the high nibble.
-        scales: float32, of each ``blocksize`` weights of a row.
-        code: float32 [16], what a nibble stands for.
+        packed: uint8, row by row, two weights in each byte, the first in the high nibble.
+        scales: float32, one for each ``blocksize`` weights of a row.
+        code: float32 [16], the value of each nibble.
         quant_type: "nf4" or "fp4".
     """
 
@@ -51,11 +50,11 @@ class Nf4Weight:
 
 
 Product = Callable[[Nf4Weight, Tensor, Tensor | None], Tensor]
-"""x [rows, inputs], with the bias of x's type -> [rows, outputs]."""
+"""(weight, x [rows, inputs], bias of x's dtype or None) -> [rows, outputs]."""
 
 
 def dispatched(weight: Nf4Weight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """As bitsandbytes chooses."""
+    """The kernel that bitsandbytes chooses."""
     y: Tensor = torch.ops.bitsandbytes.gemm_4bit(
         x, weight.packed, weight.shape, weight.scales, weight.blocksize, weight.quant_type, bias=bias
     )
@@ -79,7 +78,7 @@ PRODUCTS: dict[str, Product] = {USUAL: dispatched, "dense": dequantised, OURS: i
 
 
 def candidates(weight: Nf4Weight, rows: int) -> list[str]:
-    """Names of what can compute so many rows with weights of this kind."""
+    """Names of the products that can compute this number of rows with this weight."""
     if find_spec("triton") is None:
         return [USUAL, "dense"]
     from server.engine.kernels import nf4
@@ -90,10 +89,10 @@ def candidates(weight: Nf4Weight, rows: int) -> list[str]:
 
 
 def quickest(seconds: Mapping[str, float]) -> str:
-    """The name of the one that took least, if that is clearly less than the usual one.
+    """The name of the quickest product, if it is clearly quicker than the usual one.
 
     Args:
-        seconds: by name; the usual one is among them.
+        seconds: by name, with the usual one among them.
     """
     best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] < _CLEARLY * seconds[USUAL] else USUAL
@@ -101,20 +100,20 @@ def quickest(seconds: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which product for how many rows.
+    """The product for each number of rows.
 
     Attributes:
-        names: by ``ROWS``; empty = nothing was measured.
-        refused: why ours is not among them, though it is for such weights.
+        names: one for each of ``ROWS``; empty = nothing was measured.
+        refused: why our product is not used although it supports these weights; empty = it may be used.
     """
 
     names: Sequence[str] = ()
     refused: str = ""
 
     def of(self, rows: int) -> str:
-        """The name for so many rows; beyond all that was measured, the usual one."""
-        place = bisect_left(ROWS, rows)
-        return self.names[place] if place < len(self.names) else USUAL
+        """The name for this number of rows; the usual one beyond the measured counts."""
+        index = bisect_left(ROWS, rows)
+        return self.names[index] if index < len(self.names) else USUAL
 
     def __str__(self) -> str:
         """E.g. "triton to 64 rows, dense to 512"."""
