@@ -52,11 +52,12 @@ class Pool:
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``work``, done in one of the threads.
 
-        If the waiting task is cancelled, work that has not begun is dropped; what has begun ends unheard.
+        If the waiting task is cancelled, work that has not begun is dropped. Work that has begun runs on, and
+        its result is dropped.
         """
         future = self._threads.submit(work, *args, **kwargs)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Drop what has not begun, wait for what has."""
+        """Drop work that has not begun, and wait for work that has."""
         self._threads.shutdown(cancel_futures=True)

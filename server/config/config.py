@@ -79,7 +79,7 @@ class EngineConfig:
         max_num_seqs: most answers generated at once.
         max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
         kv_cache_memory: bytes; None = 1 GiB on a CPU, what the rest leaves on a GPU.
-        gpu_memory_utilization: part of a GPU's memory that may be taken, by whomever.
+        gpu_memory_utilization: share of the GPU's memory that may be in use, other processes included.
         block_size: tokens in one KV block; None = what suits the device.
         enforce_eager: decode without CUDA graphs.
         async_scheduling: launch each step before the one before it is read; None = if the device is a GPU.
@@ -108,7 +108,7 @@ class HttpConfig:
         port: 0 = any free one.
         api_keys: bearer keys, one of which every route but the probes needs; empty = none is needed.
         admin_key: the key of the admin routes; None = they are open to loopback peers only.
-        metrics_key: opens ``/metrics`` alone; None = whoever may chat may read it.
+        metrics_key: opens ``/metrics`` alone; None = every key of a client opens it too.
         api_key_file, admin_key_file, metrics_key_file: where (more of) them came from; already read.
         shutdown_timeout: seconds that running requests have to finish after SIGTERM.
         max_body_bytes: a larger request body is answered 413.
@@ -133,13 +133,13 @@ class ConnectionConfig:
     """What one connection may cost before, while and after it is served. Times are seconds.
 
     Attributes:
-        limit_concurrency: most connections with a request; those without one give way to newer ones.
+        limit_concurrency: most connections with a request; idle ones are closed for new ones.
         timeout_keep_alive: how long a connection may be idle after an answer.
         keep_alive_max_requests: requests after which a connection is closed.
         max_url_bytes, max_header_bytes, max_header_count: more is answered 414 or 431.
         header_timeout: for all headers of a request, and for a new connection's first byte.
         body_timeout, write_timeout: a client that sends, or reads, fewer than ``min_data_rate`` bytes a
-            second for so long is given up.
+            second for that time is disconnected.
     """
 
     limit_concurrency: int

@@ -42,7 +42,7 @@ class RequireKey:
 
 
 class RequireLoopback:
-    """Middleware: the peer of the connection is on this machine. Headers count not: anybody can send them."""
+    """Middleware: require a loopback peer. It ignores headers, because any client can send them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

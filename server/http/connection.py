@@ -44,7 +44,7 @@ MAX_PIPELINED = 8
 """Requests that may wait on one connection for the answer before theirs."""
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 16 << 20
-"""For so long, and so many bytes, a refused client is still listened to, so that it reads why."""
+"""Seconds and bytes for which a refused client is still read, so that it receives the error."""
 
 
 class Phase(Enum):
@@ -285,7 +285,7 @@ class BoundedConnection(HttpToolsProtocol):
         raise error
 
     def _disconnect_all(self) -> None:
-        """Whoever works for this client may stop: uvicorn tells only the request that came last."""
+        """Cancel all work for this client. uvicorn itself cancels only the last request."""
         for cycle in self._cycles:
             cycle.disconnected = True
             cycle.message_event.set()

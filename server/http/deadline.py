@@ -20,7 +20,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, seconds: float) -> None:
-        """It is missed in so many seconds from now."""
+        """Set the deadline to ``seconds`` from now."""
         self._at = self._loop.time() + seconds
         if self._timer is not None and self._timer.when() > self._at:
             self._timer.cancel()
@@ -29,11 +29,11 @@ class Deadline:
             self._timer = self._loop.call_at(self._at, self._look)
 
     def clear(self) -> None:
-        """There is none now."""
+        """Remove the deadline."""
         self._at = None
 
     def close(self) -> None:
-        """There is none any more, and the event loop forgets it."""
+        """Remove the deadline and its timer."""
         self._at = None
         if self._timer is not None:
             self._timer.cancel()

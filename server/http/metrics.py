@@ -69,7 +69,7 @@ class Metrics:
         self._registry.register(collector)
 
     def first_token(self, seconds: float) -> None:
-        """A request's first token came so long after its arrival."""
+        """Count a first token, with its time since the request arrived."""
         self._ttft.observe(seconds)
 
     def next_tokens(self, seconds: float) -> None:

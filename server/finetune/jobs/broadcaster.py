@@ -1,6 +1,6 @@
-"""The events of jobs as they come: one look at the database for everybody who follows, however many.
+"""Sends the events of jobs to subscribers as they come. One poll of the database serves all of them.
 
-Lives on the event loop. What a subscriber has missed (it begins, or reads too slowly) it reads by itself.
+Use it on the event loop only. A subscriber that is new or slow reads what it has missed from the database.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_BUFFERED = 500
 
 @dataclass(eq=False, slots=True)
 class _Subscriber:
-    """Who follows one job.
+    """One subscription to the events of a job.
 
     Attributes:
         lagging: events may be in the database that are not in ``events``.
@@ -47,7 +47,7 @@ class _Subscriber:
 
 
 class EventBroadcaster:
-    """Tells subscribers of new events, from one poller that runs while there are any."""
+    """Sends new events to subscribers. One poller runs while there are any."""
 
     def __init__(self, jobs: Jobs, readers: Pool) -> None:
         self._jobs = jobs

@@ -1,4 +1,4 @@
-"""How every child process of ours begins: it gives way to serving, and never outlives the server.
+"""The start of every child process: low priority, and an end when the server ends.
 
 ``python -m server.finetune.jobs.child PARENT NICE COMMAND …`` becomes ``COMMAND …``. It is a program of its
 own, since nothing of ours may run between fork and exec in a process that has threads.
@@ -37,7 +37,7 @@ def lower_priority(parent: int, nice: int) -> None:
 
 
 def child_command(command: Sequence[str], nice: int) -> list[str]:
-    """``command`` as a child of this process that gives way."""
+    """The command line that runs ``command`` as a low-priority child of this process."""
     return [sys.executable, "-m", __name__, str(os.getpid()), str(nice), *command]
 
 

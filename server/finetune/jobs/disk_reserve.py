@@ -1,4 +1,4 @@
-"""Disk space kept back, so that on a full disk there is room to write down that something was deleted."""
+"""A reserve of disk space, so that a deletion can still be recorded when the disk is full."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class DiskReserve:
         self._path = path
 
     def ensure(self) -> None:
-        """Have the space again, as far as the disk has it. Cheap while it is there."""
+        """Allocate the reserve if the disk has room. Cheap while it exists."""
         with suppress(OSError):
             if self._allocated() < RESERVE_BYTES:
                 self._allocate()
 
     def release(self) -> None:
-        """Let the space be free."""
+        """Free the reserve."""
         with suppress(OSError):
             os.truncate(self._path, 0)
 

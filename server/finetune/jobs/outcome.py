@@ -20,7 +20,7 @@ class Outcome:
     """What became of one attempt at a job.
 
     Attributes:
-        kind: ``published``: an adapter is in the adapter folder; ``left``: it stopped as it was told, and
+        kind: ``published``: an adapter is in the adapter folder; ``left``: it stopped on request, and
             can go on; ``died``: killed by a signal; ``failed``: it would fail again.
         code: OpenAI's machine-readable code of a failure.
         message: a whole sentence.
@@ -39,7 +39,7 @@ class Outcome:
         return {"code": self.code or "training_failed", "message": self.message, "param": None}
 
     def event_message(self, status: Status) -> str:
-        """The event that tells of it, when it left the job at ``status``."""
+        """The message of the job event, given the job's new ``status``."""
         if status == "succeeded":
             return "The job has successfully completed"
         if status == "failed":

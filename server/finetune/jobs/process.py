@@ -1,4 +1,4 @@
-"""One training process: begun in a session of its own, told to end, and known again after a restart."""
+"""One training process: started in its own process group, stopped, and recognised after a restart."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Makes child processes follow what the database says their jobs shall be. One thread; no torch.
+"""Starts and stops the processes of jobs to match each job's status in the database. One thread; no torch.
 
 Of the servers that share a state folder, one at a time runs jobs: the one that holds ``jobs/.lock``. It may
-die at any moment. Whoever takes the lock next ends what it has left running, writes down what was finished,
-and queues the rest again, which goes on from its last checkpoint.
+die at any moment. The next server that takes the lock kills its processes, records the finished jobs, and
+queues the others again. Those resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ModelPublisher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
-    """How the runner does its work.
+    """The runner's settings.
 
     Attributes:
         folder: of the run folders, one a job.
@@ -108,7 +108,7 @@ class Runner:
         self._thread.start()
 
     def wake(self) -> None:
-        """Something has changed: look now."""
+        """Look at the jobs now instead of at the next interval."""
         self._wake.set()
 
     def begin_stop(self) -> None:
@@ -155,7 +155,7 @@ class Runner:
             pass
 
     def _acquire_lock(self) -> bool:
-        """Whether this server is the one."""
+        """Whether this server runs the jobs: it holds the lock."""
         if self._lock is None and self._config.max_jobs > 0 and not self._stopping.is_set():
             self._lock = _try_lock(self._config.folder / ".lock")
             if self._lock is not None:

@@ -187,7 +187,7 @@ def _find_files(session: Session, training: str, validation: str | None) -> None
 
 
 def has_event(session: Session, job_id: str, message: str) -> bool:
-    """Whether an event says so already."""
+    """Whether the job has an event with this message."""
     same = select(JobEvent.seq).where(JobEvent.job_id == job_id, JobEvent.message == message)
     return session.scalars(same.limit(1)).first() is not None
 
@@ -230,12 +230,12 @@ def count_jobs(session: Session) -> Totals:
 
 
 def add_event(session: Session, job: Job, message: str, level: Level = "info") -> None:
-    """Something happened to the job."""
+    """Add an event to the job."""
     add_event_by_id(session, job.id, message, level)
 
 
 def add_event_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
-    """The same of a job that cannot be read."""
+    """Add an event to a job whose row cannot be read."""
     session.add(JobEvent(job_id=job_id, created_at=time.time(), level=level, kind="message", message=message))
 
 

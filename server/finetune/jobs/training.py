@@ -95,7 +95,7 @@ class Training:
         return await self.write(self.jobs.add, job, warnings)
 
     def collector(self) -> TrainingCollector:
-        """What Prometheus is told."""
+        """The collector of Prometheus metrics."""
         return TrainingCollector(lambda: self._runner.totals)
 
     async def is_made_by_job(self, model: str) -> bool:

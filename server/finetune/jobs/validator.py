@@ -30,9 +30,9 @@ class JobValidator:
         self._process: subprocess.Popen[str] | None = None
 
     def validate(self, job: Job) -> list[str]:
-        """Warnings for whoever asks for ``job``. Blocks for seconds.
+        """The warnings about ``job``. Blocks for seconds.
 
-        A check that cannot be made refuses nothing: the job itself will tell.
+        If the check itself cannot run, nothing is refused: the job reports the error later.
 
         Raises:
             InvalidRequest: it would fail, or its model could not be served; names the field.
@@ -56,7 +56,7 @@ class JobValidator:
         return [str(warning) for warning in found["warnings"]]
 
     def close(self) -> None:
-        """Wait for no check any longer."""
+        """Cancel the check that is running."""
         if (process := self._process) is not None:
             process.kill()
 

@@ -95,8 +95,8 @@ def test_unused_fields_are_kept_with_the_file(tmp_path: Path, caplog: pytest.Log
         database.close()
     assert reported[True] == {"id": 1, "messages[].name": 1}
     assert reported[False] == reported[True] | {"messages[].reasoning_content": 1}
-    (fields,) = [vars(record)["fields"] for record in caplog.records if record.message == "unused field"]
-    assert (fields["field"], fields["rows"]) == ("messages[].name", 1)
+    logged = [vars(record)["fields"] for record in caplog.records if record.message == "unused field"]
+    assert ("messages[].name", 1) in [(fields["field"], fields["rows"]) for fields in logged]
 
 
 def test_a_check_that_breaks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
