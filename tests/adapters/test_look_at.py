@@ -14,7 +14,7 @@ from adapters import watcher as module
 from adapters.artifact import WEIGHTS_FILE, AdapterInfo
 from adapters.errors import AdapterNameInvalid
 from adapters.signature import signature_of, was_renamed
-from tests.adapters.artifact_folders import config, write_folder
+from tests.adapters.artifact.folders import config, write_folder
 from tests.adapters.watched import Room
 
 

@@ -14,7 +14,7 @@ from adapters import signature
 from adapters import watcher as module
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
 from adapters.errors import AdapterInvalid, AdapterNameInvalid, AdapterNotFound
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, write_folder
 from tests.adapters.watched import Room
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapters.artifact import AdapterInfo, inspect_adapter
 from adapters.registry import Registry
 from adapters.watcher import Watcher
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, tensors, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, tensors, write_folder
 
 
 class Room:

@@ -13,7 +13,7 @@ from adapters.kernels.cases import batch, expected, segments_of
 from adapters.kernels.triton import TritonLora
 from server.engine.kernels import reference
 from server.engine.kernels import triton as ops
-from tests.adapters.triton_cases import World
+from tests.adapters.kernels.triton_cases import World
 from tests.server.engine.recorded_graph import RecordedGraph
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")

@@ -17,7 +17,7 @@ import torch
 from adapters.base import DEFAULT_BASE
 from server.engine.build import Parts
 from server.engine.fairness import RoundRobin
-from tests.adapters.native_calls import threads
+from tests.adapters.kernels.native_calls import threads
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
 

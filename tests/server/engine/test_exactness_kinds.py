@@ -24,7 +24,7 @@ from server.engine.build import Parts
 from server.engine.model.cuda.model import DeviceModel
 from server.engine.model.transformers_model import StockModel
 from server.engine.sequence import Chunk
-from tests.adapters.native_calls import threads
+from tests.adapters.kernels.native_calls import threads
 from tests.server.engine.gpu_path import pretend
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.server.engine.test_exactness import TOLERANCE, check_close

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.engine.model.cpu.weights import pack_head
-from tests.adapters.native_calls import ISAS, head, threads, using
-from tests.adapters.test_nf4_kernel import Nf4, codebook
+from tests.adapters.kernels.native_calls import ISAS, head, threads, using
+from tests.adapters.kernels.test_nf4_kernel import Nf4, codebook
 
 Shape = tuple[int, int, int, list[int], float]
 shapes = st.tuples(

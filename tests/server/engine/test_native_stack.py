@@ -21,7 +21,7 @@ from server.engine.model.cpu.model import FusedModel, why_not_fused
 from server.engine.model.transformers_model import StockModel
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
-from tests.adapters.native_calls import ISAS, TILE, using
+from tests.adapters.kernels.native_calls import ISAS, TILE, using
 from tests.tiny_models import make_tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {

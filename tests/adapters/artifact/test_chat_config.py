@@ -14,7 +14,7 @@ from adapters.errors import AdapterError, AdapterUnsupported
 from adapters.signature import signature_of
 from adapters.text.chat_format import ChatFormat, ChatFormats
 from adapters.text.renderer import base_renderer
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, write_folder
 from tests.tiny_models import tiny_tokenizer
 
 OWN = "{{ eos_token }}{{ messages[0].content }}"

@@ -18,7 +18,7 @@ from adapters import readers, signature
 from adapters import watcher as module
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo
 from adapters.printable import printable, shown_name
-from tests.adapters.artifact_folders import config, write_folder
+from tests.adapters.artifact.folders import config, write_folder
 from tests.adapters.watched import Room
 
 

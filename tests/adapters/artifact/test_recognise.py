@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from adapters.artifact.recognise import recognise
 from adapters.errors import AdapterError, AdapterInvalid, AdapterUnsupported
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, tensors, write_folder
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 162336\n" % (b"0" * 64)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters.kernels.cpu import library
 from adapters.kernels.cpu.structs import Linear, LinearCall
-from tests.adapters.native_calls import ISAS, using
+from tests.adapters.kernels.native_calls import ISAS, using
 
 
 class Nf4:

@@ -10,7 +10,7 @@ import torch
 
 from adapters.artifact import Limits, inspect_adapter, load_adapter
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, Q, V, config, key, tensors, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, Q, V, config, key, tensors, write_folder
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "ADALORA"}, r"peft_type is 'ADALORA'; only 'LORA'"),

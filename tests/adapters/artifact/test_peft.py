@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter
 from adapters.base.weights import BaseWeights
-from tests.adapters.artifact_folders import LIMITS, layout_of, tiny_llama
+from tests.adapters.artifact.folders import LIMITS, layout_of, tiny_llama
 from tests.tiny_models import make_peft_adapter
 
 UNSLOTH_REGEX = (

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from adapters.artifact.fields import DECIDES, LABELS, REFUSED
 from adapters.errors import AdapterError
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, Q, config, key, tensors, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, Q, config, key, tensors, write_folder
 
 # No operators of regular expressions, so that no example needs a child process.
 TEXTS = st.text(st.sampled_from("qvprojlayersnm_.0 \n\x00é"), max_size=12)

@@ -18,7 +18,7 @@ from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Limits, load_adapter
 from adapters.artifact.header import header_limits, read_header
 from adapters.artifact.plan import plan_adapter
 from adapters.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, tensors, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, tensors, write_folder
 
 
 def _load(folder: Path, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from adapters.artifact import inspect_adapter
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.fields import DECIDES, KNOWN_PEFT, LABELS, REFUSED
 from adapters.base_names import same_base
-from tests.adapters.artifact_folders import LAYOUT, LIMITS, config, write_folder
+from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, write_folder
 
 FIELDS = [field.name for field in dataclasses.fields(peft.LoraConfig)]
 
