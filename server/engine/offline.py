@@ -63,8 +63,8 @@ class LLM:
 
     Args:
         base: as ``--base`` of ``manylora serve``.
-        adapters: a folder with one sub-folder an adapter, or the adapters' folders by name; None =
-            none.
+        adapters: a folder with one sub-folder per adapter, or the adapters' folders by name; None = no
+            adapters. The folder is read here, and again when a name is asked for that it did not have yet.
         options: of ``manylora serve`` for its base, adapters and engine, by their flags' names:
             ``max_num_seqs=8``, ``kv_cache_memory="2GiB"``, ``device="cpu"``. Variables such as
             ``MANYLORA_HOME`` hold where an option is not given.
