@@ -81,9 +81,17 @@ def port(tmp_path: Path) -> Iterator[int]:
         [sys.executable, "-c", SERVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    yield int(process.stdout.readline())
+    port = int(process.stdout.readline())
+    wait_until(lambda: accepts(port), 20)  # it says its port a moment before it listens
+    yield port
     process.terminate()
     process.wait(20)
+
+
+def accepts(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
 
 
 def ask(port: int, request: bytes) -> socket.socket:
