@@ -187,7 +187,7 @@ class Watcher:
         return signature, False
 
     def _list_waiting(self, name: str, path: Path, signature: Signature) -> None:
-        """A folder that is not finished: whoever names it is told to come again, not that it is unknown."""
+        """List an unfinished folder, so that a request for it gets 503 and not 404."""
         known = self._folders.get(path.name)
         if known is not None and known.signature == signature:
             return  # the watcher has listed it

@@ -119,12 +119,17 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def _number(value: str) -> float:
+    """NaN for what is no number: it is outside every range."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
 def seconds(value: str) -> float:
     """A duration in seconds, 0 or more."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if not 0 <= number < math.inf:
         raise ValueError("must be a number of seconds, 0 or more")
     return number
@@ -144,10 +149,7 @@ def whole_seconds(value: str) -> int:
 
 def share(value: str) -> float:
     """A part of a whole, of which at least a twentieth is left."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if not 0 <= number <= 0.95:
         raise ValueError("must be a number from 0 to 0.95")
     return number
@@ -155,10 +157,7 @@ def share(value: str) -> float:
 
 def fraction(value: str) -> float:
     """A part of a whole, or all of it."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
+    number = _number(value)
     if not 0 < number <= 1:
         raise ValueError("must be a number above 0, and at most 1")
     return number

@@ -61,7 +61,7 @@ class Parts:
     tokenizer: Tokenizer
 
     def close(self) -> None:
-        """End the threads and processes, and free the memory as soon as nobody refers to the parts."""
+        """End the threads and processes. The memory is freed with the last reference to the parts."""
         self.residency.close()
         self.tokenizer.chat_formats.close()
         uninstall(self.base.model)
