@@ -11,11 +11,11 @@ from starlette.responses import PlainTextResponse
 from adapters.base_names import same_base
 from server.engine.interface import AdapterStatus, ModelInfo
 from server.errors import InvalidRequest
+from server.http.adapters_schema import LoadAdapter, UnloadAdapter
 from server.http.context import context_of
 from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.models import base_names
-from server.http.schema import LoadAdapter, UnloadAdapter
 
 
 async def load_adapter(request: Request) -> PlainTextResponse:

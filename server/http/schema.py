@@ -335,21 +335,3 @@ class CompletionBody(Generate):
             message = f"{len(self.prompt)} prompts with n={self.n} ask for more than {MAX_CHOICES} answers."
             raise InvalidRequest(message, "prompt" if self.n == 1 else "n")
         return self
-
-
-class LoadAdapter(Body):
-    """``POST /v1/load_lora_adapter``, as vLLM has it."""
-
-    lora_name: Name
-    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    load_inplace: bool = False
-    base_model_name: Name | None = None
-    """Syncers that call vLLM name the base here; vLLM ignores it. Another base than ours is refused."""
-
-
-class UnloadAdapter(Body):
-    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
-
-    rules = fields.UNLOAD
-
-    lora_name: Name

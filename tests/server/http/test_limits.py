@@ -21,6 +21,7 @@ from server.config import HttpConfig
 from server.errors import InvalidRequest
 from server.http import context as context_module
 from server.http import limits
+from server.http.adapters_schema import LoadAdapter
 from server.http.app import create_app
 from server.http.fine_tuning_schema import CreateJob
 from server.http.limits import SMALL_BODY, parse_body
@@ -31,7 +32,6 @@ from server.http.schema import (
     MAX_VALUES,
     ChatBody,
     CompletionBody,
-    LoadAdapter,
 )
 from tests.server.http.conftest import live_server, wait_until
 from tests.server.http.fake_service import FakeService
