@@ -59,5 +59,5 @@ def _hint(http: Request) -> str:
     routes = {route.path for route in http.app.routes if isinstance(route, Route)}
     meant = next((each for each in (f"/v1{path}", path) if each in routes), None)
     if meant is None:
-        return "The README lists the URLs."
+        return "docs/api.md of manylora lists the URLs."
     return f"Did you mean {meant}? A client's base URL ends in /v1, without a slash after it."

@@ -57,12 +57,12 @@ def test_who_may_succeed_later_is_told_to_try_again(kind: type[Exception]) -> No
 @pytest.mark.parametrize(
     ("method", "path", "code", "hint"),
     [
-        ("POST", "/v1/embeddings", "unknown_url", "README"),
+        ("POST", "/v1/embeddings", "unknown_url", "docs/api.md"),
         ("POST", "/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
         ("POST", "/v1/v1/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
         ("POST", "//v1/chat/completions", "unknown_url", "Did you mean /v1/chat/completions?"),
         ("GET", "/v1/health", "unknown_url", "Did you mean /health?"),
-        ("GET", "/", "unknown_url", "README"),
+        ("GET", "/", "unknown_url", "docs/api.md"),
         ("GET", "/v1/chat/completions", "method_not_supported", "POST"),
         ("POST", "/v1/models/tiny", "method_not_supported", "GET"),
     ],
