@@ -19,6 +19,7 @@ from server.engine.attention.flash_check import what_is_wrong
 from server.engine.attention.flash_kernels import PAGE, FlashAttn, TorchVarlen
 from server.engine.attention.flash_paged import FlashPaged, PagedKernel
 from server.engine.attention.torch_paged import TorchPaged
+from server.engine.unsupported import Unsupported
 
 log = logging.getLogger("manylora.engine")
 
@@ -108,59 +109,61 @@ def first_fit(
     """The first build that supports these layers on this device; ``block_size`` None = its best one."""
     layers = frozenset((shape, specs[layer]) for layer, shape in shapes.items())
     for build in builds:
-        found = _tried(build, layers, block_size or build.suits, device, dtype)
-        if not isinstance(found, str):
+        found = _load(build, layers, block_size or build.suits, device, dtype)
+        if not isinstance(found, Unsupported):
             return build, found
-        _say(build.name, found)
+        _log_once(build.name, found.reason)
     return None
 
 
 @cache
-def _tried(
+def _load(
     build: Build,
     layers: frozenset[tuple[KvShape, AttentionSpec]],
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> PagedKernel | str:
-    """The kernel, or why it cannot be used. The result is cached."""
-    reason = _why_not(build, layers, block_size, device, dtype)
-    if reason is not None:
-        return reason
+) -> PagedKernel | Unsupported:
+    """The kernel, loaded and checked on this device. The result is cached."""
+    unsupported = _check(build, layers, block_size, device, dtype)
+    if unsupported is not None:
+        return unsupported
     try:
         kernel = build.load()
     except (ImportError, OSError) as error:
-        return f"it is not installed ({error})"
+        return Unsupported(f"it is not installed ({error})")
     for layer in layers:
         if (wrong := what_is_wrong(kernel, *layer, block_size, device, dtype)) is not None:
-            return wrong
+            return Unsupported(wrong)
     return kernel
 
 
 @cache
-def _say(name: str, reason: str) -> None:
+def _log_once(name: str, reason: str) -> None:
     log.info("attention without %s: %s", name, reason)
 
 
-def _why_not(
+def _check(
     build: Build,
     layers: frozenset[tuple[KvShape, AttentionSpec]],
     block_size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> str | None:
+) -> Unsupported | None:
     """Why the build does not support the device, the layers or the block size, or None."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+        return Unsupported("the GPU is older than compute capability 8.0")
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"the model computes in {dtype}, not in 16 bits"
+        return Unsupported(f"the model computes in {dtype}, not in 16 bits")
     for shape, spec in layers:
         if shape.key_dim != shape.value_dim:
-            return f"keys have {shape.key_dim} dimensions and values {shape.value_dim}"
+            return Unsupported(f"keys have {shape.key_dim} dimensions and values {shape.value_dim}")
         if shape.key_dim > 256 or shape.key_dim % 8:
-            return f"heads of {shape.key_dim} dimensions are not a multiple of 8 up to 256"
+            return Unsupported(f"heads of {shape.key_dim} dimensions are not a multiple of 8 up to 256")
         if spec.softcap is not None and not build.softcap:
-            return "it has no soft cap of scores, which this model needs"
+            return Unsupported("it has no soft cap of scores, which this model needs")
     if block_size % build.page:
-        return f"a block holds {block_size} tokens, not a multiple of {build.page} (--block-size)"
+        return Unsupported(
+            f"a block holds {block_size} tokens, not a multiple of {build.page} (--block-size)"
+        )
     return None

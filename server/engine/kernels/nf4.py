@@ -34,6 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.engine.unsupported import Unsupported
+
 MOST_ROWS = 128
 
 TILE_K = 64
@@ -69,10 +71,12 @@ FORMS = Form(16, 128, 4, 6), Form(32, 128, 4, 5), Form(64, 256, 8, 4), Form(MOST
 """They use at most 91 KB of shared memory; a program may use 99 KB from compute capability 8.0 on."""
 
 
-def why_not(inputs: int, blocksize: int, quant_type: str) -> str | None:
+def check_weight(inputs: int, blocksize: int, quant_type: str) -> Unsupported | None:
     """Why this kernel does not support such weights, or None."""
     if quant_type != "nf4" or blocksize % TILE_K or inputs % blocksize:
-        return f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {TILE_K}"
+        return Unsupported(
+            f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {TILE_K}"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
 """The model: one forward pass over a step's flattened tokens.
 
-``StockModel`` runs transformers' own blocks. For Llama-like models, if the machine supports it,
-``FusedModel`` runs them in one native call on a CPU, and ``DeviceModel`` in few launches on a GPU.
+``TransformersModel`` runs transformers' own blocks. For Llama-like models, if the machine supports it,
+``CpuModel`` runs fused blocks in one native call on a CPU, and ``CudaModel`` in few launches on a GPU.
 ``build_model`` chooses once.
 """
 
@@ -17,11 +17,12 @@ from torch import Tensor
 from adapters.base import LoadedBase
 from adapters.pool.rank_pool import RankPool
 from server.engine.attention import KvShape
-from server.engine.model.cpu.model import FusedModel, why_not_fused
-from server.engine.model.llama_like import differs_from
+from server.engine.model.cpu.model import CpuModel, check_cpu_model
+from server.engine.model.llama_like import check_equal
 from server.engine.model.probe import Probe
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
+from server.engine.unsupported import Unsupported
 
 log = logging.getLogger("manylora.engine")
 
@@ -80,43 +81,42 @@ def build_model(
         max_tokens: most tokens of a step.
         max_seqs: most sequences of a step.
         enforce_eager: use no CUDA graphs.
-        found: as for ``StockModel``.
+        found: as for ``TransformersModel``.
     """
-    stock = StockModel(base, pool, found)
-    if stock.device.type == "cuda":
-        fused = _on_gpu(stock, pool, block_size, max_seqs, enforce_eager)
+    unfused = TransformersModel(base, pool, found)
+    if unfused.device.type == "cuda":
+        fused = _build_cuda_model(unfused, pool, block_size, max_seqs, enforce_eager)
     else:
-        fused = _on_cpu(stock, pool, block_size, max_tokens)
-    if isinstance(fused, str):
-        reason: str | None = fused
-    else:
-        reason = differs_from(fused, stock, base.model.config, block_size, max_tokens)
-        if reason is None:
-            if isinstance(fused, FusedModel):
+        fused = _build_cpu_model(unfused, pool, block_size, max_tokens)
+    if not isinstance(fused, Unsupported):
+        difference = check_equal(fused, unfused, base.model.config, block_size, max_tokens)
+        if difference is None:
+            if isinstance(fused, CpuModel):
                 fused.adopt(pool)
             return fused
-    log.info("transformers' own blocks are used: %s", reason)
-    return stock
+        fused = difference
+    log.info("transformers' own blocks are used: %s", fused.reason)
+    return unfused
 
 
-def _on_cpu(stock: StockModel, pool: RankPool, block_size: int, max_tokens: int) -> StepModel | str:
-    """The fused model, or why there is none."""
-    return why_not_fused(stock, block_size) or FusedModel(stock, pool, max_tokens)
+def _build_cpu_model(
+    unfused: TransformersModel, pool: RankPool, block_size: int, max_tokens: int
+) -> StepModel | Unsupported:
+    return check_cpu_model(unfused, block_size) or CpuModel(unfused, pool, max_tokens)
 
 
-def _on_gpu(
-    stock: StockModel, pool: RankPool, block_size: int, max_seqs: int, enforce_eager: bool
-) -> StepModel | str:
-    """The fused model, or why there is none."""
+def _build_cuda_model(
+    unfused: TransformersModel, pool: RankPool, block_size: int, max_seqs: int, enforce_eager: bool
+) -> StepModel | Unsupported:
     if find_spec("triton") is None:
-        return "the fused step on a GPU needs Triton"
+        return Unsupported("the fused step on a GPU needs Triton")
     from server.engine import kernels
     from server.engine.model.cuda.graphs import cuda_graphs
-    from server.engine.model.cuda.model import DeviceModel, why_not_device
+    from server.engine.model.cuda.model import CudaModel, check_cuda_model
 
-    stock.allocate(1, block_size)  # chooses the attention backend
-    reason = why_not_device(stock)
-    if reason is not None:
-        return reason
+    unfused.allocate(1, block_size)  # chooses the attention backend
+    unsupported = check_cuda_model(unfused)
+    if unsupported is not None:
+        return unsupported
     new_graph = None if enforce_eager else cuda_graphs()
-    return DeviceModel(stock, pool, kernels.choose(stock.device), max_seqs, new_graph)
+    return CudaModel(unfused, pool, kernels.choose(unfused.device), max_seqs, new_graph)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from server.engine.model.made_up import made_up_prompt
+from server.engine.unsupported import Unsupported
 
 if TYPE_CHECKING:
     from server.engine.model import StepModel
@@ -58,15 +59,15 @@ ALIKE = 0.15
 """Largest ``distance`` that rounding to bf16 explains."""
 
 
-def why_unlike_llama(model: Any) -> str | None:
+def check_llama_like(model: Any) -> Unsupported | None:
     """Why there is no fused step for this model, or None."""
     if model.config.model_type not in MODEL_TYPES:
-        return f"there is no fused step for {model.config.model_type}"
+        return Unsupported(f"there is no fused step for {model.config.model_type}")
     if model.model.rotary_emb.rope_type not in STATIC_ROPE:
-        return f"rope type {model.model.rotary_emb.rope_type!r} depends on the length"
+        return Unsupported(f"rope type {model.model.rotary_emb.rope_type!r} depends on the length")
     activation = type(model.model.layers[0].mlp.act_fn)
     if activation not in ACTIVATIONS:
-        return f"there is no fused {activation.__name__}"
+        return Unsupported(f"there is no fused {activation.__name__}")
     return None
 
 
@@ -110,19 +111,21 @@ def head_size(model: Any) -> int:
     return 2 * len(model.model.rotary_emb.inv_freq)
 
 
-def differs_from(
-    ours: StepModel, stock: StepModel, config: Any, block_size: int, max_tokens: int
-) -> str | None:
+def check_equal(
+    fused: StepModel, unfused: StepModel, config: Any, block_size: int, max_tokens: int
+) -> Unsupported | None:
     """Run both models on a dummy prompt; returns how they differ, or None if they agree.
 
     This catches configurations that the fused steps do not know.
     """
     prompt = made_up_prompt(config, min(_CHECK_TOKENS, max_tokens), block_size)
-    for model in (ours, stock):
+    for model in (fused, unfused):
         model.allocate(-(-prompt.length // block_size), block_size)
-    got, expected = ours([prompt]), stock([prompt])
+    got, expected = fused([prompt]), unfused([prompt])
     difference = distance(got, expected)
-    return None if difference < ALIKE else f"the fused step differs from them by {difference:.2f}"
+    if difference < ALIKE:
+        return None
+    return Unsupported(f"the fused step differs from them by {difference:.2f}")
 
 
 def distance(got: Tensor, expected: Tensor) -> float:

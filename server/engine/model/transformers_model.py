@@ -24,7 +24,7 @@ from server.engine.sequence import Chunk
 from server.engine.transfer import resolve
 
 
-class StockModel:
+class TransformersModel:
     """See ``StepModel``.
 
     Args:

@@ -27,7 +27,8 @@ from server.bench.gpu_check.served import Answer
 from server.bench.gpu_check.targets import measured_targets
 from server.bench.roofline import Machine
 from server.engine.model.cuda.products import PRODUCTS, ROWS
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
+from server.engine.unsupported import Unsupported
 
 CPU = torch.device("cpu")
 THREE = [Section(name, name, 1.0) for name in ("one", "two", "three")]
@@ -159,14 +160,16 @@ def test_random_bases_are_the_same_for_the_same_seed_and_have_the_bytes_that_are
 def test_what_falls_back_fails_the_check(
     section: Callable[[Context], Iterator[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    init = StockModel.__init__
+    init = TransformersModel.__init__
 
-    def fell_back(self: StockModel, *args: Any) -> None:
+    def fell_back(self: TransformersModel, *args: Any) -> None:
         init(self, *args)
         self.fallbacks.append("our product is off by 1.000")
 
-    monkeypatch.setattr(StockModel, "__init__", fell_back)
-    monkeypatch.setattr("server.engine.model._on_cpu", lambda *_: "it is switched off here")
+    monkeypatch.setattr(TransformersModel, "__init__", fell_back)
+    monkeypatch.setattr(
+        "server.engine.model._build_cpu_model", lambda *_: Unsupported("it is switched off here")
+    )
     rows = section(Context(None, tmp_path, float("inf")))
     row = next(row for row in rows if row.table in ("graphs", "what is measured") and not row.skipped)
     assert "off by 1.000" in row.failed

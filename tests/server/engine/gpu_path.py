@@ -18,7 +18,7 @@ from server.engine import kernels
 from server.engine.attention import AttentionSpec
 from server.engine.attention.flash_metadata import FlashMetadata
 from server.engine.attention.flash_paged import FlashPaged
-from server.engine.model import transformers_model as stock
+from server.engine.model import transformers_model
 from server.engine.model.cuda import graphs
 from server.engine.model.cuda.graphs import Graph
 
@@ -77,14 +77,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch, new_graph: Callable[[], Graph] | No
     """Models built from now on take the GPU's way; with graphs, with Triton's kernels interpreted."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     if new_graph is None:
-        monkeypatch.setattr(stock, "choose_lora", lambda *_: SegmentedTogether(CPU))
+        monkeypatch.setattr(transformers_model, "choose_lora", lambda *_: SegmentedTogether(CPU))
     else:
-        monkeypatch.setattr(stock, "choose_lora", lambda *_: TritonLora(CPU))
+        monkeypatch.setattr(transformers_model, "choose_lora", lambda *_: TritonLora(CPU))
         monkeypatch.setattr(kernels, "choose", lambda _: import_module("server.engine.kernels.triton"))
         monkeypatch.setattr(graphs, "cuda_graphs", lambda: new_graph)
-    monkeypatch.setattr(stock, "choose_attention", _paged)
+    monkeypatch.setattr(transformers_model, "choose_attention", _paged)
     monkeypatch.setattr(
         model_package,
-        "_on_cpu",
-        lambda of, pool, block_size, _: model_package._on_gpu(of, pool, block_size, SEATS, new_graph is None),
+        "_build_cpu_model",
+        lambda of, pool, block_size, _: model_package._build_cuda_model(
+            of, pool, block_size, SEATS, new_graph is None
+        ),
     )

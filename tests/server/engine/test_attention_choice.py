@@ -49,7 +49,7 @@ def build(load: Any = ReferencePaged, page: int = 16, suits: int = 16, softcap: 
 def why_not(caplog: pytest.LogCaptureFixture, wanted: Build, **changed: Any) -> str:
     """The reason that is logged when ``wanted`` is not used."""
     case: dict[str, Any] = {"shape": SHAPE, "spec": PLAIN, "block": 32, "dtype": torch.bfloat16} | changed
-    choice._say.cache_clear()
+    choice._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "manylora.engine"):
         shapes, specs = {0: SHAPE, 1: case["shape"]}, {0: PLAIN, 1: case["spec"]}
         found = first_fit([wanted], shapes, specs, case["block"], CPU, case["dtype"])
@@ -90,7 +90,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which builds are found fit unseen."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(choice, "what_is_wrong", lambda *_: None)
-    choice._tried.cache_clear()
+    choice._load.cache_clear()
 
 
 def chosen(spec: AttentionSpec, block_size: int, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -111,7 +111,7 @@ def test_a_gpu_gets_the_first_build_that_serves_the_model(monkeypatch: pytest.Mo
         assert type(chosen(spec, block_size)) is FlashPaged
     assert type(chosen(PLAIN, 256, torch.float32)) is TorchPaged
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    choice._tried.cache_clear()
+    choice._load.cache_clear()
     assert type(chosen(PLAIN, 256)) is TorchPaged
 
 

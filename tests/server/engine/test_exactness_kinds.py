@@ -21,8 +21,8 @@ import adapters.kernels.cpu
 import server.engine.model.cpu.model
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
-from server.engine.model.cuda.model import DeviceModel
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.cuda.model import CudaModel
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
 from tests.adapters.kernels.native_calls import threads
 from tests.server.engine.gpu_path import pretend
@@ -177,14 +177,14 @@ def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transf
 ) -> None:
     pretend(monkeypatch)
     steps: list[int] = []
-    run = StockModel.__call__
+    run = TransformersModel.__call__
 
-    def counted(self: StockModel, chunks: list[Chunk], *others: Any) -> Tensor:
+    def counted(self: TransformersModel, chunks: list[Chunk], *others: Any) -> Tensor:
         steps.append(len(chunks))
         return run(self, chunks, *others)
 
-    monkeypatch.setattr(StockModel, "__call__", counted)
-    assert isinstance(_compare_with_peft(BASES[base], tmp_path, kinds).model, DeviceModel)
+    monkeypatch.setattr(TransformersModel, "__call__", counted)
+    assert isinstance(_compare_with_peft(BASES[base], tmp_path, kinds).model, CudaModel)
     guard = 1
     assert (len(steps) > guard) == (kinds is None)
 

@@ -20,9 +20,9 @@ from adapters.pool.site_pool import lone_pool
 from adapters.sites import Site
 from server.engine.attention import AttentionSpec, KvShape
 from server.engine.attention.native_paged import NativePaged
-from server.engine.model.cpu.model import FusedModel
+from server.engine.model.cpu.model import CpuModel
 from server.engine.model.made_up import made_up_prompt
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from tests.tiny_models import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_the_fused_step(tmp_path: Path) -> None:
         prepare_base(str(make_tiny_model("llama", tmp_path / "model")), tmp_path, progress=False)
     )
     pool = RankPool(base.layout.sites, 4, BF16)
-    model = FusedModel(StockModel(base, pool), pool, max_tokens=20)
+    model = CpuModel(TransformersModel(base, pool), pool, max_tokens=20)
     model.allocate(4, 16)
     config: Any = base.model.config
     step = [made_up_prompt(config, 20, 16)]

@@ -15,7 +15,7 @@ from adapters.pool.rank_pool import RankPool, row_bytes
 from server.config import ConfigError, from_args
 from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes
 from server.engine.memory import GRAPHS, LATER, RANK, Share, left_for_kv, rows_that_fit, usable
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sizes import Sizes, out_of_memory_names
 from tests.tiny_models import make_tiny_model
 
@@ -50,8 +50,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> LoadedBase:
 
 
 @pytest.fixture(scope="module")
-def model(base: LoadedBase) -> StockModel:
-    return StockModel(base, RankPool(base.layout.sites, 4, base.model.dtype))
+def model(base: LoadedBase) -> TransformersModel:
+    return TransformersModel(base, RankPool(base.layout.sites, 4, base.model.dtype))
 
 
 def _sizes(base: LoadedBase, meter: MadeUp, *flags: str) -> Sizes:
@@ -105,7 +105,7 @@ def test_rank_rows_are_for_every_answer_or_a_quarter_of_the_room(
         assert rows == max(answers * RANK, max_rank)
 
 
-def test_what_is_left_becomes_blocks(base: LoadedBase, model: StockModel) -> None:
+def test_what_is_left_becomes_blocks(base: LoadedBase, model: TransformersModel) -> None:
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     meter = MadeUp(total=10 * GB, held=2 * GB, others=GB, step=GB // 2)
@@ -117,7 +117,7 @@ def test_what_is_left_becomes_blocks(base: LoadedBase, model: StockModel) -> Non
 
 
 def test_what_a_model_keeps_by_position_is_not_taken_from_others(
-    base: LoadedBase, model: StockModel, monkeypatch: pytest.MonkeyPatch
+    base: LoadedBase, model: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rotary tables are made when the memory has been shared out."""
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
@@ -130,7 +130,7 @@ def test_what_a_model_keeps_by_position_is_not_taken_from_others(
     )
 
 
-def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: StockModel) -> None:
+def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: TransformersModel) -> None:
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
     with_graphs, without = (
@@ -140,7 +140,9 @@ def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: StockM
     assert without - with_graphs == pytest.approx(GRAPHS / (BLOCK * token), abs=1)
 
 
-def test_too_little_is_refused_and_what_was_asked_for_is_taken(base: LoadedBase, model: StockModel) -> None:
+def test_too_little_is_refused_and_what_was_asked_for_is_taken(
+    base: LoadedBase, model: TransformersModel
+) -> None:
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     full = MadeUp(total=2 * GB, held=GB)
     with pytest.raises(ConfigError, match=r"0\.00 GiB for keys and values"):
@@ -163,7 +165,9 @@ def test_rank_rows_are_what_was_asked_for_or_fit_the_device(base: LoadedBase) ->
     assert Sizes(from_args([], {}), base).pool_rows() == 16 * RANK, "a CPU"
 
 
-def test_the_largest_step_is_full_has_every_answer_and_runs(base: LoadedBase, model: StockModel) -> None:
+def test_the_largest_step_is_full_has_every_answer_and_runs(
+    base: LoadedBase, model: TransformersModel
+) -> None:
     chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
     assert sum(chunk.length for chunk in chunks) == 48
     assert chunks[-1].start + chunks[-1].length == 100
@@ -172,7 +176,7 @@ def test_the_largest_step_is_full_has_every_answer_and_runs(base: LoadedBase, mo
 
 
 def test_what_a_step_takes_is_measured_and_its_pages_are_given_back(
-    base: LoadedBase, model: StockModel
+    base: LoadedBase, model: TransformersModel
 ) -> None:
     chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
     pages: list[weakref.ref[object]] = []
@@ -207,7 +211,7 @@ def test_a_step_on_a_gpu_takes_what_it_takes(tmp_path: Path) -> None:
     folder = make_tiny_model("llama", tmp_path / "model")
     base = load_base(prepare_base(str(folder), tmp_path, "none", progress=False), "cuda")
     pool = RankPool(base.layout.sites, 64, base.model.dtype, base.model.device)
-    model = StockModel(base, pool)
+    model = TransformersModel(base, pool)
     chunks, blocks = largest_step(base.model.config, 48, 8, 100, BLOCK)
     meter = GpuMeter(base.model.device)
     assert 0 < step_bytes(model, chunks, blocks, BLOCK, meter) < GB

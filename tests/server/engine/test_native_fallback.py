@@ -15,7 +15,7 @@ from adapters.kernels.cpu import isa
 from adapters.pool.rank_pool import RankPool
 from server.engine.build import Parts
 from server.engine.model import build_model
-from server.engine.model.cpu.model import FusedModel
+from server.engine.model.cpu.model import CpuModel
 from server.engine.sequence import Chunk
 from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
 from tests.tiny_models import make_peft_adapter, make_tiny_model
@@ -114,13 +114,13 @@ def test_the_comparison_fits_small_steps_and_short_contexts(
     folder = make_tiny_model("llama", tmp_path / "model", max_position_embeddings=positions)
     base = load_base(prepare_base(str(folder), tmp_path, progress=False))
     compared: list[int] = []
-    run = FusedModel.__call__
+    run = CpuModel.__call__
 
-    def watched(self: FusedModel, chunks: list[Chunk]) -> Tensor:
+    def watched(self: CpuModel, chunks: list[Chunk]) -> Tensor:
         compared.append(sum(chunk.length for chunk in chunks))
         return run(self, chunks)
 
-    monkeypatch.setattr(FusedModel, "__call__", watched)
+    monkeypatch.setattr(CpuModel, "__call__", watched)
     model = build_model(base, RankPool(base.layout.sites, 4, torch.bfloat16), 16, max_tokens, 1)
     assert model.name == "fused"
     assert compared == [min(max_tokens, positions, 40)]

@@ -17,8 +17,8 @@ from torch import Tensor
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from adapters.pool.rank_pool import RankPool
 from server.engine.kv_cache import BlockTable, chain_root
-from server.engine.model.cpu.model import FusedModel, why_not_fused
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.cpu.model import CpuModel, check_cpu_model
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
 from tests.adapters.kernels.native_calls import ISAS, TILE, using
@@ -51,11 +51,11 @@ class Bed:
         with torch.inference_mode():
             self.expected = torch.stack([float32(prompt[None]).logits[0, -1] for prompt in self.prompts])
         pool = RankPool(base.layout.sites, 4, torch.bfloat16)
-        stock = StockModel(base, pool)
-        reason = why_not_fused(stock, TILE)
-        if reason is not None:
-            pytest.skip(reason)
-        self.fused = FusedModel(stock, pool, sum(LENGTHS))
+        unfused = TransformersModel(base, pool)
+        unsupported = check_cpu_model(unfused, TILE)
+        if unsupported is not None:
+            pytest.skip(unsupported.reason)
+        self.fused = CpuModel(unfused, pool, sum(LENGTHS))
         self.fused.allocate(3 * len(LENGTHS), TILE)
 
     def chunks(self, sizes: list[int]) -> Iterator[list[Chunk]]:

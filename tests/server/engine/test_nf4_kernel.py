@@ -144,4 +144,4 @@ def test_an_8b_model_keeps_the_multiprocessors_of_an_h100_busy(
     [(128, 64, "nf4", True), (192, 128, "nf4", False), (128, 32, "nf4", False), (128, 64, "fp4", False)],
 )
 def test_other_weights_are_not_for_it(inputs: int, blocksize: int, kind: str, fits: bool) -> None:
-    assert (nf4.why_not(inputs, blocksize, kind) is None) == fits
+    assert (nf4.check_weight(inputs, blocksize, kind) is None) == fits

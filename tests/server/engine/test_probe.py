@@ -18,7 +18,7 @@ from adapters.pool.rank_pool import RankPool
 from server.engine.build import assemble
 from server.engine.model.probe import probe, servable
 from server.engine.model.supported import check_config, check_layers
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from tests.server.engine.running import Asked, Driver, build, config_for
 from tests.tiny_models import make_peft_adapter, make_tiny_model
 
@@ -83,7 +83,7 @@ def test_a_linear_that_gets_other_rows_after_all_raises_and_nothing_is_written(t
     """As when a router sent it all of the probe's tokens by chance."""
     base = _odd_base(tmp_path)
     pool = RankPool(base.layout.sites, 4, base.model.dtype)
-    model = StockModel(base, pool).model
+    model = TransformersModel(base, pool).model
     state = model.late._state
     state.begin(3, [Segment(0, 0, 3)], torch.tensor([2]))
     with pytest.raises(ValueError, match="1 rows in a step of 3 tokens"):

@@ -19,7 +19,7 @@ from adapters.errors import AdapterNotFound
 from server.config import from_args
 from server.engine.build import build_service
 from server.engine.interface import GenerationRequest, TokenLogprob
-from server.engine.model.cpu.model import FusedModel
+from server.engine.model.cpu.model import CpuModel
 from server.engine.sampling_params import SamplingParams
 from server.engine.service import EngineService
 from tests.tiny_models import make_peft_adapter, make_tiny_model
@@ -220,7 +220,7 @@ def test_soak(tmp_path: Path, scheduling: str) -> None:
     assert stats.preemptions > 0, "the KV cache was never short, so this proves less than it says"
     assert stats.adapter_evictions > 0
     assert stats.prefix_hit_tokens > 0
-    if isinstance(service._engine.model, FusedModel):
+    if isinstance(service._engine.model, CpuModel):
         for one, answer in zip(heard, quiet, strict=True):
             _check_same(one, answer)
         return

@@ -14,17 +14,17 @@ from adapters.kernels import Segment
 from adapters.kernels.cpu.structs import HeadCall
 from adapters.layers.lora_state import ExtrasSegment
 from adapters.pool.extras_pool import ResidentEmbeddingOrHead
-from server.engine.model.cpu.weights import FusedWeights, is_4bit
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.cpu.weights import CpuWeights, is_4bit
+from server.engine.model.transformers_model import TransformersModel
 
 _FINAL_NORM = "model.norm"
 
 
-class FusedHead:
+class CpuHead:
     """The output head. A row's logits are bit-identical whatever other rows there are.
 
     Args:
-        stock: the model. Its LoRA state says which rows belong to adapters with their own norm or head.
+        unfused: the model. Its LoRA state says which rows belong to adapters with their own norm or head.
         weights: the weights of the same model.
 
     Attributes:
@@ -32,14 +32,14 @@ class FusedHead:
         is_4bit: whether they are NF4.
     """
 
-    def __init__(self, stock: StockModel, weights: FusedWeights, library: ctypes.CDLL) -> None:
+    def __init__(self, unfused: TransformersModel, weights: CpuWeights, library: ctypes.CDLL) -> None:
         self._library = library
         self._weights = weights
-        self._lora, self._kernel = stock.lora, stock.lora_kernel
-        config: Any = stock.model.config
+        self._lora, self._kernel = unfused.lora, unfused.lora_kernel
+        config: Any = unfused.model.config
         self._eps: float = config.rms_norm_eps
         self._softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
-        head = stock.model.lm_head
+        head = unfused.model.lm_head
         self._vocabulary: int = head.out_features
         self.size: int = head.in_features * head.out_features
         self.is_4bit = is_4bit(head.base)
@@ -77,7 +77,7 @@ class FusedHead:
     def _run(
         self, x: Tensor, rows: Tensor, norm: Tensor, head: Mapping[str, int], softcap: float
     ) -> tuple[Tensor, Tensor]:
-        """The logits, and the normed rows that they are computed from. ``head``: as ``FusedWeights.head``."""
+        """The logits, and the normed rows that they are computed from. ``head``: as ``CpuWeights.head``."""
         n, wanted = len(rows), rows.tolist()
         if n and not 0 <= min(wanted) <= max(wanted) < len(x):
             raise ValueError(f"the head is asked for rows outside the step's {len(x)} tokens")

@@ -20,41 +20,42 @@ from adapters.pool.rank_pool import RankPool
 from adapters.pool.site_pool import IntArray
 from server.engine.attention.native_paged import NativePaged, NativePages
 from server.engine.attention.native_tokens import NativeTokens
-from server.engine.model.cpu.head import FusedHead
-from server.engine.model.cpu.weights import FusedWeights, is_4bit, pack_head
+from server.engine.model.cpu.head import CpuHead
+from server.engine.model.cpu.weights import CpuWeights, is_4bit, pack_head
 from server.engine.model.llama_like import (
     ACTIVATIONS,
     LINEARS,
     angle_bytes,
+    check_llama_like,
     rotary_angles,
-    why_unlike_llama,
 )
 from server.engine.model.steps import flatten, lora_segments
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
 from server.engine.transfer import resolve
+from server.engine.unsupported import Unsupported
 
 
-def why_not_fused(stock: StockModel, block_size: int) -> str | None:
+def check_cpu_model(unfused: TransformersModel, block_size: int) -> Unsupported | None:
     """Why this model cannot run fused here, or None if it can."""
-    model: Any = stock.model
-    if stock.device.type != "cpu" or library() is None or isa() != "avx512bf16":
-        return "the fused step needs a CPU with AVX512-BF16 and the native kernels"
-    if (reason := why_unlike_llama(model)) is not None:
-        return reason
-    if not NativePaged.fits(stock.shapes, block_size):
-        return "head dimension and block size must be multiples of 16"
+    model: Any = unfused.model
+    if unfused.device.type != "cpu" or library() is None or isa() != "avx512bf16":
+        return Unsupported("the fused step needs a CPU with AVX512-BF16 and the native kernels")
+    if (unsupported := check_llama_like(model)) is not None:
+        return unsupported
+    if not NativePaged.fits(unfused.shapes, block_size):
+        return Unsupported("head dimension and block size must be multiples of 16")
     linears = (layer.get_submodule(path).base for layer in model.model.layers for path in LINEARS.values())
     if not all(is_4bit(linear) for linear in linears):
-        return "its linears are not packed NF4"
+        return Unsupported("its linears are not packed NF4")
     return None
 
 
-class FusedModel:
+class CpuModel:
     """See ``StepModel``.
 
     Args:
-        stock: the same model as transformers runs it. Weights, shapes and rotary angles are taken from it.
+        unfused: the same model as transformers runs it. Weights, shapes and rotary angles are taken from it.
         pool: the adapters' rank rows.
         max_tokens: most tokens of a step.
 
@@ -67,18 +68,18 @@ class FusedModel:
     name = "fused"
     attention_name = NativePaged.name
 
-    def __init__(self, stock: StockModel, pool: RankPool, max_tokens: int) -> None:
+    def __init__(self, unfused: TransformersModel, pool: RankPool, max_tokens: int) -> None:
         loaded = library()
         assert loaded is not None
         self._library = loaded
-        self._model: Any = stock.model
-        self._config: Any = stock.model.config
-        self.shapes = stock.shapes
-        self.bytes_a_position = angle_bytes(stock.model)
+        self._model: Any = unfused.model
+        self._config: Any = unfused.model.config
+        self.shapes = unfused.shapes
+        self.bytes_a_position = angle_bytes(unfused.model)
         self.fallbacks: list[str] = []
-        self._lora = stock.lora
-        self._weights = FusedWeights(stock.model, pool, stock.specs)
-        self.head = FusedHead(stock, self._weights, loaded)
+        self._lora = unfused.lora
+        self._weights = CpuWeights(unfused.model, pool, unfused.specs)
+        self.head = CpuHead(unfused, self._weights, loaded)
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -86,7 +87,7 @@ class FusedModel:
         self._scratch = self._make_scratch()
         self.nanoseconds = np.zeros(len(STACK_PARTS), np.int64)
         first = self._weights.blocks[0]
-        spec = stock.specs[0]
+        spec = unfused.specs[0]
         self._call = StackCall(
             blocks=addressof(self._weights.blocks),
             n_blocks=len(self._weights.blocks),
@@ -97,7 +98,7 @@ class FusedModel:
             eps=self._config.rms_norm_eps,
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
-            gelu=ACTIVATIONS[type(stock.model.model.layers[0].mlp.act_fn)],
+            gelu=ACTIVATIONS[type(unfused.model.model.layers[0].mlp.act_fn)],
             codebook=self._weights.codebook.data_ptr(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
             nanoseconds=self.nanoseconds.ctypes.data,

@@ -16,7 +16,7 @@ from server.engine.attention import AttentionSpec
 from server.engine.model.llama_like import LINEARS, norm_weight, norms_of
 
 
-class FusedWeights:
+class CpuWeights:
     """The ``Block`` structs of all layers, and the tensors that they point at and the model does not hold.
 
     Args:

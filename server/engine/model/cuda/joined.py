@@ -19,13 +19,14 @@ from adapters.layers.lora import LoraLinear
 from adapters.layers.lora_state import LoraState
 from adapters.pool.site_pool import SitePool
 from server.engine.model.cuda.products import PRODUCTS, Choice, Nf4Weight
+from server.engine.unsupported import Unsupported
 
 
 class JoinedLinear:
     """y = x [W_1; W_2; …]^T + biases, plus the LoRA of the step's adapters for each part.
 
     Args:
-        parts: the wrapped linears, by site; ``why_not_joined`` must be None for them.
+        parts: the wrapped linears, by site; ``check_joinable`` must return None for them.
         pools: the rank rows of the same sites.
     """
 
@@ -65,7 +66,7 @@ class JoinedLinear:
         return y
 
 
-def why_not_joined(parts: Sequence[Any]) -> str | None:
+def check_joinable(parts: Sequence[Any]) -> Unsupported | None:
     """Why these modules cannot be joined, or None.
 
     Args:
@@ -74,12 +75,12 @@ def why_not_joined(parts: Sequence[Any]) -> str | None:
     states = [_state_of(part) for part in parts]
     if all(state is None for state in states):
         plain = all(type(part) is Linear and part.weight.dtype == torch.bfloat16 for part in parts)
-        return None if plain else f"its linears are {type(parts[0]).__name__}"
+        return None if plain else Unsupported(f"its linears are {type(parts[0]).__name__}")
     if any(state is None or getattr(state, "packing_format_for_cpu", False) for state in states):
-        return "its linears are not all 4-bit in bitsandbytes' usual order"
+        return Unsupported("its linears are not all 4-bit in bitsandbytes' usual order")
     kinds = {(state.quant_type, state.blocksize) for state in states}
     if len(kinds) > 1 or parts[0].in_features % states[0].blocksize:
-        return "its 4-bit linears have blocks that cannot be joined"
+        return Unsupported("its 4-bit linears have blocks that cannot be joined")
     return None
 
 

@@ -1,6 +1,6 @@
 """Llama-like models on a GPU: few launches for each block, and decode steps as CUDA graphs.
 
-It uses the weights and the attention of ``StockModel``. ``StockModel`` itself runs the rare steps with an
+It uses the weights and the attention of ``TransformersModel``. That model itself runs the rare steps with an
 adapter that has its own norms, embedding or head.
 """
 
@@ -22,24 +22,25 @@ from server.engine.attention import AttentionSpec
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.kernels import BlockOps
 from server.engine.model.cuda.graphs import MAX_GRAPH_BATCH_SIZE, DecodeGraphs, Graph
-from server.engine.model.cuda.joined import JoinedLinear, why_not_joined
+from server.engine.model.cuda.joined import JoinedLinear, check_joinable
 from server.engine.model.cuda.product_timing import choose_by_shape, stopwatch
 from server.engine.model.llama_like import (
     ACTIVATIONS,
     ALIKE,
     LINEARS,
     angle_bytes,
+    check_llama_like,
     distance,
     norm_weight,
     norms_of,
     rotary_angles,
-    why_unlike_llama,
 )
 from server.engine.model.made_up import warming_steps
 from server.engine.model.steps import flatten, lora_segments
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
 from server.engine.transfer import resolve
+from server.engine.unsupported import Unsupported
 
 log = logging.getLogger("manylora.engine")
 
@@ -49,20 +50,20 @@ _JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down
 """A block's products, and the linears that each one joins."""
 
 
-def why_not_device(stock: StockModel) -> str | None:
+def check_cuda_model(unfused: TransformersModel) -> Unsupported | None:
     """Why this model cannot run fused on its GPU, or None. Its attention must be allocated already."""
-    model: Any = stock.model
-    if not isinstance(stock.lora_kernel, TritonLora):
-        return "the fused step on a GPU needs Triton"
-    if not isinstance(stock.attention, FlashPaged):
-        return "its attention does not run over pages"
-    if (reason := why_unlike_llama(model)) is not None:
-        return reason
+    model: Any = unfused.model
+    if not isinstance(unfused.lora_kernel, TritonLora):
+        return Unsupported("the fused step on a GPU needs Triton")
+    if not isinstance(unfused.attention, FlashPaged):
+        return Unsupported("its attention does not run over pages")
+    if (unsupported := check_llama_like(model)) is not None:
+        return unsupported
     for layer in model.model.layers:
         for names in _JOINED.values():
-            reason = why_not_joined([layer.get_submodule(LINEARS[name]).base for name in names])
-            if reason is not None:
-                return reason
+            unsupported = check_joinable([layer.get_submodule(LINEARS[name]).base for name in names])
+            if unsupported is not None:
+                return unsupported
     return None
 
 
@@ -85,11 +86,11 @@ class Block:
     down: JoinedLinear
 
 
-class DeviceModel:
+class CudaModel:
     """See ``StepModel``.
 
     Args:
-        stock: the same model as transformers runs it. Its weights are joined in place.
+        unfused: the same model as transformers runs it. Its weights are joined in place.
         pool: the adapters' rank rows.
         ops: the fused operations of a block.
         max_seqs: most sequences of a step. Steps with up to ``MAX_GRAPH_BATCH_SIZE`` may be graphs.
@@ -98,20 +99,20 @@ class DeviceModel:
 
     def __init__(
         self,
-        stock: StockModel,
+        unfused: TransformersModel,
         pool: RankPool,
         ops: BlockOps,
         max_seqs: int,
         new_graph: Callable[[], Graph] | None,
     ) -> None:
         self.name = _NAME + (", decoding in CUDA graphs" if new_graph else "")
-        self.shapes = stock.shapes
-        self.bytes_a_position = angle_bytes(stock.model)
+        self.shapes = unfused.shapes
+        self.bytes_a_position = angle_bytes(unfused.model)
         self.fallbacks: list[str] = []
-        assert isinstance(stock.lora_kernel, TritonLora)
-        self._stock, self._ops, self._kernel = stock, ops, stock.lora_kernel
-        self._model: Any = stock.model
-        self._config: Any = stock.model.config
+        assert isinstance(unfused.lora_kernel, TritonLora)
+        self._unfused, self._ops, self._kernel = unfused, ops, unfused.lora_kernel
+        self._model: Any = unfused.model
+        self._config: Any = unfused.model.config
         self._gelu = bool(ACTIVATIONS[type(self._model.model.layers[0].mlp.act_fn)])
         self._blocks = self._make_blocks(pool)
         self._final_norm = norm_weight(self._model, self._model.model.norm.weight.detach())
@@ -120,24 +121,24 @@ class DeviceModel:
         self._sizes = 0, 0
         graph_batch_size = min(max_seqs, MAX_GRAPH_BATCH_SIZE) if new_graph else 0
         words = self._model.get_output_embeddings().out_features
-        self._graph_inputs = torch.zeros(2, graph_batch_size, dtype=torch.long, device=stock.device)
-        self._graph_logits = torch.empty(graph_batch_size, words, dtype=torch.float32, device=stock.device)
+        self._graph_inputs = torch.zeros(2, graph_batch_size, dtype=torch.long, device=unfused.device)
+        self._graph_logits = torch.empty(graph_batch_size, words, dtype=torch.float32, device=unfused.device)
         self._graphs = new_graph and DecodeGraphs(
             self._prepare_empty, self._run_graph, graph_batch_size, new_graph
         )
 
     @property
     def attention_name(self) -> str:
-        return self._stock.attention_name
+        return self._unfused.attention_name
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._sizes = num_blocks, block_size
-        self._stock.allocate(num_blocks, block_size)
+        self._unfused.allocate(num_blocks, block_size)
         positions = min(num_blocks * block_size, self._config.max_position_embeddings)
         self._angles = rotary_angles(self._model, positions)
 
     def warm_up(self) -> None:
-        self._stock.warm_up()
+        self._unfused.warm_up()
         self._choose_products()
         prompt, token = warming_steps(self._config, *self._sizes)
         self(prompt)
@@ -154,20 +155,20 @@ class DeviceModel:
     ) -> Tensor:
         tokens, positions, last = flatten(chunks)
         segments = lora_segments(chunks)
-        stock = self._stock
-        stock.lora.begin(len(tokens), segments, last if rows is None else rows)
-        if stock.lora.extras_segments:
-            return stock(chunks, rows, prev_tokens)
+        unfused = self._unfused
+        unfused.lora.begin(len(tokens), segments, last if rows is None else rows)
+        if unfused.lora.extras_segments:
+            return unfused(chunks, rows, prev_tokens)
         alone = rows is None and len(last) == len(chunks) == len(tokens)
         graph_batch_size = (
             self._graphs.batch_size_for(len(tokens)) if self._graphs is not None and alone else None
         )
         self._attention.begin(chunks, graph_batch_size)
         self._kernel.prepare(segments, graph_batch_size)
-        tokens, positions = send(torch.stack([tokens, positions]), stock.device)
+        tokens, positions = send(torch.stack([tokens, positions]), unfused.device)
         tokens = resolve(tokens, prev_tokens)
         if graph_batch_size is None or self._graphs is None:
-            rows = send(last if rows is None else rows, stock.device)
+            rows = send(last if rows is None else rows, unfused.device)
             return self._forward(tokens, positions, bool(segments), rows)
         self._graph_inputs[0, : len(tokens)], self._graph_inputs[1, : len(tokens)] = tokens, positions
         return self._graphs.replay(graph_batch_size, bool(segments))[: len(tokens)]
@@ -188,9 +189,9 @@ class DeviceModel:
 
     @torch.inference_mode()
     def _prepare_empty(self, graph_batch_size: int) -> None:
-        self._stock.lora.begin(graph_batch_size, [], torch.empty(0))
+        self._unfused.lora.begin(graph_batch_size, [], torch.empty(0))
         self._attention.begin([], graph_batch_size)
-        self._kernel.prepare(self._stock.lora.segments, graph_batch_size)
+        self._kernel.prepare(self._unfused.lora.segments, graph_batch_size)
 
     @torch.inference_mode()
     def _run_graph(self, graph_batch_size: int, adapted: bool) -> Tensor:
@@ -201,7 +202,7 @@ class DeviceModel:
 
     @property
     def _attention(self) -> FlashPaged:
-        attention = self._stock.attention
+        attention = self._unfused.attention
         assert isinstance(attention, FlashPaged)
         return attention
 
@@ -261,7 +262,7 @@ class DeviceModel:
         """Choose the products, before recording: a graph keeps the products that it was recorded with."""
         products = [p for block in self._blocks for p in (block.qkv, block.o, block.gate_up, block.down)]
         weights = [product.nf4 for product in products if product.nf4 is not None]
-        with stopwatch(self._stock.device, graphs=self._graphs is not None) as timer:
+        with stopwatch(self._unfused.device, graphs=self._graphs is not None) as timer:
             if timer is None or not weights:
                 return
             choices = choose_by_shape(weights, timer)
@@ -293,9 +294,9 @@ class DeviceModel:
                 for product, parts in _JOINED.items()
             }
             before = blocks[-1].norms.get("norm_after_mlp") if blocks else None
-            blocks.append(Block(i, self._stock.specs[i], norms, before, **products))
+            blocks.append(Block(i, self._unfused.specs[i], norms, before, **products))
         return blocks
 
     def _joined(self, layer: Any, name: str, paths: list[str], pool: RankPool) -> JoinedLinear:
         parts = {f"{name}.{path}": layer.get_submodule(path) for path in paths}
-        return JoinedLinear(parts, pool.sites, self._stock.lora, self._kernel)
+        return JoinedLinear(parts, pool.sites, self._unfused.lora, self._kernel)

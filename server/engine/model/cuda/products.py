@@ -83,8 +83,8 @@ def candidates(weight: Nf4Weight, rows: int) -> list[str]:
         return [USUAL, "dense"]
     from server.engine.kernels import nf4
 
-    reason = nf4.why_not(weight.inputs, weight.blocksize, weight.quant_type)
-    fits = reason is None and rows <= nf4.MOST_ROWS
+    unsupported = nf4.check_weight(weight.inputs, weight.blocksize, weight.quant_type)
+    fits = unsupported is None and rows <= nf4.MOST_ROWS
     return [USUAL, "dense", *([OURS] if fits else [])]
 
 

@@ -15,11 +15,11 @@ from adapters.base.checkpoint import Quantization
 from adapters.pool.rank_pool import RankPool
 from server.engine import kernels
 from server.engine.model.cuda import model as device
-from server.engine.model.cuda.model import DeviceModel
+from server.engine.model.cuda.model import CudaModel
 from server.engine.model.cuda.products import Choice, Nf4Weight
 from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
-from server.engine.model.transformers_model import StockModel
+from server.engine.model.transformers_model import TransformersModel
 from tests.server.engine.gpu_path import CPU, SEATS, pretend
 from tests.server.engine.test_exactness import FAMILIES, compare_with_peft
 from tests.tiny_models import Family, make_tiny_model
@@ -35,7 +35,7 @@ def test_a_mixed_batch_equals_peft(
 ) -> None:
     pretend(monkeypatch)
     parts = compare_with_peft(family, tmp_path, quantization, TOLERANCE)
-    assert isinstance(parts.model, DeviceModel)
+    assert isinstance(parts.model, CudaModel)
 
 
 class OutOfResources(Exception):
@@ -122,12 +122,12 @@ def _device_model(
     monkeypatch: pytest.MonkeyPatch,
     quantization: Quantization,
     graph: type[Refused | Wrong] | None,
-) -> tuple[DeviceModel, LoadedBase]:
+) -> tuple[CudaModel, LoadedBase]:
     """With pages for 128 tokens."""
     pretend(monkeypatch)
     folder = make_tiny_model("llama", home / "llama")
     base = load_base(prepare_base(str(folder), home, quantization, progress=False))
     pool = RankPool(base.layout.sites, 16, torch.bfloat16)
-    model = DeviceModel(StockModel(base, pool), pool, kernels.choose(CPU), SEATS, graph)
+    model = CudaModel(TransformersModel(base, pool), pool, kernels.choose(CPU), SEATS, graph)
     model.allocate(8, 16)
     return model, base
