@@ -49,6 +49,7 @@ format: $(VENV)/.installed-dev ## Format Python and C++, and repair what ruff ca
 lint: $(VENV)/.installed-dev ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 types: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy

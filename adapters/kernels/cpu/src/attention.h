@@ -1,21 +1,21 @@
-// Attention over pages in place, with an online softmax (FlashAttention-2, Dao 2023, algorithm 1).
+// Paged attention with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). It reads the pages in place.
 //
-// A tile holds 16 tokens of one KV head, laid out for `dot2`:
-//   keys    [head_dim / 2][16 tokens][2]: sixteen scores at once, two dimensions at a time
-//   values  [8 token pairs][head_dim][2]: sixteen dimensions at once, two tokens at a time
-// A query walks its sequence's tiles from the first it sees to its own. Tiles begin at multiples of 16 of the
-// position, so the sums have the same order in a prompt, in a chunk of one, and in decoding.
+// A tile holds 16 tokens of one KV head, in the layout that `dot2` needs:
+//   keys    [head_dim / 2][16 tokens][2]: one dot2 adds two dimensions to sixteen scores
+//   values  [8 token pairs][head_dim][2]: one dot2 adds two tokens to sixteen dimensions
+// A query reads its sequence's tiles in order, from the first tile that it attends to up to its own. Tiles begin at
+// positions that are multiples of 16. So the sums have the same order in a whole prompt, in a chunk and in decoding.
 
 constexpr int64_t TILE = 16;
-constexpr int64_t AHEAD = 2;      // tiles between the one that is fetched and the one that is read
-constexpr float NEVER = -1e30f;  // the score of what is not seen; finite, so that differences stay numbers
+constexpr int64_t PREFETCH_DISTANCE = 2;  // tiles from the one that is read to the one that is prefetched
+constexpr float MASKED = -1e30f;          // score of a masked token; finite, so that a difference is never NaN
 
 static inline bf16* tile_of(bf16* pages, const Pages& p, int64_t tile, int64_t head) {
     return pages + (tile * p.kv_heads + head) * TILE * p.head_dim;
 }
 
-// The next tiles lie anywhere, so the processor cannot guess them. Into the second cache: the first one's few misses in
-// flight would be taken from the tile being read.
+// Tiles are scattered in memory, so the hardware prefetcher cannot find the next one. This prefetches into the L2
+// cache. Prefetching into the L1 cache would use up its few outstanding misses, which reading the current tile needs.
 static inline void prefetch(const bf16* tile, int64_t head_dim) {
     for (int64_t i = 0; i < TILE * head_dim; i += 32) __builtin_prefetch(tile + i, 0, 2);
 }
@@ -33,12 +33,12 @@ static void store_kv(const AttentionCall& call, int64_t t) {
     }
 }
 
-// The online softmax of G query heads. They share a KV head, so a tile is read once for all of them.
+// The online softmax of G query heads that share a KV head. A tile is read once for all of them.
 template <int G>
 struct SoftmaxState {
-    f32x16 sums[G] = {};  // of exp(score - most), by place in the tile
-    float most[G];        // largest score so far
-    f32x16* out;          // [head_dim / 16][G] sum of exp(score - most) * value
+    f32x16 sums[G] = {};  // sum of exp(score - max), by place in the tile
+    float max[G];         // largest score so far
+    f32x16* out;          // [head_dim / 16][G] sum of exp(score - max) * value
 };
 
 template <int G>
@@ -53,7 +53,7 @@ static inline void scores_of(const bf16* q, const bf16* keys, int64_t head_dim, 
         s[g] = softcapped(((part[0][g] + part[1][g]) + (part[2][g] + part[3][g])) * scale, softcap);
 }
 
-// Adds a tile of which places [first, last] are seen. What was never written beyond `last` may be anything.
+// Adds the places [first, last] of a tile. Places beyond `last` may never have been written and may hold any bits.
 template <int G>
 static inline void add_tile(SoftmaxState<G>& state, f32x16* s, const bf16* values, int64_t head_dim, int64_t first,
                             int64_t last) {
@@ -62,12 +62,12 @@ static inline void add_tile(SoftmaxState<G>& state, f32x16* s, const bf16* value
     float shrunk[G];
     bf16 pairs[G][TILE];
     for (int g = 0; g < G; g++) {
-        if (partly) s[g] = (place >= int32_t(first)) & (place <= int32_t(last)) ? s[g] : splat(NEVER);
-        const float most = larger_of(state.most[g], largest(s[g]));
-        shrunk[g] = most == state.most[g] ? 1.0f : exp16(splat(state.most[g] - most))[0];
+        if (partly) s[g] = (place >= int32_t(first)) & (place <= int32_t(last)) ? s[g] : splat(MASKED);
+        const float most = larger_of(state.max[g], largest(s[g]));
+        shrunk[g] = most == state.max[g] ? 1.0f : exp16(splat(state.max[g] - most))[0];
         const f32x16 p = exp16(s[g] - most);
         state.sums[g] = state.sums[g] * shrunk[g] + p;
-        state.most[g] = most;
+        state.max[g] = most;
         store(pairs[g], to_bf16s(p));
     }
     const int64_t chunks = head_dim / 16, whole = (last + 1) / 2;
@@ -78,7 +78,7 @@ static inline void add_tile(SoftmaxState<G>& state, f32x16* s, const bf16* value
             const u32x16 v = load<u32x16>(values + (i * chunks + c) * 32);
             for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * i));
         }
-        if (last % 2 == 0) {  // the pair's second token is not there yet
+        if (last % 2 == 0) {  // the pair's second token has not been written yet
             const u32x16 v = load<u32x16>(values + (whole * chunks + c) * 32) & 0xffffu;
             for (int g = 0; g < G; g++) acc[g] = dot2(acc[g], v, splat_pair(pairs[g] + 2 * whole));
         }
@@ -86,7 +86,7 @@ static inline void add_tile(SoftmaxState<G>& state, f32x16* s, const bf16* value
     }
 }
 
-// Query heads [head, head + G), which share `kv_head`, for one token.
+// Attention of the query heads [head, head + G), which share `kv_head`, for one token.
 template <int G>
 static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int64_t kv_head) {
     const Pages& p = *call.pages;
@@ -95,22 +95,22 @@ static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int
     static thread_local Buffer<f32x16> kept;
     SoftmaxState<G> state;
     state.out = kept.at_least(G * chunks);
-    for (int g = 0; g < G; g++) state.most[g] = NEVER;
+    for (int g = 0; g < G; g++) state.max[g] = MASKED;
     for (int64_t i = 0; i < G * chunks; i++) state.out[i] = f32x16{};
 
     const bf16* q = call.q + t * call.q_stride + head * p.head_dim;
     const int64_t* tiles = tokens.tiles + tokens.tile_starts[tokens.sequences[t]];
     const int64_t last = tokens.positions[t];
-    const int64_t first = call.window > 0 ? most_of(0, last - call.window + 1) : 0;
+    const int64_t first = call.window > 0 ? max_of(0, last - call.window + 1) : 0;
     for (int64_t i = first / TILE; i <= last / TILE; i++) {
-        if (i + AHEAD <= last / TILE) {
-            prefetch(tile_of(p.keys, p, tiles[i + AHEAD], kv_head), p.head_dim);
-            prefetch(tile_of(p.values, p, tiles[i + AHEAD], kv_head), p.head_dim);
+        if (i + PREFETCH_DISTANCE <= last / TILE) {
+            prefetch(tile_of(p.keys, p, tiles[i + PREFETCH_DISTANCE], kv_head), p.head_dim);
+            prefetch(tile_of(p.values, p, tiles[i + PREFETCH_DISTANCE], kv_head), p.head_dim);
         }
         f32x16 s[G];
         scores_of<G>(q, tile_of(p.keys, p, tiles[i], kv_head), p.head_dim, call.scale, call.softcap, s);
-        add_tile<G>(state, s, tile_of(p.values, p, tiles[i], kv_head), p.head_dim, most_of(0, first - i * TILE),
-                    least(TILE - 1, last - i * TILE));
+        add_tile<G>(state, s, tile_of(p.values, p, tiles[i], kv_head), p.head_dim, max_of(0, first - i * TILE),
+                    min_of(TILE - 1, last - i * TILE));
     }
     bf16* out = call.out + (t * call.heads + head) * p.head_dim;
     for (int g = 0; g < G; g++) {
@@ -119,10 +119,10 @@ static void attend_heads(const AttentionCall& call, int64_t t, int64_t head, int
     }
 }
 
-// All query heads that share one KV head, for one token, up to four at a time.
+// Attention of all query heads that share one KV head, for one token. It takes up to four heads at a time.
 static void attend(const AttentionCall& call, int64_t t, int64_t kv_head) {
     const int64_t group = call.heads / call.pages->kv_heads, end = (kv_head + 1) * group;
-    for (int64_t head = kv_head * group; head < end; head += 4) switch (least(4, end - head)) {
+    for (int64_t head = kv_head * group; head < end; head += 4) switch (min_of(4, end - head)) {
             case 1: attend_heads<1>(call, t, head, kv_head); break;
             case 2: attend_heads<2>(call, t, head, kv_head); break;
             case 3: attend_heads<3>(call, t, head, kv_head); break;
@@ -130,7 +130,7 @@ static void attend(const AttentionCall& call, int64_t t, int64_t kv_head) {
         }
 }
 
-// All tokens' keys and values must be stored before. Ends when all threads have done their part.
+// Attention of all tokens, whose keys and values must be stored. Returns when all threads have finished.
 static void attend_all(const AttentionCall& call, const Team& team) {
     const int64_t kv_heads = call.pages->kv_heads, count = call.tokens->count * kv_heads;
     if (team.by_rows) {

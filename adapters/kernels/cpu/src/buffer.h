@@ -1,4 +1,4 @@
-// Memory that a thread keeps from call to call.
+// Memory that a thread keeps between calls.
 
 template <typename T>
 struct Buffer {
@@ -16,5 +16,5 @@ struct Buffer {
     ~Buffer() { std::free(data); }
 };
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -1,4 +1,4 @@
-// Chooses the best instruction set of this machine, once, and exports plain C functions.
+// Chooses the best instruction set of this machine once, and exports plain C functions.
 #include <omp.h>
 
 #include <cstring>
@@ -40,14 +40,14 @@ static const Kernels* chosen = best();
 extern "C" {
 EXPORT const char* manylora_isa() { return chosen->name; }
 
-// For tests: use another set that runs here. Returns 0 if it does not.
+// For tests: uses another instruction set. Returns 0 if this machine does not have it.
 EXPORT int manylora_choose(const char* name) {
     for (const Kernels* kernels : all)
         if (std::strcmp(kernels->name, name) == 0 && runs_here(*kernels)) return chosen = kernels, 1;
     return 0;
 }
 
-// Ends the OpenMP workers of the calling thread; it gets new ones if it computes again.
+// Ends the OpenMP workers of the calling thread. If it computes again, it gets new ones.
 EXPORT void manylora_release_workers() { omp_pause_resource_all(omp_pause_soft); }
 
 EXPORT void manylora_linears(const LinearCall* call) { chosen->linears(call); }

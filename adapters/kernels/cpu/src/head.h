@@ -1,18 +1,21 @@
-// The final norm and the output head:  logits = norm(x) W^T, softcapped. W is bf16, packed so that sixteen words' sums
-// stand in one register, or NF4 as in nf4.h. float32 out: rounding logits to bf16 would only make ties.
+// The final norm and the output head:  logits = norm(x) W^T, softcapped. W is bf16 or NF4 (see nf4.h). bf16 weights are
+// packed so that one register holds the sums of sixteen vocabulary entries. The logits are float32, because rounding
+// them to bf16 would make different ones equal.
 
-constexpr int HEAD_ROWS = 8;  // rows, of two groups of words, whose sums are kept in registers
+constexpr int HEAD_ROWS = 8;  // rows whose sums, for two groups of sixteen entries, are kept in registers
 
 template <int ROWS>
 static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
     f32x16 acc[ROWS][2] = {};
     const int64_t groups = (call.vocabulary + 15) / 16, width = groups * 16;
     const bf16* first = call.w + group * call.hidden * 16;
-    const bf16* second = group + 1 < groups ? first + call.hidden * 16 : first;  // an odd one out is done twice
+    // A last group without a partner is computed twice.
+    const bf16* second = group + 1 < groups ? first + call.hidden * 16 : first;
     const bf16* x = call.normed + row * call.hidden;
     for (int64_t i = 0; i < call.hidden; i += 2) {
         const u32x16 w[2] = {load<u32x16>(first + i * 16), load<u32x16>(second + i * 16)};
-        for (int k = 0; k < 2; k++) __builtin_prefetch(first + (call.hidden * (2 + k) + i) * 16, 0, 2);  // the next two
+        // The next two groups.
+        for (int k = 0; k < 2; k++) __builtin_prefetch(first + (call.hidden * (2 + k) + i) * 16, 0, 2);
         for (int r = 0; r < ROWS; r++) {
             const u32x16 xs = splat_pair(x + r * call.hidden + i);
             for (int k = 0; k < 2; k++) acc[r][k] = dot2(acc[r][k], w[k], xs);
@@ -23,11 +26,11 @@ static inline void head_rows(const HeadCall& call, int64_t row, int64_t group) {
             store(call.out + (row + r) * width + (group + k) * 16, softcapped(acc[r][k], call.softcap));
 }
 
-// `count` rows from `row` on, at most MOST.
-template <int MOST>
+// Computes `count` rows from `row` on. `count` is at most MAX.
+template <int MAX>
 static inline void head_last_rows(const HeadCall& call, int64_t row, int64_t count, int64_t group) {
-    if (count == MOST) return head_rows<MOST>(call, row, group);
-    if constexpr (MOST > 1) head_last_rows<MOST - 1>(call, row, count, group);
+    if (count == MAX) return head_rows<MAX>(call, row, group);
+    if constexpr (MAX > 1) head_last_rows<MAX - 1>(call, row, count, group);
 }
 
 static void head_bf16(const HeadCall& call, const Team& team) {

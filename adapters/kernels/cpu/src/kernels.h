@@ -1,4 +1,4 @@
-// All kernels for one instruction set: each isa_*.cpp is this, compiled with that set's flags.
+// All kernels for one instruction set. Each isa_*.cpp includes this file and is compiled with that set's flags.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -10,8 +10,8 @@
 
 #include "native.h"
 
-// Everything here has internal linkage, and the standard library's templates are not used: an instance of
-// theirs made for AVX-512 could be the one that the linker keeps for every machine.
+// Everything here has internal linkage. The kernels do not use the standard library's templates. If they did, the
+// linker could keep an instance compiled for AVX-512 and use it on every machine.
 namespace {
 #include "simd.h"
 #include "buffer.h"
@@ -24,7 +24,7 @@ namespace {
 #include "stack.h"
 #include "head.h"
 
-// Each kernel alone, in a parallel region of its own.
+// Runs one kernel in its own parallel region.
 void linears(const LinearCall* call) {
     parallel([&](Team team) {
         Prefetcher none;
@@ -42,5 +42,4 @@ void attention(const AttentionCall* call) {
 }
 }  // namespace
 
-#define MANYLORA_KERNELS(isa) \
-    extern const Kernels isa##_kernels = {#isa, linears, lora, attention, stack, head};
+#define MANYLORA_KERNELS(isa) extern const Kernels isa##_kernels = {#isa, linears, lora, attention, stack, head};

@@ -1,16 +1,17 @@
 // LoRA over rank rows:  y_t += sum over j in rows(adapter of t) of (A_j . x_t) B_j
-// Before that, for the few adapters that ask for it:  y_t = scale * y_t + shift
+// Before that, for the few adapters that have an adjustment:  y_t = scale * y_t + shift
 //
-// shrink: h_tj = A_j . x_t, sixteen partial sums along the input, then one number, rounded to bf16
-// expand: y_t += h_t B, two rows of B at a time, in the order of the adapter's row list, on float32
+// shrink: h_tj = A_j . x_t in sixteen partial sums along the input, which are added and rounded to bf16
+// expand: y_t += h_t B in float32, two rows of B at a time, in the order of the adapter's row list
 //
-// A task is a few tokens of one segment at one linear, so a decoding step has at least as many tasks as
-// adapters, and a long prompt is cut into many. No padding: ranks, and absent linears, cost what they are.
+// A task is up to TASK_TOKENS tokens of one segment at one linear. So a decoding step has at least one task for each
+// adapter, and a long prompt is split into many tasks. Nothing is padded to a maximum rank, and a linear that an
+// adapter does not change takes no time.
 
-constexpr int64_t TASK_TOKENS = 16;  // tokens of a task
-constexpr int TOKENS = 8;            // tokens that share one reading of a row
+constexpr int64_t TASK_TOKENS = 16;  // the most tokens in a task
+constexpr int TOKENS = 8;            // tokens for which a row is read once
 
-// Adds 32 inputs, or the `left` last ones, to the sums of T tokens and R rows.
+// Adds 32 inputs, or the last `left` ones, to the sums of T tokens and R rows.
 template <int T, int R>
 static inline void shrink_chunk(const bf16* const* x, const bf16* const* a, int64_t i, int64_t left, f32x16 acc[T][R]) {
     u32x16 as[R];
@@ -21,7 +22,7 @@ static inline void shrink_chunk(const bf16* const* x, const bf16* const* a, int6
     }
 }
 
-// h[t][j] for T tokens and R rows, whose sums are kept in registers.
+// Computes h[t][j] for T tokens and R rows. The sums are kept in registers.
 template <int T, int R>
 static inline void shrink_tile(const bf16* const* x, const bf16* const* a, int64_t in, float h[T][R]) {
     f32x16 acc[T][R] = {};
@@ -32,11 +33,11 @@ static inline void shrink_tile(const bf16* const* x, const bf16* const* a, int64
         for (int j = 0; j < R; j++) h[t][j] = sum(acc[t][j]);
 }
 
-// Up to 32 columns of T tokens, c from where on.
+// Adjusts up to 32 columns of T tokens, from column c on.
 template <int T>
 static inline void adjust_chunk(const Adjust& adjust, f32x16 acc[T][2], int64_t c, int64_t left) {
     for (int i = 0; i < (left > 16 ? 2 : 1); i++) {
-        const int64_t at = c + 16 * i, bytes = 4 * least(16, left - 16 * i);
+        const int64_t at = c + 16 * i, bytes = 4 * min_of(16, left - 16 * i);
         f32x16 scale = {}, shift = {};
         if (adjust.scale != nullptr) __builtin_memcpy(&scale, adjust.scale + at, bytes);
         if (adjust.shift != nullptr) __builtin_memcpy(&shift, adjust.shift + at, bytes);
@@ -47,7 +48,7 @@ static inline void adjust_chunk(const Adjust& adjust, f32x16 acc[T][2], int64_t 
     }
 }
 
-// 32 columns of y, or the `left` last ones, for T tokens: in registers, over all pairs of rows.
+// Updates 32 columns of y, or the last `left` ones, for T tokens. The sums over all rows are kept in registers.
 template <int T, bool ADJUSTED>
 static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, const int32_t* rows, int64_t rank,
                                 const bf16* h, int64_t h_stride, bf16* const* y, int64_t c, int64_t left) {
@@ -59,7 +60,7 @@ static inline void expand_chunk(const LoraSite& site, const Adjust& adjust, cons
     if constexpr (ADJUSTED) adjust_chunk<T>(adjust, acc, c, left);
     for (int64_t j = 0; j < rank; j += 2) {
         const bf16* b0 = site.b + rows[j] * site.out + c;
-        const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // h is 0 there
+        const bf16* b1 = j + 1 < rank ? site.b + rows[j + 1] * site.out + c : b0;  // there h is 0
         u32x16 low, high;
         interleave(load_pairs(b0, left), load_pairs(b1, left), low, high);
         for (int t = 0; t < T; t++) {
@@ -82,7 +83,7 @@ static inline void expand(const LoraSite& site, const Adjust& adjust, const int3
     if (c < site.out) expand_chunk<T, ADJUSTED>(site, adjust, rows, rank, h, h_stride, y, c, site.out - c);
 }
 
-// Asks for R rows of B, which lie anywhere, while their rows of A are read.
+// Prefetches R rows of B, which are scattered in memory, before their rows of A are read.
 template <int R>
 static inline void fetch_rows(const LoraSite& site, const int32_t* rows) {
     for (int i = 0; i < R; i++)
@@ -128,15 +129,15 @@ static void lora_task(const LoraCall& call, const LoraTask& task) {
     const int32_t* rows = site.rows[task.slot];
     const Adjust& adjust = site.adjusts[task.slot];
     static thread_local Buffer<bf16> kept;
-    bf16* h = kept.at_least(TOKENS * most_of(h_stride, 2));
+    bf16* h = kept.at_least(TOKENS * max_of(h_stride, 2));
     const int64_t y_stride = call.y_strides[task.site];
     int64_t t = task.start;
     for (; t + TOKENS <= task.stop; t += TOKENS)
         lora_tokens<TOKENS, ADJUSTED>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
-                            call.y[task.site] + t * y_stride, y_stride, h, h_stride);
+                                      call.y[task.site] + t * y_stride, y_stride, h, h_stride);
     for (; t < task.stop; t++)
         lora_tokens<1, ADJUSTED>(site, adjust, rows, rank, call.x + t * call.x_stride, call.x_stride,
-                       call.y[task.site] + t * y_stride, y_stride, h, h_stride);
+                                 call.y[task.site] + t * y_stride, y_stride, h, h_stride);
 }
 
 static bool adjusts(const LoraSite& site, int64_t slot) {
@@ -150,7 +151,7 @@ static int64_t tasks_of(const LoraCall& call, LoraTask* tasks) {
         for (int64_t site = 0; site < call.n_sites; site++) {
             if (call.sites[site]->ranks[s.slot] == 0 && !adjusts(*call.sites[site], s.slot)) continue;
             for (int64_t t = s.start; t < s.stop; t += TASK_TOKENS)
-                tasks[count++] = {site, s.slot, t, least(t + TASK_TOKENS, s.stop)};
+                tasks[count++] = {site, s.slot, t, min_of(t + TASK_TOKENS, s.stop)};
         }
     }
     return count;
@@ -166,8 +167,8 @@ static Range* ranges_of(const LoraSite& site, int64_t slot, const bf16* matrix, 
     return to;
 }
 
-// A prefetcher of the rows that `lora` will read, in `turns` calls of advance() over all threads. By columns it is not
-// yet known which thread will read which rows, so each thread fetches an equal part of them.
+// A prefetcher for the rows that `lora` will read. All threads together call advance() `turns` times. If the team
+// splits by columns, it is not known yet which thread will read which rows, so each thread fetches an equal part.
 static Prefetcher prefetcher_for(const LoraCall& call, int64_t turns, const Team& team) {
     static thread_local Buffer<Range> kept;
     int64_t most = 0;

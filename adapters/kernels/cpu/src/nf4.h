@@ -1,24 +1,25 @@
 // Products with 4-bit weights:  y = x W^T + bias,  W[n][k] = codebook[w[n][k]] * absmax[k / blocksize][n]
 //
-// Weights lie as bitsandbytes packs them for CPUs, in panels of 32 outputs: for each pair of inputs 32 bytes, the low
-// halves outputs 0-15 (both inputs of output 0, then of output 1, ...), the high halves outputs 16-31. A look-up in
-// one register turns them into bf16 pairs for `dot2`. A quantisation block's sum is scaled once, in float32.
+// The weights have the layout that bitsandbytes uses on CPUs: panels of 32 outputs. For each pair of inputs a panel has
+// 32 bytes. Their low halves are outputs 0-15 (both inputs of output 0, then both of output 1, ...), and their high
+// halves are outputs 16-31. A look-up in one register decodes them into bf16 pairs for `dot2`. The sum over a
+// quantisation block is scaled once, in float32.
 //
 // y is bf16, or float32 for the output head.
 //
-// Rows are taken some at a time. Many rows share a panel that is decoded once, few decode as they go; the sums, and
-// so the results, are the same.
+// Rows are computed in groups. With many rows, a panel is decoded once into memory. With few rows, it is decoded again
+// for each group. The sums are formed in the same order, so the results are equal.
 
 constexpr int PANEL = 32;
-constexpr int NF4_ROWS = 8;      // rows whose sums are kept in registers
-constexpr int NF4_DECODED = 32;  // rows from which on it pays to decode a panel once
+constexpr int NF4_ROWS = 8;      // rows in a group; their sums are kept in registers
+constexpr int NF4_DECODED = 32;  // from this many rows on, decoding a panel once is faster
 
 struct Codebook {
     u16x32 values;
     explicit Codebook(const bf16* sixteen) {
         for (int i = 0; i < 32; i++) values[i] = sixteen[i % 16];
     }
-    // The pairs of outputs 0-15 and 16-31 for one pair of inputs.
+    // Decodes one pair of inputs: low has outputs 0-15, high has outputs 16-31.
     inline void decode(const uint8_t* w, u32x16& low, u32x16& high) const {
         typedef uint8_t u8x32 __attribute__((vector_size(32)));
         u16x32 both = __builtin_convertvector(load<u8x32>(w), u16x32);
@@ -27,13 +28,15 @@ struct Codebook {
     }
 };
 
-struct Decoding {  // decode while multiplying
+// Decodes weights while multiplying.
+struct Decoding {
     const Codebook& codebook;
     const uint8_t* w;
     inline void pair(int64_t p, u32x16& low, u32x16& high) const { codebook.decode(w + p * PANEL, low, high); }
 };
 
-struct Decoded {  // read what was decoded before
+// Reads weights that were decoded before.
+struct Decoded {
     const u32x16* pairs;
     inline void pair(int64_t p, u32x16& low, u32x16& high) const { low = pairs[2 * p], high = pairs[2 * p + 1]; }
 };
@@ -70,12 +73,12 @@ static inline void nf4_rows(const Linear& l, int64_t panel, const Weights& weigh
         }
 }
 
-// `count` rows, at most MOST.
-template <int MOST, typename Weights, typename Y>
+// Computes `count` rows. `count` is at most MAX.
+template <int MAX, typename Weights, typename Y>
 static inline void nf4_last_rows(const Linear& l, int64_t panel, const Weights& weights, int64_t count, const bf16* x,
                                  int64_t x_stride, Y* y, int64_t y_stride, Prefetcher& prefetcher) {
-    if (count == MOST) return nf4_rows<MOST>(l, panel, weights, x, x_stride, y, y_stride, prefetcher);
-    if constexpr (MOST > 1) nf4_last_rows<MOST - 1>(l, panel, weights, count, x, x_stride, y, y_stride, prefetcher);
+    if (count == MAX) return nf4_rows<MAX>(l, panel, weights, x, x_stride, y, y_stride, prefetcher);
+    if constexpr (MAX > 1) nf4_last_rows<MAX - 1>(l, panel, weights, count, x, x_stride, y, y_stride, prefetcher);
 }
 
 template <typename Weights, typename Y>
@@ -101,7 +104,7 @@ static void nf4_panel(const Linear& l, int64_t panel, const Codebook& codebook, 
     nf4_all_rows(l, panel, Decoded{pairs}, count, x, x_stride, y, y_stride, prefetcher);
 }
 
-// How often a call advances its prefetcher.
+// The number of times that a call advances its prefetcher.
 static int64_t prefetch_turns(const LinearCall& call) {
     int64_t turns = 0;
     for (int64_t i = 0; i < call.n_linears; i++)
@@ -109,7 +112,7 @@ static int64_t prefetch_turns(const LinearCall& call) {
     return turns * ((call.count + NF4_ROWS - 1) / NF4_ROWS);
 }
 
-// All panels of linears that share x.
+// Computes all panels of linears that share x.
 static void linears(const LinearCall& call, const Team& team, Prefetcher& prefetcher) {
     const Codebook codebook(call.codebook);
     int64_t panels = 0;
@@ -117,7 +120,7 @@ static void linears(const LinearCall& call, const Team& team, Prefetcher& prefet
     team.share(panels, [&](int64_t panel) {
         int64_t which = 0;
         while (panel >= call.linears[which]->out / PANEL) panel -= call.linears[which++]->out / PANEL;
-        nf4_panel(*call.linears[which], panel, codebook, call.count, call.x, call.x_stride, call.y[which], call.y_stride,
-                  prefetcher);
+        nf4_panel(*call.linears[which], panel, codebook, call.count, call.x, call.x_stride, call.y[which],
+                  call.y_stride, prefetcher);
     });
 }

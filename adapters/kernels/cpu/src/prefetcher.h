@@ -1,10 +1,10 @@
-// Memory that is needed soon, fetched into the second cache a little at a time while something else is computed.
+// Prefetches memory that is needed soon into the L2 cache, a little at a time during another computation.
 //
-// A decoding step reads an adapter's rows for one token: that takes the memory's time. The products before take the
-// processor's. One after the other, each would wait for the other.
+// In a decoding step, LoRA reads an adapter's rows for a single token, so it is limited by memory. The products before
+// it are limited by the processor. Prefetching the rows during the products overlaps the two.
 
 constexpr int64_t LINE = 64;
-constexpr int64_t PREFETCH_BYTES = 640 << 10;  // of more the first would be gone again before it is needed
+constexpr int64_t PREFETCH_BYTES = 640 << 10;  // with more, the first lines would be evicted before their use
 
 struct Range {
     const char *at, *end;
@@ -12,14 +12,14 @@ struct Range {
 
 struct Prefetcher {
     const Range *next = nullptr, *last = nullptr;
-    int64_t lines = 0;  // of a turn
+    int64_t lines = 0;  // lines to fetch in one call of advance()
     const char *at = nullptr, *end = nullptr;
 
-    // The ranges [first, after), in `turns` calls of advance().
+    // Prefetches the ranges [first, after) over `turns` calls of advance().
     Prefetcher(const Range* first, const Range* after, int64_t turns) : next(first), last(after) {
         int64_t bytes = 0;
         for (const Range* s = first; s < after; s++) bytes += s->end - s->at;
-        lines = least(bytes, PREFETCH_BYTES) / (LINE * most_of(turns, 1)) + 1;
+        lines = min_of(bytes, PREFETCH_BYTES) / (LINE * max_of(turns, 1)) + 1;
     }
     Prefetcher() = default;
 

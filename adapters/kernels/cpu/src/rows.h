@@ -1,4 +1,4 @@
-// What is done to one token's row at a time: norms, rotary embedding, activation. float32 inside, bf16 outside.
+// Operations on one token's row: norms, rotary embedding, activation. They compute in float32 and store bf16.
 
 // out = x / sqrt(mean(x^2) + eps) * w  (RMSNorm, Zhang & Sennrich 2019)
 static void rms_norm(const bf16* x, const float* w, int64_t n, float eps, bf16* out) {
@@ -10,7 +10,7 @@ static void rms_norm(const bf16* x, const float* w, int64_t n, float eps, bf16* 
     const float scale = 1.0f / __builtin_sqrtf(sum(squares) / n + eps);
     for (int64_t i = 0; i < n; i += 16) {
         f32x16 v = load_floats(x + i, n - i), weight = {};
-        __builtin_memcpy(&weight, w + i, 4 * least(16, n - i));
+        __builtin_memcpy(&weight, w + i, 4 * min_of(16, n - i));
         store_bf16s(out + i, v * scale * weight, n - i);
     }
 }
@@ -25,7 +25,7 @@ static void add_row(bf16* x, const bf16* y, int64_t n) {
 static void rotate_head(bf16* x, const float* cosines, const float* sines, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i += 16) {
-        const int64_t left = half - i, bytes = 4 * least(16, left);
+        const int64_t left = half - i, bytes = 4 * min_of(16, left);
         f32x16 c1 = {}, c2 = {}, s1 = {}, s2 = {};
         __builtin_memcpy(&c1, cosines + i, bytes);
         __builtin_memcpy(&c2, cosines + half + i, bytes);
@@ -41,8 +41,8 @@ static void rotate_head(bf16* x, const float* cosines, const float* sines, int64
 static void activate(bf16* gate, const bf16* up, int64_t n, bool gelu) {
     for (int64_t i = 0; i < n; i += 16) {
         f32x16 g = load_floats(gate + i, n - i), u = load_floats(up + i, n - i);
-        f32x16 a = gelu ? 0.5f * g * (1.0f + tanh16(0.7978845608f * (g + 0.044715f * g * g * g)))
-                        : g / (1.0f + exp16(-g));
+        f32x16 a =
+            gelu ? 0.5f * g * (1.0f + tanh16(0.7978845608f * (g + 0.044715f * g * g * g))) : g / (1.0f + exp16(-g));
         store_bf16s(gate + i, a * u, n - i);
     }
 }

@@ -1,8 +1,8 @@
-// Sixteen lanes, written once with the compiler's vector types; only `fma16` and `dot2` have forms of their
-// own. Included inside a namespace, once for each instruction set.
+// Operations on sixteen lanes, written with the compiler's vector types. Only `fma16` and `dot2` use intrinsics.
+// kernels.h includes this file inside a namespace, once for each instruction set.
 //
-// Compiled with -ffp-contract=off: a product and a sum become one rounding only where `fma16` says so. Else the
-// compiler would choose, perhaps otherwise for one token than for four, and results would differ in a bit.
+// The kernels are compiled with -ffp-contract=off, so only `fma16` fuses a product and a sum into one rounding.
+// Otherwise the compiler could fuse them for one token and not for four, and results would differ in the last bit.
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -38,7 +38,7 @@ static inline float to_float(bf16 x) {
 
 static inline f32x16 to_floats(u16x16 x) { return (f32x16)(__builtin_convertvector(x, u32x16) << 16); }
 
-// Round to nearest even, as torch does. NaN stays NaN.
+// Rounds to nearest even, as torch does. NaN stays NaN.
 static inline u16x16 to_bf16s(f32x16 x) {
     u32x16 bits = (u32x16)x;
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -90,9 +90,9 @@ static inline float largest(f32x16 v) {
     return reduce(v, [](f32x16 a, f32x16 b) { return larger(a, b); });
 }
 
-// exp to about 2 ulp (Cephes' expf): 2^n * p(r), n = round(x / ln 2). Below -87 it is 0, NaN stays NaN.
+// exp to about 2 ulp (Cephes' expf): 2^n * p(r), n = round(x / ln 2). The result is 0 below -87. NaN stays NaN.
 static inline f32x16 exp16(f32x16 x) {
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
     f32x16 clamped = x < -87.0f ? splat(-87.0f) : x;
     clamped = clamped > 88.0f ? splat(88.0f) : clamped;
     f32x16 n = clamped * 1.44269504f + round - round;
@@ -115,10 +115,10 @@ static inline f32x16 tanh16(f32x16 x) {
     return 1.0f - 2.0f / (e + 1.0f);
 }
 
-// Squeezes scores into (-cap, cap); 0 = leave them.
+// Limits scores to (-cap, cap). A cap of 0 changes nothing.
 static inline f32x16 softcapped(f32x16 x, float cap) { return cap > 0 ? cap * tanh16(x / cap) : x; }
 
-// Sixteen bf16 of a row that may end sooner: what lies beyond `left` reads as 0 and is not written.
+// Sixteen bf16 of a row. Elements beyond `left` read as 0 and are not written.
 static inline f32x16 load_floats(const bf16* p, int64_t left = 16) {
     if (left >= 16) return to_floats(load<u16x16>(p));
     u16x16 v = {};
@@ -131,7 +131,7 @@ static inline void store_bf16s(bf16* p, f32x16 v, int64_t left = 16) {
     __builtin_memcpy(p, &rounded, 2 * (left >= 16 ? 16 : left));
 }
 
-// Sixteen bf16 pairs of a row that may end sooner.
+// Sixteen bf16 pairs of a row. Elements beyond `left` read as 0.
 static inline u32x16 load_pairs(const bf16* p, int64_t left = 32) {
     if (left >= 32) return load<u32x16>(p);
     u32x16 v = {};
@@ -139,7 +139,7 @@ static inline u32x16 load_pairs(const bf16* p, int64_t left = 32) {
     return v;
 }
 
-// Two rows' columns become pairs: low[i] = (a[i], b[i]) for columns 0-15, high for 16-31.
+// Pairs the columns of two rows: low[i] = (a[i], b[i]) for columns 0-15, and high for columns 16-31.
 static inline void interleave(u32x16 a, u32x16 b, u32x16& low, u32x16& high) {
     const u16x32 first = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};

@@ -1,17 +1,17 @@
 // All decoder blocks of a Llama-like model in one call, for the flattened tokens of a step.
 //
-//   x += o( attention( rope(q(n(x))), rope(k(n(x))), v(n(x)) ) )        each linear with its adapters
-//   x += down( act(gate(n(x))) * up(n(x)) )                             n = RMSNorm
+//   x += o( attention( rope(q(n(x))), rope(k(n(x))), v(n(x)) ) )
+//   x += down( act(gate(n(x))) * up(n(x)) )
 //
-// One parallel region for all of it. Only attention looks at other tokens: there, and by rows only there, the threads
-// wait for each other.
+// n is RMSNorm. Each linear includes its adapters. Everything runs in one parallel region. Only attention reads other
+// tokens. So if the team splits by rows, the threads wait for each other only in attention.
 
-// A step as one thread sees it: its own tokens, and the time they took.
+// One thread's part of a step: the tokens that it computes.
 struct ThreadStep {
     const StackCall& call;
     const Team& team;
     const int64_t begin = team.begin(call.tokens->count), count = team.end(call.tokens->count) - begin;
-    const Segment* segments;  // of its own tokens, counted from the first of them
+    const Segment* segments;  // of its tokens; start and stop count from its first token
     int64_t n_segments;
 
     template <typename T>
@@ -20,7 +20,7 @@ struct ThreadStep {
     }
 };
 
-// Books the first thread's time until the end of its scope.
+// Adds the time until the end of the scope to the step's `part`. It measures the first thread only.
 struct Timed {
     const ThreadStep& step;
     const Part part;
@@ -37,8 +37,8 @@ struct Timed {
     }
 };
 
-// Linears that share x and write side by side into rows of `stride`, with their adapters' part, whose rows are fetched
-// during the products.
+// Computes linears that share x, with their adapters. They write side by side into rows of `stride` elements. The
+// adapters' rows are prefetched during the products.
 template <int N>
 static void project(const ThreadStep& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
                     int64_t stride) {
@@ -67,19 +67,19 @@ static void each_token(const ThreadStep& w, F f) {
     w.team.share(w.count, [&](int64_t i) { f(w.begin + i); });
 }
 
-// The weights for token t.
+// The norm's weights for token t: its adapter's, or the base's.
 static inline const float* weight_of(const StackCall& call, const Norm& norm, int64_t t) {
     const int64_t slot = call.norm_slots != nullptr ? call.norm_slots[t] : -1;
     const float* own = slot >= 0 ? (*norm.by_slot)[slot] : nullptr;
     return own != nullptr ? own : norm.weight;
 }
 
-// out = norm(x) for token t, if there is such a norm.
+// out = norm(x) for token t. Does nothing if the model has no such norm.
 static inline void normalise(const StackCall& call, const Norm& norm, int64_t t, const bf16* x, int64_t n, bf16* out) {
     if (norm.weight != nullptr) rms_norm(x, weight_of(call, norm, t), n, call.eps, out);
 }
 
-// x += what a half of a block gave; then the norm before the next half.
+// Adds the output of half a block to x, and applies the norm before the next half.
 static void add_and_norm(const ThreadStep& w, const Norm& after, const Norm& before) {
     const StackCall& call = w.call;
     const int64_t hidden = call.hidden;
@@ -96,8 +96,9 @@ static void attention_half(const ThreadStep& w, const Block& b) {
     const Scratch& s = call.scratch;
     const int64_t dim = call.head_dim, q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
     project(w, {&b.q, &b.k, &b.v}, s.normed, call.hidden, s.qkv, stride);
-    const AttentionCall a = {&b.pages, call.tokens, s.qkv, s.qkv + q_size, s.qkv + q_size + kv_size,
-                             stride, stride, stride, s.attended, call.heads, call.scale, call.softcap, b.window};
+    const AttentionCall a = {&b.pages,   call.tokens,  s.qkv,   s.qkv + q_size, s.qkv + q_size + kv_size,
+                             stride,     stride,       stride,  s.attended,     call.heads,
+                             call.scale, call.softcap, b.window};
     each_token(w, [&](int64_t t) {
         const float* cosines = call.cosines + call.tokens->positions[t] * dim;
         const float* sines = call.sines + call.tokens->positions[t] * dim;
@@ -118,7 +119,7 @@ static void attention_half(const ThreadStep& w, const Block& b) {
 static void mlp_half(const ThreadStep& w, const Block& b) {
     const Scratch& s = w.call.scratch;
     const int64_t hidden = w.call.hidden, inner = w.call.intermediate;
-    if (w.team.by_rows) {  // the adapters' rows of both would not fit the cache
+    if (w.team.by_rows) {  // the adapters' rows of both linears would not fit in the cache
         project(w, {&b.gate}, s.normed, hidden, s.gate_up, 2 * inner);
         project(w, {&b.up}, s.normed, hidden, s.gate_up + inner, 2 * inner);
     } else {
@@ -145,11 +146,11 @@ static void run_blocks(const ThreadStep& w) {
     }
 }
 
-// The segments' parts within [begin, end), counted from `begin`.
+// Cuts the segments to the tokens [begin, end). The results count from `begin`. Returns their number.
 static int64_t cut(const Segment* segments, int64_t n, int64_t begin, int64_t end, Segment* own) {
     int64_t count = 0;
     for (int64_t i = 0; i < n; i++) {
-        const int64_t start = most_of(segments[i].start, begin), stop = least(segments[i].stop, end);
+        const int64_t start = max_of(segments[i].start, begin), stop = min_of(segments[i].stop, end);
         if (start < stop) own[count++] = {segments[i].slot, start - begin, stop - begin};
     }
     return count;

@@ -1,14 +1,16 @@
 // How the threads of a parallel region share a step.
 //
-//   by columns: all threads take all tokens, each a part of every kernel's work, and wait for each other after it
-//   by rows:    each thread takes tokens of its own through whatever concerns a token alone, and waits for nobody
+//   by columns: every kernel splits its outputs over the threads. All threads work on all tokens, and they wait for
+//               each other after each kernel.
+//   by rows:    the tokens are split over the threads. A thread runs its tokens through all kernels without waiting,
+//               except in attention.
 //
-// By columns the weights are read and decoded once, which is what a step of few tokens costs. By rows nothing moves
-// between the processors' caches and nobody waits, which is what a step of many tokens gains from.
+// By columns, the weights are read and decoded once, which dominates the time of a step of few tokens. By rows, threads
+// do not wait and no data moves between the cores' caches, which makes a step of many tokens faster.
 
-constexpr int64_t ROWS_EACH = 8;         // by rows from so many tokens a thread on,
-constexpr int64_t ROWS_EACH_LARGE = 32;  // or so many, if a linear has more weights than a second cache holds
-constexpr int64_t LARGE = 1 << 20;       // bytes
+constexpr int64_t ROWS_EACH = 8;         // the fewest tokens per thread for splitting by rows
+constexpr int64_t ROWS_EACH_LARGE = 32;  // the same if the weights of one linear do not fit in the L2 cache
+constexpr int64_t LARGE = 1 << 20;       // bytes of weights that fit in the L2 cache
 
 static bool best_by_rows(int64_t tokens, int64_t threads, int64_t largest) {
     return tokens >= threads * (largest > LARGE ? ROWS_EACH_LARGE : ROWS_EACH);
@@ -18,11 +20,11 @@ struct Team {
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     bool by_rows = false;
 
-    // The part of [0, n) that is this thread's own.
+    // This thread's part of [0, n).
     int64_t begin(int64_t n) const { return by_rows ? n * thread / threads : 0; }
     int64_t end(int64_t n) const { return by_rows ? n * (thread + 1) / threads : n; }
 
-    // f(i) for all i in [0, n), each about as long as the others.
+    // Runs f(i) for all i in [0, n). Each call should take about equally long.
     template <typename F>
     void share(int64_t n, F f) const {
         if (by_rows) {
@@ -33,7 +35,7 @@ struct Team {
         for (int64_t i = 0; i < n; i++) f(i);
     }
 
-    // f(i) for all i in [0, n), some perhaps much longer than others.
+    // Runs f(i) for all i in [0, n). Some calls may take much longer than others.
     template <typename F>
     void share_unequal(int64_t n, F f) const {
         if (by_rows) {
@@ -45,7 +47,7 @@ struct Team {
     }
 };
 
-// Runs f(team) on every thread, by columns.
+// Runs f(team) on every thread. The team splits by columns unless f changes it.
 template <typename F>
 static void parallel(F f) {
 #pragma omp parallel
