@@ -17,6 +17,7 @@ SCHEDULING = (
     "server/engine/kv_cache.py",
     "server/engine/lanes.py",
     "server/engine/fairness.py",
+    "server/engine/preemption.py",
     "server/engine/scheduler.py",
     "server/engine/step.py",
     "server/engine/sequence.py",

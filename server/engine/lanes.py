@@ -119,6 +119,15 @@ class Lanes:
     def to_the_back(self, lane: Lane) -> None:
         self._lanes.move_to_end(lane.name)
 
+    def check_integrity(self, running: list[Sequence]) -> None:
+        """Assert that the lanes agree with the ``running`` sequences, oldest first (for tests)."""
+        placed = sorted((s for lane in self for s in lane.running), key=lambda s: s.arrival)
+        assert placed == running, "the lanes disagree about the running sequences"
+        assert all(s.table is None for lane in self for s in lane.preempted), (
+            "a preempted sequence holds blocks"
+        )
+        assert self.num_queued == sum(lane.queued for lane in self), "num_queued is wrong"
+
     def _note_holder(self, lane: Lane) -> None:
         if not lane.running:
             self.holders.discard(lane)

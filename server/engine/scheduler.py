@@ -4,7 +4,7 @@ A step is a list of chunks under a token budget. Every decoding sequence gets on
 budget goes to prompts. The lanes take turns: within a turn, running prompts continue first, then new ones
 start, as far as running slots, KV blocks and adapters allow. When the blocks run out, a running sequence is
 preempted: it gives its blocks back and is recomputed later. The oldest sequence always advances. ``fairness``
-decides which lane is next and which sequence is preempted.
+decides which lane is next and which sequence is preempted, ``preemption`` how many are.
 
 A step may be scheduled while the previous one is in flight: launched, but its tokens are not read yet. The
 blocks and adapters that a step in flight may still read are kept until it has completed.
@@ -21,6 +21,7 @@ from server.engine.fairness import Fairness, RoundRobin
 from server.engine.interface import FinishReason
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
 from server.engine.lanes import Lane, Lanes, insert_by_age
+from server.engine.preemption import find_victims, missing_blocks
 from server.engine.sequence import Chunk, Sequence
 from server.engine.step import Step
 
@@ -69,12 +70,7 @@ class Scheduler:
         steps, preemptions, prompt_tokens, cached_tokens: counters; the last two over first admissions.
     """
 
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        blocks: BlockManager,
-        gate: AdapterGate,
-    ) -> None:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, gate: AdapterGate) -> None:
         self.limits = limits
         self.blocks = blocks
         self.lanes = Lanes()
@@ -84,7 +80,7 @@ class Scheduler:
         self.steps = self.preemptions = self.prompt_tokens = self.cached_tokens = 0
         self._gate = gate
         self._in_flight = 0  # chunks
-        self._short: Lane | None = None  # its head only lacks a running slot or blocks
+        self._starved: Lane | None = None  # its head only lacks a running slot or blocks
 
     def __len__(self) -> int:
         return len(self.running) + self.num_waiting
@@ -111,7 +107,7 @@ class Scheduler:
         Empty if a sequence must be preempted while a step is in flight. That step may still read the blocks,
         and it may free enough of them, so it has to complete first.
         """
-        if not self._make_way():
+        if not self._preempt_for_lane():
             return []
         step = Step(self.limits.max_num_batched_tokens)
         for sequence in [s for s in self.running if s.num_pending == 1]:
@@ -185,14 +181,9 @@ class Scheduler:
         holders = [*self.running, *self.leaving]
         self.blocks.check_integrity([s.table for s in holders if s.table is not None])
         assert all(s.in_flight for s in self.leaving), "an ended sequence holds blocks that no step reads"
-        assert all(s.table is None for lane in self.lanes for s in lane.preempted), (
-            "a preempted sequence holds blocks"
-        )
         arrivals = [s.arrival for s in self.running]
         assert arrivals == sorted(arrivals), "running sequences are out of order"
-        placed = sorted((s for lane in self.lanes for s in lane.running), key=lambda s: s.arrival)
-        assert placed == self.running, "the lanes disagree about the running sequences"
-        assert self.num_waiting == sum(lane.queued for lane in self.lanes), "num_waiting is wrong"
+        self.lanes.check_integrity(self.running)
 
     # -- sharing the budget -----------------------------------------------------------------------
 
@@ -284,7 +275,7 @@ class Scheduler:
             if not head.has_started:
                 self._gate.leave(head)
             step.blocked_from = lane.num_running  # free blocks are saved for it
-            self._is_short(lane)
+            self._note_starved(lane)
             return 0
         self.lanes.start(head)
         insert_by_age(self.running, head)
@@ -296,8 +287,8 @@ class Scheduler:
         table = BlockTable(chain_root(sequence.digest))
         cached = self.blocks.match(table, sequence.tokens)
         length = min(len(sequence.tokens) - cached, step.budget, limit)
-        lacking = self._lacking(sequence, table) if self.running else 0
-        if lacking > 0 or not self.blocks.grow(table, cached + length):
+        missing = missing_blocks(sequence, table, self.blocks, len(self.running))
+        if (self.running and missing > 0) or not self.blocks.grow(table, cached + length):
             self.blocks.release(table)
             return 0
         sequence.table, sequence.num_computed = table, cached
@@ -309,14 +300,6 @@ class Scheduler:
             self.cached_tokens += cached
         step.give(Chunk(sequence, cached, length), length)
         return length
-
-    def _lacking(self, sequence: Sequence, table: BlockTable) -> int:
-        """How many blocks are missing for the whole sequence and for one more block of each running one.
-
-        The blocks of ``table`` count as allocated.
-        """
-        wanted = self.blocks.blocks_for(len(sequence.tokens) + 1) - len(table.blocks)
-        return wanted + len(self.running) - self.blocks.num_free
 
     # -- preempting for a lane --------------------------------------------------------------------
 
@@ -330,47 +313,29 @@ class Scheduler:
             if lane in step.not_ready or not (head.has_started or self._gate.prepare(head)):
                 continue
             if not self._free_running_slots:
-                self._is_short(lane)
+                self._note_starved(lane)
 
-    def _is_short(self, lane: Lane) -> None:
-        if self._short is None or lane.num_running < self._short.num_running:
-            self._short = lane
+    def _note_starved(self, lane: Lane) -> None:
+        """Remember ``lane``, unless a lane with fewer running sequences is remembered."""
+        if self._starved is None or lane.num_running < self._starved.num_running:
+            self._starved = lane
 
-    def _make_way(self) -> bool:
+    def _preempt_for_lane(self) -> bool:
         """Preempt for the lane that the last step could not serve; False = wait for the step in flight."""
-        lane, self._short = self._short, None
+        lane, self._starved = self._starved, None
         if lane is None or lane.head is None:
             return True
-        victims = self._victims(lane, lane.head)
+        candidates = self.fairness.preemption_order(lane)
+        victims = find_victims(
+            lane.head, candidates, self.blocks, len(self.running), self._free_running_slots
+        )
         if victims and self._in_flight:
-            self._short = lane
+            self._starved = lane
             return False
         for victim in victims:
             self._preempt(victim)
             self.fairness.preempted_for(lane, victim)
         return True
-
-    def _victims(self, lane: Lane, head: Sequence) -> list[Sequence]:
-        """The sequences to preempt so that ``head`` can start; none if that is not enough, or not needed."""
-        victims: list[Sequence] = []
-        lacking: int | None = None
-        for victim in self.fairness.preemption_order(lane):
-            if lacking is None:
-                lacking = self._lacking_now(head)
-            if lacking <= 0 and len(victims) + self._free_running_slots > 0:
-                break
-            assert victim.table is not None
-            victims.append(victim)
-            lacking -= self.blocks.held_alone(victim.table) + 1
-        enough = lacking is not None and lacking <= 0
-        return victims if enough else []
-
-    def _lacking_now(self, sequence: Sequence) -> int:
-        table = BlockTable(chain_root(sequence.digest))
-        self.blocks.match(table, sequence.tokens)
-        lacking = self._lacking(sequence, table)
-        self.blocks.release(table)
-        return lacking
 
     # -- releasing --------------------------------------------------------------------------------
 
