@@ -36,10 +36,10 @@ samples: ## Copy the sample adapters to $MANYLORA_HOME/adapters, unless they are
 	done
 
 test: $(VENV)/.installed-dev ## Run the default tests (ARGS: options for pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 coverage: $(VENV)/.installed-dev ## Run the default tests and measure what they cover (ARGS; htmlcov/index.html)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-report=html $(ARGS)
 
 format: $(VENV)/.installed-dev ## Format Python and C++, and repair what ruff can repair
 	$(BIN)/ruff check --fix .

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from tests.support import sharding
+
+os.environ |= {"HF_HUB_OFFLINE": "1"} | sharding.ENVIRON
 
 from collections.abc import Callable
 from functools import cache
@@ -12,11 +14,20 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
+from xdist.remote import Producer
 
 from adapters.base import DEFAULT_BASE, LoadedBase, PreparedBase, load_base, prepare_base
 from tests.tiny_models import Family, make_tiny_model
 
 TinyBase: TypeAlias = Callable[[Family], LoadedBase]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return sharding.num_workers(config.args)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> sharding.Scheduling:
+    return sharding.Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support import sharding
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 120
@@ -61,7 +63,7 @@ def running(command: list[str], home: Path, log: Path) -> Iterator[RunningServer
     """Start ``command``, with a free port for its ``{port}``, wait until it is ready; SIGTERM at the end."""
     port = str(free_port())
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    environ |= {"MANYLORA_HOME": str(home)}
+    environ |= {"MANYLORA_HOME": str(home)} | sharding.ENVIRON
     with log.open("wb") as output:
         process = subprocess.Popen(
             [part.format(port=port) for part in command], cwd=ROOT, env=environ, stdout=output, stderr=output
