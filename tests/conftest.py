@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
+pytest.register_assert_rewrite("tests.support")
+
 from tests.support import sharding
 
 os.environ |= {"HF_HUB_OFFLINE": "1"} | sharding.ENVIRON
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
 
-import pytest
 from xdist.remote import Producer
 
 from adapters.base import DEFAULT_BASE, LoadedBase, PreparedBase, load_base, prepare_base
-from tests.tiny_models import Family, make_tiny_model
-
-TinyBase: TypeAlias = Callable[[Family], LoadedBase]
+from tests.support.project import ROOT
+from tests.support.tiny_models import Family, TinyBase, make_tiny_model
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -33,7 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> shardin
 @pytest.fixture(scope="session")
 def manylora_home() -> Path:
     """The state folder, where the default base is prepared once for all test runs and for serving."""
-    return Path(os.environ.get("MANYLORA_HOME") or Path(__file__).parents[1] / ".manylora")
+    return Path(os.environ.get("MANYLORA_HOME") or ROOT / ".manylora")
 
 
 @pytest.fixture(scope="session")

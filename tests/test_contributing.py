@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from server.config.options import OPTIONS
-from tests.test_deploy import tool
-from tests.test_packaging import DIRECT, ROOT, make
+from tests.support.project import DIRECT, ROOT, make, tool
 
 FORMS = ROOT / ".github/ISSUE_TEMPLATE"
 KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from server.config.options import OPTIONS
 from server.finetune.jobs.runner import STOP_GRACE_SECONDS
 from server.http.app import METRICS_ROUTES, PROBE_ROUTES
 from server.serve import _CLOSE_SECONDS
-from tests.test_packaging import ROOT, instructions, last_environment, stages
+from tests.support.project import ROOT, instructions, last_environment, stages, tool
 
 DEPLOY = ROOT / "deploy"
 VARIABLES = {option.variable for option in OPTIONS}
@@ -40,13 +38,6 @@ DEPLOYMENT = KUBERNETES["Deployment"]["spec"]
 POD = DEPLOYMENT["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 EACH_SERVER = pytest.mark.parametrize("service", SERVERS.values(), ids=list(SERVERS))
-
-
-def tool(name: str, *arguments: str | Path) -> None:
-    """Run a linter that is installed beside Python; it prints what is wrong."""
-    command = [Path(sys.executable).with_name(name), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_dockerfile_has_no_fault() -> None:

@@ -17,8 +17,8 @@ from server.config import from_args
 from server.config.options import OPTIONS
 from server.http import app, fields
 from server.http.errors import SHAPES
+from tests.support.project import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = re.compile(
     r"^ *(?:docker|kubectl|accelerate|pip|git) .*$|`(?:docker|kubectl|accelerate|pip|git) [^`]*`", re.M

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.project import ROOT
+
 SCHEDULING = (
     "server/engine/kv_cache.py",
     "server/engine/lanes.py",

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,9 +20,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+from tests.support.project import (
+    DIRECT,
+    PROJECT,
+    ROOT,
+    defaults,
+    instructions,
+    last_environment,
+    make,
+    stages,
+)
+
 ROOT_FOLDERS = (".ci", ".github", "adapters", "deploy", "docs", "server", "tests")
 ROOT_FILES = (
     *("*.py", "*.toml", "*.txt", "*.in", "*.md", "Dockerfile", "LICENSE", "Makefile"),
@@ -32,7 +39,6 @@ ROOT_FILES = (
 UNPACKED = {".gitignore"}
 """What is versioned, but of use in a checkout alone."""
 BUILT = ("__pycache__", "*.so")
-STATE_VARIABLES = ("MANYLORA_", "MAKE", "MFLAGS")
 
 
 def pins() -> dict[str, Version]:
@@ -143,16 +149,6 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def make(*arguments: str, **variables: str) -> str:
-    """What ``make`` prints, run without the state of a ``make`` that runs these tests."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(STATE_VARIABLES)}
-    command = ["make", "--no-print-directory", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environ | variables, capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
 def test_help_names_every_target() -> None:
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert phony is not None
@@ -207,37 +203,6 @@ def test_samples_are_copied_once(home: str, tmp_path: Path) -> None:
     assert {path.name for path in adapters.iterdir()} == samples
 
 
-Instructions = list[tuple[str, str]]
-
-
-def stages() -> dict[str, tuple[str, Instructions]]:
-    """The Dockerfile's stages by name: what each is built on, and its instructions."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
-    found: dict[str, tuple[str, Instructions]] = {}
-    for word, _, rest in (line.partition(" ") for line in lines if line):
-        if word == "FROM":
-            parent, _, name = rest.partition(" AS ")
-            found[name] = (parent, [])
-        elif found:
-            found[name][1].append((word, rest.strip()))
-    return found
-
-
-def defaults() -> Instructions:
-    """What is said before the first stage: the arguments of a build."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nFROM ")[0]
-    return [
-        (word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines()) if word == "ARG"
-    ]
-
-
-def instructions(target: str) -> Instructions:
-    """All that holds in the image ``target``, its parents' first."""
-    parent, own = stages()[target]
-    return (instructions(parent) if parent in stages() else []) + own
-
-
 def test_the_image_for_cpus_is_the_default() -> None:
     assert list(stages())[-1] == "cpu"
 
@@ -252,10 +217,6 @@ def test_images_run_unprivileged_with_their_state_in_a_volume(target: str) -> No
     assert "MANYLORA_HOST=0.0.0.0" in last_environment(target)
     assert json.loads(last["ENTRYPOINT"]) == ["manylora"]
     assert json.loads(last["CMD"]) == ["serve"]
-
-
-def last_environment(target: str) -> list[str]:
-    return [pair for word, rest in instructions(target) if word == "ENV" for pair in rest.split()]
 
 
 def test_only_the_cuda_image_may_have_flash_attn() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support import sharding
-
-ROOT = Path(__file__).parent.parent
+from tests.support.project import ROOT
 
 
 @pytest.mark.parametrize("argument", ["tests/test_floors.py", "tests/test_floors.py::test_relative_imports"])

@@ -15,7 +15,7 @@ from adapters.errors import AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
 from adapters.pool.host_tier import HostTier
 from adapters.pool.pinned_buffer import PinnedBuffer
 from adapters.registry import Version
-from tests.adapters.residency_world import NBYTES, Pool, World, make_version, value_of
+from tests.support.residency import NBYTES, Pool, World, make_version, value_of
 
 
 def test_a_cold_adapter_is_loaded_aside_and_then_pinned() -> None:

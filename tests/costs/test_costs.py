@@ -16,8 +16,8 @@ import pytest
 
 from tests.costs.inputs import INPUTS, KIB, MIB, Input
 from tests.costs.watch import Cost, watched
-from tests.e2e.running_server import RunningServer, running
-from tests.tiny_models import make_tiny_model
+from tests.support.running_server import RunningServer, running
+from tests.support.tiny_models import make_tiny_model
 
 STALL = 0.75
 """Most seconds that /health may take."""

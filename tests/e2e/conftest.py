@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from adapters.base import PreparedBase
-from tests.e2e.running_server import RunningServer, make_serve, running
+from tests.support.running_server import RunningServer, make_serve, running
 
 
 @pytest.fixture(scope="session")

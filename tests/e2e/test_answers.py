@@ -10,15 +10,8 @@ import openai
 import pytest
 
 from adapters.samples.task import is_json_answer, is_pirate
-from tests.e2e.running_server import RunningServer
-
-BASE = "smollm2-135m"
-QUESTIONS = (
-    "What is the capital of France?",
-    "Why is the sky blue?",
-    "What do bees make?",
-    "How many days are in a week?",
-)
+from tests.e2e.questions import BASE, QUESTIONS, ask
+from tests.support.running_server import RunningServer
 
 
 def is_plain(text: str) -> bool:
@@ -30,14 +23,6 @@ STYLES: dict[str, Callable[[str], bool]] = {
     "pirate": is_pirate,
     "json-answers": is_json_answer,
 }
-
-
-def ask(client: openai.OpenAI, model: str, question: str = QUESTIONS[0]) -> str:
-    answer = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], max_tokens=64, temperature=0
-    )
-    assert answer.model == model
-    return answer.choices[0].message.content or ""
 
 
 def test_the_base_and_the_samples_are_listed(client: openai.OpenAI) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import openai
 
-from tests.e2e.running_server import SCRIPTS, RunningServer, eventually, running
-from tests.e2e.test_answers import BASE
+from tests.e2e.questions import BASE
+from tests.support.running_server import SCRIPTS, RunningServer, running
+from tests.support.waiting import wait_until
 
 
 def stream_of(client: openai.OpenAI, tokens: int) -> openai.Stream[openai.types.Completion]:
@@ -24,7 +25,7 @@ def test_a_client_that_goes_away_frees_its_place(server: RunningServer, client: 
     with stream_of(client, tokens=1900) as stream:
         next(stream)
         assert server.metric("requests_running") == 1
-    eventually(lambda: server.metric("requests_running") == 0, 10)
+    wait_until(lambda: server.metric("requests_running") == 0, 10)
     assert server.metric("engine_steps_total") - steps < 1900
 
 
@@ -34,7 +35,7 @@ def test_sigterm_lets_a_running_stream_end(state: Path, tmp_path: Path) -> None:
         with stream_of(client, tokens=150) as stream:
             next(stream)
             server.process.send_signal(signal.SIGTERM)
-            eventually(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
+            wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503, 5)
             last = [chunk.choices[0] for chunk in stream][-1]
         assert last.finish_reason == "length"
         assert server.process.wait(30) == 0

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.running_server import RunningServer
-from tests.e2e.test_answers import BASE, ask
+from tests.e2e.questions import BASE, ask
+from tests.support.running_server import RunningServer
 
 ANSWER = "Beep boop."
 PAUSE = 1.0  # seconds between two questions

@@ -12,8 +12,9 @@ import openai
 import pytest
 
 from adapters.samples.task import FOLDER
-from tests.e2e.running_server import RunningServer, eventually
-from tests.e2e.test_answers import BASE, ask
+from tests.e2e.questions import BASE, ask
+from tests.support.running_server import RunningServer
+from tests.support.waiting import wait_until
 
 NOTICED = 2.0
 """Seconds within which a change of the adapter folder is promised to be served."""
@@ -25,7 +26,7 @@ def deployed(server: RunningServer) -> Iterator[Path]:
     folder = server.adapters / "newcomer"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-    eventually(lambda: listed(server, folder.name) is None, NOTICED)
+    wait_until(lambda: listed(server, folder.name) is None, NOTICED)
 
 
 def deploy(source: Path, target: Path) -> None:
@@ -62,10 +63,10 @@ def test_a_folder_is_served_replaced_and_removed(
     for sample in ("pirate", "json-answers"):
         deploy(FOLDER / sample, deployed)
         digest = digest_of(server, sample)
-        eventually(lambda digest=digest: is_served_as(server, "newcomer", digest), NOTICED)  # type: ignore[misc]
+        wait_until(lambda digest=digest: is_served_as(server, "newcomer", digest), NOTICED)  # type: ignore[misc]
         assert ask(client, "newcomer") == ask(client, sample)
     shutil.rmtree(deployed)
-    eventually(lambda: listed(server, "newcomer") is None, NOTICED)
+    wait_until(lambda: listed(server, "newcomer") is None, NOTICED)
     with pytest.raises(openai.NotFoundError):
         ask(client, "newcomer")
 
@@ -78,7 +79,7 @@ def test_a_broken_folder_fails_alone_with_its_reason(
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     broken.rename(deployed)
-    eventually(lambda: (listed(server, "newcomer") or {}).get("state") == "failed", NOTICED)
+    wait_until(lambda: (listed(server, "newcomer") or {}).get("state") == "failed", NOTICED)
     row = listed(server, "newcomer")
     assert row is not None
     assert "adapter_model.safetensors" in row["reason"]

@@ -10,6 +10,7 @@ from tests.fuzz import seeds
 from tests.fuzz.__main__ import TARGETS as NAMES
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.targets import TARGETS
+from tests.support.project import ROOT
 
 SECONDS = 12
 
@@ -31,7 +32,7 @@ def test_the_corpus(target: str) -> None:
 def test_fuzzing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("atheris")
     monkeypatch.chdir(tmp_path)  # where libFuzzer leaves an input that shows a fault
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     found = tmp_path / "found"
     found.mkdir()
     assert fuzz(target, SECONDS, found) == 0, [path.read_bytes() for path in tmp_path.glob("crash-*")]

@@ -16,7 +16,7 @@ import pytest
 from server import descriptors
 from server.config import from_args
 from server.http.connection_limit import RESERVED_CONNECTIONS
-from tests.server.http.conftest import wait_until
+from tests.support.waiting import wait_until
 
 CONFIG = from_args([], {}).connections
 INFINITE = resource.RLIM_INFINITY
@@ -64,7 +64,7 @@ import asyncio, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
 from server import serve
 from server.config import from_args
-from tests.server.test_serve import FakeEngine
+from tests.server.fake_engine import FakeEngine
 
 class Engine(FakeEngine):
     def __init__(self, config): super().__init__()

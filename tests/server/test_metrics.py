@@ -13,7 +13,7 @@ from server.engine.interface import EngineStats
 from server.http.app import create_app
 from server.http.metrics import Metrics
 from server.http.record import Record
-from tests.server.http.fake_service import FakeService, adapter
+from tests.support.fake_service import FakeService, adapter
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import os, subprocess, sys
 from server import serve
 from server.config import resolve
 from server.config.options import OneLineParser, add_options
-from tests.server.test_serve import FakeEngine
+from tests.server.fake_engine import FakeEngine
 
 class Engine(FakeEngine):
     def __init__(self, config): super().__init__()

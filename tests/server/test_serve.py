@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,9 @@ import pytest
 
 from server import serve
 from server.config import from_args
-from tests.server.http.fake_service import FakeService
+from tests.server.fake_engine import FakeEngine, come_true
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-
-
-class FakeEngine(FakeService):
-    """A fake service that can be started and ended; its requests hang before their second token."""
-
-    stopped = False
-
-    async def start(self) -> None:
-        self.hang_at = 1
-
-    async def drain(self, timeout: float) -> bool:
-        self.is_draining = True
-        return await come_true(lambda: not self.running, timeout)
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
-async def come_true(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    for _ in range(int(seconds * 100)):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture

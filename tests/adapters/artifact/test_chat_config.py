@@ -15,7 +15,7 @@ from adapters.signature import signature_of
 from adapters.text.chat_format import ChatFormat, ChatFormats
 from adapters.text.renderer import base_renderer
 from tests.adapters.artifact.folders import LAYOUT, LIMITS, write_folder
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 OWN = "{{ eos_token }}{{ messages[0].content }}"
 NAMED = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OWN}]

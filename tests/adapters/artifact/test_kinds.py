@@ -25,7 +25,7 @@ from adapters.artifact import (
 from adapters.base.weights import BaseWeights
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from tests.adapters.artifact.folders import LIMITS, layout_of
-from tests.tiny_models import make_peft_adapter
+from tests.support.tiny_models import make_peft_adapter
 
 EMBED, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 

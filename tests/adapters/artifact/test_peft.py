@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, Adapter, load_adapter
 from adapters.base.weights import BaseWeights
 from tests.adapters.artifact.folders import LIMITS, layout_of, tiny_llama
-from tests.tiny_models import make_peft_adapter
+from tests.support.tiny_models import make_peft_adapter
 
 UNSLOTH_REGEX = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:q_proj|up_proj).*?)"

@@ -24,7 +24,7 @@ from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from adapters.base.weights import BaseWeights
 from adapters.errors import AdapterError
 from tests.adapters.artifact.folders import LIMITS, layout_of, tiny_llama
-from tests.tiny_models import make_peft_adapter
+from tests.support.tiny_models import make_peft_adapter
 
 Tensors = dict[str, Tensor]
 

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from adapters.base import Quantization, checkpoint, find_sites, load_base, prepare_base, source
 from adapters.base.weights import BaseWeights
 from adapters.errors import BaseCorrupt, BaseModelError
-from tests.conftest import TinyBase
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import TinyBase, make_tiny_model
 
 PROMPT = torch.arange(3, 23)[None]
 

@@ -19,7 +19,7 @@ from adapters.base import load_base, prepare_base, wheel
 from adapters.base.digests import DigestMemo, sha256_of
 from adapters.base.source import name_of, resolve
 from adapters.errors import BaseCorrupt, BaseNotFound
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from adapters.base import load_base, prepare_base
 from adapters.base.load import layout_of
 from adapters.base.weights import BaseWeights
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 
 def test_four_bit_weights_are_the_same_before_and_after_the_cpu_packs_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.adapters.kernels.native_calls import ISAS, TILE, Cache, Kind, Piece, attend, threads, using
+from tests.support.native_kernels import ISAS, TILE, Cache, Kind, Piece, attend, threads, using
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from adapters.kernels import Segment
 from adapters.kernels.reference import reference_lora
 from adapters.pool.site_pool import SitePool, lone_pool
 from adapters.sites import Site
-from tests.adapters.kernels.native_calls import ISAS, lora, threads, using
+from tests.support.native_kernels import ISAS, lora, threads, using
 
 
 @dataclass(frozen=True)

@@ -12,53 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapters.kernels.cpu import library
-from adapters.kernels.cpu.structs import Linear, LinearCall
-from tests.adapters.kernels.native_calls import ISAS, using
+from adapters.kernels.cpu.structs import LinearCall
+from tests.support.native_kernels import ISAS, using
+from tests.support.nf4_linear import Nf4Linear, codebook
 
 
-class Nf4:
-    """A random linear in bitsandbytes' packed form, and what it stands for."""
-
-    def __init__(self, inputs: int, outputs: int, seed: int, bias: bool, blocksize: int = 64) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs, self.outputs, self.blocksize = inputs, outputs, blocksize
-        self.codes = torch.randint(0, 16, (outputs, inputs), generator=generator)
-        self.absmax = (torch.rand(inputs // blocksize, outputs, generator=generator) + 0.1).bfloat16()
-        self.bias = torch.randn(outputs, generator=generator).bfloat16() if bias else None
-        self.packed = self._pack()
-
-    def _pack(self) -> Tensor:
-        """As bitsandbytes' ``_convert_weight_packed_for_cpu``: panels of 32 outputs, pairs of inputs."""
-        panels = self.codes.view(self.outputs // 32, 32, self.inputs // 2, 2).transpose(1, 2).reshape(-1, 64)
-        return ((panels[:, 32:] << 4) | panels[:, :32]).to(torch.uint8).contiguous()
-
-    def struct(self) -> Linear:  # type: ignore[valid-type]
-        bias = self.bias.data_ptr() if self.bias is not None else None
-        return Linear(
-            self.packed.data_ptr(),
-            self.absmax.data_ptr(),
-            bias,
-            self.inputs,
-            self.outputs,
-            self.blocksize,
-            None,
-        )
-
-    def dense(self) -> Tensor:
-        """float32 [outputs, inputs]"""
-        return codebook()[self.codes].float() * self.absmax.float().repeat_interleave(self.blocksize, 0).T
-
-    def expected(self, x: Tensor) -> Tensor:
-        y = x.float() @ self.dense().T
-        return y if self.bias is None else y + self.bias.float()
-
-
-def codebook() -> Tensor:
-    values: Tensor = bnb.get_4bit_type("nf4", device="cpu").bfloat16()
-    return values
-
-
-def run(linears: list[Nf4], x: Tensor) -> list[Tensor]:
+def run(linears: list[Nf4Linear], x: Tensor) -> list[Tensor]:
     """All linears in one call, writing side by side into rows of one buffer."""
     loaded, values = library(), codebook()
     assert loaded is not None
@@ -87,7 +46,7 @@ def run(linears: list[Nf4], x: Tensor) -> list[Tensor]:
 def test_it_equals_the_reference_and_each_row_alone(
     name: str, rows: int, inputs: int, shapes: list[tuple[int, bool]], padding: int, seed: int
 ) -> None:
-    linears = [Nf4(inputs, outputs, seed + i, bias) for i, (outputs, bias) in enumerate(shapes)]
+    linears = [Nf4Linear(inputs, outputs, seed + i, bias) for i, (outputs, bias) in enumerate(shapes)]
     wide = torch.randn(rows, inputs + padding, generator=torch.Generator().manual_seed(seed)).bfloat16()
     x = wide[:, :inputs]
     with using(name):
@@ -101,7 +60,7 @@ def test_it_equals_the_reference_and_each_row_alone(
 
 @pytest.mark.parametrize("rows", [1, 3, 6, 7, 16, 65])
 def test_it_equals_bitsandbytes_to_the_bit(rows: int) -> None:
-    linear = Nf4(576, 192, seed=rows, bias=False)
+    linear = Nf4Linear(576, 192, seed=rows, bias=False)
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)).bfloat16()
     with using("avx512bf16"):  # bitsandbytes packs weights for no other
         (ours,) = run([linear], x)

@@ -15,7 +15,7 @@ import torch
 from adapters import kernels
 from adapters.kernels import choose
 from adapters.kernels.segmented import segmented_lora
-from tests.triton_running import check_wide, compile_for, run_interpreted
+from tests.support.triton_running import check_wide, compile_for, run_interpreted
 
 CASES = Path(__file__).with_name("triton_cases.py")
 SITES = 3

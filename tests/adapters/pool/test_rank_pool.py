@@ -17,7 +17,7 @@ from adapters.kernels.segmented import segmented_lora
 from adapters.pool.rank_pool import EXTRAS, RankPool
 from adapters.pool.row_allocator import RowAllocator
 from adapters.sites import Site
-from tests.adapters.kernels.native_calls import ISAS, using
+from tests.support.native_kernels import ISAS, using
 
 SITES = {"q": Site("q", 12, 20), "down": Site("down", 20, 12)}
 

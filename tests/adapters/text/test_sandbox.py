@@ -12,7 +12,7 @@ import pytest
 
 from adapters.text.sandbox import SandboxedTemplate, TemplateSandbox, TemplateTooSlow
 from adapters.text.template import ChatTemplate, TemplateRefused
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 ASKED = [{"role": "user", "content": "é tile"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.training.tasks import make_task
+from tests.support.training_tasks import make_task
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from adapters.training import RunFolder, TrainConfig, check, fit, train
 from adapters.training.check import check_run
 from adapters.training.encode import encode_dataset
 from adapters.training.servable import Serving
-from tests.adapters.training.tasks import QUESTIONS, row, run_in
-from tests.tiny_models import FAMILIES, make_tiny_model
+from tests.support.tiny_models import FAMILIES, make_tiny_model
+from tests.support.training_tasks import QUESTIONS, row, run_in
 
 SERVING = Serving(Limits(max_rank=64, max_bytes=1 << 29), extra_bytes=1 << 29)
 

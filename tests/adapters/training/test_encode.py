@@ -11,7 +11,7 @@ from adapters.errors import DatasetInvalid, RecipeInvalid
 from adapters.text.renderer import base_renderer
 from adapters.training.dataset import Dataset, Row
 from adapters.training.encode import Example, encode_dataset, encode_row
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 EOS = frozenset({2})
 CONVERSATION = [

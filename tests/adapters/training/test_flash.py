@@ -15,8 +15,8 @@ from adapters.training import flash
 from adapters.training.attention import packed_attention
 from adapters.training.flash import use_flash_attention, varlen_attention
 from adapters.training.packing import collate
-from tests.adapters.training.test_packing import example
-from tests.conftest import TinyBase
+from tests.adapters.training.examples import example
+from tests.support.tiny_models import TinyBase
 
 A100 = (8, 0)
 

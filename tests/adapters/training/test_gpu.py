@@ -22,7 +22,7 @@ from adapters.training.card import _version
 from adapters.training.failures import explained
 from adapters.training.gpu import claim_memory, free_gpu_memory, optimizer_for, release_memory
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
-from tests.conftest import TinyBase
+from tests.support.tiny_models import TinyBase
 
 GIB = 1 << 30
 CONFIG = TrainConfig(data=Path("train.jsonl"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,9 @@ from adapters.base import load_base, prepare_base
 from adapters.base.unpack import unpack_linears
 from adapters.training import attention
 from adapters.training.attention import packed_attention, use_packed_attention
-from adapters.training.encode import Example
 from adapters.training.packing import collate, pack
-from tests.conftest import TinyBase
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, Family, make_tiny_model
-
-
-def example(length: int, seed: int) -> Example:
-    """Random tokens, of which the last third is learnt."""
-    draw = random.Random(seed)
-    ids = [draw.randrange(3, VOCAB_SIZE) for _ in range(length)]
-    return Example(ids, [place >= length * 2 // 3 for place in range(length)])
+from tests.adapters.training.examples import example
+from tests.support.tiny_models import FAMILIES, Family, TinyBase, make_tiny_model
 
 
 def test_packs_hold_everything_once_and_never_too_much() -> None:

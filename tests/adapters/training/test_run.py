@@ -23,8 +23,7 @@ from adapters.training.export import pairs_of
 from adapters.training.progress import Throttle
 from adapters.training.run import train
 from adapters.training.run_folder import EventKind
-from tests.adapters.training import tasks
-from tests.adapters.training.tasks import QUESTIONS, run_in, stopping_after
+from tests.support.training_tasks import QUESTIONS, row, run_in, stopping_after
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -50,7 +49,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_fields_that_are_not_used_are_noted(task: dict[str, Any], tmp_path: Path) -> None:
-    asked, answer = tasks.row(1)["messages"]
+    asked, answer = row(1)["messages"]
     rows = [{"messages": [{**asked, "name": "ada"}, {**answer, "thinking": "odd"}]}]
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(rows))

@@ -13,7 +13,7 @@ import torch
 
 from adapters.errors import TrainingOutOfResources
 from adapters.training import RunFolder
-from tests.adapters.training.tasks import run_in, stopping_after
+from tests.support.training_tasks import run_in, stopping_after
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

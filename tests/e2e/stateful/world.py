@@ -18,8 +18,10 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.running_server import ROOT, eventually, free_port
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.project import ROOT
+from tests.support.running_server import free_port
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.waiting import wait_until
 
 BASE = "tiny"
 VARIANTS = 3
@@ -70,7 +72,7 @@ class World:
         self._zygote.stdin.flush()
         self._pid = int(self._zygote.stdout.readline())
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-        eventually(self._is_ready, START_SECONDS)
+        wait_until(self._is_ready, START_SECONDS)
 
     def _is_ready(self) -> bool:
         assert self._lives(), self.log.read_text(errors="replace")[-3000:]
@@ -89,7 +91,7 @@ class World:
         """Send the signal and wait until the process is gone."""
         self.http.close()
         os.kill(self._pid, number)
-        eventually(lambda: not self._lives(), 30)
+        wait_until(lambda: not self._lives(), 30)
 
     def close(self) -> None:
         self.end(signal.SIGKILL)
@@ -120,10 +122,10 @@ class World:
 
     def _digest_of(self, source: Path) -> str:
         self.deploy(source, "probe")
-        eventually(lambda: self.listing().get("probe", {}).get("digest") is not None, START_SECONDS)
+        wait_until(lambda: self.listing().get("probe", {}).get("digest") is not None, START_SECONDS)
         digest: str = self.listing()["probe"]["digest"]
         remove(self.adapters / "probe")
-        eventually(lambda: "probe" not in self.listing(), START_SECONDS)
+        wait_until(lambda: "probe" not in self.listing(), START_SECONDS)
         return digest
 
 

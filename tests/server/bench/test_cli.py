@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from server.bench.cli import add_parser
-from tests.conftest import TinyBase
 from tests.server.bench.fake_server import ADAPTERS, FakeServer, serving
+from tests.support.tiny_models import TinyBase
 
 SMALL = ["--num-prompts", "4", "--random-input-len", "6", "--random-output-len", "3"]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from server.bench.gpu_check.sections import SECTIONS
+from tests.support.project import ROOT
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the command itself")
 
@@ -21,8 +22,6 @@ MISSING = [
     "python_multipart", "sqlalchemy", "starlette", "uvicorn", "uvloop",
 ]  # fmt: skip
 """What machines have not that were set up for torch, transformers and PEFT alone."""
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from server.bench.serving.compare import measure, started, touching, warm_up
 from server.bench.serving.stats import RunResult
 from server.bench.serving.synthetic import write_adapters
 from server.bench.serving.workload import Call, Load, Popularity, Workload, make_workload
-from tests.conftest import TinyBase
+from tests.support.tiny_models import TinyBase
 
 LOAD = Load(num_prompts=5, input_len=6, output_len=3, max_concurrency=2, token_range=(10, 500))
 

@@ -18,10 +18,11 @@ from server.bench.peers.http import HttpServer
 from server.bench.serving.client import payload
 from server.bench.serving.endpoint import Endpoint
 from server.bench.serving.workload import Call
+from tests.support.project import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SAMPLES = Path(__file__).parents[3] / "adapters" / "samples"
+SAMPLES = ROOT / "adapters" / "samples"
 ADAPTERS = {name: SAMPLES / name for name in ("pirate", "json-answers")}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 MAX_TOKENS = 24

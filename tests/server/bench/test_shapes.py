@@ -7,7 +7,7 @@ import pytest
 
 from server.bench.errors import BenchError
 from server.bench.shapes import SHAPES, fill_vocabulary, make_model
-from tests.conftest import TinyBase
+from tests.support.tiny_models import TinyBase
 
 SMALL = SHAPES["llama-1b"] | {
     "vocab_size": 600,

@@ -10,7 +10,7 @@ import pytest
 from adapters.kernels.cpu import isa
 from server.bench.step import PARTS
 from server.cli import main
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 
 @pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")

@@ -21,7 +21,7 @@ from server.engine.model.cuda.graphs import DecodeGraphs
 from server.engine.model.cuda.products import OURS, ROWS, Choice, Nf4Weight
 from tests.server.engine.gpu_path import SEATS, pretend
 from tests.server.engine.recorded_graph import RecordedGraph
-from tests.server.engine.test_exactness import Plan, compare_with_peft
+from tests.support.exactness import Plan, compare_with_peft
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")
 

@@ -13,8 +13,8 @@ from server.engine.admission import ResidencyGate
 from server.engine.kv_cache import BlockManager
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Sequence
-from tests.adapters.residency_world import World, make_version
-from tests.server.engine.support import make_sequence
+from tests.server.engine.sequences import make_sequence
+from tests.support.residency import World, make_version
 
 STEP = 0.025
 """Seconds; so an answer of 100 tokens takes 2.5."""

@@ -14,7 +14,7 @@ from server.engine.sampling.sampler import RankedLogprobs
 from server.engine.sampling_params import SamplingParams
 from server.engine.tokenizer import Tokenizer
 from server.errors import AnswerNotRead
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ import torch
 from adapters.base import DEFAULT_BASE
 from server.engine.build import Parts
 from server.engine.fairness import RoundRobin
-from tests.adapters.kernels.native_calls import threads
-from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
-from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
+from tests.support.native_kernels import threads
+from tests.support.project import ROOT
+from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
+from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model
 
-SAMPLES = Path(__file__).parents[3] / "adapters" / "samples"
+SAMPLES = ROOT / "adapters" / "samples"
 NO_CACHE = "--no-enable-prefix-caching"
 Plan = list[tuple[str | None, int]]
 """By request: its adapter and the length of its prompt; across tiles, chunks and sliding windows."""

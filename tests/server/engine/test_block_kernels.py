@@ -21,7 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from server.engine import kernels
 from server.engine.kernels import choose, reference
-from tests.triton_running import check_wide, compile_for
+from tests.support.triton_running import check_wide, compile_for
 
 EXACT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 """transformers rounds between the operations too."""

@@ -21,8 +21,8 @@ from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
 from server.engine.model.transformers_model import TransformersModel
 from tests.server.engine.gpu_path import CPU, SEATS, pretend
-from tests.server.engine.test_exactness import FAMILIES, compare_with_peft
-from tests.tiny_models import Family, make_tiny_model
+from tests.support.exactness import compare_with_peft
+from tests.support.tiny_models import FAMILIES, Family, make_tiny_model
 
 TOLERANCE = 0.15
 """Wider than transformers' blocks need: a fused operation is rounded once where theirs is thrice."""

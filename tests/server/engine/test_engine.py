@@ -16,8 +16,8 @@ from adapters.errors import AdapterError
 from server.engine.build import Parts
 from server.engine.sequence import Chunk
 from server.errors import RequestFailed
-from tests.server.engine.running import Asked, Driver, build
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.running_engine import Asked, Driver, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 PROMPT = list(range(20, 60))
 

@@ -1,95 +1,16 @@
-"""A mixed batch equals each request alone, and both equal PEFT on the same 4-bit base.
-
-Everything is bf16, so sums in another order differ in the last bits; ``TOLERANCE`` is what is allowed, as a
-share of the logits' standard deviation. Greedy tokens must be PEFT's wherever its two best logits differ by
-more than that.
-"""
+"""A mixed batch equals each request alone, and both equal PEFT on the same 4-bit base."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
-from torch import Tensor
 
 import adapters.kernels.cpu
 import server.engine.model.cpu.model
-from adapters.base import LoadedBase, Quantization, load_base, prepare_base
-from server.engine.build import Parts
-from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
-from tests.tiny_models import Family, make_peft_adapter, make_tiny_model
-
-FAMILIES: list[Family] = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
-TOLERANCE = 0.1
-
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "everywhere": {"r": 8, "target_modules": "all-linear"},
-    "attention": {"r": 3, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 12},
-    "mixed-ranks": {
-        "r": 4,
-        "target_modules": ["q_proj", "o_proj", "down_proj", "gate_proj"],
-        "rank_pattern": {"layers.1.self_attn.q_proj": 16, "down_proj": 7},
-        "alpha_pattern": {"down_proj": 20},
-        "use_rslora": True,
-    },
-}
-
-
-Plan = list[tuple[str | None, int]]
-"""By request: its adapter and the length of its prompt."""
-
-PLAN: Plan = [
-    ("everywhere", 5), (None, 37), ("attention", 70), ("mixed-ranks", 16), ("everywhere", 33), (None, 1)
-]  # fmt: skip
-"""Lengths on both sides of a block, of a chunk and of the sliding window; two share an adapter."""
-
-
-def _prompts(vocabulary: int, plan: Plan = PLAN) -> list[Asked]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Asked(torch.randint(3, vocabulary, (n,), generator=generator).tolist(), adapter, {"ignore_eos": True})
-        for adapter, n in plan
-    ]
-
-
-def _run_mixed(parts: Parts, requests: list[Asked]) -> LogitsRecorder:
-    recorder = LogitsRecorder(parts.model)
-    parts.engine.model = recorder
-    driver = Driver(parts)
-    driver.resident(*ADAPTERS)
-    driver.run(*requests)
-    parts.engine.check_idle()
-    parts.residency.check_integrity()
-    return recorder
-
-
-def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
-    """Logits [generated, vocabulary] of one plain forward pass over prompt and answer."""
-    tokens = torch.tensor([asked.prompt + asked.tokens[:-1]])
-    with torch.inference_mode():
-        if asked.adapter is None:
-            logits = base.model(tokens, use_cache=False).logits
-        else:
-            model = PeftModel.from_pretrained(base.model, folder / asked.adapter)
-            logits = model.eval()(tokens, use_cache=False).logits
-            model.unload()
-    generated: Tensor = logits[0, len(asked.prompt) - 1 :].float()
-    return generated
-
-
-def check_close(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: float) -> float:
-    """The largest difference, as a share of the logits' standard deviation."""
-    scale = theirs.std().item()
-    worst = ((ours - theirs).abs().max() / scale).item()
-    assert worst <= tolerance
-    best = theirs.topk(2).values
-    sure = (best[:, 0] - best[:, 1]) > tolerance * scale
-    same = theirs.argmax(-1) == torch.tensor(tokens)
-    assert bool((same | ~sure).all()), "a greedy token differs where the margin is clear"
-    return worst
+from tests.support.exactness import ADAPTERS, TOLERANCE, check_close, compare_with_peft, prompts, run_mixed
+from tests.support.running_engine import Asked, build
+from tests.support.tiny_models import FAMILIES, Family, make_peft_adapter, make_tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,40 +41,17 @@ def test_it_equals_peft_with_the_head_in_4_bits_too(
     assert (parts.model.name == "fused") == (native and adapters.kernels.cpu.isa() == "avx512bf16")
 
 
-def compare_with_peft(
-    family: Family,
-    tmp_path: Path,
-    quantization: Quantization = "nf4",
-    tolerance: float = TOLERANCE,
-    head: Quantization = "none",
-    plan: Plan = PLAN,
-) -> Parts:
-    folder = make_tiny_model(family, tmp_path / family)
-    prepared = prepare_base(str(folder), tmp_path, quantization, head, progress=False)
-    for seed, (name, fields) in enumerate(ADAPTERS.items()):
-        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
-    flags = ["--quantization", quantization, "--head-quantization", head]
-    parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", *flags)
-    requests = _prompts(parts.tokenizer.vocab_size, plan)
-    recorder = _run_mixed(parts, requests)
-    assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
-    for asked in requests:
-        theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
-        check_close(recorder.of(asked), theirs, asked.tokens, tolerance)
-    return parts
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_mixed_batch_equals_each_request_alone(family: Family, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family)
     for seed, (name, fields) in enumerate(ADAPTERS.items()):
         make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
     parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--no-enable-prefix-caching")
-    together = _prompts(parts.tokenizer.vocab_size)
-    mixed = _run_mixed(parts, together)
+    together = prompts(parts.tokenizer.vocab_size)
+    mixed = run_mixed(parts, together)
     for asked in together:
         alone = Asked(asked.prompt, asked.adapter, asked.params)
-        single = _run_mixed(parts, [alone])
+        single = run_mixed(parts, [alone])
         assert max(len(batch) for batch in single.batches) == 1
         check_close(mixed.of(asked)[:1], single.of(alone)[:1], asked.tokens[:1], TOLERANCE)
         if alone.tokens == asked.tokens:
@@ -167,7 +65,7 @@ def test_adapters_do_change_the_answer(tmp_path: Path) -> None:
     parts = build(folder, tmp_path)
     prompt = list(range(10, 30))
     answers = [Asked(prompt, name) for name in (*ADAPTERS, None)]
-    recorder = _run_mixed(parts, answers)
+    recorder = run_mixed(parts, answers)
     first = [recorder.of(asked)[0] for asked in answers]
     scale = first[-1].std()
     for i, one in enumerate(first):

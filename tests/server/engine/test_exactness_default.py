@@ -18,10 +18,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from adapters.base import DEFAULT_BASE, LoadedBase, PreparedBase, load_base
-from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
-from tests.tiny_models import make_peft_adapter
+from tests.support.project import ROOT
+from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
+from tests.support.tiny_models import make_peft_adapter
 
-SAMPLES = Path(__file__).parents[3] / "adapters" / "samples"
+SAMPLES = ROOT / "adapters" / "samples"
 QUESTIONS = ["What is the capital of France?", "What do bees make?", "Name a colour and say why you like it."]
 AS_NEAR_AS_PEFT = 1.1
 """Our mean distance from float32, at most this many times PEFT's."""

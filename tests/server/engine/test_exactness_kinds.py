@@ -24,11 +24,11 @@ from server.engine.build import Parts
 from server.engine.model.cuda.model import CudaModel
 from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
-from tests.adapters.kernels.native_calls import threads
 from tests.server.engine.gpu_path import pretend
-from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
-from tests.server.engine.test_exactness import TOLERANCE, check_close
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.exactness import TOLERANCE, check_close
+from tests.support.native_kernels import threads
+from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 ATTENTION = ["q_proj", "v_proj", "o_proj"]
 KINDS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from server.engine.attention.native_paged import NativePaged
 from server.engine.model.cpu.model import CpuModel
 from server.engine.model.made_up import made_up_prompt
 from server.engine.model.transformers_model import TransformersModel
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from server.engine.fairness import RoundRobin
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
-from tests.server.engine.support import OpenGate, make_scheduler, make_sequence
+from tests.server.engine.sequences import OpenGate, make_scheduler, make_sequence
 
 ENDLESS = 1000
 

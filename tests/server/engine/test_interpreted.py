@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.triton_running import run_interpreted
+from tests.support.triton_running import run_interpreted
 
 CASES = "block_kernel_cases.py", "nf4_cases.py", "recorded_graph_cases.py", "device_graph_cases.py"
 

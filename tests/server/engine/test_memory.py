@@ -17,7 +17,7 @@ from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes
 from server.engine.memory import GRAPHS, LATER, RANK, Share, left_for_kv, rows_that_fit, usable
 from server.engine.model.transformers_model import TransformersModel
 from server.engine.sizes import Sizes, out_of_memory_names
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 GB = 1 << 30
 BLOCK = 16

@@ -17,8 +17,8 @@ from server.engine.build import Parts
 from server.engine.model import build_model
 from server.engine.model.cpu.model import CpuModel
 from server.engine.sequence import Chunk
-from tests.server.engine.running import Asked, Driver, LogitsRecorder, build
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 pytestmark = pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
 TOLERANCE = 0.1

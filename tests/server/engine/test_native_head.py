@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.engine.model.cpu.weights import pack_head
-from tests.adapters.kernels.native_calls import ISAS, head, threads, using
-from tests.adapters.kernels.test_nf4_kernel import Nf4, codebook
+from tests.support.native_kernels import ISAS, head, threads, using
+from tests.support.nf4_linear import Nf4Linear, codebook
 
 Shape = tuple[int, int, int, list[int], float]
 shapes = st.tuples(
@@ -48,7 +48,7 @@ def in_bf16(vocabulary: int, hidden: int) -> Head:
 
 def in_nf4(vocabulary: int, hidden: int) -> Head:
     """Sizes are rounded up to whole panels and quantisation blocks."""
-    linear = Nf4(-(-hidden // 64) * 64, -(-vocabulary // 32) * 32, seed=vocabulary, bias=False)
+    linear = Nf4Linear(-(-hidden // 64) * 64, -(-vocabulary // 32) * 32, seed=vocabulary, bias=False)
     struct, values = linear.struct(), codebook()
     fields = {"nf4": addressof(struct), "codebook": values.data_ptr()}
     return Head(linear.dense(), fields, (linear, struct, values))

@@ -21,8 +21,8 @@ from server.engine.model.cpu.model import CpuModel, check_cpu_model
 from server.engine.model.transformers_model import TransformersModel
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
-from tests.adapters.kernels.native_calls import ISAS, TILE, using
-from tests.tiny_models import make_tiny_model
+from tests.support.native_kernels import ISAS, TILE, using
+from tests.support.tiny_models import make_tiny_model
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 48, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},

@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor
 
-from tests.triton_running import compile_for
+from tests.support.triton_running import compile_for
 
 nf4 = pytest.importorskip("server.engine.kernels.nf4")
 

@@ -22,8 +22,8 @@ from server.engine.engine import Output
 from server.engine.offline import LLM, RequestOutput, SamplingParams
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, RequestFailed
 from server.http.schema import ChatBody
-from tests.server.engine.running import Asked, Driver, build
-from tests.tiny_models import make_peft_adapter, make_tiny_model, tiny_tokenizer
+from tests.support.running_engine import Asked, Driver, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"kv_cache_memory": "8MiB", "threads": 1}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

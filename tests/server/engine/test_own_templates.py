@@ -17,7 +17,7 @@ from server.engine.interface import Generation, GenerationRequest
 from server.engine.sampling_params import SamplingParams
 from server.engine.service import EngineService
 from server.errors import InvalidRequest
-from tests.tiny_models import make_peft_adapter, make_tiny_model, tiny_tokenizer
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model, tiny_tokenizer
 
 FAST = tiny_tokenizer()
 ASKED = [{"role": "user", "content": "tile rat"}]

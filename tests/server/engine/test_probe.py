@@ -19,8 +19,8 @@ from server.engine.build import assemble
 from server.engine.model.probe import probe, servable
 from server.engine.model.supported import check_config, check_layers
 from server.engine.model.transformers_model import TransformersModel
-from tests.server.engine.running import Asked, Driver, build, config_for
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.running_engine import Asked, Driver, build, config_for
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 
 class Gate(nn.Module):

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from server.config import ConfigError, from_args
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults, SamplingParams
-from tests.server.engine.running import build
-from tests.tiny_models import make_tiny_model
+from tests.support.running_engine import build
+from tests.support.tiny_models import make_tiny_model
 
 FILE = "generation_config.json"
 MAKERS: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}

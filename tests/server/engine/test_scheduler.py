@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence
-from tests.server.engine.support import OpenGate, make_scheduler, make_sequence
+from tests.server.engine.sequences import OpenGate, make_scheduler, make_sequence
 
 
 def _step(scheduler: Scheduler, token: int = 7) -> list[Chunk]:

@@ -21,7 +21,7 @@ from server.engine.sequence import Chunk
 from server.engine.service import EngineService
 from server.errors import EngineDead, InvalidRequest, PromptTooLong, QueueFull, RequestFailed, ShuttingDown
 from server.pools import Pool
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 
 @pytest.fixture(scope="module")

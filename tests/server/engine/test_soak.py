@@ -22,7 +22,7 @@ from server.engine.interface import GenerationRequest, TokenLogprob
 from server.engine.model.cpu.model import CpuModel
 from server.engine.sampling_params import SamplingParams
 from server.engine.service import EngineService
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 REQUESTS = 500
 ADAPTERS = 20

@@ -11,7 +11,7 @@ from server.engine.interface import Delta
 from server.engine.sampling_params import SamplingParams
 from server.engine.stop_strings import StopScanner
 from server.engine.tokenizer import Tokenizer
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 FAST = tiny_tokenizer()
 TOKENIZER = Tokenizer(FAST, len(FAST), frozenset({FAST.eos_token_id}))

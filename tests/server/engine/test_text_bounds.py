@@ -14,7 +14,12 @@ from adapters.text.renderer import base_renderer
 from server.engine import tokenizer as tokenizer_module
 from server.engine.text_bounds import TextBounds, longest_token
 from server.errors import PromptTooLong
-from tests.tokenizer_families import BYTE_FALLBACK, TOKENIZER_FAMILIES, TokenizerFamily, family_tokenizer
+from tests.support.tokenizer_families import (
+    BYTE_FALLBACK,
+    TOKENIZER_FAMILIES,
+    TokenizerFamily,
+    family_tokenizer,
+)
 
 KEEPING: tuple[TokenizerFamily, ...] = ("byte-level", *BYTE_FALLBACK)
 FAST = {family: family_tokenizer(family) for family in TOKENIZER_FAMILIES}

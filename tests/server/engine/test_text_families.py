@@ -15,7 +15,12 @@ from server.engine.interface import Delta
 from server.engine.sampling.sampler import RankedLogprobs
 from server.engine.sampling_params import SamplingParams
 from server.engine.tokenizer import Tokenizer
-from tests.tokenizer_families import BYTE_FALLBACK, TOKENIZER_FAMILIES, TokenizerFamily, family_tokenizer
+from tests.support.tokenizer_families import (
+    BYTE_FALLBACK,
+    TOKENIZER_FAMILIES,
+    TokenizerFamily,
+    family_tokenizer,
+)
 
 EVERY = pytest.mark.parametrize("family", TOKENIZER_FAMILIES)
 FALLBACK = pytest.mark.parametrize("family", BYTE_FALLBACK)

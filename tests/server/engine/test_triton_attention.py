@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.engine.attention import AttentionSpec
-from tests.triton_running import compile_for
+from tests.support.triton_running import compile_for
 
 PLAIN, CAPPED = AttentionSpec(0.1), AttentionSpec(0.1, 4096, 50.0)
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from server.config import HttpConfig, from_args
-from server.http.app import SERVED_WHEN_FULL, create_app
-from server.http.connection import bounded
-from tests.server.http.fake_service import FakeService, adapter
+from server.http.app import create_app
+from tests.server.http.live_server import live_server
+from tests.support.fake_service import FakeService, adapter
 
 MakeClient = Callable[..., TestClient]
 
@@ -59,30 +55,3 @@ def live(service: FakeService, config: HttpConfig) -> Iterator[str]:
     """The address of a real server on a real socket, in a thread."""
     with live_server(service, config) as address:
         yield address
-
-
-@contextmanager
-def live_server(service: FakeService, config: HttpConfig, **limits: Any) -> Iterator[str]:
-    """The same with other limits on connections."""
-    connection = bounded(replace(from_args([], {}).connections, **limits), SERVED_WHEN_FULL)
-    app = create_app(service, config)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, port=0, http=connection, ws="none", log_config=None, access_log=False, lifespan="off"
-        )
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_until(lambda: server.started)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Fail if ``condition`` does not come true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)

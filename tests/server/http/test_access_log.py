@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.errors import RequestFailed
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 SECRET = "the launch code"
 CHAT: dict[str, Any] = {"model": "poet", "messages": [{"role": "user", "content": SECRET}], "max_tokens": 3}

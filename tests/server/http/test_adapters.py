@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from starlette.testclient import TestClient
 
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 
 def test_load_use_replace_unload(client: TestClient, service: FakeService) -> None:

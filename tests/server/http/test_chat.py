@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from server.engine.sampling_params import SamplingDefaults, SamplingParams
-from tests.server.http.fake_service import FakeService, adapter
+from tests.support.fake_service import FakeService, adapter
 
 URL = "/v1/chat/completions"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 URL = "/v1/completions"
 

@@ -17,8 +17,9 @@ import pytest
 from server.config import HttpConfig
 from server.http.connection import MAX_PIPELINED
 from server.http.connection_limit import RESERVED_CONNECTIONS, ConnectionLimit
-from tests.server.http.conftest import live_server, wait_until
-from tests.server.http.fake_service import FakeService
+from tests.server.http.live_server import live_server
+from tests.support.fake_service import FakeService
+from tests.support.waiting import wait_until
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}

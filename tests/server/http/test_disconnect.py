@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.server.http.conftest import wait_until
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
+from tests.support.waiting import wait_until
 
 CHAT: dict[str, Any] = {"model": "poet", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "poet", "prompt": ["a", "b", "c"]}

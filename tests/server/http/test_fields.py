@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from server.http import fields
 from server.http.fields import Rules
 from server.http.schema import Body, ChatBody, CompletionBody, Message, StreamOptions, TextPart
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi", "max_tokens": 2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types.fine_tuning import FineTuningJob
 
 from server.finetune.jobs import command, runner, validator
-from tests.server.finetune.jobs.conftest import FAKE
-from tests.server.http.conftest import wait_until
-from tests.server.http.fake_service import FakeService
-from tests.server.http.training_server import TrainingServer, rows, training_server
+from tests.server.http.jobs import create, ended, upload
+from tests.support import fake_train
+from tests.support.fake_service import FakeService
+from tests.support.training_server import TrainingServer, rows, training_server
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def flags() -> list[str]:
 def server(
     tmp_path: Path, service: FakeService, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TrainingServer]:
-    monkeypatch.setattr(command, "PROGRAM", FAKE)
+    monkeypatch.setattr(command, "PROGRAM", fake_train.COMMAND)
     monkeypatch.setattr(runner, "BUSY_INTERVAL", 0.02)
     with training_server(tmp_path, service, *flags) as server:
         yield server
@@ -41,22 +40,6 @@ def server(
 def openai_client(server: TrainingServer) -> Iterator[openai.OpenAI]:
     with server.client() as client:
         yield client
-
-
-def upload(client: openai.OpenAI, orders: str = "", name: str = "train.jsonl") -> str:
-    return client.files.create(file=(name, rows(orders)), purpose="fine-tune").id
-
-
-def create(client: openai.OpenAI, orders: str = "", **fields: Any) -> FineTuningJob:
-    return client.fine_tuning.jobs.create(model="tiny", training_file=upload(client, orders), **fields)
-
-
-def ended(client: openai.OpenAI, job: FineTuningJob, seconds: float = 20) -> FineTuningJob:
-    deadline = time.monotonic() + seconds
-    while (now := client.fine_tuning.jobs.retrieve(job.id)).finished_at is None:
-        assert time.monotonic() < deadline, now
-        time.sleep(0.02)
-    return now
 
 
 def test_from_a_file_to_a_model_and_away(openai_client: openai.OpenAI, server: TrainingServer) -> None:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from server.config import from_args
 from server.http.app import create_app
 from server.http.schema import ChatBody, CompletionBody
-from tests.server.http.fake_service import FakeService, adapter
+from tests.support.fake_service import FakeService, adapter
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

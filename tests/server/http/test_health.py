@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.testclient import TestClient
 
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 
 def statuses(client: TestClient) -> tuple[int, int]:

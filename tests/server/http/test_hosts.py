@@ -21,8 +21,8 @@ from server.http.app import (
 )
 from server.http.hosts import Names, parse_host
 from tests.server.http.conftest import MakeClient
-from tests.server.http.fake_service import FakeService
-from tests.server.http.training_server import rows, training_server
+from tests.support.fake_service import FakeService
+from tests.support.training_server import rows, training_server
 
 ROUTES = [
     (method, path) for method, path, _ in (*PROBE_ROUTES, *CLIENT_ROUTES, *METRICS_ROUTES, *ADMIN_ROUTES)

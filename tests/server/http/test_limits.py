@@ -33,8 +33,9 @@ from server.http.schema import (
     ChatBody,
     CompletionBody,
 )
-from tests.server.http.conftest import live_server, wait_until
-from tests.server.http.fake_service import FakeService
+from tests.server.http.live_server import live_server
+from tests.support.fake_service import FakeService
+from tests.support.waiting import wait_until
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}

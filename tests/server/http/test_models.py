@@ -7,7 +7,7 @@ from dataclasses import replace
 from starlette.testclient import TestClient
 
 from server.engine.sampling_params import SamplingDefaults
-from tests.server.http.fake_service import FakeService, adapter
+from tests.support.fake_service import FakeService, adapter
 
 BASE = {
     "id": "tiny",

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from server.errors import RequestFailed
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 
 def test_chat(live: str) -> None:

@@ -10,18 +10,18 @@ import openai
 import pytest
 
 from server.finetune.jobs import command, runner
-from tests.server.finetune.jobs.conftest import FAKE
-from tests.server.http.conftest import wait_until
-from tests.server.http.fake_service import FakeService, adapter
-from tests.server.http.test_fine_tuning import create, ended
-from tests.server.http.training_server import TrainingServer, training_server
+from tests.server.http.jobs import create, ended
+from tests.support import fake_train
+from tests.support.fake_service import FakeService, adapter
+from tests.support.training_server import TrainingServer, training_server
+from tests.support.waiting import wait_until
 
 NAMED = {"name": "acme"}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "PROGRAM", FAKE)
+    monkeypatch.setattr(command, "PROGRAM", fake_train.COMMAND)
     monkeypatch.setattr(runner, "BUSY_INTERVAL", 0.02)
     monkeypatch.setattr(runner, "IDLE_INTERVAL", 0.02)
 

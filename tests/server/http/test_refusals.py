@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from server.errors import EngineDead, InvalidRequest, OutOfMemory, QueueFull, RequestFailed
 from tests.server.http.conftest import MakeClient
-from tests.server.http.fake_service import FakeService, adapter
+from tests.support.fake_service import FakeService, adapter
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi"}

@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from server.config import HttpConfig
-from tests.server.http.conftest import live_server, wait_until
-from tests.server.http.fake_service import BASE, FakeService
+from tests.server.http.live_server import live_server
+from tests.support.fake_service import BASE, FakeService
+from tests.support.waiting import wait_until
 
 SOON = 0.3
 CHAT: dict[str, Any] = {

@@ -19,7 +19,7 @@ from server import cli
 from server.finetune.command import command
 from server.finetune.command.provenance import Provenance
 from server.finetune.evaluation.gate import Decision
-from tests.adapters.training.tasks import make_task
+from tests.support.training_tasks import make_task
 
 
 @pytest.fixture(scope="module")

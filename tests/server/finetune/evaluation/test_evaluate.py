@@ -27,8 +27,8 @@ from server.finetune.evaluation.errors import EvaluationFailed
 from server.finetune.evaluation.evaluate import evaluate_adapter
 from server.finetune.evaluation.examiner import Examiner
 from server.finetune.evaluation.result import Evaluation, Model
-from tests.server.engine.running import Asked, Driver, build
-from tests.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.running_engine import Asked, Driver, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 LONG = "a reference of many more words than sixteen " * 3
 

@@ -7,8 +7,8 @@ import sys
 from server import serve
 from server.config import ServerConfig, from_args
 from server.finetune.jobs import command, runner
-from tests.server.finetune.jobs.conftest import FAKE
-from tests.server.http.fake_service import FakeService
+from tests.support import fake_train
+from tests.support.fake_service import FakeService
 
 
 class FakeEngine(FakeService):
@@ -29,6 +29,6 @@ def build(_: ServerConfig) -> FakeEngine:
 
 
 if __name__ == "__main__":
-    command.PROGRAM = FAKE
+    command.PROGRAM = fake_train.COMMAND
     runner.BUSY_INTERVAL = 0.02
     serve.run(from_args(sys.argv[1:], {}), build)

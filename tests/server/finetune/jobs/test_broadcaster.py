@@ -14,7 +14,7 @@ from server.finetune.jobs.database import Job
 from server.finetune.jobs.errors import JobNotKnown
 from server.finetune.jobs.store import NewEvents, add_event, find_job
 from server.pools import Pool
-from tests.server.finetune.jobs.conftest import Room
+from tests.server.finetune.jobs.room import Room
 
 LONG = 20.0
 

@@ -15,7 +15,7 @@ from server.finetune.command.options import chosen
 from server.finetune.jobs import command
 from server.finetune.jobs.command import train_command, train_environ
 from server.http.fine_tuning_schema import CreateJob, Recipe
-from tests.server.finetune.jobs.conftest import Room
+from tests.server.finetune.jobs.room import Room
 
 # For each field the value to send, the flag's field in the command, and what it becomes there.
 FIELDS: dict[str, tuple[Any, str, Any]] = {

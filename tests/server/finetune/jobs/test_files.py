@@ -18,7 +18,7 @@ from server.finetune.jobs.database import Database
 from server.finetune.jobs.errors import FileNotKnown
 from server.finetune.jobs.files import ABANDONED_AFTER, TRAINING, Files
 from server.http.files import file_object
-from tests.server.finetune.jobs.conftest import Room
+from tests.server.finetune.jobs.room import Room
 
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 

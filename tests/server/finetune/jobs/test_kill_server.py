@@ -13,8 +13,10 @@ from typing import Any
 import httpx
 
 from adapters.paths import served_name
-from tests.e2e.running_server import ROOT, eventually, free_port
-from tests.server.http.training_server import rows
+from tests.support.project import ROOT
+from tests.support.running_server import free_port
+from tests.support.training_server import rows
+from tests.support.waiting import wait_until
 
 MOMENTS = (0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.05, 0.15)
 """Seconds after it answers at which the server is killed."""
@@ -38,7 +40,7 @@ class Doomed:
         self.log = (home.parent / "serve.log").open("ab")
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=self.log)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1")
-        eventually(self._answers, 20)
+        wait_until(self._answers, 20)
 
     def jobs(self) -> list[dict[str, Any]]:
         data: list[dict[str, Any]] = self.http.get("fine_tuning/jobs").raise_for_status().json()["data"]
@@ -91,7 +93,7 @@ def training_processes(home: Path) -> list[int]:
             words = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"tests.server.finetune.jobs.fake_train" in words and str(home).encode() in words:
+        if b"tests.support.fake_train" in words and str(home).encode() in words:
             found.append(int(folder.name))
     return found
 
@@ -104,14 +106,14 @@ def test_kill_the_server(tmp_path: Path) -> None:
     for moment in MOMENTS:
         time.sleep(moment)
         server.kill()
-        eventually(lambda: not training_processes(home), 5)
+        wait_until(lambda: not training_processes(home), 5)
         assert_only_whole_models(home)
         server = Doomed(home)
         states = {job["id"]: job["status"] for job in server.jobs()}
         assert list(states) == ids[::-1]
         assert set(states.values()) <= {"queued", "running", "succeeded"}
         assert len(training_processes(home)) <= 1
-    eventually(lambda: {job["status"] for job in server.jobs()} == {"succeeded"}, 30)
+    wait_until(lambda: {job["status"] for job in server.jobs()} == {"succeeded"}, 30)
     assert_only_whole_models(home)
     for job in server.jobs():
         assert set(server.steps(job["id"])) == set(range(1, STEPS + 1))

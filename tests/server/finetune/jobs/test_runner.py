@@ -17,8 +17,8 @@ from server.finetune.jobs.database import Job
 from server.finetune.jobs.process import Child
 from server.finetune.jobs.runner import MAX_DEATHS
 from server.finetune.jobs.store import JobRequest
-from tests.e2e.running_server import eventually
-from tests.server.finetune.jobs.conftest import Room
+from tests.server.finetune.jobs.room import Room
+from tests.support.waiting import wait_until
 
 
 def pid_of(job: Job) -> int:
@@ -287,7 +287,7 @@ def test_what_is_large_goes_with_the_job(room: Room) -> None:
     room.begin_runner()
     room.wait(job, "succeeded")
     run = room.home / "jobs" / job.id
-    eventually(lambda: not (run / "checkpoints").exists(), 5)
+    wait_until(lambda: not (run / "checkpoints").exists(), 5)
     assert (run / "metrics.jsonl").exists()
 
 

@@ -12,7 +12,7 @@ from server.finetune.jobs import command
 from server.finetune.jobs import validator as validator_module
 from server.finetune.jobs.store import JobRequest
 from server.finetune.jobs.validator import JobValidator
-from tests.server.finetune.jobs.conftest import Room
+from tests.server.finetune.jobs.room import Room
 
 SLEEPS = (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_models import tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 TokenizerFamily = Literal["byte-level", "llama2", "mistral", "gemma", "wordpiece", "unigram"]
 TOKENIZER_FAMILIES: tuple[TokenizerFamily, ...] = get_args(TokenizerFamily)

@@ -16,7 +16,7 @@ import uvicorn
 from server.config import from_args
 from server.finetune.jobs.training import Training
 from server.http.app import create_app
-from tests.server.http.fake_service import FakeService
+from tests.support.fake_service import FakeService
 
 
 class _Server(uvicorn.Server):

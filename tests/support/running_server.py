@@ -7,8 +7,7 @@ import signal
 import socket
 import subprocess
 import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import sharding
+from tests.support.project import ROOT
+from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 120
 """Far more than a start takes, for machines that do something else besides."""
@@ -70,7 +70,7 @@ def running(command: list[str], home: Path, log: Path) -> Iterator[RunningServer
         )
     server = RunningServer(process, f"http://127.0.0.1:{port}", home, log)
     try:
-        eventually(lambda: is_ready(server), START_SECONDS)
+        wait_until(lambda: is_ready(server), START_SECONDS)
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
@@ -95,11 +95,3 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port: int = taken.getsockname()[1]
         return port
-
-
-def eventually(condition: Callable[[], bool], seconds: float) -> None:
-    """Fail unless ``condition`` comes true within ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen within {seconds} s"
-        time.sleep(0.05)

@@ -19,6 +19,9 @@ from typing import Any, NoReturn
 from adapters.paths import folder_name
 from server.finetune.command.provenance import Provenance
 
+COMMAND = (sys.executable, "-m", "tests.support.fake_train")
+"""In place of ``server.finetune.jobs.command.PROGRAM``."""
+
 
 def main() -> int:
     options = read_options()

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.project import ROOT
+
 
 def run_interpreted(*cases: Path) -> None:
     """Run files of tests in a process of its own, since Triton decides at its import whether it interprets.
@@ -22,7 +24,7 @@ def run_interpreted(*cases: Path) -> None:
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, cases)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=os.environ | interpreted,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from adapters.training import run as run_module
 from adapters.training.run import Trained, train
 from adapters.training.stop import Stop
 from adapters.training.trainer import QloraTrainer
-from tests.tiny_models import make_tiny_model
+from tests.support.tiny_models import make_tiny_model
 
 QUESTIONS = 12
 

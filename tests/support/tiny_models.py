@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from adapters.base import LoadedBase
+
 Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+TinyBase: TypeAlias = Callable[[Family], LoadedBase]
+"""The fixture ``tiny_base``: a family's tiny model in NF4, loaded once a session."""
 
 VOCAB_SIZE = 512
 # A multiple of 64, as are all sizes below: NF4 quantises in blocks of 64.

@@ -1,0 +1,15 @@
+"""Made-up encoded rows."""
+
+from __future__ import annotations
+
+import random
+
+from adapters.training.encode import Example
+from tests.support.tiny_models import VOCAB_SIZE
+
+
+def example(length: int, seed: int) -> Example:
+    """Random tokens, of which the last third is learnt."""
+    draw = random.Random(seed)
+    ids = [draw.randrange(3, VOCAB_SIZE) for _ in range(length)]
+    return Example(ids, [place >= length * 2 // 3 for place in range(length)])
