@@ -34,6 +34,7 @@ RULES = [
     ("server/http/**/*.py", ("torch",)),
     ("server/config/**/*.py", ("torch", "server.engine", "server.http")),
     *((path, ("torch",)) for path in SCHEDULING),
+    ("tests/support/**/*.py", ("tests.adapters", "tests.server", "tests.e2e", "tests.costs", "tests.fuzz")),
 ]
 
 
@@ -91,3 +92,17 @@ def test_relative_imports_and_type_checking() -> None:
         "server.engine.lanes",
         "server.engine.lanes.Lane",
     ]
+
+
+def test_the_folders_of_tests_mirror_those_of_the_code() -> None:
+    for tests in (path.parent for path in (ROOT / "tests").glob("*/**/test_*.py")):
+        mirrored = tests.relative_to(ROOT / "tests")
+        if mirrored.parts[0] in ("adapters", "server"):
+            assert (ROOT / mirrored).is_dir(), f"{mirrored} is a folder of tests only"
+
+
+def test_no_test_module_is_imported() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        names = imports_of(ast.parse(path.read_text("utf-8")), ".".join(path.relative_to(ROOT).parent.parts))
+        modules = {name for name in names if name.startswith("tests.")}
+        assert not any(part.startswith("test_") for name in modules for part in name.split(".")), path

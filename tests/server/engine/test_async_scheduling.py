@@ -16,7 +16,7 @@ from server.engine.interface import GenerationRequest
 from server.engine.sampling import truncation
 from server.engine.sampling_params import SamplingParams
 from server.errors import OutOfMemory, RequestFailed
-from tests.server.engine.late_device import BLOCK, CountingRegistry, LateDevice, late_engine
+from tests.server.engine.fake_device import BLOCK, CountingRegistry, LateDevice, late_engine
 from tests.server.engine.sequences import make_version
 
 STEM = (5, 6, 7, 8, 9, 10, 11, 5, 6)

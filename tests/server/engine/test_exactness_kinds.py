@@ -24,7 +24,7 @@ from server.engine.build import Parts
 from server.engine.model.cuda.model import CudaModel
 from server.engine.model.transformers_model import TransformersModel
 from server.engine.sequence import Chunk
-from tests.server.engine.gpu_path import pretend
+from tests.server.engine.fake_gpu import pretend
 from tests.support.exactness import TOLERANCE, check_close
 from tests.support.native_kernels import threads
 from tests.support.running_engine import Asked, Driver, LogitsRecorder, build

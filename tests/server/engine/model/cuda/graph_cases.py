@@ -19,8 +19,8 @@ from server.engine.model.cuda import graphs
 from server.engine.model.cuda import model as device
 from server.engine.model.cuda.graphs import DecodeGraphs
 from server.engine.model.cuda.products import OURS, ROWS, Choice, Nf4Weight
-from tests.server.engine.gpu_path import SEATS, pretend
-from tests.server.engine.recorded_graph import RecordedGraph
+from tests.server.engine.fake_gpu import SEATS, pretend
+from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph
 from tests.support.exactness import Plan, compare_with_peft
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")

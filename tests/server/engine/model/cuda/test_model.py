@@ -20,7 +20,7 @@ from server.engine.model.cuda.products import Choice, Nf4Weight
 from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
 from server.engine.model.transformers_model import TransformersModel
-from tests.server.engine.gpu_path import CPU, SEATS, pretend
+from tests.server.engine.fake_gpu import CPU, SEATS, pretend
 from tests.support.exactness import compare_with_peft
 from tests.support.tiny_models import FAMILIES, Family, make_tiny_model
 

@@ -19,7 +19,7 @@ from server.engine.sampling.token_counts import TokenCounts
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence, Shared
 from server.engine.transfer import resolve
-from tests.server.engine.late_device import late_engine
+from tests.server.engine.fake_device import late_engine
 
 VOCABULARY = 9
 EOS = 0

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from adapters.kernels import Segment, triton
-from adapters.kernels.cases import batch, expected, segments_of
+from adapters.kernels.cases import World, batch, expected, segments_of
 from adapters.kernels.triton import TritonLora
 from server.engine.kernels import reference
 from server.engine.kernels import triton as ops
-from tests.adapters.kernels.triton_cases import World
-from tests.server.engine.recorded_graph import RecordedGraph
+from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")
 

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA graphs; with Triton's kernels in ``recorded_graph_cases.py``."""
+"""The stand-in for CUDA graphs; with Triton's kernels in ``fake_cuda_graph_cases.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.server.engine.recorded_graph import RecordedGraph, as_launch
+from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph, as_launch
 
 
 class Model(nn.Module):

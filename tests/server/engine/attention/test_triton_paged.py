@@ -1,4 +1,4 @@
-"""How Triton compiles the attention for GPUs; what it computes is tested in ``triton_attention_cases.py``."""
+"""How Triton compiles the attention for GPUs; what it computes is tested in ``triton_paged_cases.py``."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from server.engine.attention import AttentionSpec, triton_paged
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.reference import ReferencePaged
 from server.engine.attention.triton_paged import TritonPaged
-from tests.server.engine.attention_world import LONGEST, PREEMPT, World, run
+from tests.server.engine.attention.stepped_sequences import LONGEST, PREEMPT, World, run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = [[1] * 70, [1] * 40, [2] * 3]

@@ -10,7 +10,7 @@ from server.engine.attention import AttentionSpec
 from server.engine.attention.choice import BUILDS, Build
 from server.engine.attention.flash_paged import FlashPaged
 from server.engine.attention.torch_paged import TorchPaged
-from tests.server.engine.attention_world import PREEMPT, Qkv, World, run
+from tests.server.engine.attention.stepped_sequences import PREEMPT, Qkv, World, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -21,8 +21,8 @@ from server.engine.attention.flash_paged import FlashPaged, PagedKernel
 from server.engine.attention.reference import ReferencePaged
 from server.engine.attention.torch_paged import TorchPaged
 from server.engine.sequence import Chunk
-from tests.server.engine import flash_contracts as contracts
-from tests.server.engine.attention_world import LONGEST, PREEMPT, Qkv, World, run
+from tests.server.engine.attention import fake_flash as contracts
+from tests.server.engine.attention.stepped_sequences import LONGEST, PREEMPT, Qkv, World, run
 
 CPU = torch.device("cpu")
 FLASH_ATTN = FlashAttn(contracts.flash_attn_varlen_func, contracts.flash_attn_with_kvcache, "of the tests")
