@@ -6,7 +6,7 @@
 a cold adapter delays only its own requests. A pinned adapter stays until it is unpinned as often as it was
 pinned.
 
-A caller of ``pin`` is an *asker* until its ``pin`` succeeds or raises, or it withdraws. A loaded adapter
+A caller of ``pin`` is an *asker* until its ``pin`` succeeds or raises, or it cancels. A loaded adapter
 stays until one of its askers has pinned it. If loading fails, only the askers of that time get the error.
 
 If every row is pinned, the adapter waits in a queue as a *claim*, as long as it has askers. For the first
@@ -128,8 +128,8 @@ class Residency:
         with self._lock:
             return self._ready(version, asker) is not None
 
-    def withdraw(self, digest: str, asker: Hashable) -> None:
-        """``asker`` stops asking. Has no effect if it did not ask."""
+    def cancel(self, digest: str, asker: Hashable) -> None:
+        """Drop the request of ``asker``. Has no effect if it did not ask."""
         with self._lock:
             self._forget_asker(digest, asker)
 

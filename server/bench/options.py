@@ -84,7 +84,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=(1000, 30000),
         metavar=("LOW", "HIGH"),
-        help="prompts draw token ids from LOW up to HIGH - 1 (default: 1000 30000)",
+        help="random token ids of prompts, from LOW to HIGH - 1 (default: 1000 30000)",
     )
     load.add_argument(
         "--adapter-popularity",

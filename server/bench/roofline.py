@@ -143,7 +143,7 @@ def launches(stack: Stack, adapted: bool) -> int:
     """Kernels that a fused step on a GPU launches (``server/engine/model/cuda/model.py``), a product in one.
 
     By block: four products, two norms, rotary with the KV store, attention and the gated activation; each
-    product's adapters take two more. Then embedding, last norm, head, float32, and two for the draw. An NF4
+    product's adapters take two more. Then embedding, last norm, head, float32, and two for sampling. An NF4
     product takes a second launch where the one that was chosen works in two (``products.py`` there).
     """
     return stack.layers * (9 + (8 if adapted else 0)) + 6

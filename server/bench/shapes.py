@@ -73,7 +73,7 @@ def make_model(shape: dict[str, Any], tokenizer: Path, out: Path, seed: int) -> 
 def fill_vocabulary(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
     """A ``tokenizer.json`` with tokens added that no text gives, until every id below ``size`` has a text.
 
-    A random model draws any id, and a server must be able to say it.
+    A random model samples any id, and a server must be able to decode it.
     """
     vocabulary = tokenizer["model"]["vocab"]
     taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}

@@ -65,7 +65,7 @@ class ResidencyGate:
         if sequence.slot >= 0:
             self._residency.unpin(sequence.adapter.digest)
         else:
-            self._residency.withdraw(sequence.adapter.digest, sequence)
+            self._residency.cancel(sequence.adapter.digest, sequence)
         sequence.slot = -1
 
     def take_failures(self) -> list[tuple[Sequence, AdapterError]]:

@@ -92,7 +92,7 @@ class Lanes:
         self.holders.add(lane)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's running slot; it waits ahead of those that have not started."""
+        """Take a sequence's running slot; it waits before those that have not started."""
         lane = self.of(sequence)
         lane.running.remove(sequence)
         self._note_holder(lane)

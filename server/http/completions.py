@@ -93,7 +93,7 @@ def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
 
 
 def _top(token: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the drawn one; of tokens with the same text the likeliest counts."""
+    """The likeliest tokens and the sampled one; of tokens with the same text the likeliest counts."""
     best: dict[str, float] = {}
     for each in (*token.top, token):
         best[each.token] = max(best.get(each.token, each.logprob), each.logprob)

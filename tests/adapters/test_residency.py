@@ -117,9 +117,9 @@ def test_a_claim_lives_as_long_as_somebody_waits_with_it() -> None:
         assert world.residency.pin(cold, asker) is None
     world.settled()
     world.now += 3600
-    world.residency.withdraw(cold.digest, "first")
+    world.residency.cancel(cold.digest, "first")
     assert world.residency.pin(a) is None, "closed, so that it drains"
-    world.residency.withdraw(cold.digest, "second")
+    world.residency.cancel(cold.digest, "second")
     assert world.residency.pin(a) is not None
 
 
@@ -132,7 +132,7 @@ def test_what_is_loaded_for_somebody_stays_until_he_has_had_it() -> None:
     world.residency.pin(b, "comes later")
     world.settled()
     assert world.residency.prepare(a, "waits for a place")
-    world.residency.withdraw(a.digest, "waits for a place")
+    world.residency.cancel(a.digest, "waits for a place")
     assert world.residency.pin(b, "comes later") is None
     world.settled()
     assert world.residency.pin(b, "comes later") is not None
@@ -143,7 +143,7 @@ def test_nothing_is_loaded_for_those_who_have_gone() -> None:
     world.gate.clear()
     for name in "ab":
         world.residency.prepare(make_version(name), "asker")
-        world.residency.withdraw(f"digest-{name}", "asker")
+        world.residency.cancel(f"digest-{name}", "asker")
     world.gate.set()
     world.settled()
     assert world.reads in ([], ["a"]), "one load may have begun"
@@ -209,7 +209,7 @@ def test_why_it_failed_is_told_to_all_who_waited_and_to_nobody_who_came_later() 
     for asker in ("first", "second", "leaves"):
         world.residency.pin(version, asker)
     world.settled()
-    world.residency.withdraw(version.digest, "leaves")
+    world.residency.cancel(version.digest, "leaves")
     del world.broken["a"]
     assert world.residency.pin(version, "later") is None
     world.settled()
@@ -289,12 +289,12 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
         if pinned and not keep:
             world.residency.unpin(pinned.pop(0))
         if not keep:
-            world.residency.withdraw(version.digest, number)
+            world.residency.cancel(version.digest, number)
         world.residency.check_integrity()
     for digest in pinned:
         world.residency.unpin(digest)
     for number, rank, _ in history:
-        world.residency.withdraw(make_version(f"{number}-{rank}").digest, number)
+        world.residency.cancel(make_version(f"{number}-{rank}").digest, number)
     world.touch(make_version("last", 8))
     world.residency.check_integrity()
     assert world.residency.pins == 0
@@ -310,7 +310,7 @@ def test_many_threads_asking_at_once() -> None:
             version = make_version(f"v{(seed * 7 + i) % 5}")
             if world.residency.pin(version, asker=seed) is not None:
                 world.residency.unpin(version.digest)
-            world.residency.withdraw(version.digest, seed)
+            world.residency.cancel(version.digest, seed)
 
     _together([partial(ask, seed) for seed in range(4)])
     world.settled()

@@ -56,11 +56,11 @@ class FakeGeneration:
             if number == service.hang_at:
                 await service.resume.wait()
             await asyncio.sleep(0)
-            drawn = token(number, sampling.logprobs)
+            sampled = token(number, sampling.logprobs)
             last = "length" if number + 1 == sampling.max_tokens else None
-            logprobs = None if sampling.logprobs is None else (drawn,)
+            logprobs = None if sampling.logprobs is None else (sampled,)
             for index in range(sampling.n):
-                yield Delta(index, drawn.token, (number,), logprobs, "length" if last else None)
+                yield Delta(index, sampled.token, (number,), logprobs, "length" if last else None)
         service.running.discard(self)
 
 

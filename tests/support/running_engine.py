@@ -100,7 +100,7 @@ class Driver:
 
 
 class LogitsRecorder:
-    """Stands in for the engine's model and keeps, by request, the logits of every drawn token."""
+    """Stands in for the engine's model and keeps, by request, the logits of every sampled token."""
 
     def __init__(self, model: Model) -> None:
         self._model = model

@@ -1,7 +1,7 @@
-"""Whether two runs drew the same greedy tokens, and if not, whether a rounding explains it. No torch.
+"""Whether two runs sampled the same greedy tokens, and if not, whether a rounding explains it. No torch.
 
 In bf16 the two best logits are now and then so near to each other that any other order of additions changes
-which is drawn; what follows is then another text. So it is the margin at the first difference that tells.
+which one is sampled. What follows is then another text. So the margin at the first difference decides.
 """
 
 from __future__ import annotations

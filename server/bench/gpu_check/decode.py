@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """The first sequences draw tokens while the last prompts are still read."""
+        """The first sequences sample tokens while the last prompts are still computed."""
         return self.context + self.warm + self.steps + 32
 
 

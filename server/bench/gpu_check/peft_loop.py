@@ -63,8 +63,8 @@ class PeftLoop:
             return_dict_in_generate=True,
         )
         best = [logits[0].float().log_softmax(-1).topk(2).values for logits in result.logits]
-        drawn = result.sequences[0, len(prompt) :].tolist()
-        return Answer(began, drawn, [float(two[0] - two[1]) for two in best])
+        sampled = result.sequences[0, len(prompt) :].tolist()
+        return Answer(began, sampled, [float(two[0] - two[1]) for two in best])
 
     @torch.inference_mode()
     def step_seconds(

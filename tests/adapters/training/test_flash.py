@@ -128,8 +128,8 @@ def test_torchs_kernel_is_asked_for_what_our_own_attention_computes(
     monkeypatch.setattr(flash, "varlen_attn", reference)
     monkeypatch.setattr(flash, "_VARLEN_OPTIONS", frozenset(options))
     batch = collate([[example(12, 0), example(1, 1)], [example(5, 2)]])
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 18, 8, generator=draw) for heads in (6, 2, 2))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 18, 8, generator=generator) for heads in (6, 2, 2))
     asked = {name: batch[name] for name in ("cu_seq_lens_q", "max_length_q")}
     theirs, _ = varlen_attention(None, q, k, v, None, scaling=0.3, sliding_window=window, **asked)
     ours, _ = packed_attention(None, q, k, v, None, 0.3, 0.0, window, batch["cu_seq_lens_q"])

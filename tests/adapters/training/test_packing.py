@@ -60,8 +60,10 @@ def test_attention_and_its_gradients_equal_torchs(
     """In float32, with grouped heads; ``long`` chooses which of the two ways is gone."""
     monkeypatch.setattr(attention, "_LONG", long)
     ends = [0, 1, 13, 18]
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, ends[-1], 8, generator=draw).requires_grad_() for heads in (6, 2, 2))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, ends[-1], 8, generator=generator).requires_grad_() for heads in (6, 2, 2)
+    )
     bounds = torch.tensor(ends)
     ours, _ = packed_attention(None, q, k, v, None, 0.3, 0.0, window, bounds)
     place = torch.arange(ends[-1])
@@ -70,7 +72,7 @@ def test_attention_and_its_gradients_equal_torchs(
     seen = (owner[:, None] == owner) & (back >= 0) & (back < (window or ends[-1]))
     theirs = scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(ours, theirs)
-    upstream = torch.randn(ours.shape, generator=draw)
+    upstream = torch.randn(ours.shape, generator=generator)
     got, wanted = (torch.autograd.grad(out, (q, k, v), upstream) for out in (ours, theirs))
     torch.testing.assert_close(got, wanted)
 

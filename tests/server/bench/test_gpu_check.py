@@ -26,7 +26,7 @@ MISSING = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """One run for all tests, and the folder with its report and its picture."""
+    """One run for all tests, and the folder with its report and its plot."""
     folder = tmp_path_factory.mktemp("gpu-check")
     absent = f"import sys\nfor name in {MISSING}:\n    sys.modules[name] = None\n"
     (folder / "sitecustomize.py").write_text(absent)

@@ -46,7 +46,7 @@ def test_popularities() -> None:
 @pytest.mark.parametrize(
     ("popularity", "weights"), [("uniform", (1, 1, 1, 1)), ("zipf", (1, 1 / 2, 1 / 3, 1 / 4))]
 )
-def test_drawn_popularities_follow_their_law(popularity: Popularity, weights: tuple[float, ...]) -> None:
+def test_random_popularities_follow_their_law(popularity: Popularity, weights: tuple[float, ...]) -> None:
     count = 10_000
     chosen = choose(popularity, count)
     for name, weight in zip(NAMES, weights, strict=True):

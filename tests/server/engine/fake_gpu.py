@@ -23,8 +23,8 @@ from server.engine.model.cuda import graphs
 from server.engine.model.cuda.graphs import Graph
 
 CPU = torch.device("cpu")
-SEATS = 6
-"""The most sequences of a step that is a graph."""
+GRAPH_BATCH = 6
+"""Most sequences of a step that runs as a graph."""
 
 
 class SegmentedTogether(TritonLora):
@@ -87,6 +87,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, new_graph: Callable[[], Graph] | No
         model_package,
         "_build_cpu_model",
         lambda of, pool, block_size, _: model_package._build_cuda_model(
-            of, pool, block_size, SEATS, new_graph is None
+            of, pool, block_size, GRAPH_BATCH, new_graph is None
         ),
     )

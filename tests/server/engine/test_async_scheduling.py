@@ -129,7 +129,7 @@ def test_what_surely_ends_is_not_computed_further() -> None:
     assert device.history == ["launch", "sample", "read"]
 
 
-def test_a_token_drawn_again_takes_the_next_step_of_its_own_row_alone(
+def test_a_token_sampled_again_takes_the_next_step_of_its_own_row_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flat = Ask(
@@ -144,7 +144,7 @@ def test_a_token_drawn_again_takes_the_next_step_of_its_own_row_alone(
     assert run.steps > 22, "no sample was revised, so this proves nothing"
 
 
-def test_an_ended_sequence_keeps_its_adapter_until_the_step_in_flight_has_landed() -> None:
+def test_an_ended_sequence_keeps_its_adapter_until_the_step_in_flight_has_completed() -> None:
     engine, _, registry = late_engine(async_scheduling=True)
     registry.users = 1
     engine.add(Ask(adapter="a").request("0"), make_version("a"), seed=1)

@@ -41,7 +41,7 @@ class Served:
     kv_bytes: int
 
     def requests(self, vocabulary: int, max_tokens: int) -> list[Asked]:
-        """Every second one is drawn at random, and they ask for different numbers of log-probabilities."""
+        """Every second one is sampled at random, and they ask for different numbers of log-probabilities."""
         generator = torch.Generator().manual_seed(1)
         return [
             Asked(

@@ -110,8 +110,8 @@ def test_what_is_left_becomes_blocks(base: LoadedBase, model: TransformersModel)
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     meter = MadeUp(total=10 * GB, held=2 * GB, others=GB, step=GB // 2)
     blocks = _sizes(base, meter, "--lora-extra-memory", "1GiB").kv_blocks(model, pool)
-    draws = 8 * base.model.config.vocab_size * 24
-    left = 9 * GB - (2 * GB + GB + GB // 2 + GB + GRAPHS + LATER) - draws
+    buffers = 8 * base.model.config.vocab_size * 24
+    left = 9 * GB - (2 * GB + GB + GB // 2 + GB + GRAPHS + LATER) - buffers
     assert blocks == left // (BLOCK * token)
     assert meter.readings == 3
 

@@ -67,7 +67,7 @@ def texts(outputs: list[RequestOutput]) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def test_mixed_adapters_answer_in_the_prompts_order_what_the_engine_draws(llm: LLM, home: Path) -> None:
+def test_mixed_adapters_answer_in_the_prompts_order_what_the_engine_samples(llm: LLM, home: Path) -> None:
     adapters = ["two", None, "one", "two", "one"]
     lengths = [12, 3, 8, 1, 5]  # they end in another order
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]

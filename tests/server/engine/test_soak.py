@@ -2,7 +2,7 @@
 
 Afterwards nothing may be left, and every answer must be the one that the same request gets in quiet times on
 the same version: to the bit where the fused step runs. Elsewhere a bf16 sum depends on its order, so equal
-means: the same log-probabilities within ``ROUNDING``, and the same tokens, until a greedy choice or a draw
+means: the same log-probabilities within ``ROUNDING``, and the same tokens, until a greedy or random choice
 within that rounding falls the other way.
 """
 
@@ -146,7 +146,7 @@ async def _noisy(home: Path, scheduling: str) -> tuple[EngineService, list[Heard
     changes = await operator
     assert await service.drain(20)
     async with asyncio.timeout(5):
-        while service._engine.busy:  # a step that was launched ahead of the last answer's end
+        while service._engine.busy:  # a step that was launched before the last answer's end
             await asyncio.sleep(0.01)
     return service, heard, changes
 
@@ -225,4 +225,4 @@ def test_soak(tmp_path: Path, scheduling: str) -> None:
             _check_same(one, answer)
         return
     differing = sum(_differs(one, answer) for one, answer in zip(heard, quiet, strict=True))
-    assert differing <= 0.25 * len(heard), "more draws fell the other way than rounding explains"
+    assert differing <= 0.25 * len(heard), "more tokens differ than rounding explains"

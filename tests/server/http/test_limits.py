@@ -172,11 +172,11 @@ async def test_large_bodies_that_wait_are_bounded(
 ) -> None:
     """Clients that send and leave would otherwise fill the memory with what nobody waits for."""
     monkeypatch.setattr(context_module, "MAX_LARGEST_BODIES", 1)
-    rendering, go_on, real = asyncio.Event(), asyncio.Event(), service.render_chat
+    rendering, resume, real = asyncio.Event(), asyncio.Event(), service.render_chat
 
     async def slow(messages: list[dict[str, str]], _: object) -> list[int]:
         rendering.set()
-        await go_on.wait()
+        await resume.wait()
         return (await real(messages))[:8]
 
     monkeypatch.setattr(service, "render_chat", slow)
@@ -189,7 +189,7 @@ async def test_large_bodies_that_wait_are_bounded(
         refused = await client.post(url, json=large)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         small = asyncio.ensure_future(client.post(url, json=CHAT | {"max_tokens": 2}))
-        go_on.set()
+        resume.set()
         assert [each.status_code for each in await asyncio.gather(first, small)] == [200, 200]
         assert (await client.post(url, json=large)).status_code == 200
         assert (await client.post(url, json=large | {"model": "none"})).status_code == 404

@@ -14,7 +14,7 @@ from tests.server.engine.attention.stepped_sequences import PREEMPT, Qkv, World,
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-LONGEST, SEATS = 800, 4
+LONGEST, GRAPH_BATCH = 800, 4
 KINDS = [
     AttentionSpec(0.1),
     AttentionSpec(0.1, 1),
@@ -91,7 +91,7 @@ def test_one_graph_serves_all_decode_steps(build: Build, spec: AttentionSpec) ->
         qkv = world.inputs(chunks)
         for static, new in zip(inputs, qkv, strict=True):
             static[:live] = new
-        ours.begin(chunks, SEATS)
+        ours.begin(chunks, GRAPH_BATCH)
         graph.replay()
         check(out[:live], run(theirs, spec, chunks, qkv))
         world.done(chunks)
@@ -102,8 +102,8 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph, Qkv, Tensor]:
     """A graph of the attention in graph_batch_size, where its inputs are, and where its results will be."""
     heads = world.kv_heads * world.group, world.kv_heads, world.kv_heads
-    q, k, v = (torch.zeros(SEATS, n, world.dim, dtype=world.dtype, device=world.device) for n in heads)
-    backend.begin([], SEATS)
+    q, k, v = (torch.zeros(GRAPH_BATCH, n, world.dim, dtype=world.dtype, device=world.device) for n in heads)
+    backend.begin([], GRAPH_BATCH)
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -39,17 +39,17 @@ def _one(logits: list[float], **params: object) -> Sample:
     return _samples(torch.tensor([logits]), [_sequence(**params)])[0]  # type: ignore[arg-type]
 
 
-def _frequencies(logits: Tensor, draws: int = 4000, **params: object) -> Tensor:
-    sequences = [_sequence(seed=seed, **params) for seed in range(draws)]  # type: ignore[arg-type]
-    tokens = [sample.token for sample in _samples(logits.expand(draws, -1), sequences)]
-    return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / draws
+def _frequencies(logits: Tensor, count: int = 4000, **params: object) -> Tensor:
+    sequences = [_sequence(seed=seed, **params) for seed in range(count)]  # type: ignore[arg-type]
+    tokens = [sample.token for sample in _samples(logits.expand(count, -1), sequences)]
+    return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / count
 
 
 def test_temperature_zero_takes_the_best() -> None:
     assert _one([0.0, 3.0, 1.0], temperature=0.0).token == 1
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     assert torch.allclose(_frequencies(logits), logits.softmax(-1), atol=0.03)
     assert torch.allclose(_frequencies(logits, temperature=2.0), (logits / 2).softmax(-1), atol=0.03)
@@ -89,7 +89,7 @@ def test_truncation_keeps_and_renormalises(params: dict[str, Any], kept: list[in
 )
 @example(seed=1, top_k=600, top_p=0.3, min_p=0.0)  # top_p counts within what top_k left, beyond the head too
 def test_looking_at_the_head_alone_changes_nothing(seed: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Wide flat rows need the whole sort, peaked ones do not; the draw is as if everything were sorted."""
+    """Wide flat rows need the whole sort, peaked ones do not; the result is as if everything were sorted."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) * (0.1 + seed % 4)
     token = _samples(logits[None], [_sequence(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p)])[0].token
     assert token is not None
@@ -204,8 +204,8 @@ def allowed(
     return set(((probs >= last * (1 - 1e-5)) & (probs > 0)).nonzero()[:, 0].tolist())
 
 
-def test_the_number_that_was_one_in_float32_draws_the_best_at_top_k_1() -> None:
-    """One in thirty million draws; this is the 20th of a request's seed."""
+def test_the_number_that_was_one_in_float32_samples_the_best_at_top_k_1() -> None:
+    """One in thirty million samples; this is the 20th of a request's seed."""
     number = uniform(answer_seed(14120141, 0), 20)
     assert number < 1.0 == torch.tensor(number, dtype=torch.float32).item()
     logits = torch.linspace(3.0, -200.0, 1000)
@@ -219,7 +219,7 @@ def test_the_number_that_was_one_in_float32_draws_the_best_at_top_k_1() -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 600}, {"top_p": 0.9}])
-def test_a_sum_that_grows_where_there_is_no_mass_draws_no_token_there(
+def test_a_sum_that_grows_where_there_is_no_mass_samples_no_token_there(
     monkeypatch: pytest.MonkeyPatch, params: dict[str, object]
 ) -> None:
     """A GPU sums in parallel, so that rounding may do this; made larger here."""

@@ -19,7 +19,7 @@ from server.engine.model.cuda import graphs
 from server.engine.model.cuda import model as device
 from server.engine.model.cuda.graphs import DecodeGraphs
 from server.engine.model.cuda.products import OURS, ROWS, Choice, Nf4Weight
-from tests.server.engine.fake_gpu import SEATS, pretend
+from tests.server.engine.fake_gpu import GRAPH_BATCH, pretend
 from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph
 from tests.support.exactness import Plan, compare_with_peft
 
@@ -60,6 +60,6 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(triton, "_PROGRAMS", 8)  # the interpreter takes them one by one
     pretend(monkeypatch, RecordedGraph)
     compare_with_peft("llama", tmp_path, tolerance=0.15, plan=PLAN)
-    assert replays.count((SEATS, True)) > 5
+    assert replays.count((GRAPH_BATCH, True)) > 5
     assert len(places) == 1, "each graph keeps logits of its own"
-    assert SEATS in multiplied, "the graphs were recorded with it"
+    assert GRAPH_BATCH in multiplied, "the graphs were recorded with it"

@@ -20,7 +20,7 @@ from server.engine.model.cuda.products import Choice, Nf4Weight
 from server.engine.model.llama_like import rotary_angles
 from server.engine.model.made_up import warming_steps
 from server.engine.model.transformers_model import TransformersModel
-from tests.server.engine.fake_gpu import CPU, SEATS, pretend
+from tests.server.engine.fake_gpu import CPU, GRAPH_BATCH, pretend
 from tests.support.exactness import compare_with_peft
 from tests.support.tiny_models import FAMILIES, Family, make_tiny_model
 
@@ -128,6 +128,6 @@ def _device_model(
     folder = make_tiny_model("llama", home / "llama")
     base = load_base(prepare_base(str(folder), home, quantization, progress=False))
     pool = RankPool(base.layout.sites, 16, torch.bfloat16)
-    model = CudaModel(TransformersModel(base, pool), pool, kernels.choose(CPU), SEATS, graph)
+    model = CudaModel(TransformersModel(base, pool), pool, kernels.choose(CPU), GRAPH_BATCH, graph)
     model.allocate(8, 16)
     return model, base
