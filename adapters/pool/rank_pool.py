@@ -43,7 +43,7 @@ class RankPool:
 
     ``reserve`` takes rows (bookkeeping only). ``write`` copies the weights into them; it may run on another
     thread than the model, because no running batch reads rows that were just reserved. ``free`` returns the
-    rows. No adapter has a rank above ``max_rank`` (None = ``num_rows``); the kernels' memory is sized by it.
+    rows. No adapter has a rank above ``max_rank``, at most ``num_rows``; the kernels' memory is sized by it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RankPool:
         self.num_rows = num_rows
         self._store = RowStore(sites, num_rows, dtype, self.device)
         self._records = SlotRecords(len(sites), self.device)
-        max_rank = num_rows if max_rank is None else max_rank
+        self.max_rank = max_rank = num_rows if max_rank is None else min(max_rank, num_rows)
         self.sites = {
             name: SitePool(*self._store.pair(name, site), max_rank, self._records, number)
             for number, (name, site) in enumerate(sites.items())

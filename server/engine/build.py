@@ -30,13 +30,14 @@ from server.config import AdapterConfig, ConfigError, EngineConfig, ServerConfig
 from server.engine import threads
 from server.engine.admission import ResidencyGate
 from server.engine.attention import uninstall
+from server.engine.check import StartCheck
 from server.engine.engine import Engine
 from server.engine.interface import EngineStats, ModelInfo
 from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
-from server.engine.model.probe import probe, servable
-from server.engine.model.supported import check_config
+from server.engine.model.probe import Probe, probe, servable
+from server.engine.model.supported import check_config, naming
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
@@ -91,18 +92,24 @@ def assemble(
     sizes = Sizes(config, base)
     pool = _rank_pool(config.adapters, base, sizes.pool_rows())
     step_tokens = sizes.step_tokens
-    model = build_model(
-        base,
-        pool,
-        sizes.block_size,
-        step_tokens,
-        config.engine.max_num_seqs,
-        config.engine.enforce_eager,
-        found,
-    )
-    blocks, longest = _allocate_kv(config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size)
-    with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
-        model.warm_up()
+    check = _start_check(config, base, found, sizes)
+    check.prepare(pool)
+    with naming(base.model.config, "the start"):
+        model = build_model(
+            base,
+            pool,
+            sizes.block_size,
+            step_tokens,
+            config.engine.max_num_seqs,
+            config.engine.enforce_eager,
+            found,
+        )
+        blocks, longest = _allocate_kv(
+            config.engine, base, model, sizes.kv_blocks(model, pool), sizes.block_size
+        )
+        with out_of_memory_names("--kv-cache-memory, --gpu-memory-utilization", "the first steps"):
+            model.warm_up()
+            check.run(model, pool, step_tokens, blocks.num_blocks, sizes.block_size)
     tokenizer = _tokenizer(base, config.model.allow_special_tokens, longest)
     info = _info(config, base, tokenizer, longest, model.attention_name)
     registry, residency = _adapters(
@@ -173,6 +180,11 @@ def _load(config: ServerConfig) -> LoadedBase:
     )
     with out_of_memory_names("--base", f"the base {prepared.name}"):
         return load_base(prepared, device, progress=True)
+
+
+def _start_check(config: ServerConfig, base: LoadedBase, found: Probe, sizes: Sizes) -> StartCheck:
+    eager = config.engine.enforce_eager
+    return StartCheck(config.home, base, found, f"block size {sizes.block_size}, enforce eager {eager}")
 
 
 def _rank_pool(config: AdapterConfig, base: LoadedBase, num_rows: int) -> RankPool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,20 @@ from torch import Tensor
 from adapters.base import LoadedBase
 from adapters.errors import BaseModelError
 from server.engine.attention import AttentionHost, AttentionSpec, KvShape, install
-from server.engine.model.supported import check_config, check_layers, name_of
+from server.engine.model.supported import check_config, check_layers, naming
 
 log = logging.getLogger("manylora.engine")
 
 _TOKENS = 5
+
+_PASS = "its forward pass over a step's tokens, without a cache of its own,"
+
+
+class Call(NamedTuple):
+    """One call of a linear: the rows that it got, and whether it returned one tensor with a row for each."""
+
+    rows: int
+    is_plain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +39,15 @@ class Probe:
     Attributes:
         host: receives the model's attention calls from now on.
         shapes, specs: the shape of keys and values, and the attention spec, by layer.
-        rows: by linear, the row counts of its inputs; empty = it was not called.
+        calls: by linear, what its calls looked like; empty = it was not called.
+        own_attention: transformers' attention implementation that the model was loaded with.
     """
 
     host: AttentionHost
     shapes: Mapping[int, KvShape]
     specs: Mapping[int, AttentionSpec]
-    rows: Mapping[str, frozenset[int]]
+    calls: Mapping[str, frozenset[Call]]
+    own_attention: str
 
 
 @torch.inference_mode()
@@ -52,18 +63,21 @@ def probe(base: LoadedBase) -> Probe:
     specs: dict[int, AttentionSpec] = {}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        if layer in shapes:
+            raise BaseModelError(f"layer {layer} attends twice, and the server keeps one set of keys for it.")
         shapes[layer] = KvShape(k.shape[1], k.shape[2], v.shape[2])
         specs[layer] = spec
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
-    rows: dict[str, set[int]] = {name: set() for name in base.layout.sites}
-    with _naming(config), _counting(model, rows):
+    calls: dict[str, set[Call]] = {name: set() for name in base.layout.sites}
+    own_attention: str = config._attn_implementation
+    with naming(config, _PASS), _noting(model, calls):
         host = install(model)
         host.handler = attend
         tokens = torch.arange(_TOKENS, device=model.device)
         forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
     check_layers(config, shapes)
-    return Probe(host, shapes, specs, {name: frozenset(counts) for name, counts in rows.items()})
+    return Probe(host, shapes, specs, {name: frozenset(some) for name, some in calls.items()}, own_attention)
 
 
 def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
@@ -74,11 +88,9 @@ def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tens
 
 
 def servable(base: LoadedBase, found: Probe) -> LoadedBase:
-    """``base`` without the linears that LoRA cannot apply to, because they do not see each token once."""
+    """``base`` without the linears that LoRA cannot apply to."""
     unservable = {
-        name: "the base does not run it on each token of a step by itself"
-        for name, counts in found.rows.items()
-        if counts != {_TOKENS}
+        name: reason for name, calls in found.calls.items() if (reason := _why_unservable(calls)) is not None
     }
     if not unservable:
         return base
@@ -87,36 +99,28 @@ def servable(base: LoadedBase, found: Probe) -> LoadedBase:
     return replace(base, layout=replace(base.layout, sites=sites, unservable=unservable))
 
 
-@contextmanager
-def _counting(model: Any, rows: dict[str, set[int]]) -> Iterator[None]:
-    """Record the row counts of these linears' inputs."""
+def _why_unservable(calls: frozenset[Call]) -> str | None:
+    if any(not call.is_plain for call in calls):
+        return "it returns more than a linear's output, as routers of experts do"
+    if {call.rows for call in calls} != {_TOKENS}:
+        return "the base does not run it on each token of a step by itself"
+    return None
 
-    def note(counts: set[int], _: object, inputs: tuple[Tensor, ...]) -> None:
-        counts.add(math.prod(inputs[0].shape[:-1]))
+
+@contextmanager
+def _noting(model: Any, calls: Mapping[str, set[Call]]) -> Iterator[None]:
+    """Record the calls of these linears."""
+
+    def note(seen: set[Call], _: object, inputs: tuple[Tensor, ...], output: object) -> None:
+        rows = inputs[0].shape[:-1]
+        is_plain = isinstance(output, Tensor) and output.shape[:-1] == rows
+        seen.add(Call(math.prod(rows), is_plain))
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(note, counts))
-        for name, counts in rows.items()
+        model.get_submodule(name).register_forward_hook(partial(note, seen)) for name, seen in calls.items()
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _naming(config: Any) -> Iterator[None]:
-    """Turn any exception from the model's code into a BaseModelError that names the architecture."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except BaseModelError as error:
-        raise BaseModelError(f"{name_of(config)} cannot be served: {error}") from error
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise BaseModelError(
-            f"{name_of(config)} cannot be served: its forward pass over a step's tokens, without a cache of "
-            f"its own, raised {type(error).__name__} ({reason})."
-        ) from error

@@ -5,10 +5,14 @@ Configs are transformers' configs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from adapters.errors import BaseModelError
+from server.config import ConfigError
 
 _STEPPED = frozenset({"attention", "full_attention", "sliding_attention"})
 """Supported layer types, as configs name them."""
@@ -42,3 +46,24 @@ def check_layers(config: Any, attending: Collection[int]) -> None:
             f"{others[0]}) do not attend through transformers' attention interface, and this server keeps "
             "no other state of past tokens. Give --base another model."
         )
+
+
+@contextmanager
+def naming(config: Any, what: str) -> Iterator[None]:
+    """Turn any exception of a model's code into a BaseModelError that names the architecture.
+
+    Args:
+        what: what raises; the subject of the message.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, ConfigError):
+        raise
+    except BaseModelError as error:
+        refusal = f"{name_of(config)} cannot be served: "
+        raise BaseModelError(str(error) if refusal in str(error) else f"{refusal}{error}") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise BaseModelError(
+            f"{name_of(config)} cannot be served: {what} raised {type(error).__name__} ({reason})."
+        ) from error

@@ -1,0 +1,29 @@
+"""What transformers itself computes for whole requests: one uncached forward pass each, nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.inference_mode()
+def uncached_logits(model: Any, tokens: Sequence[int]) -> Tensor:
+    """float32 [tokens, vocabulary], on the host. Positions and masks are transformers' own."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.float().cpu()
+
+
+@contextmanager
+def attending_with(model: Any, implementation: str) -> Iterator[None]:
+    """While it lasts, the model attends with an implementation of transformers, not with the server's."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,126 @@
+"""Architectures that were once served wrong: each is served right, or refused by name at the start."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.errors import AdapterUnsupported, BaseModelError
+from tests.support.running_engine import Asked, Driver, build
+from tests.support.tiny_models import make_peft_adapter, make_tiny_model
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+PHI3 = {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+    "minimax": (
+        "minimax",
+        {"num_local_experts": 4, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+        "layers of the kind linear_attention",
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {"num_hidden_layers": 3, "lru_width": 64, "head_dim": 16},
+        "layers of the kind linear_attention",
+    ),
+    "llama4 with chunks": (
+        "llama4_text",
+        {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 16},
+        "layers of the kind chunked_attention",
+    ),
+    "phimoe with a window": ("phimoe", {"num_local_experts": 4, "sliding_window": 16}, "wrong even alone"),
+    "diffllama": ("diffllama", {}, "layer 0 attends twice"),
+    "zaya": ("zaya", {}, "layers of the kind hybrid"),
+    "hrm_text": ("hrm_text", {}, "layer 0 attends twice"),
+    "roberta": ("roberta", {"is_decoder": True}, "wrong even alone"),
+    "xlm-roberta": ("xlm-roberta", {"is_decoder": True}, "wrong even alone"),
+    "phi3 with LongRoPE": ("phi3", PHI3, "in chunks"),
+    "doge": ("doge", {}, "forward pass"),
+    "afmoe": ("afmoe", {"num_experts": 4, "moe_intermediate_size": 64}, "forward pass"),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {"layer_types": ["mamba", "attention"], "num_local_experts": 4},
+        "layers of the kind linear_attention",
+    ),
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            "num_layers": 2,
+            "ffn_hidden_size": 128,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "expert_ffn_hidden_size": 64,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+        "forward pass",
+    ),
+}
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "phimoe": ("phimoe", {"num_local_experts": 4}),
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 4, "head_dim": 16, "layer_types": ["full_attention", "full_attention"]},
+    ),
+    "granitemoehybrid without mamba": (
+        "granitemoehybrid",
+        {"layer_types": ["attention", "attention"], "num_local_experts": 4},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt2": ("gpt2", {}),
+}
+
+
+def _model(family: str, fields: dict[str, Any], home: Path) -> Path:
+    return make_tiny_model(family, home / "model", **fields)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_by_name_with_the_reason(case: str, tmp_path: Path) -> None:
+    family, fields, reason = REFUSED[case]
+    with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be served: .*{reason}"):
+        build(_model(family, fields, tmp_path), tmp_path, "--quantization", "none")
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_it_is_served_as_transformers_computes_it(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    build(_model(*SERVED[case], tmp_path), tmp_path, "--quantization", "none").close()
+    assert "checked against transformers" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["phimoe", "llama4"])
+def test_an_adapter_on_a_router_is_refused_when_it_is_registered(case: str, tmp_path: Path) -> None:
+    family, fields = SERVED[case]
+    parts = build(_model(family, fields, tmp_path), tmp_path, "--quantization", "none")
+    routers = [name for name in parts.base.layout.unservable if name.endswith("router")]
+    assert len(routers) == 2
+    for name, modules in {"good": ["q_proj"], "bad": ["q_proj", "router"]}.items():
+        make_peft_adapter(tmp_path / "model", tmp_path / name, target_modules=modules)
+    parts.registry.register_outside("good", tmp_path / "good", replace=False)
+    with pytest.raises(AdapterUnsupported, match=r"router.*returns more than a linear's output"):
+        parts.registry.register_outside("bad", tmp_path / "bad", replace=False)
+    driver = Driver(parts)
+    asked = Asked([5, 6, 7, 8], "good")
+    driver.run(asked, Asked([9, 10]))
+    assert asked.error is None
+    assert asked.tokens
+    parts.close()
