@@ -1,4 +1,4 @@
-"""The command ``manylora``. It imports nothing heavy before it must, so that ``--help`` is instant."""
+"""The command ``manylora``. It imports slow modules only when a command needs them, so ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from server.config.options import USAGE, OneLineParser, add_options
 from server.finetune.command.cli import add_parser as add_training
 from server.finetune.evaluation.cli import add_parser as add_evaluation
 
-# How often an idle OpenMP worker looks for work before it sleeps. Waking one costs more than a layer of a
-# small model, so it outlasts the pauses in a step, and a slice that another process takes; an idle server
-# still sleeps.
+# How often an idle OpenMP worker looks for work before it sleeps. Waking a worker takes longer than a layer
+# of a small model. With this number, workers stay awake during a step, and while another process has the CPU
+# for one time slice. The workers of an idle server still sleep.
 _SPINS = 3_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 it failed, 2 it was asked for wrongly."""
+    """Run one command. The exit code is 0 for success, 1 for a failure, 2 for wrong arguments."""
     words = sys.argv[1:] if argv is None else list(argv)
     _choose_waiting(training=words[:1] == ["train"])
-    # It warns of an optional package whenever it is imported, which is by many others and at many places.
+    # bitsandbytes warns about an optional package at its import, and many modules import it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = _parser(bench=words[:1] == ["bench"]).parse_args(words)
     run: Callable[[argparse.Namespace], int | None] = arguments.run
@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _choose_waiting(training: bool) -> None:
-    """OpenMP reads its settings once, when torch brings it; what the operator has set stays.
+    """Set how long OpenMP's workers spin, before torch loads OpenMP. The operator's own settings stay.
 
-    Training gains nothing from spinning, and takes from whoever shares the machine with it.
+    Training does not get faster by spinning, and would slow down other processes on the machine.
     """
     if training:
-        if os.environ.get("GOMP_SPINCOUNT") == str(_SPINS):  # from the server whose job this is
+        if os.environ.get("GOMP_SPINCOUNT") == str(_SPINS):  # inherited from the server that runs this job
             del os.environ["GOMP_SPINCOUNT"]
     elif "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
@@ -56,7 +56,7 @@ def _fail(arguments: argparse.Namespace, error: Exception, code: int) -> int:
 
 
 def _parser(bench: bool) -> argparse.ArgumentParser:
-    """The whole command line; ``bench`` says whether that command's own parser is worth importing."""
+    """The parser of all commands. ``bench``: also import the parser of that command, which is slow."""
     parser: argparse.ArgumentParser = OneLineParser(
         prog="manylora", description="Many LoRA adapters on one 4-bit base, in one batch."
     )
@@ -71,7 +71,7 @@ def _parser(bench: bool) -> argparse.ArgumentParser:
     add_evaluation(commands)
     add_training(commands)
     if bench:
-        from server.bench.cli import add_parser  # brings an HTTP client
+        from server.bench.cli import add_parser  # imports an HTTP client
 
         add_parser(commands)
     else:
@@ -81,7 +81,7 @@ def _parser(bench: bool) -> argparse.ArgumentParser:
 
 def _serve(arguments: argparse.Namespace) -> None:
     config = resolve(arguments, os.environ)
-    from server.serve import run  # only now: it brings the HTTP stack
+    from server.serve import run  # imports the HTTP stack
 
     run(config)
 

@@ -1,4 +1,4 @@
-"""File descriptors: as many as the system lets us have, and no more connections than they allow for."""
+"""Raise the limit of open files, and limit connections to the descriptors that are available."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from server.http.connection_limit import RESERVED_CONNECTIONS
 logger = logging.getLogger("manylora.serve")
 
 MOST = 1 << 16
-"""More is of no use here, and some systems have no limit at all."""
+"""The highest limit that we ask for. Some systems have no limit at all."""
 _OTHERS = 256
-"""For what is opened besides connections: adapters, the database, child processes, libraries."""
+"""Descriptors for other uses than connections: adapters, the database, child processes, libraries."""
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open files as far as the hard one allows; the limit that holds now."""
+    """Raise the soft limit of open files as far as the hard limit allows. Returns the resulting limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return MOST if soft == resource.RLIM_INFINITY else soft
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError):  # a sandbox, or a system with a lower limit of its own
+    except (ValueError, OSError):  # a sandbox, or a system with a lower limit
         return soft
     return wanted
 
 
 def fitted(config: ConnectionConfig, limit: int) -> ConnectionConfig:
-    """``config`` with at most as many connections as ``limit`` open files allow; says so if it must lower it.
+    """``config`` with no more connections than ``limit`` open files allow. Logs a warning if it lowers them.
 
-    The listener outlives a shortage, but clients that meet one are closed without a word.
+    Without descriptors the listener survives, but new clients are disconnected without an answer.
     """
     room = max(limit - _open_now() - _OTHERS, limit // 2) - RESERVED_CONNECTIONS
     if room >= config.limit_concurrency:
@@ -42,7 +42,8 @@ def fitted(config: ConnectionConfig, limit: int) -> ConnectionConfig:
     lowered = max(1, room)
     fields = {"open_files": limit, "asked": config.limit_concurrency, "limit_concurrency": lowered}
     logger.warning(
-        "the limit of open files (ulimit -n) is low: fewer connections are taken", extra={"fields": fields}
+        "the limit of open files (ulimit -n) is low, so fewer connections are accepted",
+        extra={"fields": fields},
     )
     return replace(config, limit_concurrency=lowered)
 

@@ -1,17 +1,17 @@
-"""Every way a request can fail, as one tree; ``server/http/errors.py`` maps it to HTTP in one place.
+"""The tree of all errors of requests. ``server/http/errors.py`` maps them to HTTP.
 
 ::
 
     ManyloraError (adapters/errors.py)
     └── RequestError
         ├── InvalidRequest          a field is wrong; ``param`` names it
-        ├── PromptTooLong           the prompt (and what is asked for) exceeds the context
-        ├── QueueFull               the waiting queue is at its bound; ``retry_after`` seconds
-        ├── ShuttingDown            the server drains; send the request elsewhere
-        ├── RequestFailed           processing this one request raised; the others went on
-        ├── AnswerNotRead           too much of the answer waits to be read
-        ├── OutOfMemory             the device has too little memory left for this one request now
-        └── EngineDead              the engine's loop ended; ``/health`` says so
+        ├── PromptTooLong           the prompt and the requested answer exceed the context
+        ├── QueueFull               the queue is full; ``retry_after`` has seconds
+        ├── ShuttingDown            the server drains and takes no new requests
+        ├── RequestFailed           processing of this request failed; others continue
+        ├── AnswerNotRead           the client has left too much of the answer unread
+        ├── OutOfMemory             the device has too little free memory for this request
+        └── EngineDead              the engine's loop has ended; ``/health`` reports it
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from adapters.errors import ManyloraError
 
 
 class RequestError(ManyloraError):
-    """A request that ends without (all of) its tokens."""
+    """A request that ended before all its tokens were generated."""
 
 
 class InvalidRequest(RequestError):
     """A field is wrong.
 
     Attributes:
-        param: the field's name as the client wrote it, or None for the body as a whole.
-        code: OpenAI's machine-readable code, where there is one.
+        param: the field's name as the client wrote it; None: the whole body.
+        code: OpenAI's machine-readable code, if there is one.
     """
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
@@ -38,16 +38,16 @@ class InvalidRequest(RequestError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt, or with it the answer that is asked for, does not fit into the context.
+    """The prompt, or the prompt and the requested answer, do not fit into the context.
 
-    The words are OpenAI's: gateways and agents look for them, to shorten the conversation by themselves.
+    The message has OpenAI's words. Gateways and agents search for them, and then shorten the conversation.
 
     Args:
         field: ``messages`` or ``prompt``.
-        context: tokens of prompt and answer together, at most.
+        context: the most tokens of prompt and answer together.
         prompt: tokens of the prompt.
-        answer: tokens that were asked for; None = as many as fit, at least one.
-        at_least: the prompt was not counted to its end.
+        answer: the requested tokens of the answer; None: as many as fit, at least one.
+        at_least: the prompt was not counted to its end, so it has at least ``prompt`` tokens.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class PromptTooLong(InvalidRequest):
 
 
 class QueueFull(RequestError):
-    """Too many requests wait already.
+    """Too many requests are waiting.
 
     Attributes:
-        retry_after: seconds after which trying again makes sense.
+        retry_after: seconds after which the client should try again.
     """
 
     def __init__(self, message: str, retry_after: int) -> None:
@@ -81,16 +81,16 @@ class ShuttingDown(RequestError):
 
 
 class RequestFailed(RequestError):
-    """Processing this request raised; nobody else's was touched."""
+    """Processing of this request failed. Other requests are not affected."""
 
 
 class AnswerNotRead(RequestError):
-    """So much of the answer is unread that it is kept no longer."""
+    """The client has left too much of the answer unread, so the answer was dropped."""
 
 
 class OutOfMemory(RequestError):
-    """The device ran out of memory over this request, even alone; later it may not."""
+    """The device has too little memory for this request, even alone. A later try may succeed."""
 
 
 class EngineDead(RequestError):
-    """The engine's loop has ended; nothing can be served until a restart."""
+    """The engine's loop has ended. Restart the server."""

@@ -1,7 +1,7 @@
-"""Logs: to stderr, one JSON object a line, or text for people.
+"""Logs to stderr: one JSON object on each line, or readable text.
 
-Names and texts come from outside, so here, in one place, whatever does not print is spelt out: nobody's
-folder can forge a line.
+Names and texts may come from outside. The formatters escape unprintable characters, so that no name of a
+folder can forge a log line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from server.config import LogConfig
 
 
 def configure(config: LogConfig) -> None:
-    """Send every logger's records to stderr as ``config`` says, and quieten the chatty ones."""
+    """Send all log records to stderr in the format of ``config``. Libraries log warnings only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if config.format == "json" else TextFormatter())
     root = logging.getLogger()
@@ -28,7 +28,7 @@ def configure(config: LogConfig) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message", …}`` with the record's ``fields`` beside them."""
+    """A JSON object with ``time``, ``level``, ``logger``, ``message`` and the record's ``fields``."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -44,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """``time LEVEL logger: message key=value …``, and tracebacks indented: only a record begins a line."""
+    """``time LEVEL logger: message key=value …``. Tracebacks are indented, so only a record starts a line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")

@@ -1,7 +1,7 @@
-"""Threads for work that blocks, in small pools by kind: what one kind waits for never delays another.
+"""Threads for blocking work, in one small pool for each kind. A slow kind never delays another kind.
 
-The event loop's default executor is shared by everybody, so nothing here uses it. Whoever makes a pool
-closes it. ``POOLS`` says which kinds there are and how many threads each has at most.
+The event loop's default executor is not used, because all code shares it. The code that makes a pool also
+closes it. ``POOLS`` has the kinds, and the most threads of each.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ Kind = Literal[
     "job-checks",
 ]
 POOLS: dict[Kind, int] = {
-    "bodies": 1,  # parsing large bodies: Python holds one lock over it anyway
+    "bodies": 1,  # parsing of large bodies; it holds the GIL, so two threads would not be faster
     "tokenizing": 2,
-    "long-texts": 1,  # tokenising takes memory in proportion: one long text at a time
-    "templates": 2,  # of adapters, each in a process of its own that may take its full time
+    "long-texts": 1,  # tokenising a long text takes much memory, so one at a time
+    "templates": 2,  # adapters' templates; each runs in its own process, up to its time limit
     "adapters": 2,
     "adapter-lookups": 2,
     "database": 2,
-    "database-writes": 1,  # SQLite has one writer; whoever waits for it must not keep readers waiting
+    "database-writes": 1,  # SQLite has one writer; reads must not wait for it
     "disk": 2,
-    "file-checks": 1,  # each has a process of its own, and two would take all of a small machine
-    "job-checks": 1,  # the same, of some hundred MB each
+    "file-checks": 1,  # each has its own process, and two would use all of a small machine
+    "job-checks": 1,  # as file-checks; each process takes some hundred MB
 }
 
 
 class Pool:
-    """The threads of one kind of work. They start when they are first needed."""
+    """The threads of one kind of work. They start when they are needed."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self._threads = ThreadPoolExecutor(POOLS[kind], kind)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of ``work``, done in one of the threads.
+        """Run ``work`` in one of the threads, and return its result.
 
-        If the waiting task is cancelled, work that has not begun is dropped. Work that has begun runs on, and
-        its result is dropped.
+        If the waiting task is cancelled, work that has not begun is dropped. Work that has begun continues,
+        but its result is dropped.
         """
         future = self._threads.submit(work, *args, **kwargs)
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Drop work that has not begun, and wait for work that has."""
+        """Drop work that has not begun, and wait for the rest."""
         self._threads.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Keys and state are seen by the server alone: not by its children, not in ``ps``, not by other users."""
+"""Hide keys and state from child processes, from ``ps`` and from other users."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ logger = logging.getLogger("manylora.serve")
 
 _KEY_FLAGS = frozenset(option.flag.encode() for option in OPTIONS if option.parse is key)
 _PRIVATE = ("state.sqlite3", "state.sqlite3-wal", "state.sqlite3-shm", "files", "jobs")
-"""What clients own under the state folder."""
+"""Files and folders with clients' data in the state folder."""
 
 
 def keys_of(config: HttpConfig) -> frozenset[str]:
-    """Every key of a server."""
+    """All keys of a server."""
     alone = (config.admin_key, config.metrics_key)
     return frozenset((*config.api_keys, *(each for each in alone if each is not None)))
 
 
 def forget_keys(environ: MutableMapping[str, str], keys: Iterable[str]) -> None:
-    """Remove each variable that holds one of ``keys``, whatever it is called: children inherit the rest."""
+    """Remove each variable that contains one of ``keys``. Child processes inherit the other variables."""
     known = frozenset(keys)
     for name, value in list(environ.items()):
         if known & set(re.split(r"[,\s]+", value)):
@@ -36,22 +36,22 @@ def forget_keys(environ: MutableMapping[str, str], keys: Iterable[str]) -> None:
 
 
 def hide_typed_keys() -> None:
-    """Overwrite the keys on this process's command line, which every user can read, and say so."""
+    """Overwrite the keys on this process's command line, and log a warning. Every user could read them."""
     hidden = False
-    with suppress(OSError, ValueError, IndexError):  # not on Linux: they stay
+    with suppress(OSError, ValueError, IndexError):  # only Linux allows this
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         start, end = int(fields[45]), int(fields[46])
         if 0 < start < end:
             hidden = _blank(start, end)
     if hidden:
         logger.warning(
-            "a key was typed on the command line, where other users could read it until now: "
-            "give it in a file (--api-key-file) or a variable (MANYLORA_API_KEY)"
+            "a key was on the command line, where other users could read it until now; "
+            "use a file (--api-key-file) or a variable (MANYLORA_API_KEY)"
         )
 
 
 def _blank(start: int, end: int) -> bool:
-    """Overwrite what follows a flag for keys with ``x``, between two addresses; whether there was any."""
+    """Overwrite keys with ``x`` in the memory from ``start`` to ``end``; whether there were any."""
     place, is_key, found = start, False, False
     for word in ctypes.string_at(start, end - start).split(b"\0"):
         flag, equals, _ = word.partition(b"=")
@@ -64,9 +64,9 @@ def _blank(start: int, end: int) -> bool:
 
 
 def make_private(home: Path) -> None:
-    """Let only this user into the state folder, and into what is written from now on.
+    """Make the state folder, and all files that are written later, accessible to this user only.
 
-    Raises OSError if the folder cannot be made. A folder of another owner (a mounted volume) stays as it is.
+    A folder of another owner (a mounted volume) is not changed. Raises OSError if the folder cannot be made.
     """
     os.umask(0o077)
     home.mkdir(parents=True, exist_ok=True)
@@ -84,5 +84,5 @@ def _close_to_others(path: Path) -> None:
     except PermissionError:
         fields = {"path": str(path), "mode": oct(mode)}
         logger.warning(
-            "other users may read the state folder, and another user owns it", extra={"fields": fields}
+            "other users can read the state folder, and another user owns it", extra={"fields": fields}
         )

@@ -1,4 +1,4 @@
-"""``manylora serve``: one engine and one HTTP server in one process, from start to drained end."""
+"""``manylora serve``: run one engine and one HTTP server in one process, and drain them at the end."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from server.version import VERSION
 
 logger = logging.getLogger("manylora.serve")
 
-# After the drain only answers that outlived it are left; their connections get this long to be told.
+# Seconds in which the answers that still run after the drain can receive their error.
 _CLOSE_SECONDS = 2
 
 
 class AddressUnavailable(ManyloraError):
-    """The address to listen on is taken, or is none of this machine's."""
+    """The address to listen on is in use, or does not belong to this machine."""
 
 
 class RunningService(Service, Protocol):
-    """A service that can be started and ended; ``server/engine/build.py`` makes it."""
+    """A service that can be started and stopped. ``server/engine/build.py`` makes it."""
 
     async def start(self) -> None: ...
 
     async def drain(self, timeout: float) -> bool:
-        """Refuse new requests at once; True when the running ones have ended, False after ``timeout`` s."""
+        """Refuse new requests, and wait for running ones: True if they ended within ``timeout`` seconds."""
 
     def stop(self) -> None:
-        """End the engine; whatever still runs fails."""
+        """Stop the engine. Requests that still run fail."""
 
 
 Build = Callable[[ServerConfig], RunningService]
 
 
 def run(config: ServerConfig, build: Build | None = None) -> None:
-    """Serve until told to end. Raises ``ManyloraError`` if it cannot begin."""
+    """Serve until a signal ends it. Raises ManyloraError if the server cannot start."""
     configure(config.log)
     config = replace(config, connections=fitted(config.connections, raise_limit()))
     listener = _bind(config.http.host, config.http.port)
@@ -67,8 +67,8 @@ def run(config: ServerConfig, build: Build | None = None) -> None:
 
 
 async def serve(service: RunningService, config: ServerConfig, listener: socket.socket) -> None:
-    """Answer on ``listener`` until SIGTERM or SIGINT, drain, and stop; a second signal ends at once."""
-    training = Training(config, service)  # blocks, but nobody is served yet
+    """Serve on ``listener`` until SIGTERM or SIGINT, then drain and stop. A second signal skips the drain."""
+    training = Training(config, service)  # it blocks, but no request is served yet
     await service.start()
     try:
         training.start()
@@ -85,7 +85,7 @@ async def serve(service: RunningService, config: ServerConfig, listener: socket.
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal first drains the engine, while HTTP goes on to answer (503 to new requests)."""
+    """uvicorn's server. A signal first drains the engine; meanwhile HTTP answers 503 to new requests."""
 
     def __init__(self, service: RunningService, training: Training, config: ServerConfig) -> None:
         app = create_app(service, config.http, training)
@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                proxy_headers=False,  # the admin routes trust the peer's address
+                proxy_headers=False,  # the admin routes rely on the peer's real address
                 server_header=False,
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
@@ -131,7 +131,7 @@ class _Server(uvicorn.Server):
 
 
 def _build(config: ServerConfig) -> RunningService:
-    from server.engine.build import build_service  # brings torch, which takes seconds
+    from server.engine.build import build_service  # imports torch, which takes seconds
 
     return build_service(config)
 
@@ -144,7 +144,7 @@ def _make_private(home: Path) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the address before the model is loaded, so that a taken port is known at once."""
+    """Bind the address before the model is loaded, so that a port in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -171,4 +171,4 @@ def _announce(service: RunningService, config: ServerConfig, listener: socket.so
     }
     logger.info("serving", extra={"fields": fields})
     if host not in ("127.0.0.1", "::1") and not config.http.api_keys:
-        logger.warning("no --api-key is set: everyone who can reach this address can use the server")
+        logger.warning("no --api-key is set, so anyone who can reach this address can use the server")

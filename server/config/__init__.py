@@ -1,7 +1,7 @@
-"""What a command was told: its options, what their values may be, and the frozen config. No torch.
+"""The options of ``manylora serve``, their values, and the frozen config. This package does not import torch.
 
-Reading order: ``options.py`` (every option of ``manylora serve``), ``values.py`` (what a value may be),
-``config.py`` (the config), ``shared_options.py`` (options that other commands have too).
+Reading order: ``options.py`` (every option of ``manylora serve``), ``values.py`` (which values are valid),
+``config.py`` (the config), ``shared_options.py`` (the options that other commands have too).
 """
 
 from server.config.config import (

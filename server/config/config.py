@@ -1,7 +1,7 @@
-"""What ``manylora serve`` was told: a frozen ``ServerConfig``, made from flags and variables. No torch.
+"""The configuration of ``manylora serve``: a frozen ``ServerConfig``, made from flags and variables.
 
-A flag wins over its variable, which wins over the default (``options.py`` lists them all). "auto" is
-resolved before the config is built, except where only the device or the loaded model can tell: None there.
+A flag has precedence over its variable, and a variable over the default. ``options.py`` lists all options.
+"auto" is resolved before the config is built. It stays None if only the device or the loaded model decides.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Quantization = Literal["nf4", "none"]
 
 
 class ConfigError(Exception):
-    """A value that cannot be used; the message names where it was set, the value and the remedy."""
+    """A value is not valid. The message names the flag or variable, the value and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Which base is served, and as what.
+    """The base model, and the names it is served under.
 
     Attributes:
         name: a known name, a local transformers folder, a local GGUF file or a hub id.
-        served_names: names clients may ask for the base by; empty = the base's own name.
-        generation_config: where defaults of sampling come from: ``auto`` (the base), ``none``, or a folder.
-        allow_special_tokens: in messages special tokens are such; False = they are text.
+        served_names: the names of the base in the API; empty: the base's own name.
+        generation_config: the source of sampling defaults: ``auto`` (the base), ``none``, or a folder.
+        allow_special_tokens: read special tokens in messages as tokens; False: read them as text.
     """
 
     name: str
@@ -47,17 +47,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """Where adapters come from and how much room they may take.
+    """The source of adapters, and limits on their size and memory.
 
     Attributes:
-        folder: the watched folder, one sub-folder an adapter.
-        max_loras: how many adapters of rank 16 the device pool was sized for; None = what suits the device.
-        max_lora_rank: an adapter with a larger rank anywhere is refused at load.
-        pool_rows: rank rows of the device pool, for each site; None = what suits the device.
-        extra_memory: bytes on the device for what adapters have besides rank rows.
-        host_memory: bytes the host tier may hold.
-        max_bytes: most bytes of one adapter's weights.
-        ignore_templates: adapters' own chat templates are not looked at.
+        folder: the watched folder. Each sub-folder is one adapter.
+        max_loras: how many adapters of rank 16 fit into the device pool; None: the device decides.
+        max_lora_rank: an adapter with a larger rank at any site is refused at load.
+        pool_rows: rank rows of the device pool at each site; None: the device decides.
+        extra_memory: bytes on the device for adapters' weights that are not rank rows.
+        host_memory: bytes of the host tier.
+        max_bytes: the most bytes of one adapter's weights.
+        ignore_templates: ignore adapters' own chat templates.
     """
 
     folder: Path
@@ -75,15 +75,16 @@ class EngineConfig:
     """Sizes of the engine.
 
     Attributes:
-        max_model_len: tokens of prompt and answer together; None = the model's own, as far as KV allows.
-        max_num_seqs: most answers generated at once.
-        max_num_batched_tokens: most tokens in one step; None = what suits the device (128 on a CPU).
-        kv_cache_memory: bytes; None = 1 GiB on a CPU, what the rest leaves on a GPU.
-        gpu_memory_utilization: share of the GPU's memory that may be in use, other processes included.
-        block_size: tokens in one KV block; None = what suits the device.
+        max_model_len: the most tokens of prompt and answer together; None: the model's own limit, or less if
+            the KV cache is smaller.
+        max_num_seqs: the most answers that are generated at once.
+        max_num_batched_tokens: the most tokens in one step; None: the device decides (128 on a CPU).
+        kv_cache_memory: bytes; None: 1 GiB on a CPU, and the remaining memory on a GPU.
+        gpu_memory_utilization: fraction of the GPU's memory that may be in use, including other processes.
+        block_size: tokens in one KV block; None: the attention backend decides.
         enforce_eager: decode without CUDA graphs.
-        async_scheduling: launch each step before the one before it is read; None = if the device is a GPU.
-        max_queued_requests: most requests that wait; one more is answered 429.
+        async_scheduling: launch a step before the result of the previous one is read; None: on GPUs only.
+        max_queued_requests: the most waiting requests. The next one gets status 429.
         threads: threads of the CPU kernels.
     """
 
@@ -102,17 +103,18 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class HttpConfig:
-    """How clients reach the server.
+    """Settings of the HTTP server.
 
     Attributes:
-        port: 0 = any free one.
-        api_keys: bearer keys, one of which every route but the probes needs; empty = none is needed.
-        admin_key: the key of the admin routes; None = they are open to loopback peers only.
-        metrics_key: opens ``/metrics`` alone; None = every key of a client opens it too.
-        api_key_file, admin_key_file, metrics_key_file: where (more of) them came from; already read.
-        shutdown_timeout: seconds that running requests have to finish after SIGTERM.
-        max_body_bytes: a larger request body is answered 413.
-        allowed_hosts: what the Host header may be besides loopback names and ``host`` where no key is needed.
+        port: the port; 0: any free port.
+        api_keys: bearer keys of clients. All routes except the probes need one; empty: no key is needed.
+        admin_key: the key of the admin routes; None: only loopback peers may use them.
+        metrics_key: a key that opens only ``/metrics``; None: there is no such key.
+        api_key_file, admin_key_file, metrics_key_file: files with further keys. The keys above include them.
+        shutdown_timeout: seconds in which running requests may finish after SIGTERM.
+        max_body_bytes: the largest request body. A larger one gets status 413.
+        allowed_hosts: further names that the Host header may have. Loopback names and ``host`` are always
+            allowed. Other names are refused if no key is needed, or if this is not empty.
     """
 
     host: str
@@ -130,16 +132,16 @@ class HttpConfig:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionConfig:
-    """What one connection may cost before, while and after it is served. Times are seconds.
+    """Limits of one connection. Times are in seconds.
 
     Attributes:
-        limit_concurrency: most connections with a request; idle ones are closed for new ones.
-        timeout_keep_alive: how long a connection may be idle after an answer.
-        keep_alive_max_requests: requests after which a connection is closed.
-        max_url_bytes, max_header_bytes, max_header_count: more is answered 414 or 431.
-        header_timeout: for all headers of a request, and for a new connection's first byte.
-        body_timeout, write_timeout: a client that sends, or reads, fewer than ``min_data_rate`` bytes a
-            second for that time is disconnected.
+        limit_concurrency: the most connections with a request. Idle ones are closed for new ones.
+        timeout_keep_alive: the longest idle time after an answer.
+        keep_alive_max_requests: the most requests on one connection.
+        max_url_bytes, max_header_bytes, max_header_count: a larger request gets status 414 or 431.
+        header_timeout: time for all headers of a request, and for a new connection's first byte.
+        body_timeout, write_timeout: a client that sends (reads) fewer than ``min_data_rate`` bytes a second
+            for this time is disconnected.
     """
 
     limit_concurrency: int
@@ -156,16 +158,16 @@ class ConnectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """How fine-tuning jobs may run.
+    """Settings of fine-tuning jobs.
 
     Attributes:
-        max_jobs: most that run at once.
+        max_jobs: the most jobs that run at once.
         threads: threads of one job.
-        idle_share: share of its time that a job sleeps.
-        nice: added to the niceness of its process; 19: it also gets Linux's idle class.
-        gpu: ``auto`` (the server's), ``none``, or a GPU as CUDA_VISIBLE_DEVICES names it.
-        gpu_memory: bytes of it that a job may take; None = nine tenths of what is free when it begins.
-        max_file_bytes: a larger upload is answered 413.
+        idle_share: fraction of its time that a job sleeps.
+        nice: is added to the niceness of a job's process. With 19, the process also gets Linux's idle class.
+        gpu: ``auto`` (the server's GPU), ``none``, or a GPU as in CUDA_VISIBLE_DEVICES.
+        gpu_memory: the most bytes of GPU memory for a job; None: nine tenths of the free memory at its start.
+        max_file_bytes: the largest upload. A larger one gets status 413.
     """
 
     max_jobs: int
@@ -179,7 +181,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """What is logged, and how: one JSON object a line, or text for people."""
+    """The level of the log, and its format: a JSON object on each line, or readable text."""
 
     level: Literal["debug", "info", "warning", "error"]
     format: Literal["json", "text"]
@@ -187,7 +189,7 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Everything ``manylora serve`` was told. ``home`` is the folder of all state."""
+    """The whole configuration of ``manylora serve``. ``home`` is the folder of all state."""
 
     home: Path
     model: ModelConfig
@@ -200,7 +202,7 @@ class ServerConfig:
 
 
 def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> ServerConfig:
-    """The config that flags and variables ask for. Raises ``ConfigError`` for the first wrong value."""
+    """The config from flags and variables. Raises ConfigError for the first wrong value."""
     groups: dict[str, dict[str, Any]] = {group: {} for group in HEADINGS}
     for option in OPTIONS:
         groups[option.group][option.field] = _value(option, arguments, environ)
@@ -221,16 +223,16 @@ def resolve(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Server
 
 
 def from_args(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> ServerConfig:
-    """The config of a command line without the ``manylora serve`` in front, for tests and embedding."""
+    """The config from the arguments after ``manylora serve``. For tests and embedding."""
     parser = OneLineParser(prog="manylora serve", usage=USAGE, allow_abbrev=False)
     add_options(parser)
     return resolve(parser.parse_args(argv), environ)
 
 
 def from_options(options: Mapping[str, object], environ: Mapping[str, str] = os.environ) -> ServerConfig:
-    """The config of options by their flags' names: ``{"max_num_seqs": 8}`` is ``--max-num-seqs 8``.
+    """The config from options by name: ``{"max_num_seqs": 8}`` means ``--max-num-seqs 8``.
 
-    None is as if the option had not been given. Raises ``ConfigError`` for an unknown one and a wrong value.
+    None means that the option is not set. Raises ConfigError for an unknown option or a wrong value.
     """
     names = [option.dest for option in OPTIONS]
     for name in options.keys() - names:
@@ -241,7 +243,7 @@ def from_options(options: Mapping[str, object], environ: Mapping[str, str] = os.
 
 
 def _as_text(value: object) -> object:
-    """A value, or several, as they would be typed."""
+    """The value, or each of several values, as text on a command line."""
     if isinstance(value, list | tuple):
         return [str(one) for one in value]
     return None if value is None else str(value)
@@ -286,13 +288,13 @@ def _resolve_auto(groups: dict[str, dict[str, Any]]) -> None:
 
 
 def _read_keys(http: dict[str, Any]) -> None:
-    """Add what is in key files; they are read once, here."""
+    """Add the keys from key files. They are read only here."""
     http["api_keys"] += _keys_in(http["api_key_file"], "--api-key-file")
     for name in ("admin", "metrics"):
         flag = f"--{name}-key-file"
         keys = _keys_in(http[f"{name}_key_file"], flag)
         if len(keys) > 1 or (keys and http[f"{name}_key"] is not None):
-            raise ConfigError(f"{flag}: there is one --{name}-key, and more were given; leave the others out")
+            raise ConfigError(f"{flag}: more than one --{name}-key was given; leave the others out")
         http[f"{name}_key"] = keys[0] if keys else http[f"{name}_key"]
 
 
@@ -312,11 +314,11 @@ def _cross_check(config: ServerConfig) -> None:
     if adapters.pool_rows is not None and adapters.pool_rows < adapters.max_lora_rank:
         raise ConfigError(
             f"--lora-pool-rows {adapters.pool_rows}: an adapter of --max-lora-rank {adapters.max_lora_rank} "
-            f"would never fit; set it to {adapters.max_lora_rank} or more, or lower --max-lora-rank"
+            f"does not fit; set it to {adapters.max_lora_rank} or more, or lower --max-lora-rank"
         )
     budget = engine.max_num_batched_tokens
     if budget is not None and budget < engine.max_num_seqs:
         raise ConfigError(
-            f"--max-num-batched-tokens {budget}: each of --max-num-seqs {engine.max_num_seqs} answers takes "
-            f"a token a step; set it to {engine.max_num_seqs} or more, or lower --max-num-seqs"
+            f"--max-num-batched-tokens {budget}: each of --max-num-seqs {engine.max_num_seqs} answers needs "
+            f"a token in each step; set it to {engine.max_num_seqs} or more, or lower --max-num-seqs"
         )

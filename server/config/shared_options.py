@@ -1,4 +1,4 @@
-"""Options that other commands share with ``manylora serve``: the same flags, variables and defaults."""
+"""Options that other commands share with ``manylora serve``. Flags, variables and defaults are the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.config.options import OPTIONS, Option
 
 
 def add_served(parser: argparse._ActionsContainer, flags: Sequence[str]) -> None:
-    """Declare those of the server's options; their values stay text until ``served_config``."""
+    """Declare these options of the server on ``parser``. Their values stay text until ``served_config``."""
     for option in _named(flags):
         shown = "" if option.default is None else f" (default: {option.default})"
         if option.metavar is None:
@@ -21,7 +21,7 @@ def add_served(parser: argparse._ActionsContainer, flags: Sequence[str]) -> None
 
 
 def served_config(arguments: argparse.Namespace, flags: Sequence[str]) -> ServerConfig:
-    """The server's own config, from the same flags and variables. Raises ConfigError."""
+    """The server's config from these flags and from variables. Raises ConfigError."""
     typed = [(option.flag, getattr(arguments, option.dest)) for option in _named(flags)]
     return from_args([word for flag, value in typed for word in _words(flag, value)], os.environ)
 

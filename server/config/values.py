@@ -1,4 +1,4 @@
-"""From what a user types to a value: one small parser a kind, each raising ``ValueError("must be …")``."""
+"""Parsers of option values, one for each kind. Each raises ``ValueError("must be …")``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BINARY_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def text(value: str) -> str:
-    """Any text but none at all."""
+    """Any text that is not empty."""
     if not value.strip():
         raise ValueError("must not be empty")
     return value
@@ -27,34 +27,36 @@ def path(value: str) -> Path:
 
 
 def name(value: str) -> str:
-    """A model's name, as it may stand in a URL."""
+    """A model's name that can be part of a URL."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]*", value):
         raise ValueError("must begin with a letter or digit and hold only letters, digits and . _ / : -")
     return value
 
 
 def key(value: str) -> str:
-    """A bearer key: visible ASCII, since it travels in a header."""
+    """A bearer key: visible ASCII characters, because it is sent in a header."""
     if not re.fullmatch(r"[!-~]+", value):
         raise ValueError("must be visible ASCII characters without spaces, at least one")
     return value
 
 
 def host_pattern(value: str) -> str:
-    """A host's name or address without its port, ``*.`` before a name's end, or ``*``; lower case."""
+    """A host name or address without a port, a pattern such as ``*.example.com``, or ``*``; in lower case."""
     if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[?[0-9A-Fa-f:.]+\]?", value):
-        raise ValueError("must be a host's name or address without a port, such as *.example.com, or *")
+        raise ValueError(
+            "must be a host name or address without a port, a pattern such as *.example.com, or *"
+        )
     return value.strip("[]").lower()
 
 
 def keys_in(file: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line; empty lines and those that begin with # are passed over."""
+    """The keys in a file, one on each line. Empty lines and lines that begin with # are skipped."""
     try:
         lines = file.read_text(encoding="ascii").splitlines()
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError("must hold keys of visible ASCII characters, one a line") from None
+        raise ValueError("must hold keys of visible ASCII characters, one on each line") from None
     keys = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
@@ -63,25 +65,25 @@ def keys_in(file: Path) -> tuple[str, ...]:
             except ValueError as error:
                 raise ValueError(f"line {number} {error}") from None
     if not keys:
-        raise ValueError("must hold a key, and has none")
+        raise ValueError("must hold a key; the file has none")
     return tuple(keys)
 
 
 def gpu(value: str) -> str:
-    """``auto``, ``none``, or one GPU as CUDA_VISIBLE_DEVICES names it: 1, GPU-…, MIG-…."""
+    """``auto``, ``none``, or one GPU as in CUDA_VISIBLE_DEVICES: 1, GPU-…, MIG-…."""
     if not re.fullmatch(r"auto|none|[0-9]{1,4}|(GPU|MIG)-[A-Za-z0-9/-]{4,80}", value):
         raise ValueError("must be auto, none, or a GPU's number or UUID")
     return value
 
 
 def generation_config(value: str) -> str:
-    """``auto``, ``none``, or a folder. vLLM says ``vllm`` where it means its own defaults."""
+    """``auto``, ``none``, or a folder. ``vllm``, vLLM's word for its own defaults, means ``none``."""
     word = text(value).lower()
     return "none" if word == "vllm" else word if word in ("auto", "none") else value
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
-    """One of a few words."""
+    """One of the allowed words; the case does not matter."""
 
     def parse(value: str) -> str:
         if value.lower() not in allowed:
@@ -92,7 +94,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def flag(value: str) -> bool:
-    """A yes or no, as variables spell it."""
+    """A switch: true, 1, yes, on, false, 0, no or off."""
     words = {
         "true": True,
         "1": True,
@@ -109,7 +111,7 @@ def flag(value: str) -> bool:
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in a range, both ends included."""
+    """A whole number from ``low`` to ``high``, both included."""
 
     def parse(value: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", value) or not low <= int(value) <= high:
@@ -120,7 +122,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def _number(value: str) -> float:
-    """NaN for what is no number: it is outside every range."""
+    """The number, or NaN, which is outside every range, if ``value`` is not a number."""
     try:
         return float(value)
     except ValueError:
@@ -148,7 +150,7 @@ def whole_seconds(value: str) -> int:
 
 
 def share(value: str) -> float:
-    """A part of a whole, of which at least a twentieth is left."""
+    """A fraction from 0 to 0.95."""
     number = _number(value)
     if not 0 <= number <= 0.95:
         raise ValueError("must be a number from 0 to 0.95")
@@ -156,7 +158,7 @@ def share(value: str) -> float:
 
 
 def fraction(value: str) -> float:
-    """A part of a whole, or all of it."""
+    """A fraction above 0, up to 1."""
     number = _number(value)
     if not 0 < number <= 1:
         raise ValueError("must be a number above 0, and at most 1")
@@ -164,7 +166,7 @@ def fraction(value: str) -> float:
 
 
 def size(low: int) -> Callable[[str], int]:
-    """Bytes: a plain number, a decimal unit (512MB) or a binary one (512MiB, 512M, 1.5G)."""
+    """A number of bytes, plain, with a decimal unit (512MB) or with a binary one (512MiB, 512M, 1.5G)."""
 
     def parse(value: str) -> int:
         match = re.fullmatch(
@@ -183,7 +185,7 @@ def size(low: int) -> Callable[[str], int]:
 
 
 def auto_or(parse: Callable[[str], T]) -> Callable[[str], T | None]:
-    """``auto`` (None) or what ``parse`` takes."""
+    """``auto`` (None), or a value that ``parse`` accepts."""
 
     def parse_auto(value: str) -> T | None:
         if value.lower() == "auto":

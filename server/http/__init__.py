@@ -1,1 +1,1 @@
-"""OpenAI's protocol over the ``Service`` of ``server/engine/interface.py``. Knows no torch."""
+"""OpenAI's API over the ``Service`` of ``server/engine/interface.py``. This package does not import torch."""

@@ -1,4 +1,4 @@
-"""Middleware: a request id and one log line a request. Prompts and answers are never logged."""
+"""Middleware: one request id and one log line for each request. Prompts and answers are never logged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROBES = {"/health", "/ready", "/metrics"}
 
 
 class AccessLog:
-    """Gives every request a ``Record``, answers with its id, and writes it down when the request ends."""
+    """Gives each request a ``Record``, sends its id with the answer, and logs it when the request ends."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""The admin routes: load, unload and list adapters. Answers are vLLM's, errors OpenAI's."""
+"""The admin routes: load, unload and list adapters. Answers have vLLM's shape, errors OpenAI's."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ async def load_adapter(request: Request) -> PlainTextResponse:
     context = context_of(request)
     body = await read_body(request, LoadAdapter, context.config.max_body_bytes)
     if body.lora_name in base_names(context.service.base):
-        raise InvalidRequest(f"'{body.lora_name}' is the base's name; give the adapter another.", "lora_name")
+        raise InvalidRequest(f"'{body.lora_name}' is the base's name; choose another.", "lora_name")
     _check_base(context.service.base, body.base_model_name)
     await context.service.load_adapter(body.lora_name, body.lora_path, body.load_inplace)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload_adapter(request: Request) -> PlainTextResponse:
-    """Take no more requests for an adapter; running ones finish."""
+    """Stop serving an adapter. Running requests finish."""
     context = context_of(request)
     body = await read_body(request, UnloadAdapter, context.config.max_body_bytes)
     await context.service.unload_adapter(body.lora_name)
@@ -38,13 +38,13 @@ async def unload_adapter(request: Request) -> PlainTextResponse:
 
 
 async def list_adapters(request: Request) -> JSONResponse:
-    """Every adapter, the failed ones with their reasons."""
+    """Every adapter with its state. A failed one has its reason."""
     data = [_status(status) for status in context_of(request).service.adapters()]
     return JSONResponse({"object": "list", "data": data})
 
 
 def _check_base(base: ModelInfo, named: str | None) -> None:
-    """Hub ids and paths are compared by the model's own name, as those in adapters' configs are."""
+    """Refuse an adapter for another base. Names are compared as those in adapters' configs are."""
     if named is None or named in base_names(base) or same_base(named, base.name):
         return
     raise InvalidRequest(

@@ -1,4 +1,4 @@
-"""The HTTP application, as data: who may reach which route, and what wraps them all."""
+"""The HTTP application as tables: the routes, who may call them, and the middleware."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ ADMIN_ROUTES: Routes = (
 )
 
 SERVED_WHEN_FULL = frozenset(path for _, path, _ in (*PROBE_ROUTES, *METRICS_ROUTES, *ADMIN_ROUTES))
-"""Paths that are served even when every connection is busy: an operator needs them to find the cause."""
+"""Paths that are served even when every connection is busy. Operators need them to find the cause."""
 
 
 def create_app(service: Service, config: HttpConfig, training: Training | None = None) -> Starlette:
-    """The application that serves ``service``. It neither starts nor stops it.
+    """The application that serves ``service``. The caller starts and stops the service.
 
-    Without ``training`` it has no routes for files and fine-tuning.
+    Without ``training`` the application has no routes for files and fine-tuning.
     """
     metrics = Metrics(service)
     if training is not None:
@@ -106,7 +106,7 @@ def _client_guard(config: HttpConfig) -> list[Middleware]:
 
 
 def _scraper_guard(config: HttpConfig) -> list[Middleware]:
-    """Who may chat, and the key that is for nothing else."""
+    """As clients. A metrics key opens the route too, and then the route always needs a key."""
     if config.metrics_key is None:
         return _client_guard(config)
     admin = (config.admin_key,) if config.admin_key else ()
@@ -114,7 +114,7 @@ def _scraper_guard(config: HttpConfig) -> list[Middleware]:
 
 
 def _trainer_guard(config: HttpConfig) -> list[Middleware]:
-    """As clients where those need a key; else as admins: strangers must not read data or fill the disk."""
+    """As clients if they need a key, otherwise as admins: strangers must not read data or fill the disk."""
     return _client_guard(config) if config.api_keys else _admin_guard(config)
 
 

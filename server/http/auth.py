@@ -1,4 +1,4 @@
-"""Who may call what: bearer keys, kept as hashes only; admin routes need the admin key or a loopback peer."""
+"""Access control: bearer keys, stored as hashes only. Admin routes need the admin key or a loopback peer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.http.errors import NotAllowed, NotAuthenticated
 
 
 class Keyring:
-    """A set of keys that can only be asked whether it holds one."""
+    """A set of keys. It can only tell whether it contains a key."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple(_digest(key) for key in keys)
@@ -23,13 +23,13 @@ class Keyring:
         return bool(self._digests)
 
     def holds(self, key: str) -> bool:
-        """Whether ``key`` is one of the keys, in a time that does not tell which."""
+        """Whether ``key`` is one of the keys. The time that this takes does not reveal which one."""
         digest = _digest(key)
         return sum(hmac.compare_digest(digest, each) for each in self._digests) > 0
 
 
 class RequireKey:
-    """Middleware: one of the keys, if there are any."""
+    """Middleware: require one of the keys, if there are any."""
 
     def __init__(self, app: ASGIApp, keys: Keyring) -> None:
         self.app = app
@@ -50,7 +50,7 @@ class RequireLoopback:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not _is_loopback(scope.get("client")):
             raise NotAllowed(
-                "Admin routes are open to this machine only. To use them from elsewhere, start the server "
+                "Admin routes are open to this machine only. To use them from another one, start the server "
                 "with --admin-key and send that key as 'Authorization: Bearer KEY'."
             )
         await self.app(scope, receive, send)
@@ -63,9 +63,9 @@ def _digest(key: str) -> bytes:
 def _check(scope: Scope, keys: Keyring) -> None:
     scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
     if not key or scheme.lower() != "bearer":
-        raise NotAuthenticated("This route needs a key: send 'Authorization: Bearer KEY'.")
+        raise NotAuthenticated("This route needs a key; send it as 'Authorization: Bearer KEY'.")
     if not keys.holds(key.strip()):
-        raise NotAuthenticated("The key that was sent is not one of this route's.")
+        raise NotAuthenticated("This key is not valid for this route; send another one.")
 
 
 def _is_loopback(client: tuple[str, int] | None) -> bool:

@@ -27,7 +27,7 @@ class BodyMemory:
 
     @contextmanager
     def reserve(self) -> Iterator[Reservation]:
-        """One body's reservation. Keep it from the first byte until the body is no longer needed."""
+        """One body's reservation. Hold it from the first byte until the body is no longer needed."""
         reservation = Reservation()
         try:
             yield reservation
@@ -64,13 +64,13 @@ class BodyMemory:
 
     def _full(self) -> QueueFull:
         return QueueFull(
-            f"Large requests of {self._max_bytes} bytes are being read already; send this one again.",
+            f"The server is already reading {self._max_bytes} bytes of large requests; send this one again.",
             retry_after=1,
         )
 
 
 class Reservation:
-    """One body's share of ``BodyMemory``.
+    """One body's part of ``BodyMemory``.
 
     Attributes:
         size: bytes counted so far.

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: text or token ids, one prompt or several, the older shape of logprobs."""
+"""``POST /v1/completions``: one prompt or several, as text or token ids. Logprobs have the older shape."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def _chunks(stream: CompletionStream, usage: UsageInStream) -> Chunks:
 
 
 def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
-    """The older shape: parallel lists; ``text_offset`` counts characters of the answer from ``offset`` on."""
+    """The older shape: parallel lists. ``text_offset`` counts the answer's characters, from ``offset`` on."""
     offsets = []
     for token in tokens:
         offsets.append(offset)
@@ -93,7 +93,7 @@ def _logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
 
 
 def _top(token: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the sampled one; of tokens with the same text the likeliest counts."""
+    """The likeliest tokens and the sampled one. Of tokens with the same text, only the likeliest is shown."""
     best: dict[str, float] = {}
     for each in (*token.top, token):
         best[each.token] = max(best.get(each.token, each.logprob), each.logprob)

@@ -1,13 +1,13 @@
-"""One client's connection: uvicorn's, with bounds on what it may cost. All hold before any key is looked at.
+"""uvicorn's connection with limits on size and time. They apply before any API key is checked.
 
-uvicorn bounds neither headers nor the time that a client takes to send or read, and an answer that nobody
-reads stays for ever. Here each phase of a connection has a deadline::
+uvicorn itself limits neither headers nor the time that a client takes to send or read. An answer that nobody
+reads would stay in memory forever. Here each phase of a connection has a deadline::
 
     idle --first byte--> head --last header--> body --last byte--> answer --last byte--> idle
 
-Idle and head end with ``header_timeout`` or ``timeout_keep_alive``; in body, and while an answer waits to be
-read, a client must keep up ``min_data_rate``. Requests that are refused here reach no middleware: their line
-in the log is written here too.
+``header_timeout`` and ``timeout_keep_alive`` limit the phases idle and head. In the phase body, and while an
+answer waits to be read, the client must transfer at least ``min_data_rate``. A request that is refused here
+reaches no middleware, so this module also writes its log line.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from server.http.hosts import host_of_absolute_target
 logger = logging.getLogger("manylora.connection")
 
 MAX_PIPELINED = 8
-"""Requests that may wait on one connection for the answer before theirs."""
+"""How many requests may wait on one connection for earlier answers."""
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 16 << 20
-"""Seconds and bytes for which a refused client is still read, so that it receives the error."""
+"""How long, and for how many bytes, we still read from a refused client. Otherwise it may miss the error."""
 
 
 class Phase(Enum):
@@ -57,17 +57,17 @@ class Phase(Enum):
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """See the module. ``bounded`` makes the class that a server uses.
+    """A connection with limits, as the module describes. ``bounded`` makes the class that a server uses.
 
     Attributes:
-        limits: of each connection.
+        limits: the limits of each connection.
         connection_limit: shared by all connections of the server.
-        kept: paths that are served even when every connection is busy.
+        served_when_full: paths that are served even when every connection is busy.
     """
 
     limits: ClassVar[ConnectionConfig]
     connection_limit: ClassVar[ConnectionLimit]
-    kept: ClassVar[frozenset[bytes]]
+    served_when_full: ClassVar[frozenset[bytes]]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -105,16 +105,16 @@ class BoundedConnection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # there is nothing to change to: it is answered as HTTP, and the connection closed
+            pass  # no upgrade is supported: answer as HTTP, then close the connection
         except httptools.HttpParserError as error:
             self.refuse(self._stopped_for or BadRequest(f"The request is not valid HTTP: {error}."))
             return
-        # What the parser keeps for itself (half a header, a chunk's extension) shows in no callback.
+        # The parser buffers some bytes itself, such as half a header. No callback reports them.
         self._without_progress = self._without_progress + len(data) if self._progress == progress else 0
         if self._without_progress > self.limits.max_header_bytes:
             self.refuse(self._headers_too_large())
 
-    # -- what the parser finds -----------------------------------------------------------------------
+    # -- callbacks of the parser ---------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._progress += 1
@@ -135,7 +135,7 @@ class BoundedConnection(HttpToolsProtocol):
             )
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer: both are kept."""
+        """A header or a trailer. uvicorn keeps both."""
         super().on_header(name, value)
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > self.limits.max_header_bytes:
@@ -147,12 +147,12 @@ class BoundedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._progress += 1
         self.connection_limit.mark_busy(self)
-        if self.connection_limit.full and self.url.partition(b"?")[0] not in self.kept:
+        if self.connection_limit.full and self.url.partition(b"?")[0] not in self.served_when_full:
             most = self.limits.limit_concurrency
-            message = f"The server answers {most} requests already (--limit-concurrency); try again shortly."
+            message = f"The server already answers {most} requests (--limit-concurrency); try again soon."
             self._stop(TooManyConnections(message))
         absolute = host_of_absolute_target(self.url)
-        if absolute is not None:  # it counts, the header does not (RFC 9112, 3.2.2)
+        if absolute is not None:  # it replaces the header (RFC 9112, 3.2.2)
             self.headers[:] = [*(each for each in self.headers if each[0] != b"host"), (b"host", absolute)]
         super().on_headers_complete()
         self._cycles.append(self.cycle)
@@ -161,7 +161,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._was_paused = False
         self._reading.set(self.limits.body_timeout)
         self._requests += 1
-        # After an upgrade the parser understands no more, even though nothing here takes one.
+        # The parser reads nothing after an upgrade request, even if the server does not upgrade.
         if self._requests >= self.limits.keep_alive_max_requests or self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
@@ -177,7 +177,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.phase = Phase.ANSWER
         self._reading.clear()
         if self.cycle.response_complete:
-            self._rest()
+            self._become_idle()
 
     def on_response_complete(self) -> None:
         self._cycles.popleft()
@@ -185,11 +185,11 @@ class BoundedConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             self._expect_reader()
         elif self.cycle.response_complete and self.phase is Phase.ANSWER:
-            self._rest()
+            self._become_idle()
         elif self.cycle.response_complete and self.phase is Phase.BODY:
-            self._reading.set(self.limits.body_timeout)  # for the rest of a body that nobody reads
+            self._reading.set(self.limits.body_timeout)  # for the rest of an unread body
 
-    # -- uvicorn asks ----------------------------------------------------------------------------------
+    # -- calls from uvicorn ----------------------------------------------------------------------------
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -210,13 +210,13 @@ class BoundedConnection(HttpToolsProtocol):
 
     # -- deadlines -------------------------------------------------------------------------------------
 
-    def _rest(self) -> None:
+    def _become_idle(self) -> None:
         self.phase = Phase.IDLE
         self.connection_limit.mark_idle(self)
         self._reading.set(self.limits.timeout_keep_alive)
 
     def _expect_reader(self) -> None:
-        """From now on what was written must be read in time."""
+        """Start the deadline for the client to read what was written."""
         self._unsent = self.transport.get_write_buffer_size()
         self._writing.set(self.limits.write_timeout)
 
@@ -233,7 +233,7 @@ class BoundedConnection(HttpToolsProtocol):
     def _reads_too_slowly(self) -> None:
         if self._refusal is not None:
             self.transport.abort()
-        elif self.flow.read_paused:  # we are slow, not the client
+        elif self.flow.read_paused:  # the server is slow, not the client
             self._reading.set(self.limits.body_timeout)
         elif self.phase is Phase.HEAD:
             seconds = self.limits.header_timeout
@@ -250,7 +250,7 @@ class BoundedConnection(HttpToolsProtocol):
             self._body_seen, self._was_paused = self._body_bytes, False
             self._reading.set(limits.body_timeout)
             return
-        message = f"In {limits.body_timeout:g} s (--body-timeout) only {received} bytes of the body came."
+        message = f"Only {received} bytes of the body arrived in {limits.body_timeout:g} s (--body-timeout)."
         self.refuse(RequestTooSlow(message))
 
     # -- ends ------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.timeout_keep_alive_handler()
 
     def refuse(self, error: HttpError) -> None:
-        """Answer with ``error`` and close; where another answer has begun, only close."""
+        """Answer with ``error`` and close. If another answer has begun, only close."""
         self._refusal = error
         fields = self._peer() | {"status": shape_of(error).status, "error": code_of(error)}
         logger.info("refused", extra={"fields": fields})
@@ -273,14 +273,14 @@ class BoundedConnection(HttpToolsProtocol):
         self._disconnect_all()
 
     def _turn_away(self) -> None:
-        """There is no place even for waiting: nothing that is sent will be read."""
-        self._refusal = TooManyConnections("The server has too many connections; try again shortly.")
+        """Refuse a connection for which there is no room. Nothing from the client is read."""
+        self._refusal = TooManyConnections("The server has too many connections; try again soon.")
         self.transport.write(_as_bytes(self._refusal))
         self.transport.close()
         self._expect_reader()
 
     def _stop(self, error: HttpError) -> NoReturn:
-        """End the parsing of what was received; ``data_received`` refuses it then."""
+        """Stop the parser. ``data_received`` then refuses the request with ``error``."""
         self._stopped_for = error
         raise error
 
@@ -296,7 +296,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.abort()
 
     def _is_answering(self) -> bool:
-        """Whether bytes written now would end up in another request's answer."""
+        """Whether bytes written now would land in another request's answer."""
         if self.cycle is None or self.cycle.response_complete:
             return False
         return self.cycle.response_started or bool(self.pipeline) or self.phase is not Phase.BODY
@@ -309,22 +309,22 @@ class BoundedConnection(HttpToolsProtocol):
         return {"client": self.client[0] if self.client else None}
 
 
-def bounded(limits: ConnectionConfig, kept: Iterable[str]) -> type[BoundedConnection]:
-    """The connections of one server, which share one ``limit_concurrency``.
+def bounded(limits: ConnectionConfig, served_when_full: Iterable[str]) -> type[BoundedConnection]:
+    """The class of one server's connections. They share one ``limit_concurrency``.
 
     Args:
-        kept: paths that are answered even when all of them are taken.
+        served_when_full: paths that are served even when every connection is busy.
     """
     shared = {
         "limits": limits,
         "connection_limit": ConnectionLimit(limits.limit_concurrency),
-        "kept": frozenset(path.encode() for path in kept),
+        "served_when_full": frozenset(path.encode() for path in served_when_full),
     }
     return type("Connection", (BoundedConnection,), shared)
 
 
 def _as_bytes(error: HttpError) -> bytes:
-    """A whole answer, after which the connection is closed."""
+    """A whole answer with the header ``Connection: close``."""
     response = error_response(error)
     headers = [*response.raw_headers, (b"connection", b"close")]
     lines = [b"%s: %s\r\n" % header for header in headers]

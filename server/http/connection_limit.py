@@ -9,18 +9,18 @@ RESERVED_CONNECTIONS = 16
 
 
 class EvictableConnection(Protocol):
-    """A connection."""
+    """A connection that can be closed while it is idle."""
 
     def evict(self) -> None:
-        """Close now. No request is in progress on it."""
+        """Close the connection now. It has no request in progress."""
 
 
 class ConnectionLimit:
-    """At most ``max_busy`` connections with a request, and ``RESERVED_CONNECTIONS`` more in all.
+    """At most ``max_busy`` busy connections, and at most ``max_busy + RESERVED_CONNECTIONS`` in all.
 
     A connection is busy from the last byte of a request's headers to the last byte of the response, and idle
-    otherwise. A new connection evicts the one that has been idle for longest. A client that only holds
-    connections open, or never ends its headers, therefore cannot lock others out.
+    otherwise. If the limit is reached, a new connection evicts the one that has been idle for longest. A
+    client that only holds connections open, or never ends its headers, therefore cannot lock others out.
     """
 
     def __init__(self, max_busy: int) -> None:
@@ -45,12 +45,12 @@ class ConnectionLimit:
         return True
 
     def mark_busy(self, connection: EvictableConnection) -> None:
-        """A request has begun on it."""
+        """A request has begun on the connection."""
         self._idle.pop(connection, None)
         self._busy.add(connection)
 
     def mark_idle(self, connection: EvictableConnection) -> None:
-        """It is idle again."""
+        """The connection is idle again."""
         self._busy.discard(connection)
         self._idle[connection] = None
 

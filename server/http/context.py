@@ -1,4 +1,4 @@
-"""What every endpoint needs, made once by ``app.py``."""
+"""The objects that all endpoints share. ``app.py`` makes them once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from server.pools import Pool
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The engine, the limits of HTTP, and where numbers go.
+    """The engine's service, the HTTP settings, the metrics and fine-tuning.
 
     Attributes:
-        training: what files and fine-tuning jobs are asked of; None = this server has neither.
-        closing: closed when the time to drain is over; answers that still run end with an error.
-        bodies: parses large bodies.
-        body_memory: counts them.
+        training: files and fine-tuning jobs; None: this server has neither.
+        closing: closed when the time to drain is over. Running answers then end with an error.
+        bodies: the thread that parses large bodies.
+        body_memory: limits the memory of large bodies.
     """
 
     service: Service
@@ -38,7 +38,7 @@ class Context:
         object.__setattr__(self, "body_memory", BodyMemory(self.config.max_body_bytes * MAX_LARGEST_BODIES))
 
     def close(self) -> None:
-        """End its threads, when nothing is served any more."""
+        """End the threads. Call it when the server has stopped."""
         self.bodies.close()
 
 
@@ -50,7 +50,7 @@ def context_of(request: Request) -> Context:
 
 
 def training_of(request: Request) -> Training:
-    """Fine-tuning, for the routes that only an app with it has."""
+    """The app's ``training``. Only routes that need it may call this."""
     training = context_of(request).training
     assert training is not None
     return training

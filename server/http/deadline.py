@@ -1,4 +1,4 @@
-"""A timer that is moved often and seldom fires."""
+"""A timer that is cheap to move and seldom fires."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 class Deadline:
-    """Calls ``missed`` once the latest time that was set has passed, unless it was cleared before.
+    """Calls ``missed`` when the time that was set last has passed, unless the deadline was cleared.
 
-    Moving it later costs an attribute: the event loop's timer is left as it is, and looks again when it
-    fires.
+    Setting a later time only changes an attribute. The event loop's timer stays, and when it fires, it is
+    started again for the rest of the time.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, missed: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ class Deadline:
             self._timer.cancel()
             self._timer = None
         if self._timer is None:
-            self._timer = self._loop.call_at(self._at, self._look)
+            self._timer = self._loop.call_at(self._at, self._on_timer)
 
     def clear(self) -> None:
         """Remove the deadline."""
@@ -39,12 +39,12 @@ class Deadline:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
         if self._at is None:
             return
         if self._at > self._loop.time():
-            self._timer = self._loop.call_at(self._at, self._look)
+            self._timer = self._loop.call_at(self._at, self._on_timer)
         else:
             self._at = None
             self._missed()

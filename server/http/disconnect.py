@@ -1,4 +1,4 @@
-"""Work for a client lasts only as long as the client and the server do."""
+"""Stop work for a client when the client disconnects or the server ends."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ T = TypeVar("T")
 
 
 class Closing:
-    """Tells everything that works for a client that the server ends; bound to no event loop."""
+    """Tells all work for clients that the server ends. It may be made outside an event loop."""
 
     def __init__(self) -> None:
         self._closed = False
         self._watches: set[asyncio.Future[None]] = set()
 
     def close(self) -> None:
-        """End all work, now and from now on. Call it on the event loop."""
+        """End all work, present and future. Call it on the event loop."""
         self._closed = True
         for watch in self._watches:
             if not watch.done():
                 watch.set_result(None)
 
     def watch(self) -> asyncio.Future[None]:
-        """A future of the running loop, done once ``close`` was called; cancel it when it is not needed."""
+        """A future that is done after ``close`` was called. Cancel it when it is no longer needed."""
         watch = asyncio.get_running_loop().create_future()
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
@@ -39,10 +39,13 @@ class Closing:
 
 
 async def until_disconnect(receive: Receive, closing: Closing, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``; if the client goes first, cancel it and raise ``ClientDisconnected``.
+    """The result of ``work``. Cancels ``work`` if the client disconnects or the server ends.
 
-    The request's body must have been read: what ``receive`` still brings is the disconnect. The server's end
-    (``closing``) cancels it too, as ``ShuttingDown``.
+    The whole body of the request must have been read. The next message of ``receive`` is then the disconnect.
+
+    Raises:
+        ClientDisconnected: the client disconnected first.
+        ShuttingDown: ``closing`` was closed first.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -53,8 +56,8 @@ async def until_disconnect(receive: Receive, closing: Closing, work: Coroutine[A
         if working.done():
             return working.result()
         if closed.done():
-            raise ShuttingDown("The server ended before the answer was complete; send the request elsewhere.")
-        raise ClientDisconnected("The client went away before its answer was complete.")
+            raise ShuttingDown("The server ended before the answer was complete; send the request again.")
+        raise ClientDisconnected("The client disconnected before its answer was complete.")
     finally:
         for task in tasks:
             task.cancel()

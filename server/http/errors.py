@@ -1,24 +1,24 @@
-"""The one place where errors become HTTP: a table from exception type to status, and OpenAI's error shape.
+"""The one place where errors become HTTP: a table from exception types to statuses, and OpenAI's error shape.
 
-HTTP's own errors are here too::
+The errors of HTTP itself are defined here too::
 
     RequestError (server/errors.py)
     └── HttpError
-        ├── ModelNotFound           no model has that name; the message lists near matches
-        ├── ModelUnavailable        an adapter of that name is there, but cannot be served; with its reason
-        ├── NotAuthenticated        no key, or an unknown one
-        ├── NotAllowed              an admin route, from somewhere that may not use it
-        ├── BadRequest              not HTTP, or not by its rules
-        ├── HostNotAllowed          asked for by a name that is not this server's
-        ├── OriginNotAllowed        asked by a page of another site
+        ├── ModelNotFound           no model has that name; the message lists similar names
+        ├── ModelUnavailable        the adapter is known, but cannot be served; the message has the reason
+        ├── NotAuthenticated        no key, or an unknown key
+        ├── NotAllowed              an admin route, requested from another machine
+        ├── BadRequest              not valid HTTP
+        ├── HostNotAllowed          the Host header does not name this server
+        ├── OriginNotAllowed        a web page of another site sent the request
         ├── UrlTooLong              more bytes than ``--max-url-bytes``
         ├── HeadersTooLarge         more than ``--max-header-bytes`` or ``--max-header-count``
-        ├── RequestTooSlow          not sent within ``--header-timeout`` or ``--body-timeout``
+        ├── RequestTooSlow          not received within ``--header-timeout`` or ``--body-timeout``
         ├── TooManyConnections      more requests at once than ``--limit-concurrency``
         ├── BodyTooLarge            more bytes than ``--max-body-bytes``
-        ├── BodyNotJson             the body is declared as something else than JSON
-        ├── BodyNotMultipart        an upload is declared as something else than a form
-        └── ClientDisconnected      nobody is left to answer; only the log sees it
+        ├── BodyNotJson             the body's media type is not JSON
+        ├── BodyNotMultipart        an upload's media type is not ``multipart/form-data``
+        └── ClientDisconnected      the client has gone; only the log shows this error
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class HttpError(request.RequestError):
-    """A request that HTTP itself turns away.
+    """A request that the HTTP layer refuses.
 
     Attributes:
-        param: the field the error is about, or None.
+        param: the field that the error is about, or None.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -53,31 +53,31 @@ class HttpError(request.RequestError):
 
 
 class ModelNotFound(HttpError):
-    """No base and no adapter has that name."""
+    """Neither the base nor an adapter has that name."""
 
 
 class ModelUnavailable(HttpError):
-    """The adapter is known, but is not served: it failed to load, or is being unloaded."""
+    """The adapter failed to load, or is being unloaded."""
 
 
 class NotAuthenticated(HttpError):
-    """A key is needed, and none or an unknown one was sent."""
+    """A key is required. The client sent none, or an unknown one."""
 
 
 class NotAllowed(HttpError):
-    """The route is for administrators, and this peer is not one."""
+    """The route is for administrators only."""
 
 
 class BadRequest(HttpError):
-    """What was sent is not HTTP, or breaks one of its rules."""
+    """The request is not valid HTTP."""
 
 
 class HostNotAllowed(HttpError):
-    """The Host header has a name that is not this server's: a page may have had it rebound to us."""
+    """The Host header does not name this server. The name may have been rebound to our address."""
 
 
 class OriginNotAllowed(HttpError):
-    """A browser sent this for a page of another site."""
+    """A browser sent the request for a web page of another site."""
 
 
 class UrlTooLong(HttpError):
@@ -85,7 +85,7 @@ class UrlTooLong(HttpError):
 
 
 class HeadersTooLarge(HttpError):
-    """The headers are too many, or have more bytes than allowed."""
+    """There are too many headers, or they have more bytes than allowed."""
 
 
 class RequestTooSlow(HttpError):
@@ -93,7 +93,7 @@ class RequestTooSlow(HttpError):
 
 
 class TooManyConnections(HttpError):
-    """Every connection that may have a request has one."""
+    """All connections are busy."""
 
 
 class BodyTooLarge(HttpError):
@@ -109,12 +109,12 @@ class BodyNotMultipart(HttpError):
 
 
 class ClientDisconnected(HttpError):
-    """The client went away before its answer was complete."""
+    """The client disconnected before its answer was complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a type of error looks to clients: status, and OpenAI's ``type`` and ``code``."""
+    """How clients see a type of error: the HTTP status, and OpenAI's ``type`` and ``code``."""
 
     status: int
     type: str
@@ -123,7 +123,7 @@ class Shape:
 
 _INVALID = "invalid_request_error"
 
-# Looked up along the exception's bases, so a subclass without a row looks like its parent.
+# The lookup follows the exception's bases, so a subclass without a row uses its parent's row.
 SHAPES: dict[type[BaseException], Shape] = {
     request.InvalidRequest: Shape(400, _INVALID, None),
     request.PromptTooLong: Shape(400, _INVALID, "context_length_exceeded"),
@@ -164,7 +164,7 @@ SHAPES: dict[type[BaseException], Shape] = {
     adapter.AdapterChanged: Shape(409, _INVALID, "adapter_changed"),
     adapter.AdapterOutOfMemory: Shape(503, "server_error", "adapter_out_of_memory"),
 }
-_SOON_OVER = (
+_RETRY_SOON = (
     request.ShuttingDown,
     request.OutOfMemory,
     adapter.AdapterNotReady,
@@ -176,18 +176,18 @@ INTERNAL = Shape(500, "server_error", "internal_error")
 
 
 def shape_of(error: BaseException) -> Shape:
-    """The row of the error's nearest base that has one."""
+    """The row of the nearest base class that has one."""
     return next((SHAPES[cls] for cls in type(error).__mro__ if cls in SHAPES), INTERNAL)
 
 
 def code_of(error: BaseException) -> str | None:
-    """OpenAI's machine-readable code: the error's own, else its row's. (Libraries' errors have codes too.)"""
+    """OpenAI's machine-readable code: the error's own, or else its row's. Codes of libraries are ignored."""
     own: str | None = getattr(error, "code", None) if isinstance(error, ManyloraError) else None
     return own or shape_of(error).code
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """OpenAI's error object. What no row describes is a bug, whose text stays in the log."""
+    """OpenAI's error object. An error without a row is a bug. Only the log shows its text."""
     shape = shape_of(error)
     message = str(error) if shape is not INTERNAL else "The server failed on this request; its log says why."
     return {
@@ -201,11 +201,11 @@ def error_body(error: BaseException) -> dict[str, Any]:
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """The whole HTTP answer to an error, with the headers that its status calls for."""
+    """The whole HTTP answer to an error, with the headers that its status needs."""
     headers = {}
     if isinstance(error, request.QueueFull):
         headers["Retry-After"] = str(error.retry_after)
-    if isinstance(error, _SOON_OVER):
+    if isinstance(error, _RETRY_SOON):
         headers["Retry-After"] = "1"
     if isinstance(error, NotAuthenticated):
         headers["WWW-Authenticate"] = "Bearer"
@@ -219,7 +219,7 @@ async def on_error(http: Request, error: Exception) -> JSONResponse:
 
 
 class UnexpectedErrors:
-    """Middleware: a bug becomes one log entry and one 500; the connection and the server go on."""
+    """Middleware: turn an unexpected exception into one log entry and one answer 500. The server goes on."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,7 +1,7 @@
 """``/v1/files``: OpenAI's file endpoints, for training data and the results of jobs.
 
-Whoever may chat may use them and sees all files, since there are no tenants yet. Without any key, only this
-machine may (``app.py``): data to train on is more private than a chat, and fills the disk.
+A client key opens them. Every client sees all files, since there are no tenants yet. If the server has no
+client keys, only admins may use them (``app.py``): training data is private, and uploads can fill the disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LIST = {
 
 
 async def upload_file(request: Request) -> JSONResponse:
-    """Stream a training file to the disk and check every row of it."""
+    """Write a training file to the disk while it arrives, then check each of its rows."""
     training = training_of(request)
     form = form_of(request, frozenset({PURPOSE}))
     most = training.config.max_file_bytes
@@ -52,7 +52,7 @@ async def upload_file(request: Request) -> JSONResponse:
 
 
 async def list_files(request: Request) -> JSONResponse:
-    """A page of files, the newest first."""
+    """A page of files; by default the newest first."""
     query = read_query(request, _LIST)
     training = training_of(request)
     page = await training.read(
@@ -62,28 +62,28 @@ async def list_files(request: Request) -> JSONResponse:
 
 
 async def get_file(request: Request) -> JSONResponse:
-    """What is known of a file."""
+    """One file's object."""
     training = training_of(request)
     file = await training.read(training.files.get, request.path_params["file"])
     return JSONResponse(file_object(file))
 
 
 async def get_content(request: Request) -> FileResponse:
-    """The file's bytes, as they were sent."""
+    """The file's bytes, unchanged."""
     training = training_of(request)
     file, path = await training.read(training.files.content, request.path_params["file"])
     return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
 
 async def delete_file(request: Request) -> JSONResponse:
-    """Forget a file that no unfinished job needs."""
+    """Delete a file. A file that an unfinished job needs is refused."""
     training, file_id = training_of(request), request.path_params["file"]
     await training.write(training.files.delete, file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
 def file_object(file: StoredFile) -> dict[str, Any]:
-    """OpenAI's ``file``, with what was found in it."""
+    """OpenAI's ``file`` object, and our fields: ``sha256``, ``format``, ``rows``, ``unused_fields``."""
     return {
         "id": file.id,
         "object": "file",
@@ -102,7 +102,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 
 
 def list_object(data: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:
-    """OpenAI's ``list``, with the cursors of its page."""
+    """OpenAI's ``list`` object, with the cursors of its page."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more}
 

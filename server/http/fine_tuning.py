@@ -1,6 +1,6 @@
-"""``/v1/fine_tuning/jobs``: OpenAI's fine-tuning endpoints, and ``DELETE`` of a model that they made.
+"""``/v1/fine_tuning/jobs``: OpenAI's fine-tuning endpoints, and ``DELETE`` of a fine-tuned model.
 
-Open to the same people as files (``files.py``).
+The same keys open them as the file endpoints (``files.py``).
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _METRICS = {
     "full_valid_loss": "full_valid_loss",
     "full_valid_mean_token_accuracy": "full_valid_mean_token_accuracy",
 }
-"""OpenAI's metrics of a checkpoint, from ours: we never measure a part of the validation file."""
+"""OpenAI's metrics of a checkpoint, and our names for them. We always measure the whole validation file."""
 
 
 async def create_job(request: Request) -> JSONResponse:
-    """Queue a job for the base that is served."""
+    """Queue a job that trains an adapter for the served base."""
     context, training = context_of(request), training_of(request)
     body = await read_body(request, CreateJob, context.config.max_body_bytes)
     names = base_names(context.service.base)
     if body.model not in names:
-        raise InvalidRequest(f"Only the base can be fine-tuned here: 'model' must be {names[0]!r}.", "model")
+        raise InvalidRequest(f"Only the base can be fine-tuned; set 'model' to {names[0]!r}.", "model")
     if body.name is not None:
         await _check_name(request, training, body.name)
     job = await training.create_job(body.job_request())
@@ -57,13 +57,11 @@ async def create_job(request: Request) -> JSONResponse:
 
 
 async def list_jobs(request: Request) -> JSONResponse:
-    """A page of jobs, the newest first; ``metadata[key]=value`` filters."""
+    """A page of jobs, the newest first. ``metadata[key]=value`` selects jobs with that tag."""
     prefix, params = "metadata[", request.query_params
     tags = {key[len(prefix) : -1]: params[key] for key in params if key.startswith(prefix)}
     if len(tags) > MAX_TAGS:
-        raise InvalidRequest(
-            f"'metadata' filters by {len(tags)} keys; at most {MAX_TAGS} are allowed.", "metadata"
-        )
+        raise InvalidRequest(f"'metadata' has {len(tags)} keys; at most {MAX_TAGS} are allowed.", "metadata")
     declared = _PAGE | {f"{prefix}{key}]": (str, None) for key in tags}
     query = read_query(request, declared)
     training = training_of(request)
@@ -78,12 +76,12 @@ async def get_job(request: Request) -> JSONResponse:
 
 
 async def cancel_job(request: Request) -> JSONResponse:
-    """End a job for good."""
+    """Cancel a job. It cannot be resumed."""
     return await _changed(request, training_of(request).jobs.cancel)
 
 
 async def pause_job(request: Request) -> JSONResponse:
-    """Let a job rest at a checkpoint."""
+    """Stop a job at a checkpoint, until it is resumed."""
     return await _changed(request, training_of(request).jobs.pause)
 
 
@@ -93,18 +91,18 @@ async def resume_job(request: Request) -> JSONResponse:
 
 
 async def list_events(request: Request) -> Response:
-    """A page of a job's events, the newest first; or all of them in order, as they come (``stream=true``)."""
+    """A page of a job's events, the newest first. ``stream=true``: all events in order, as they happen."""
     context, training = context_of(request), training_of(request)
     query, job_id = read_query(request, _EVENTS), request.path_params["job"]
     if query["stream"]:
         stream = CompletionStream((), 0, record_of(request), context.metrics)  # it generates nothing
-        return EventStream(_as_they_come(training, job_id, query["after"]), stream, context.closing)
+        return EventStream(_all_events(training, job_id, query["after"]), stream, context.closing)
     page = await training.read(training.jobs.events, job_id, query["after"], query["limit"])
     return JSONResponse(list_object([event_object(event) for event in page.rows], page.has_more))
 
 
 async def list_checkpoints(request: Request) -> JSONResponse:
-    """A page of a job's checkpoints, the newest first. They are for going on from; they are not served."""
+    """A page of a job's checkpoints, the newest first. A paused job resumes from one. They are not served."""
     training, job_id = training_of(request), request.path_params["job"]
     query = read_query(request, _CHECKPOINT_PAGE)
     after = query["after"] and query["after"].replace("ftckpt-", "ftevent-", 1)
@@ -114,16 +112,18 @@ async def list_checkpoints(request: Request) -> JSONResponse:
 
 
 async def delete_model(request: Request) -> JSONResponse:
-    """Serve a fine-tuned model no longer, and remove its adapter."""
+    """Stop serving a fine-tuned model, and delete its adapter."""
     context, training, model = context_of(request), training_of(request), request.path_params["model"]
     if not await training.delete_model(model):
         await resolve_adapter(context.service, model)
-        raise InvalidRequest(f"{model!r} was not made by a fine-tuning job; only such are deleted.", "model")
+        raise InvalidRequest(
+            f"{model!r} was not made by a fine-tuning job; use /v1/unload_lora_adapter.", "model"
+        )
     return JSONResponse({"id": model, "object": "model", "deleted": True})
 
 
 def job_object(job: Job) -> dict[str, Any]:
-    """OpenAI's ``fine_tuning.job``, with our fields beside."""
+    """OpenAI's ``fine_tuning.job`` object, and our fields."""
     return recipe_of(job.recipe) | {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -148,7 +148,7 @@ def job_object(job: Job) -> dict[str, Any]:
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
-    """OpenAI's ``fine_tuning.job.event``."""
+    """OpenAI's ``fine_tuning.job.event`` object."""
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
@@ -161,7 +161,7 @@ def event_object(event: JobEvent) -> dict[str, Any]:
 
 
 def checkpoint_object(job: Job, event: JobEvent) -> dict[str, Any]:
-    """OpenAI's ``fine_tuning.job.checkpoint``."""
+    """OpenAI's ``fine_tuning.job.checkpoint`` object."""
     step = event.data.get("step") or 0
     return {
         "id": event.id.replace("ftevent-", "ftckpt-", 1),
@@ -180,15 +180,15 @@ async def _changed(request: Request, change: Callable[[str], Job]) -> JSONRespon
 
 
 async def _check_name(request: Request, training: Training, name: str) -> None:
-    """A client may replace what jobs have made, and nothing else."""
+    """Refuse the name of a model that no job has made. Only models from jobs may be replaced."""
     check_job_name(name)
     is_base = name in base_names(context_of(request).service.base)
     if is_base or not (await training.is_free(name) or await training.is_made_by_job(name)):
         raise InvalidRequest(f"{name!r} is taken by a model that no fine-tuning job has made.", "name")
 
 
-async def _as_they_come(training: Training, job_id: str, after: str | None) -> Chunks:
-    """Every event from ``after`` on, until the job has ended and all is told."""
+async def _all_events(training: Training, job_id: str, after: str | None) -> Chunks:
+    """Every event after ``after``, until the job has ended and all its events were sent."""
     async with aclosing(training.broadcaster.subscribe(job_id, after)) as events:
         async for event in events:
             yield event_object(event)

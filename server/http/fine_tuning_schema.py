@@ -1,4 +1,4 @@
-"""The body of ``POST /v1/fine_tuning/jobs``: OpenAI's fields, and ours beside them (``extra_body``)."""
+"""The body of ``POST /v1/fine_tuning/jobs``: OpenAI's fields, and ours (sent in ``extra_body``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.http import fields
 from server.http.schema import Body, Name
 
 MAX_TAGS = 16
-"""Most keys of a job's ``metadata``, as at OpenAI."""
+"""Most keys of a job's ``metadata``. The limit is OpenAI's."""
 
 
 def _auto_as_none(value: object) -> object:
@@ -28,32 +28,32 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
-    """OpenAI's three; "auto" (None here) leaves the choice to the training command."""
+    """OpenAI's three hyperparameters. ``"auto"`` becomes None: the training command chooses the value."""
 
     n_epochs: AutoOrCount = None
     batch_size: AutoOrCount = None
     learning_rate_multiplier: AutoOrFactor = None
 
     def told(self) -> dict[str, Any]:
-        """As clients are told of them."""
+        """The fields as a job's object shows them: ``"auto"`` instead of None."""
         return {name: "auto" if value is None else value for name, value in self.model_dump().items()}
 
 
 class Supervised(Body):
-    """OpenAI's settings of supervised fine-tuning."""
+    """OpenAI's settings for supervised fine-tuning."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
 class Method(Body):
-    """OpenAI's ``method``; supervised is the one there is."""
+    """OpenAI's ``method``. Only supervised fine-tuning is available."""
 
     type: Literal["supervised"]
     supervised: Supervised = Supervised()
 
 
 class Recipe(Body):
-    """What is ours; ``manylora train --help`` tells of each."""
+    """Our fields. ``manylora train --help`` explains each of them."""
 
     adapter_method: Literal["lora", "rslora", "dora", "adalora"] | None = None
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -71,7 +71,8 @@ class Recipe(Body):
 class CreateJob(Recipe):
     """``POST /v1/fine_tuning/jobs``.
 
-    ``name`` is ours too: what the result is called instead of ``ft:…``; a later job of that name replaces it.
+    ``name`` is our field too. The new adapter gets this name instead of ``ft:…``. A later job with the same
+    name replaces the adapter.
     """
 
     rules = fields.JOB
@@ -91,21 +92,21 @@ class CreateJob(Recipe):
     def _fields_agree(self) -> CreateJob:
         if self.method is not None and self.hyperparameters is not None:
             raise InvalidRequest(
-                "Give 'method', or the older 'hyperparameters', not both.", "hyperparameters"
+                "Send either 'method' or the older 'hyperparameters', not both.", "hyperparameters"
             )
         if self.name is not None and self.suffix:
-            raise InvalidRequest("'name' is the whole name; leave out 'suffix'.", "suffix")
+            raise InvalidRequest("'name' sets the whole name; leave out 'suffix'.", "suffix")
         for field in ("prune_rank", "require_improvement"):
             if getattr(self, field) and self.validation_file is None:
-                raise InvalidRequest(f"'{field}' needs a 'validation_file' to measure on.", field)
+                raise InvalidRequest(f"'{field}' needs a 'validation_file'; send one.", field)
         if self.learning_rate is not None and self._hyperparameters().learning_rate_multiplier is not None:
             raise InvalidRequest(
-                "'learning_rate' and 'learning_rate_multiplier' exclude each other.", "learning_rate"
+                "Send either 'learning_rate' or 'learning_rate_multiplier', not both.", "learning_rate"
             )
         return self
 
     def job_request(self) -> JobRequest:
-        """The job that is asked for."""
+        """The job that this body describes."""
         recipe = self.model_dump(include=set(Recipe.model_fields))
         return JobRequest(
             model=self.model,
@@ -126,5 +127,5 @@ class CreateJob(Recipe):
 
 
 def recipe_of(job_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Our fields as a job's object shows them."""
+    """Our fields as a job's object shows them; missing ones have their defaults."""
     return Recipe().model_dump() | job_recipe

@@ -1,6 +1,6 @@
-"""From a checked body to a ``CompletionStream``: find the model, check the length, submit, merge, measure.
+"""Turn a checked body into a ``CompletionStream``: find the model, check lengths, submit, merge, measure.
 
-Chat and plain completions share it. ``respond.py`` makes the HTTP response of a stream.
+Chat and plain completions share this module. ``respond.py`` makes the HTTP response.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def room_for_answer(
     field: str, prompt_tokens: int, asked: int | None, context: int, default: int | None
 ) -> int:
-    """Tokens the answer may have: as asked for, else ``default``, and all that is left without one.
+    """The most tokens that the answer may have: ``asked``, or else ``default``, or else all that fit.
 
-    Raises ``PromptTooLong``. ``field`` is the one that holds the prompt.
+    Raises PromptTooLong. ``field`` is the name of the field that holds the prompt.
     """
     room = context - prompt_tokens
     if room < (asked or 1):
@@ -41,9 +41,9 @@ def room_for_answer(
 
 
 async def begin(record: Record, context: Context, body: Generate, prefix: str) -> None:
-    """Note what is asked for, and which adapter ``model`` means, before any work is done for the prompt.
+    """Record the request's model, adapter, id and user, before any work for the prompt.
 
-    Raises ``ModelNotFound`` or ``ModelUnavailable``.
+    Raises ModelNotFound, ModelUnavailable or AdapterNotReady.
     """
     record.model = body.model
     record.adapter = await resolve_adapter(context.service, body.model)
@@ -58,7 +58,7 @@ async def submit(
     version: Version | None,
     prompts: Sequence[tuple[tuple[int, ...], SamplingParams]],
 ) -> CompletionStream:
-    """Queue one generation per prompt, all of them or none.
+    """Queue one generation for each prompt. If one is refused, all are cancelled.
 
     ``version`` is the adapter version that the prompts were rendered for.
     """
@@ -83,7 +83,7 @@ class CompletionStream:
     """The generations of one HTTP request, as one stream of deltas.
 
     Attributes:
-        n: completions per prompt; completion ``i`` of prompt ``p`` has the index ``p * n + i``.
+        n: completions for each prompt. Completion ``i`` of prompt ``p`` has the index ``p * n + i``.
         created: UNIX seconds.
     """
 
@@ -99,13 +99,13 @@ class CompletionStream:
         return len(self.generations) * self.n
 
     def usage_so_far(self, wanted: UsageInStream) -> dict[str, Any]:
-        """The field ``usage`` of a chunk that goes out now, if it has one."""
+        """The field ``usage`` of the next chunk, as a dict; empty if the chunk has no such field."""
         if wanted == "none":
             return {}
         return {"usage": self.usage() if wanted == "every chunk" else None}
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every delta as it comes, its index counted over all prompts. Raises what a generation raises."""
+        """Every delta as it arrives, with its index over all prompts. Raises what a generation raises."""
         async with aclosing(_merged(self.generations)) as merged:
             async for number, delta in merged:
                 numbered = replace(delta, index=number * self.n + delta.index) if number else delta
@@ -113,12 +113,12 @@ class CompletionStream:
                 yield numbered
 
     def cancel(self) -> None:
-        """Stop them all; harmless after the end."""
+        """Cancel all generations. A call after their end does nothing."""
         for generation in self.generations:
             generation.cancel()
 
     def envelope(self, kind: str) -> dict[str, Any]:
-        """The fields that every answer and every chunk of this request has."""
+        """The fields that every answer and every chunk of this request have."""
         return {
             "id": self.record.completion_id,
             "object": kind,
@@ -128,7 +128,7 @@ class CompletionStream:
         }
 
     def usage(self) -> dict[str, Any]:
-        """OpenAI's ``usage``, as of now."""
+        """OpenAI's ``usage`` object, up to now."""
         record = self.record
         return {
             "prompt_tokens": record.prompt_tokens,
@@ -165,7 +165,7 @@ class Completion:
 
 
 async def collect(stream: CompletionStream) -> list[Completion]:
-    """Every completion of ``stream``, by index, once all are complete."""
+    """Wait for the end of ``stream``; its completions, by index."""
     completions = [Completion() for _ in range(stream.choices)]
     async for delta in stream.deltas():
         completion = completions[delta.index]
@@ -179,12 +179,12 @@ async def collect(stream: CompletionStream) -> list[Completion]:
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """The deltas of several generations in the order they come, each with its generation's number."""
+    """The deltas of several generations in the order of arrival, each with its generation's number."""
     if len(generations) == 1:
         async for delta in generations[0]:
             yield 0, delta
         return
-    # One place: what is not read stays with its generation, which bounds it.
+    # The size is 1: unread deltas stay in their generation, which limits them.
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(maxsize=1)
     pumps = [asyncio.create_task(_pump(number, each, queue)) for number, each in enumerate(generations)]
     try:

@@ -1,4 +1,4 @@
-"""Probes and numbers: ``/health``, ``/ready``, ``/version``, ``/metrics``."""
+"""``/health``, ``/ready``, ``/version`` and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.version import VERSION
 
 
 async def health(request: Request) -> JSONResponse:
-    """200 while the engine's loop lives; 503 with the reason once it ended: restart the server."""
+    """200 while the engine's loop runs. 503 with the reason after it has ended; restart the server then."""
     reason = context_of(request).service.failure()
     if reason is not None:
         return JSONResponse({"status": "failed", "reason": reason}, status_code=503)
@@ -19,7 +19,7 @@ async def health(request: Request) -> JSONResponse:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """200 while new requests are taken; 503 while the server drains or has failed."""
+    """200 while the server takes new requests. 503 while it drains or after it has failed."""
     service = context_of(request).service
     if service.failure() is not None:
         return await health(request)
@@ -29,11 +29,11 @@ async def ready(request: Request) -> JSONResponse:
 
 
 async def version(request: Request) -> JSONResponse:
-    """The version of manylora, and which of its parts were chosen for this machine."""
+    """The version of manylora, and the attention backend in use."""
     return JSONResponse({"version": VERSION, "attention": context_of(request).service.base.attention})
 
 
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """The metrics in Prometheus' text format."""
     text, content_type = context_of(request).metrics.exposition()
     return Response(text, headers={"Content-Type": content_type})

@@ -1,8 +1,8 @@
-"""Which names this server goes by: what ``Host`` and ``Origin`` may say where no key protects a route.
+"""Check ``Host`` and ``Origin`` against this server's names, if no key protects the routes.
 
-A browser lets any page send requests to loopback and private addresses. A page of another site is told by
-``Origin`` and ``Sec-Fetch-Site``. A page whose own name has been rebound to our address is told by ``Host``,
-which then holds a name that is not ours. An address cannot be rebound.
+A browser lets any web page send requests to loopback and private addresses. ``Origin`` and
+``Sec-Fetch-Site`` show that a page belongs to another site. A page may also rebind its own name to our
+address (DNS rebinding). ``Host`` then holds a name that is not ours. An address cannot be rebound.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?P<host>[^/?#@]+)")
 
 
 def host_of_absolute_target(url: bytes) -> bytes | None:
-    """The authority of a request's target in absolute form (``GET http://host/path``), else None."""
+    """The authority of a request target in absolute form (``GET http://host/path``); None for other forms."""
     if url.startswith(b"/"):
         return None
     _, found, rest = url.partition(b"://")
@@ -44,18 +44,21 @@ def host_of_absolute_target(url: bytes) -> bytes | None:
 
 
 def parse_host(value: str) -> str | None:
-    """The name or address in a Host header, lower case, without port, brackets, last dot; None if wrong."""
+    """The name or address in a Host header, in lower case; None if the header is not valid.
+
+    The result has no port, no brackets and no final dot.
+    """
     match = _HOST.fullmatch(value)
     return (match["address"] or match["name"]).lower() if match else None
 
 
 class Names:
-    """The names and addresses that are this server's.
+    """The names and addresses of this server.
 
     Args:
-        bind: what it listens on, as ``--host`` says. If that is all addresses, it may be asked for by any
-            address and by this machine's name.
-        more: ``--allowed-hosts``.
+        bind: the address it listens on (``--host``). A wildcard address allows every address and this
+            machine's host name.
+        more: further names (``--allowed-hosts``).
     """
 
     def __init__(self, bind: str, more: Iterable[str]) -> None:
@@ -66,11 +69,11 @@ class Names:
         self._exact = frozenset(each for each in named if not each.startswith("*."))
 
     def has(self, host: str) -> bool:
-        """Whether a request may ask for ``host``."""
+        """Whether the Host header may be ``host``."""
         return self.trusts(host) or (self._any_address and _address(host) is not None)
 
     def trusts(self, host: str) -> bool:
-        """Whether a page of ``host`` may send requests: it is named, or on this machine."""
+        """Whether a web page of ``host`` may send requests: the host is listed, or it is this machine."""
         if ANY in self._exact or host in self._exact or host.endswith(self._suffixes):
             return True
         address = _address(host)
@@ -78,7 +81,10 @@ class Names:
 
 
 class RequireKnownHost:
-    """Middleware: HTTP's rules on Host for everybody; where no key protects the routes, also whose it is."""
+    """Middleware: require one valid Host header.
+
+    If no key protects the routes, Host and Origin must also name this server or an allowed host.
+    """
 
     def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
         self.app = app
@@ -99,16 +105,16 @@ class RequireKnownHost:
         if len(hosts) > 1:
             return BadRequest("The request has more than one Host header.")
         if not hosts:
-            # No browser leaves it out, and HTTP/1.0 allows that (load balancers' checks do).
+            # HTTP/1.0 allows that, and load balancers' checks do it. Browsers always send it.
             return None if scope["http_version"] == "1.0" else BadRequest("The request has no Host header.")
         host = parse_host(hosts[0])
         if host is None:
-            return BadRequest(f"The Host header {hosts[0][:200]!r} is not a host's name or address.")
+            return BadRequest(f"The Host header {hosts[0][:200]!r} is not a valid host name or address.")
         if self.checks_host and not self.names.has(host):
             return HostNotAllowed(
-                f"This server does not go by the name {host[:200]!r}. Without keys it answers only to names "
-                "that no web page can take: ask for it by its address, or start it with --allowed-hosts NAME "
-                "or --api-key."
+                f"The host {host[:200]!r} is not allowed. Without API keys, this server accepts only its own "
+                "addresses and names. Use the server's address, or start it with --allowed-hosts NAME or "
+                "--api-key."
             )
         return self._cross_site(scope, host) if self.checks_origin else None
 
@@ -126,8 +132,8 @@ class RequireKnownHost:
 
 def _not_from(page: str) -> OriginNotAllowed:
     return OriginNotAllowed(
-        f"Without keys no web page of {page[:200]} may use this server. Start it with --allowed-hosts NAME "
-        "for a page of that host, or with --api-key."
+        f"Without API keys, a web page of {page[:200]} may not use this server. Start it with "
+        "--allowed-hosts NAME to allow that page's host, or with --api-key."
     )
 
 

@@ -1,6 +1,7 @@
-"""Bodies: refused early if too large, not JSON, not UTF-8 or too many values; then checked by their schema.
+"""Read JSON bodies within limits, then check them with their schema.
 
-Large ones are looked at off the event loop, one at a time, in pieces that let other threads run between.
+A body is refused early if it is too large, not JSON, not UTF-8 or has too many values. Large bodies are
+parsed outside the event loop, one at a time. They are scanned in pieces, so that other threads can run.
 """
 
 from __future__ import annotations
@@ -18,29 +19,31 @@ from server.http.errors import BodyNotJson, BodyTooLarge, ClientDisconnected
 from server.http.schema import MAX_NAMES, MAX_VALUES
 
 SMALL_BODY = 64 << 10
-"""Bytes up to which a body is parsed at once: a millisecond or two."""
+"""Largest body, in bytes, that is parsed on the event loop. It takes a millisecond or two."""
 _PIECE = 256 << 10
 _MAX_NAME, _MAX_MESSAGE = 100, 1000
-"""Characters of a client's text that an error repeats."""
+"""Most characters of a client's text that an error repeats."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read_body(request: Request, model: type[Model], max_bytes: int) -> Model:
-    """The request's JSON body as ``model``. Raises what refuses it; ``InvalidRequest`` names the field."""
+    """The request's JSON body as ``model``.
+
+    Raises:
+        BodyNotJson, BodyTooLarge, ClientDisconnected, QueueFull: the body could not be read.
+        InvalidRequest: the body is wrong. The error names the field.
+    """
     async with read_body_reserved(request, model, max_bytes) as body:
         return body
 
 
 @asynccontextmanager
 async def read_body_reserved(request: Request, model: type[Model], max_bytes: int) -> AsyncIterator[Model]:
-    """``read_body``, which keeps the memory of a large body reserved while the block uses it.
-
-    Also raises QueueFull if large bodies take too much memory.
-    """
+    """As ``read_body``, but a large body's memory stays reserved until the block ends."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        raise BodyNotJson("The body must be JSON: send the header 'Content-Type: application/json'.")
+        raise BodyNotJson("The body must be JSON; send it with the header 'Content-Type: application/json'.")
     context = context_of(request)
     with context.body_memory.reserve() as reservation:
         async with context.body_memory.receiving(reservation):
@@ -52,9 +55,9 @@ async def read_body_reserved(request: Request, model: type[Model], max_bytes: in
 
 
 def parse_body(body: bytes, model: type[Model]) -> Model:
-    """The JSON text as ``model``. Raises InvalidRequest for the first thing that is wrong.
+    """The JSON text as ``model``. Raises InvalidRequest for the first fault.
 
-    How deep it nests, pydantic's parser bounds (200 levels).
+    Pydantic's parser limits the depth (200 levels).
     """
     try:
         body.decode("utf-8")
@@ -71,7 +74,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
 
 
 async def _read(request: Request, max_bytes: int, grown_to: Callable[[int], None]) -> bytes:
-    """The whole body; ``grown_to`` hears of its size so far while it is large."""
+    """The whole body. If it is large, ``grown_to`` gets its size in bytes after each piece."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > max_bytes:
         raise _too_large(max_bytes)
@@ -84,29 +87,29 @@ async def _read(request: Request, max_bytes: int, grown_to: Callable[[int], None
             if len(body) > SMALL_BODY:
                 grown_to(len(body))
     except ClientDisconnect:
-        raise ClientDisconnected("The client went away while sending its request.") from None
+        raise ClientDisconnected("The client disconnected while it was sending its request.") from None
     return bytes(body)
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body has more than {max_bytes} bytes; send less, or raise --max-body-bytes.")
+    return BodyTooLarge(f"The body has more than {max_bytes} bytes; send fewer, or raise --max-body-bytes.")
 
 
 def _has_many_values(body: bytes) -> bool:
-    """Whether more than ``MAX_VALUES`` commas and opening brackets stand outside strings."""
+    """Whether more than ``MAX_VALUES`` commas and opening brackets are outside strings."""
     return _has_more(body, MAX_VALUES, b",[{")
 
 
 def _has_many_names(body: bytes) -> bool:
-    """Whether more than ``MAX_NAMES`` colons do: a name costs far more to parse than a number."""
+    """Whether more than ``MAX_NAMES`` colons are outside strings. A name is slower to parse than a number."""
     return _has_more(body, MAX_NAMES, b":")
 
 
 def _has_more(body: bytes, most: int, marks: bytes) -> bool:
-    """Whether more than ``most`` bytes outside strings are one of ``marks``."""
-    if _count(body, marks) <= most:  # even with those inside
+    """Whether more than ``most`` bytes outside strings are among ``marks``."""
+    if _count(body, marks) <= most:  # counting those inside strings too
         return False
-    # Without escapes, every second piece between quotes is outside.
+    # Without escapes, every second piece between quotes is outside strings.
     text, inside, count = body.replace(rb"\\", b"").replace(rb"\"", b""), False, 0
     for start in range(0, len(text), _PIECE):
         pieces = text[start : start + _PIECE].split(b'"')

@@ -1,7 +1,8 @@
-"""Prometheus metrics: what HTTP measures itself, and what the engine tells when it is scraped.
+"""Prometheus metrics: measurements of the HTTP layer, and the engine's statistics at each scrape.
 
-Each app has its own registry, so nothing is global. Labels are bounded: routes are the app's own, and of
-adapters the first ``MAX_ADAPTERS`` that are used have a label of their own, all later ones share ``_other``.
+Each app has its own registry, so nothing is global. The number of labels is limited. Routes are those of the
+app. The first ``MAX_ADAPTERS`` adapters that are used have labels of their own. All later ones share
+``_other``.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15
 
 
 class AdapterLabels:
-    """Label values for adapters, boundedly many: the first come have their own."""
+    """At most ``most`` label values for adapters. The first adapters that are used get them."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.own: set[str] = set()
 
     def label(self, adapter: str | None) -> str:
-        """The label of a request for ``adapter`` (None = the base)."""
+        """The label of a request for ``adapter`` (None: the base)."""
         if adapter is None:
             return BASE
         if adapter not in self.own and len(self.own) < self.most:
@@ -42,7 +43,7 @@ class AdapterLabels:
 
 
 class Metrics:
-    """Everything under ``/metrics``."""
+    """All metrics of ``/metrics``."""
 
     def __init__(self, service: Service, max_adapters: int = MAX_ADAPTERS) -> None:
         self._registry = registry = CollectorRegistry()
@@ -53,7 +54,7 @@ class Metrics:
             ["route", "status"],
             registry=registry,
         )
-        self._prompt_tokens = Counter("manylora_prompt_tokens", "Prompt tokens taken in", registry=registry)
+        self._prompt_tokens = Counter("manylora_prompt_tokens", "Prompt tokens received", registry=registry)
         self._generation_tokens = Counter("manylora_generation_tokens", "Tokens generated", registry=registry)
         self._ttft = _histogram("time_to_first_token", "From arrival to the first token", _SECONDS, registry)
         self._itl = _histogram("inter_token", "Between tokens of an answer", _TOKEN_SECONDS, registry)
@@ -65,19 +66,19 @@ class Metrics:
         registry.register(EngineCollector(service, self._labels))
 
     def add(self, collector: Collector) -> None:
-        """Tell of something else besides."""
+        """Add another source of metrics."""
         self._registry.register(collector)
 
     def first_token(self, seconds: float) -> None:
-        """Count a first token, with its time since the request arrived."""
+        """Observe a first token, ``seconds`` after the request arrived."""
         self._ttft.observe(seconds)
 
     def next_tokens(self, seconds: float) -> None:
-        """An answer grew; ``seconds`` for each token."""
+        """Observe further tokens of an answer. ``seconds`` is the mean time for each of them."""
         self._itl.observe(seconds)
 
     def request(self, route: str, record: Record, duration: float) -> None:
-        """A request ended after ``duration`` seconds."""
+        """Observe the end of a request, ``duration`` seconds after it arrived."""
         self._requests.labels(route, str(record.status or 499)).inc()
         if not record.generated:
             return
@@ -92,32 +93,32 @@ class Metrics:
         self._adapter_generation_tokens.labels(label).inc(record.completion_tokens)
 
     def exposition(self) -> tuple[bytes, str]:
-        """The text for Prometheus, and its content type."""
+        """The text that Prometheus reads, and its content type."""
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
-# Field of ``EngineStats``, metric name, help. Gauges can fall, counters cannot.
+# Field of ``EngineStats``, metric name, help text. Gauges can fall; counters cannot.
 _GAUGES = (
-    ("running", "requests_running", "Requests that take part in steps"),
+    ("running", "requests_running", "Requests that are being processed"),
     ("waiting", "requests_waiting", "Requests in the queue"),
-    ("kv_blocks_total", "kv_blocks", "KV blocks there are"),
+    ("kv_blocks_total", "kv_blocks", "KV blocks in total"),
     ("kv_blocks_used", "kv_blocks_used", "KV blocks in use"),
-    ("pool_rows_total", "lora_pool_rows", "Rank rows of the device pool"),
-    ("pool_rows_used", "lora_pool_rows_used", "Rank rows in use"),
+    ("pool_rows_total", "lora_pool_rows", "Rank rows of the device pool in total"),
+    ("pool_rows_used", "lora_pool_rows_used", "Rank rows of the device pool in use"),
 )
 _COUNTERS = (
     ("prefix_queries_tokens", "prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache"),
-    ("prefix_hit_tokens", "prefix_cache_hit_tokens", "Prompt tokens found there"),
-    ("preemptions", "preemptions", "Requests put back to be recomputed"),
+    ("prefix_hit_tokens", "prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache"),
+    ("preemptions", "preemptions", "Preempted requests, which are recomputed later"),
     ("adapter_loads", "lora_loads", "Adapters loaded to the device"),
-    ("adapter_load_seconds", "lora_load_seconds", "Time spent on those loads"),
+    ("adapter_load_seconds", "lora_load_seconds", "Time spent on loading adapters to the device"),
     ("adapter_evictions", "lora_evictions", "Adapters evicted from the device"),
     ("steps", "engine_steps", "Forward passes"),
 )
 
 
 class EngineCollector(Collector):
-    """Asks the service at every scrape; nothing is kept in between."""
+    """Reads the service's statistics at each scrape."""
 
     def __init__(self, service: Service, labels: AdapterLabels) -> None:
         self._service = service
@@ -146,7 +147,7 @@ class EngineCollector(Collector):
             counts.add_metric([state, tier], number)
         yield counts
         tiers = GaugeMetricFamily(
-            "manylora_adapter_tier", "Where a used adapter's weights are now", labels=["adapter", "tier"]
+            "manylora_adapter_tier", "Where the weights of a used adapter are now", labels=["adapter", "tier"]
         )
         for status in statuses:
             if status.name in self._labels.own and status.tier is not None:

@@ -1,4 +1,4 @@
-"""``GET /v1/models``, and what the ``model`` field of a request means."""
+"""``GET /v1/models``, and the lookup of a request's ``model`` field."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from server.http.errors import ModelNotFound, ModelUnavailable
 from server.http.json_response import JSONResponse
 
 NEIGHBOURS = 50
-"""Names before and behind an unknown one, in the order of the alphabet, that are compared with it."""
+"""How many names before and after an unknown name, in alphabetical order, are compared with it."""
 
 
 def base_names(base: ModelInfo) -> tuple[str, ...]:
-    """The names that mean the base itself."""
+    """The names of the base itself."""
     return base.served_names or (base.name,)
 
 
 async def resolve_adapter(service: Service, model: str) -> str | None:
-    """The adapter that ``model`` names, or None for the base. Never falls back to the base.
+    """The name of the adapter that ``model`` means; None for the base.
 
-    ``base:adapter`` names the adapter too, as with Ray Serve. A name that nobody knows is looked for in the
-    adapter folder first.
+    An unknown name is an error. It never means the base. ``base:adapter`` means the adapter, as in Ray Serve.
+    The adapter folder is searched before a name counts as unknown.
 
     Raises:
         ModelUnavailable: the adapter failed to load, or is being unloaded.
-        AdapterNotReady: its folder is not finished; soon it may be.
-        ModelNotFound: there is no such name; the message lists near ones.
+        AdapterNotReady: the adapter's folder is not complete yet. A later request may succeed.
+        ModelNotFound: no model has the name. The message lists similar names.
     """
     if model in base_names(service.base):
         return None
@@ -45,7 +45,7 @@ async def resolve_adapter(service: Service, model: str) -> str | None:
             return name
     for name in wanted:
         status = service.adapter(name)
-        if status is not None and status.state == "ready":  # it came a moment ago
+        if status is not None and status.state == "ready":  # it was added after the first loop
             return name
         if status is not None:
             raise _unavailable(status)
@@ -53,18 +53,18 @@ async def resolve_adapter(service: Service, model: str) -> str | None:
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """The base under each of its names, and every adapter that can be asked for, resident or not."""
+    """The base under each of its names, and every ready adapter, on the device or not."""
     return JSONResponse({"object": "list", "data": _cards(context_of(request).service)})
 
 
 async def get_model(request: Request) -> JSONResponse:
-    """One of them, by the name in the path."""
+    """The model that the path names."""
     service, model = context_of(request).service, request.path_params["model"]
     name = await resolve_adapter(service, model)
     if name is None:
         return JSONResponse(_base_card(service.base, model))
     status = service.adapter(name)
-    if status is None:  # it was unloaded just now
+    if status is None:  # it was unloaded after the lookup
         raise _not_found(service, model)
     return JSONResponse(_adapter_card(service.base, status))
 
@@ -72,7 +72,7 @@ async def get_model(request: Request) -> JSONResponse:
 def _unavailable(status: AdapterStatus) -> ManyloraError:
     if status.state == "draining":
         return ModelUnavailable(
-            f"Adapter '{status.name}' is being unloaded and takes no more requests.", "model"
+            f"Adapter '{status.name}' is being unloaded and takes no new requests.", "model"
         )
     if status.state == "waiting":
         return AdapterNotReady(f"Adapter '{status.name}' is not served yet: {status.reason}")
@@ -98,7 +98,7 @@ def _not_found(service: Service, model: str) -> ModelNotFound:
 
 
 def _neighbours(model: str, names: Sequence[str]) -> list[str]:
-    """The names worth comparing: of thousands only those that begin most alike, since comparing is slow."""
+    """The names nearest to ``model`` in alphabetical order. Comparing all of thousands would be slow."""
     ordered = sorted(names)
     place = bisect(ordered, model)
     return ordered[max(0, place - NEIGHBOURS) : place + NEIGHBOURS]
@@ -133,7 +133,7 @@ def _base_card(base: ModelInfo, name: str) -> dict[str, Any]:
 
 
 def _adapter_card(base: ModelInfo, status: AdapterStatus) -> dict[str, Any]:
-    # vLLM gives the whole path as root; clients need not learn how the server's disk is laid out.
+    # vLLM shows the whole path as root. The folder's name alone does not reveal the server's file system.
     root = served_name(PurePath(status.path).name)
     own = {"root": root, "parent": base_names(base)[0], "digest": status.digest}
     return _card(status.name, status.created, base) | own

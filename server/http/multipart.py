@@ -1,6 +1,7 @@
-"""``multipart/form-data`` with one file in it, streamed: never more than a block of it is in memory.
+"""Read ``multipart/form-data`` with one file as a stream. Memory holds at most one block of it.
 
-starlette's own form parser writes files of any size to a temporary folder before anybody can object.
+Starlette's own form parser is not used: it writes the whole file to a temporary folder before our code can
+check its size.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ FILE: Final = "file"
 MAX_FIELD_BYTES = 1024
 MAX_NAME_LENGTH = 255
 MAX_OTHER_BYTES = 64 << 10
-"""Most bytes of a form around its file: headers, fields, and what stands before and behind."""
+"""Most bytes of a form outside its file: headers, text fields, and text before and after the parts."""
 BLOCK = 1 << 20
 
 
 class Form:
-    """What has been read of a form. Reading is Python's work, so let it not be the event loop's.
+    """The part of a form that has been read. Parsing is slow Python code: call it outside the event loop.
 
     Attributes:
         fields: the text fields, by name.
-        filename: of the file; None while none has begun.
-        complete: whether the last boundary has come.
+        filename: the name of the file; None before the file begins.
+        complete: whether the last boundary was read.
     """
 
     def __init__(self, boundary: bytes, allowed: frozenset[str]) -> None:
-        """``allowed`` are the names of text fields; any other is refused by name."""
+        """``allowed`` has the names of text fields. Any other field is refused by name."""
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.complete = False
@@ -59,7 +60,7 @@ class Form:
         )
 
     def feed(self, data: bytes) -> bytearray:
-        """Take the next bytes of the body; the bytes of the file that were in them. Raises InvalidRequest."""
+        """Parse the next bytes of the body, and return the file's bytes in them. Raises InvalidRequest."""
         self._file = bytearray()
         try:
             self._parser.write(data)
@@ -67,12 +68,12 @@ class Form:
             raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
         self._other += len(data) - len(self._file)
         if self._other > MAX_OTHER_BYTES:
-            message = f"The form has more than {MAX_OTHER_BYTES} bytes beside its file; send the file alone."
+            message = f"The form has more than {MAX_OTHER_BYTES} bytes outside its file; send only the file."
             raise InvalidRequest(message)
         return self._file
 
     def finish(self) -> None:
-        """The body has ended. Raises InvalidRequest if the form has not."""
+        """Call it at the end of the body. Raises InvalidRequest if the form is not complete."""
         if not self.complete:
             raise InvalidRequest("The multipart form ends before its last boundary.")
 
@@ -123,10 +124,15 @@ class Form:
 
 
 def form_of(request: Request, allowed: frozenset[str]) -> Form:
-    """An empty form for the request's body. Raises BodyNotMultipart."""
+    """An empty form for the request's body.
+
+    Raises:
+        BodyNotMultipart: the content type is not ``multipart/form-data``.
+        InvalidRequest: the boundary is not valid.
+    """
     media_type, options = parse_options_header(request.headers.get("content-type"))
     if media_type != b"multipart/form-data" or not options.get(b"boundary"):
-        raise BodyNotMultipart("A file is sent as 'multipart/form-data', as OpenAI's clients do.")
+        raise BodyNotMultipart("Send a file as 'multipart/form-data', as OpenAI's clients do.")
     try:
         return Form(options[b"boundary"], allowed)
     except FormParserError as error:
@@ -143,6 +149,6 @@ async def body_blocks(request: Request) -> AsyncIterator[bytes]:
                 yield bytes(block)
                 block.clear()
     except ClientDisconnect:
-        raise ClientDisconnected("The client went away while sending its file.") from None
+        raise ClientDisconnected("The client disconnected while it was sending a file.") from None
     if block:
         yield bytes(block)

@@ -1,4 +1,4 @@
-"""Query parameters: what is not declared is refused by name, as in bodies."""
+"""Read query parameters. A parameter that is not declared is refused by name, as in bodies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from server.errors import InvalidRequest
 MAX_PARAMETERS = 64
 
 Parse = Callable[[str], Any]
-"""Turns the text into the value; raises ``ValueError("must be …")``."""
+"""Turns the text into the value. Raises ``ValueError("must be …")``."""
 
 
 def read_query(request: Request, declared: Mapping[str, tuple[Parse, Any]]) -> dict[str, Any]:
-    """The declared parameters, each as its parser has it or its default. Raises InvalidRequest naming one."""
+    """The parsed value of each declared parameter, or its default. Raises InvalidRequest."""
     given = request.query_params
     if len(given) > MAX_PARAMETERS:
         raise InvalidRequest(f"The query has {len(given)} parameters; at most {MAX_PARAMETERS} are allowed.")

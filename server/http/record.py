@@ -1,4 +1,4 @@
-"""What is noted about one HTTP request while it is served; the access log and metrics read it at its end."""
+"""Facts about one HTTP request. The access log and the metrics read them when the request ends."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _KEY = "manylora.record"
 
 @dataclass(slots=True)
 class Record:
-    """One request, never its prompt or answer. Times are seconds.
+    """One request, without its prompt and answer. Times are in seconds.
 
     Attributes:
-        request_id: the client's ``X-Request-Id``, or one made here.
+        request_id: the client's ``X-Request-Id``, or a random one.
         started: ``time.perf_counter()`` at arrival.
-        generated: whether the request reached the engine, so that token counts mean something.
-        adapter: the adapter's name; None = the base.
+        generated: whether the request reached the engine. Otherwise the token counts mean nothing.
+        adapter: the adapter's name; None: the base.
         user: a hash of OpenAI's ``user`` field.
-        ttft: from arrival to the first token.
-        queue_seconds: time the engine let it wait.
-        status: of the answer; of the failure, if one came after streaming had begun.
-        error: OpenAI's code of the failure.
+        ttft: time from arrival to the first token.
+        queue_seconds: time in the engine's queue.
+        status: the answer's HTTP status. After a failure in a stream, the status of the failure.
+        error: OpenAI's error code, if the request failed.
     """
 
     request_id: str
@@ -48,12 +48,12 @@ class Record:
 
 
 def attach(scope: Scope, record: Record) -> None:
-    """Make ``record`` the one of this ASGI scope."""
+    """Store ``record`` in this ASGI scope."""
     scope[_KEY] = record
 
 
 def record_of(request: Request) -> Record:
-    """The record of this request."""
+    """The request's record. ``AccessLog`` has stored it."""
     record = request.scope[_KEY]
     assert isinstance(record, Record)
     return record

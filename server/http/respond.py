@@ -1,6 +1,6 @@
-"""From a ``CompletionStream`` to the HTTP response: server-sent events, or one JSON object.
+"""Turn a ``CompletionStream`` into the HTTP response: server-sent events, or one JSON object.
 
-Chat and plain completions share it; each gives the shape of its own choices and chunks.
+Chat and plain completions share this module. Each of them passes the shape of its choices and chunks.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ async def respond(
     """The response that ``body`` asks for. A client that disconnects cancels its generations.
 
     Args:
-        kind: OpenAI's ``object`` of a whole response.
-        content: the fields of a choice between ``index`` and ``finish_reason``.
-        chunks: the events of a streamed response.
+        kind: the value of ``object`` in a whole response.
+        content: makes the fields of a choice between ``index`` and ``finish_reason``.
+        chunks: makes the events of a streamed response.
     """
     closing = context_of(request).closing
     if body.stream:

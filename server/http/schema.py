@@ -1,7 +1,7 @@
-"""The bodies that clients send, as strict models: what is not declared is refused by name, never dropped.
+"""The request bodies of chat and completions as strict models. An undeclared field is refused by name.
 
-``fields.py`` says which fields are accepted beside those declared here. Everything is bounded before it is
-looked at, and the first error is the last: a body of a million wrong items costs what one costs.
+``fields.py`` has the fields that are accepted although they are not declared here. Sizes are checked before
+contents. Checking stops at the first error, so a million wrong items cost no more than one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from server.http.fields import Rules
 MAX_CHOICES = 64
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_ITEMS = 2048
-"""Most items of a list or an object, where nothing smaller is declared; OpenAI's limit for messages."""
+"""Most items of a list or an object, unless a field declares another limit. It is OpenAI's for messages."""
 MAX_PARTS = 8192
-"""Most parts of all messages together."""
+"""Most parts in all messages together."""
 MAX_BIASES = 1024
 MAX_VALUES = 1 << 19
-"""Most values (numbers, texts, lists, …) of a whole body; token ids are what there may be many of."""
+"""Most values (numbers, strings, lists, …) in a whole body. Only token ids can be that many."""
 MAX_NAMES = 1 << 16
-"""Most names of fields in a whole body, at all levels together: far more than parts and tools need."""
+"""Most names of fields in a whole body, at all levels together. Parts and tools need far fewer."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -48,11 +48,11 @@ UsageInStream = Literal["none", "at the end", "every chunk"]
 
 
 class Body(BaseModel):
-    """A JSON object that holds only what it declares, or what its ``rules`` accept.
+    """A JSON object. It may have the declared fields, and those that its ``rules`` accept.
 
     Attributes:
-        rules: of the fields; without a row, only what is declared is accepted.
-        longest: most items of a field, where it is not ``MAX_ITEMS``.
+        rules: the rule of each field. A field that is neither here nor declared is refused.
+        longest: the most items of a field, if it is not ``MAX_ITEMS``.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
@@ -81,7 +81,7 @@ class Body(BaseModel):
 
     @classmethod
     def _prepare(cls, data: dict[str, Any]) -> None:
-        """Change ``data`` in place to what it means."""
+        """Change ``data`` in place before it is checked."""
 
     @classmethod
     def _refuse_unless_harmless(cls, key: str, value: object) -> None:
@@ -109,14 +109,14 @@ def _text_as_parts(value: object) -> object:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list) or not value:
-        raise ValueError("must be a text, or a list of parts such as {'type': 'text', 'text': 'Hi'}")
+        raise ValueError("must be a string, or a list of parts such as {'type': 'text', 'text': 'Hi'}")
     return value
 
 
 def _biases(value: object) -> dict[int, float]:
-    """``{"token id": bias}`` with the ids as numbers."""
+    """``{"token id": bias}`` with the ids as integers."""
     if not isinstance(value, dict):
-        raise ValueError("must be an object of token ids and biases")
+        raise ValueError("must be an object that maps token ids to biases")
     biases = {}
     for token, bias in value.items():
         if not (isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 11):
@@ -128,27 +128,27 @@ def _biases(value: object) -> dict[int, float]:
 
 
 def _is_ids(value: object) -> bool:
-    """Whether it is a list of token ids. No loop of ours: there may be a million."""
+    """Whether ``value`` is a list of token ids. There may be a million, so it has no Python loop."""
     if not isinstance(value, list) or set(map(type, value)) - {int}:
         return False
     return not value or (min(value) >= 0 and max(value) <= MAX_TOKEN_ID)
 
 
 def _prompts(value: object) -> tuple[Prompt, ...]:
-    """One prompt or several, as text or token ids: always a tuple of prompts."""
+    """A tuple of prompts, from one prompt or several, as strings or token ids."""
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list) or not value:
-        raise ValueError("must be a text, a list of texts, a list of token ids or a list of such lists")
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists")
     if isinstance(value[0], int):
         value = [value]
     if len(value) > MAX_CHOICES:
-        raise ValueError(f"holds {len(value)} prompts; at most {MAX_CHOICES} are allowed")
+        raise ValueError(f"has {len(value)} prompts; at most {MAX_CHOICES} are allowed")
     if all(isinstance(prompt, str) for prompt in value):
         return tuple(value)
     if all(_is_ids(prompt) for prompt in value):
         return tuple(tuple(prompt) for prompt in value)
-    raise ValueError("must hold texts only or token ids (whole numbers from 0) only")
+    raise ValueError("must have only strings, or only token ids (whole numbers from 0)")
 
 
 def _within(field: str) -> Any:
@@ -157,7 +157,7 @@ def _within(field: str) -> Any:
 
 
 class StreamOptions(Body):
-    """OpenAI's ``stream_options``, and vLLM's ``continuous_usage_stats``: the usage so far in every chunk."""
+    """OpenAI's ``stream_options``. vLLM's ``continuous_usage_stats`` adds the usage so far to every chunk."""
 
     rules = fields.STREAM_OPTIONS
 
@@ -166,7 +166,7 @@ class StreamOptions(Body):
 
 
 class Generate(Body):
-    """What chat and plain completions have in common."""
+    """The fields that chat and plain completions share."""
 
     longest: ClassVar = {"logit_bias": MAX_BIASES, "metadata": 16}
 
@@ -193,7 +193,7 @@ class Generate(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    # Tags of stored completions; nothing is stored here, so they have nothing to do.
+    # Tags of stored completions. Nothing is stored here, so they have no effect.
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
@@ -203,33 +203,33 @@ class Generate(Body):
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise InvalidRequest(
-                f"'max_tokens' is {self.max_tokens}, 'max_completion_tokens' {self.max_completion_tokens}: "
-                "they mean the same, so give one of them.",
+                f"'max_tokens' is {self.max_tokens}, but 'max_completion_tokens' is "
+                f"{self.max_completion_tokens}. They mean the same; send one of them.",
                 "max_tokens",
             )
         return self
 
     @property
     def asked_tokens(self) -> int | None:
-        """The client's own limit for the answer, if it gave one."""
+        """The client's own limit of the answer in tokens; None if it sent none."""
         return self.max_tokens or self.max_completion_tokens
 
     @property
     def usage_in_stream(self) -> UsageInStream:
         options = self.stream_options
-        if options is None or not options.include_usage:  # as in vLLM, the one needs the other
+        if (
+            options is None or not options.include_usage
+        ):  # as in vLLM, the usage in every chunk needs include_usage
             return "none"
         return "every chunk" if options.continuous_usage_stats else "at the end"
 
     def sampling(self, max_tokens: int, logprobs: int | None, defaults: SamplingDefaults) -> SamplingParams:
-        """These fields as the engine takes them, for an answer of at most ``max_tokens``.
+        """The engine's parameters for an answer of at most ``max_tokens``.
 
-        Where the client says nothing the defaults count.
+        ``defaults`` replace the fields that the client did not send.
         """
         if self.min_tokens > max_tokens:
-            message = (
-                f"'min_tokens' is {self.min_tokens}, more than the most tokens of the answer, {max_tokens}."
-            )
+            message = f"'min_tokens' is {self.min_tokens}, but the answer has at most {max_tokens} tokens."
             raise InvalidRequest(message, "min_tokens")
         said = {name: getattr(self, name) for name in SAMPLING_RANGES}
         silent = SAMPLING_RANGES.keys() - self.model_fields_set
@@ -256,7 +256,7 @@ class Generate(Body):
 
 
 class TextPart(Body):
-    """A piece of a message."""
+    """A text part of a message."""
 
     rules = fields.PART
 
@@ -265,9 +265,9 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """One turn of a conversation; ``content`` is always a list of parts here.
+    """One message of a conversation. ``content`` is always a list of parts here.
 
-    An assistant's reasoning comes back under the names that servers give it, for templates that take it.
+    Servers return an assistant's reasoning under one of two names. Templates that use it get it from either.
     """
 
     rules = fields.MESSAGE
@@ -279,18 +279,18 @@ class Message(Body):
 
     @classmethod
     def _prepare(cls, data: dict[str, Any]) -> None:
-        """An assistant's turn without text, as clients keep it: ``"content": null``."""
+        """Clients send an assistant's message without text as ``"content": null``."""
         if data.get("role") == "assistant" and data.get("content", "") is None:
             data["content"] = ""
 
     def rendered(self) -> Conversed:
-        """As chat templates take it."""
+        """The message as chat templates take it."""
         reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
         return make_message(self.role, (part.text for part in self.content), reasoning)
 
 
 def _few_parts(messages: object) -> object:
-    """Refuses what is no conversation by its size and its first item, before a message is looked at."""
+    """Check the number of parts and the type of each message, before any message is checked in full."""
     if not isinstance(messages, list):
         return messages
     parts = 0
@@ -300,7 +300,7 @@ def _few_parts(messages: object) -> object:
         content = message.get("content")
         parts += len(content) if isinstance(content, list) else 1
     if parts > MAX_PARTS:
-        raise ValueError(f"the messages have {parts} parts; at most {MAX_PARTS} are allowed")
+        raise ValueError(f"the messages have {parts} parts together; at most {MAX_PARTS} are allowed")
     return messages
 
 
@@ -324,7 +324,9 @@ class CompletionBody(Generate):
     """``POST /v1/completions``."""
 
     rules = fields.COMPLETION
-    longest: ClassVar = Generate.longest | {"prompt": MAX_VALUES}  # ids; ``_prompts`` bounds texts
+    longest: ClassVar = Generate.longest | {
+        "prompt": MAX_VALUES
+    }  # token ids; ``_prompts`` limits the number of strings
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -332,6 +334,6 @@ class CompletionBody(Generate):
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionBody:
         if len(self.prompt) * self.n > MAX_CHOICES:
-            message = f"{len(self.prompt)} prompts with n={self.n} ask for more than {MAX_CHOICES} answers."
+            message = f"{len(self.prompt)} prompts with n={self.n} are more than {MAX_CHOICES} answers."
             raise InvalidRequest(message, "prompt" if self.n == 1 else "n")
         return self

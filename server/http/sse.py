@@ -1,4 +1,4 @@
-"""Server-sent events: chunks as they come, then ``[DONE]``; a late failure is an ``error`` event."""
+"""Server-sent events: the chunks, then ``[DONE]``. An error after the first chunk is an ``error`` event."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Chunks = AsyncGenerator[dict[str, Any], None]
 class EventStream(Response):
     """A response that sends ``chunks``.
 
-    Until the first one, an error still becomes a proper HTTP status; afterwards it is told in the stream.
-    However the stream ends (complete, failed, or the client went away), the generations are cancelled.
+    An error before the first chunk sets the HTTP status. A later error is sent as an event. At the end of the
+    stream all generations are cancelled, whether it was complete, failed or lost its client.
     """
 
     media_type = "text/event-stream"
@@ -45,7 +45,7 @@ class EventStream(Response):
         except Exception as error:
             if not self.started:
                 raise
-            await self._tell(error, send)
+            await self._send_error(error, send)
         finally:
             self.stream.cancel()
 
@@ -58,7 +58,7 @@ class EventStream(Response):
                 await _send_body(send, _event(chunk))
         await _send_body(send, DONE, more=False)
 
-    async def _tell(self, error: Exception, send: Send) -> None:
+    async def _send_error(self, error: Exception, send: Send) -> None:
         record = self.stream.record
         record.status, record.error = shape_of(error).status, code_of(error)
         if not isinstance(error, ManyloraError):

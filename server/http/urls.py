@@ -1,4 +1,4 @@
-"""URLs that no route has: told as such, so that no client takes them for a missing model or adapter."""
+"""Answers for unknown URLs and methods. Their codes differ from those of a missing model or adapter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from server.http.json_response import JSONResponse
 from server.http.record import record_of
 
 _CODES = {404: "unknown_url", 405: "method_not_supported"}
-"""OpenAI's."""
+"""OpenAI's error codes, by status."""
 
 
 class IgnoreLastSlash:
-    """Middleware: ``/v1/models/`` is ``/v1/models``. A redirect would cost clients their POST's body."""
+    """Middleware: treat ``/v1/models/`` as ``/v1/models``. After a redirect, clients drop a POST's body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -28,7 +28,7 @@ class IgnoreLastSlash:
 
 
 async def on_http_exception(http: Request, error: Exception) -> JSONResponse:
-    """Starlette's own refusals (no such path, wrong method) in OpenAI's shape."""
+    """Starlette's own errors (unknown path, wrong method) in OpenAI's error shape."""
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code)
     record_of(http).error = code
@@ -42,22 +42,22 @@ def _message(http: Request, error: HTTPException) -> str:
     if error.status_code == 404:
         return f"Unknown request URL: {asked}. {_hint(http)}"
     if error.status_code == 405:
-        return f"{asked} is not supported; this URL takes {_allowed(http)}."
+        return f"{asked} is not supported; use {_allowed(http)} with this URL."
     return f"{asked}: {error.detail}."
 
 
 def _allowed(http: Request) -> str:
-    """The methods of every route with that path; Starlette names those of the first alone."""
+    """The methods of all routes with this path. Starlette itself lists only those of the first route."""
     routes = [each for each in http.app.routes if isinstance(each, Route)]
     fitting = [each.methods or () for each in routes if each.matches(http.scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for methods in fitting for method in methods} - {"HEAD"}))
 
 
 def _hint(http: Request) -> str:
-    """The usual slips with a client's ``base_url``: without ``/v1``, with it twice, with a slash too many."""
+    """The URL that the client probably meant. Usually its ``base_url`` lacks ``/v1`` or repeats it."""
     path = "/" + "/".join(part for part in http.url.path.split("/") if part and part != "v1")
     routes = {route.path for route in http.app.routes if isinstance(route, Route)}
     meant = next((each for each in (f"/v1{path}", path) if each in routes), None)
     if meant is None:
         return "docs/api.md of manylora lists the URLs."
-    return f"Did you mean {meant}? A client's base URL ends in /v1, without a slash after it."
+    return f"Did you mean {meant}? A client's base URL must end in /v1, without a slash after it."

@@ -415,4 +415,4 @@ def test_a_file_whose_bytes_are_gone_is_named(openai_client: openai.OpenAI, serv
 def test_every_method_of_a_url_is_named(server: TrainingServer, path: str, methods: str) -> None:
     response = httpx.put(f"{server.url}{path}")
     assert (response.status_code, response.headers["Allow"]) == (405, methods)
-    assert response.json()["error"]["message"].endswith(f"this URL takes {methods}.")
+    assert response.json()["error"]["message"].endswith(f"; use {methods} with this URL.")

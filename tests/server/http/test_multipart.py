@@ -88,7 +88,7 @@ def test_filenames_are_only_names(sent: str, kept: str) -> None:
 )
 def test_what_is_around_the_file_is_bounded(parts: list[bytes]) -> None:
     data = body(*parts) if parts[-1].startswith(b"--") else body(*parts[:-1]) + parts[-1]
-    with pytest.raises(InvalidRequest, match="beside its file"):
+    with pytest.raises(InvalidRequest, match="outside its file"):
         read(data, list(range(0, len(data), 4096)))
 
 

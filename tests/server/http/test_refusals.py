@@ -139,8 +139,14 @@ def test_a_wrong_field_of_completions_is_named(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"content": 5}, "'messages.0.content': must be a text, or a list of parts such as {'type': 'text'"),
-        ({"content": []}, "'messages.0.content': must be a text, or a list of parts such as {'type': 'text'"),
+        (
+            {"content": 5},
+            "'messages.0.content': must be a string, or a list of parts such as {'type': 'text'",
+        ),
+        (
+            {"content": []},
+            "'messages.0.content': must be a string, or a list of parts such as {'type': 'text'",
+        ),
         (
             {"content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
             "'messages.0.content.0.image_url' is not supported; conversations are text here",
