@@ -212,6 +212,11 @@ def reading(path: Path) -> Iterator[None]:
                 "transformers or bitsandbytes cannot do this architecture here; give --base another model, "
                 "or try --quantization none."
             ) from error
+        if "Unrecognized configuration class" in reason:
+            raise BaseModelError(
+                f"{path}, a {_architecture(path)}, cannot be loaded: transformers has no causal language "
+                "model for its config. Give --base another model."
+            ) from error
         raise BaseCorrupt(
             f"{path} cannot be read as a causal language model ({reason}); "
             "fetch it again (a cached one may be deleted), or give a model that transformers knows."

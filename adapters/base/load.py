@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base.checkpoint import PreparedBase, load_tokenizer, load_whole, reading
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
-from adapters.base.unpack import unpack_odd_linears
+from adapters.base.unpack import check_quantized, unpack_odd_linears
 from adapters.errors import BaseModelError
 from adapters.sites import BaseLayout, Site
 
@@ -50,12 +50,14 @@ def load_base(
 
     Raises:
         BaseCorrupt: the checkpoint cannot be read, or tensors are missing.
-        BaseModelError: a base that was already quantised has another head than requested.
+        BaseModelError: a base that was already quantised has another head than requested, or transformers
+            cannot load this architecture in 4 bits.
     """
     with quiet_libraries(progress), reading(prepared.path):
         model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(prepared.path)
     _check_head(prepared, model)
+    check_quantized(model, prepared.name)
     unpack_odd_linears(model)
     # PEFT writes this name into the adapters that it saves. It is the base's name, not our cache folder's.
     model.name_or_path = model.config._name_or_path = prepared.source

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from adapters.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,10 @@ def unpack_linears(model: Any) -> None:
 
 
 def unpack_odd_linears(model: Any) -> None:
-    """Does the same on a CPU for linears whose sizes bitsandbytes' CPU kernel cannot pack; it raises for
-    them.
+    """Does the same on a CPU for linears whose sizes bitsandbytes' CPU kernels cannot do.
 
-    They are usually small: the gate of a shared expert has one output.
+    It raises where it cannot pack, and it is wrong where rows are not whole blocks (``dequantized``). Such
+    linears are usually small: the gate of a shared expert has one output.
     """
     if model.device.type != "cpu":
         return
@@ -49,11 +52,40 @@ def unpack_odd_linears(model: Any) -> None:
         )
 
 
+def check_quantized(model: Any, name: str) -> None:
+    """Raises BaseModelError if 4-bit linears of ``model`` hold weights that are not in 4 bits.
+
+    transformers joins the linears of some architectures when it saves them, and cannot split them in 4 bits.
+    """
+    linears = four_bit_linears(model)
+    broken = [name for name, linear in linears.items() if not hasattr(linear.weight, "quant_state")]
+    if broken:
+        raise BaseModelError(
+            f"{name} ({model.config.model_type}) cannot be loaded in 4 bits: transformers gave {len(broken)} "
+            f"of its {len(linears)} linears no 4-bit weights (first: {broken[0]}). Try --quantization none, "
+            "or give --base another model."
+        )
+
+
+def dequantized(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """The dense weight, in ``state``'s shape, of 4-bit values in bitsandbytes' usual order.
+
+    bitsandbytes 0.49 on a CPU takes the wrong scales where a block spans two rows. Therefore it gets the
+    weight as one row.
+    """
+    from bitsandbytes.functional import dequantize_4bit  # only 4-bit bases need it
+
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    dense: torch.Tensor = dequantize_4bit(weight, flat)
+    return dense.view(state.shape)
+
+
 def _can_be_packed(module: Any) -> bool:
-    if not module.support_avx512bf16_for_cpu:  # bitsandbytes does not try it then
-        return True
-    whole_blocks = module.in_features % module.weight.quant_state.blocksize == 0
-    return bool(module.out_features % PANEL == 0 and whole_blocks)
+    if module.in_features % module.weight.quant_state.blocksize:
+        return False
+    # Without AVX512-BF16 bitsandbytes does not pack.
+    return bool(module.out_features % PANEL == 0 or not module.support_avx512bf16_for_cpu)
 
 
 @torch.no_grad()
@@ -64,12 +96,10 @@ def _unpack(model: Any, names: Iterable[str]) -> None:
 
 
 def _unpacked(module: Any) -> torch.nn.Linear:
-    from bitsandbytes.functional import dequantize_4bit
-
     dense = torch.nn.Linear(
         module.in_features, module.out_features, module.bias is not None, device="meta", dtype=torch.bfloat16
     )
-    weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    weight = dequantized(module.weight.data, module.weight.quant_state)
     dense.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
     if module.bias is not None:
         dense.bias = torch.nn.Parameter(module.bias.to(torch.bfloat16), requires_grad=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base.unpack import PANEL
+from adapters.base.unpack import PANEL, dequantized
 from adapters.sites import BaseLayout
 
 
@@ -37,10 +37,7 @@ class BaseWeights:
             return weight.t() if isinstance(module, Conv1D | torch.nn.Embedding) else weight
         if getattr(state, "packing_format_for_cpu", False):
             weight, state = _unpacked(weight, state)
-        from bitsandbytes.functional import dequantize_4bit  # only 4-bit bases need it
-
-        dense: Tensor = dequantize_4bit(weight, state)
-        return dense
+        return dequantized(weight, state)
 
     def bias(self, name: str) -> Tensor | None:
         """[out_features], or None where the base has no bias."""

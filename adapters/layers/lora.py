@@ -10,23 +10,21 @@ from torch import Tensor, nn
 
 from adapters.kernels import LoraKernel
 from adapters.layers.lora_state import LoraState
-from adapters.layers.replaced import ReplacedEmbedding, ReplacedHead, ReplacedNorm
+from adapters.layers.replaced import ReplacedEmbedding, ReplacedHead, ReplacedNorm, Wrapped
 from adapters.pool.rank_pool import RankPool
 from adapters.pool.site_pool import SitePool
 from adapters.sites import BaseLayout
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(Wrapped):
     """y_t = W x_t + sum over j in rows(adapter of t) of (A_j . x_t) B_j; x is [1, tokens, in_features].
 
     For adapters with an adjustment, W x_t is scaled and shifted first.
     """
 
     def __init__(self, base: nn.Module, pool: SitePool, state: LoraState, kernel: LoraKernel) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, state)
         self._pool = pool
-        self._state = state
         self._kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:

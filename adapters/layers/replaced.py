@@ -17,8 +17,8 @@ from adapters.layers.lora_state import LoraState
 from adapters.pool.extras_pool import ResidentEmbeddingOrHead
 
 
-class _Wrapped(nn.Module):
-    """Forwards unknown attributes to the wrapped module."""
+class Wrapped(nn.Module):
+    """Forwards unknown attributes to the wrapped module: some models read the weight of a linear."""
 
     def __init__(self, base: nn.Module, state: LoraState) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _Wrapped(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-class ReplacedNorm(_Wrapped):
+class ReplacedNorm(Wrapped):
     """x: [1, tokens, …]."""
 
     def __init__(self, base: nn.Module, name: str, state: LoraState) -> None:
@@ -48,7 +48,7 @@ class ReplacedNorm(_Wrapped):
         return y
 
 
-class ReplacedEmbedding(_Wrapped):
+class ReplacedEmbedding(Wrapped):
     """ids: [1, tokens]; the result is [1, tokens, hidden]."""
 
     def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:
@@ -73,7 +73,7 @@ class ReplacedEmbedding(_Wrapped):
         return rows if scale is None else rows * scale.to(rows.dtype)
 
 
-class ReplacedHead(_Wrapped):
+class ReplacedHead(Wrapped):
     """x: [1, rows, hidden]; the result is [1, rows, vocabulary]."""
 
     def __init__(self, base: nn.Module, state: LoraState, kernel: LoraKernel) -> None:

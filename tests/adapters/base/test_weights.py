@@ -3,13 +3,16 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from adapters.base import load_base, prepare_base
 from adapters.base.load import layout_of
 from adapters.base.weights import BaseWeights
+from adapters.errors import BaseModelError
 from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_zoo import save_tiny_model
 
 
 def test_four_bit_weights_are_the_same_before_and_after_the_cpu_packs_them(tmp_path: Path) -> None:
@@ -24,6 +27,26 @@ def test_four_bit_weights_are_the_same_before_and_after_the_cpu_packs_them(tmp_p
             torch.testing.assert_close(dense, theirs, rtol=2**-7 if step else 0, atol=0)
         with torch.inference_mode():
             base.model(torch.tensor([[1, 2, 3]]))
+
+
+def test_four_bit_weights_are_right_where_a_block_spans_two_rows(tmp_path: Path) -> None:
+    """Rows of 96 values: every other block of 64 spans two rows. bitsandbytes mixes up the scales."""
+    folder = make_tiny_model("llama", tmp_path / "llama", intermediate_size=96)
+    source = AutoModelForCausalLM.from_pretrained(folder)
+    base = load_base(prepare_base(str(folder), tmp_path, progress=False))
+    weights = BaseWeights(base.model, base.layout)
+    assert any(site.in_features == 96 for site in base.layout.sites.values())
+    for name in base.layout.sites:
+        exact = source.get_submodule(name).weight
+        assert (weights.dense(name) - exact).norm() < 0.12 * exact.norm(), name
+
+
+def test_linears_that_transformers_did_not_load_in_4_bits_are_refused_by_name(tmp_path: Path) -> None:
+    """transformers saves the projections of hrm_text as one, and cannot split it in 4 bits."""
+    folder = save_tiny_model("hrm_text", tmp_path / "model")
+    prepared = prepare_base(str(folder), tmp_path, progress=False)
+    with pytest.raises(BaseModelError, match=r"model \(hrm_text\) .* no 4-bit weights \(first: .*q_proj\)"):
+        load_base(prepared)
 
 
 def test_a_bias_is_the_bases_own_or_none(tmp_path: Path) -> None:
