@@ -5,6 +5,8 @@ Every call blocks, so none belongs on the event loop. Several servers may share 
 
 from __future__ import annotations
 
+import json
+import logging
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,14 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from sqlalchemy import JSON, Connection, Engine, ForeignKey, create_engine, event
+from sqlalchemy import JSON, Connection, Engine, ForeignKey, String, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
+from sqlalchemy.orm.attributes import set_committed_value
 
 from server.finetune.jobs.disk_reserve import DiskReserve
 from server.finetune.jobs.errors import DISK_FULL, StateBusy, StateUnusable, StorageFull
 
 T = TypeVar("T")
+logger = logging.getLogger("manylora.jobs")
 
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 BUSY_SECONDS = 30
@@ -29,12 +33,20 @@ Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelle
 STATUSES: tuple[Status, ...] = get_args(Status)
 UNFINISHED: tuple[Status, ...] = ("queued", "running", "paused")
 Level = Literal["info", "warn", "error"]
+JOB_DAMAGED = "job_damaged"
+"""The code of the error of a job whose row is damaged."""
 
 
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
     """A row is a plain object; outside its transaction it is only read. ``seq`` is the order of insertion."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON}
+    # Status and level are plain strings for the database: an unknown one must not make a row unreadable.
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        dict[str, Any]: JSON,
+        list[str]: JSON,
+        Status: String,
+        Level: String,
+    }
 
 
 class StoredFile(Table):
@@ -119,6 +131,46 @@ class JobEvent(Table):
     id: Mapped[str] = mapped_column(unique=True, default_factory=lambda: f"ftevent-{secrets.token_hex(12)}")
 
 
+_DAMAGED = object()
+"""Stands for JSON that cannot be parsed, until the row is loaded."""
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "unused_fields": dict,
+    "hyperparameters": dict,
+    "recipe": dict,
+    "tags": dict,
+    "error": lambda: None,
+    "result_files": list,
+    "data": dict,
+}
+"""By JSON column: its value where the stored one is damaged."""
+
+
+@event.listens_for(Table, "load", propagate=True)
+def _replace_damaged(row: Table, _: object) -> None:
+    """Make a row with damaged JSON readable. A job with such columns gets an ``error`` that names them."""
+    lost = [name for name, empty in _EMPTY.items() if _is_damaged(row.__dict__.get(name), empty())]
+    for name in lost:
+        set_committed_value(row, name, _EMPTY[name]())
+    names = ", ".join(lost)
+    if lost and not isinstance(row, Job):
+        fields = {"id": row.__dict__["id"], "columns": names}
+        logger.warning("row is damaged in the state database", extra={"fields": fields})
+    elif lost and row.__dict__["error"] is None:
+        message = f"Fields of this job are damaged in the state database and are shown empty: {names}."
+        set_committed_value(row, "error", {"code": JOB_DAMAGED, "message": message, "param": None})
+
+
+def _is_damaged(value: Any, empty: Any) -> bool:
+    return value is not None and not isinstance(value, dict if empty is None else type(empty))
+
+
+def _parse_json(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return _DAMAGED
+
+
 def _create_tables(connection: Connection) -> None:
     Table.metadata.create_all(connection)
 
@@ -142,7 +194,9 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         """Opens or creates it. Raises StateUnusable."""
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS})
+        self._engine = create_engine(
+            f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, json_deserializer=_parse_json
+        )
         event.listen(self._engine, "connect", _on_connect)
         event.listen(self._engine, "begin", _on_begin)
         self._writing = self._engine.execution_options(begin="BEGIN IMMEDIATE")

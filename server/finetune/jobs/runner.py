@@ -33,7 +33,7 @@ from server.finetune.jobs.files import Files
 from server.finetune.jobs.metrics import Totals
 from server.finetune.jobs.outcome import Outcome, outcome_of
 from server.finetune.jobs.process import Child, kill_orphan
-from server.finetune.jobs.store import add_event, count_jobs, fail_unreadable, find_job, has_event
+from server.finetune.jobs.store import add_event, count_jobs, fail_job, find_job, has_event
 
 logger = logging.getLogger("manylora.jobs")
 
@@ -183,7 +183,7 @@ class Runner:
                 child.kill()
             outcome = Outcome("failed", "internal_error", f"The job cannot go on: {_error_text(error)}")
             with self._database.write() as session:
-                fail_unreadable(session, job_id, outcome.error())
+                fail_job(session, job_id, outcome.error())
 
     def _recover(self) -> None:
         """End what others have left: a server that died, or a turn of ours that failed halfway."""
@@ -213,6 +213,9 @@ class Runner:
         with self._database.write() as session:
             job = find_job(session, job_id)
             if job.status != "queued":  # a client was quicker
+                return
+            if job.error is not None:  # its row is damaged, so its recipe may be lost
+                fail_job(session, job_id, job.error)
                 return
             add_event(
                 session, job, "Fine-tuning job goes on" if job.metrics_read else "Fine-tuning job started"

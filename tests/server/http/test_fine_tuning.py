@@ -336,6 +336,52 @@ def test_a_held_database_delays_those_who_write_and_nobody_else(
     holder.close()
 
 
+def damage(server: TrainingServer, table: str, column: str, value: str | bytes, row_id: str) -> None:
+    with sqlite3.connect(server.home / "state.sqlite3") as plain:
+        plain.execute(f"UPDATE {table} SET {column} = ? WHERE id = ?", (value, row_id))
+    plain.close()
+
+
+@pytest.mark.parametrize("column", ["hyperparameters", "recipe", "tags", "error", "result_files"])
+@pytest.mark.parametrize("value", ["{", "7", "\ud800".encode("utf-8", "surrogatepass")], ids=repr)
+def test_a_damaged_row_of_a_finished_job_is_named_there_alone(
+    openai_client: openai.OpenAI, server: TrainingServer, column: str, value: str | bytes
+) -> None:
+    jobs = openai_client.fine_tuning.jobs
+    good, bad = (ended(openai_client, create(openai_client, metadata={"team": "a"})) for _ in range(2))
+    damage(server, "jobs", column, value, bad.id)
+    listed = {job.id: job for job in jobs.list()}
+    for shown in (listed[bad.id], jobs.retrieve(bad.id)):
+        assert shown.error is not None
+        assert (shown.status, shown.error.code) == ("succeeded", "job_damaged")
+        assert column in shown.error.message
+        assert shown.fine_tuned_model == bad.fine_tuned_model
+    assert listed[good.id] == good == jobs.retrieve(good.id)
+    found = [job.id for job in jobs.list(metadata={"team": "a"})]
+    assert found == [good.id] if column == "tags" else [bad.id, good.id]
+    with pytest.raises(openai.BadRequestError, match="succeeded"):
+        jobs.cancel(bad.id)
+
+
+def test_a_damaged_status_is_shown_as_it_is(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+    good, bad = (ended(openai_client, create(openai_client)) for _ in range(2))
+    damage(server, "jobs", "status", "succ", bad.id)
+    assert [job.status for job in openai_client.fine_tuning.jobs.list()] == ["succ", good.status]
+    assert ended(openai_client, create(openai_client)).status == "succeeded"  # other jobs still run
+
+
+def test_damaged_rows_of_files_and_events_are_shown(
+    openai_client: openai.OpenAI, server: TrainingServer
+) -> None:
+    job = ended(openai_client, create(openai_client))
+    events = openai_client.fine_tuning.jobs.list_events(job.id).data
+    damage(server, "events", "data", "{", events[0].id)
+    damage(server, "files", "unused_fields", "{", job.training_file)
+    again = openai_client.fine_tuning.jobs.list_events(job.id).data
+    assert [event.message for event in again] == [event.message for event in events]
+    assert openai_client.files.retrieve(job.training_file).id == job.training_file
+
+
 def test_filters_are_bounded(server: TrainingServer) -> None:
     jobs = f"{server.url}/v1/fine_tuning/jobs"
     filters = {f"metadata[{number}]": "x" for number in range(16)}
