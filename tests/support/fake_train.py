@@ -1,6 +1,7 @@
 """Stands in for ``manylora train``: takes its flags, writes its run folder, and does as the data says.
 
-The first row's question holds words: ``steps=5 sleep=0.02 every=2 die=3 fail kept crash stubborn``.
+The first row's question holds words: ``steps=5 sleep=0.02 every=2 die=3 wait=3 fail kept crash stubborn``.
+With ``wait=3`` the first attempt waits for a signal after step 3.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> int:
         return check(orders)
     checkpoints = run / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    first = not any(checkpoints.iterdir())
     done = max((int(path.name.rpartition("-")[2]) for path in checkpoints.iterdir()), default=0)
     with (run / "metrics.jsonl").open("a") as metrics:
 
@@ -69,6 +71,8 @@ def main() -> int:
                 (checkpoints / f"checkpoint-{step}").mkdir(exist_ok=True)
                 figures = {"loss": 1 / step, "accuracy": 0.25, "eval_loss": 0.5, "eval_accuracy": 0.75}
                 add_event("checkpoint", step=step, path=str(checkpoints / f"checkpoint-{step}"), **figures)
+            if first and orders.get("wait") == str(step):
+                signal.pause()
         add_event("eval", step=step, total_steps=total, loss=0.5, accuracy=0.75)
         if options.eval:
             add_event("evaluated", message="It is better.", exact_match=1.0, base_exact_match=0.0)
