@@ -1,4 +1,4 @@
-"""How a training process ended, from its exit code and what it wrote last."""
+"""Finds out how a training process ended, from its exit code and the files in its run folder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one attempt at a job.
+    """The end of one attempt at a job.
 
     Attributes:
-        kind: ``published``: an adapter is in the adapter folder; ``left``: it stopped on request, and
-            can go on; ``died``: killed by a signal; ``failed``: it would fail again.
-        code: OpenAI's machine-readable code of a failure.
+        kind: ``published``: the adapter is in the adapter folder; ``left``: the process stopped on request,
+            and the job can be resumed; ``died``: a signal killed the process; ``failed``: the job would fail
+            again.
+        code: the code of OpenAI's ``error`` of a job.
         message: a whole sentence.
-        trained_tokens: None if it did not say.
-        evaluation: the figures on the validation file, beside the base's; None without such a file.
+        trained_tokens: None if the process did not report it.
+        evaluation: the figures of adapter and base on the validation file; None without such a file.
     """
 
     kind: OutcomeKind
@@ -44,15 +45,16 @@ class Outcome:
             return "The job has successfully completed"
         if status == "failed":
             return f"Fine-tuning job failed: {self.message}"
-        what = "The job rests" if status == "paused" else "The job waits to go on"
-        return f"{self.message} {what} from its last checkpoint".lstrip()
+        what = "is paused" if status == "paused" else "is queued again"
+        return f"{self.message} The job {what} and will resume from its last checkpoint".lstrip()
 
 
 def outcome_of(folder: Path, code: int | None) -> Outcome:
-    """The end of the process that trained in ``folder``.
+    """The outcome of the process that trained in the run folder ``folder``.
 
     Args:
-        code: its exit code (negative: a signal); None if it was told to stop, or ended with its server.
+        code: the exit code (negative: a signal); None if the process was told to stop, or ended with its
+            server.
     """
     result = progress.read_result(folder)
     if result is not None and result.status in _RESULTS:
@@ -97,7 +99,7 @@ def _signal(number: int) -> str:
 
 
 def _last_words(folder: Path) -> str:
-    """The last line it printed, without the command's name in front."""
+    """The last line in the log, without the command's name at its start."""
     try:
         lines = (folder / LOG).read_text("utf-8", "replace").strip().splitlines()
     except OSError:

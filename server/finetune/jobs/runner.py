@@ -8,9 +8,7 @@ queues the others again. Those resume from their last checkpoint.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
-import shutil
 import threading
 import time
 from collections import Counter
@@ -19,49 +17,39 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
 
 from adapters.errors import ManyloraError
 from server.finetune.jobs import progress
-from server.finetune.jobs.database import Database, Job, JobEvent
+from server.finetune.jobs.database import Database, Job
 from server.finetune.jobs.errors import StorageFull
 from server.finetune.jobs.files import Files
+from server.finetune.jobs.finisher import Finisher, ModelPublisher
 from server.finetune.jobs.metrics import Totals
 from server.finetune.jobs.outcome import Outcome, outcome_of
 from server.finetune.jobs.process import Child, kill_orphan
-from server.finetune.jobs.store import add_event, count_jobs, fail_job, find_job, has_event
+from server.finetune.jobs.recorder import record_progress
+from server.finetune.jobs.store import add_event, count_jobs, fail_job, find_job
 
 logger = logging.getLogger("manylora.jobs")
 
 BUSY_INTERVAL = 0.25
-"""Seconds between two looks at running jobs; also how old an event is at most when clients see it."""
+"""Seconds between two polls while jobs run. Clients see an event at most this late."""
 IDLE_INTERVAL = 1.0
-"""The same while nothing runs: how soon a job is seen that another server was asked for."""
+"""Seconds between two polls while no job runs. A job that another server has queued starts this late."""
 FAILED_INTERVAL = 5.0
-"""The same after a failure (a full disk, say)."""
+"""Seconds until the next poll after a poll has failed, for example on a full disk."""
 PAUSE_GRACE_SECONDS = 60.0
-"""Seconds that a job has to reach a checkpoint when it is paused."""
+"""Seconds that a paused job has to reach a checkpoint."""
 CANCEL_GRACE_SECONDS = 5.0
+"""Seconds that the process of a cancelled job has to end."""
 STOP_GRACE_SECONDS = 15.0
-"""The same when the server ends."""
+"""Seconds that a job has to reach a checkpoint when the server stops."""
 MAX_FAILURES = 3
-"""At the third error of the system (a file that cannot be read, say) a running job has failed."""
-MAX_DEATHS = 3
-"""At the third death without a checkpoint in between a job has failed."""
-
-
-class ModelPublisher(Protocol):
-    """Where finished adapters are served; both methods block."""
-
-    def publish(self, name: str, job: str) -> None:
-        """Serve what ``job`` has put into the folder of ``name``, from now on. Raises AdapterError."""
-
-    def unpublish(self, name: str, job: str) -> None:
-        """Serve it no longer, and remove its folder; nothing is done if ``job`` has not made it."""
+"""A job fails at this many errors of the operating system, for example a file that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +57,9 @@ class RunnerConfig:
     """The runner's settings.
 
     Attributes:
-        folder: of the run folders, one a job.
-        max_jobs: most jobs that run at once.
-        base_names: names of the base that is served; jobs for others wait.
+        folder: the folder of the run folders, one for each job.
+        max_jobs: the largest number of jobs that run at once.
+        base_names: the names of the served base. Jobs for other bases wait.
         start_process: starts the process that trains a job in its run folder. Raises OSError.
     """
 
@@ -85,7 +73,7 @@ class Runner:
     """Runs queued jobs from ``start`` until ``begin_stop``.
 
     Attributes:
-        totals: of all jobs, as last seen.
+        totals: the totals of all jobs at the last poll.
     """
 
     def __init__(
@@ -93,8 +81,8 @@ class Runner:
     ) -> None:
         self._database = database
         self._files = files
-        self._models = models
         self._config = config
+        self._finisher = Finisher(database, files, models, config.folder)
         self._children: dict[str, Child] = {}
         self._failures: Counter[str] = Counter()
         self._lock: BinaryIO | None = None
@@ -104,20 +92,21 @@ class Runner:
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._config.folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """Look at the jobs now instead of at the next interval."""
+        """Poll now. Do not wait for the next interval."""
         self._wake.set()
 
     def begin_stop(self) -> None:
-        """Bring running jobs to a checkpoint and start no more; they are queued for the next server."""
+        """Stop running jobs at a checkpoint and start no others. They are queued for the next server."""
         self._stopping.set()
         self._wake.set()
 
     def join(self) -> None:
-        """Wait for that; no child is left afterwards."""
+        """Wait until the thread has stopped. Then no child process is left."""
         if self._thread.is_alive():
             self._thread.join()
 
@@ -130,7 +119,7 @@ class Runner:
             except Exception:
                 logger.exception("job runner failed; trying again")
                 if self._stopping.is_set():
-                    break  # the next server sets it right; the children end with this thread
+                    break  # the children die with this thread, and the next server recovers their jobs
                 self._stopping.wait(FAILED_INTERVAL)
             self._wake.wait(BUSY_INTERVAL if self._children else IDLE_INTERVAL)
             self._wake.clear()
@@ -155,7 +144,7 @@ class Runner:
             pass
 
     def _acquire_lock(self) -> bool:
-        """Whether this server runs the jobs: it holds the lock."""
+        """Whether this server holds the lock, so that it runs the jobs."""
         if self._lock is None and self._config.max_jobs > 0 and not self._stopping.is_set():
             self._lock = _try_lock(self._config.folder / ".lock")
             if self._lock is not None:
@@ -164,10 +153,10 @@ class Runner:
 
     @contextmanager
     def _isolated(self, job_id: str) -> Iterator[None]:
-        """Whatever fails in the block ends this one job, with the reason; the others are looked after.
+        """An error in the block ends this job and records the reason. The other jobs are not affected.
 
-        What may pass is raised, to be tried again: a full or busy disk for ever, other errors of the system
-        ``MAX_FAILURES`` times.
+        Errors that may pass are raised, and the next poll tries again: a full or busy disk without a limit,
+        other errors of the operating system ``MAX_FAILURES`` times.
         """
         try:
             yield
@@ -181,23 +170,23 @@ class Runner:
             child = self._children.pop(job_id, None)
             if child is not None:
                 child.kill()
-            outcome = Outcome("failed", "internal_error", f"The job cannot go on: {_error_text(error)}")
+            outcome = Outcome("failed", "internal_error", f"The job cannot continue: {_error_text(error)}")
             with self._database.write() as session:
                 fail_job(session, job_id, outcome.error())
 
     def _recover(self) -> None:
-        """End what others have left: a server that died, or a turn of ours that failed halfway."""
+        """Finish jobs whose process has no owner: a server has died, or a poll of ours has failed halfway."""
         with self._database.read() as session:
             unended = session.execute(select(Job.id, Job.child).where(Job.child.is_not(None))).all()
         for job_id, child in unended:
             if child is not None and job_id not in self._children:
                 with self._isolated(job_id):
                     kill_orphan(child)
-                    self._read_progress(job_id)
-                    self._finish(job_id, outcome_of(self._folder(job_id), code=None), seconds=0.0)
+                    record_progress(self._database, self._folder(job_id), job_id)
+                    self._finisher.finish(job_id, outcome_of(self._folder(job_id), code=None), seconds=0.0)
 
     def _start_next(self) -> bool:
-        """Begin the job that has waited longest; False if none waits."""
+        """Start the job that has waited longest. False if no job waits."""
         waiting = select(Job.id).where(
             Job.status == "queued", Job.child.is_(None), Job.model.in_(self._config.base_names)
         )
@@ -212,27 +201,25 @@ class Runner:
     def _start(self, job_id: str) -> None:
         with self._database.write() as session:
             job = find_job(session, job_id)
-            if job.status != "queued":  # a client was quicker
+            if job.status != "queued":  # a client has changed it in the meantime
                 return
             if job.error is not None:  # its row is damaged, so its recipe may be lost
                 fail_job(session, job_id, job.error)
                 return
-            add_event(
-                session, job, "Fine-tuning job goes on" if job.metrics_read else "Fine-tuning job started"
-            )
+            resumes = job.metrics_read > 0
+            add_event(session, job, "Fine-tuning job resumed" if resumes else "Fine-tuning job started")
             job.status, job.child = "running", ""
-        self._begin(job)
+        self._start_child(job)
 
-    def _begin(self, job: Job) -> None:
+    def _start_child(self, job: Job) -> None:
         folder = self._folder(job.id)
         try:
             folder.mkdir(exist_ok=True)
-            (folder / progress.RESULT).unlink(missing_ok=True)  # of an attempt that was interrupted
+            (folder / progress.RESULT).unlink(missing_ok=True)  # of an interrupted attempt
             child = self._config.start_process(job, folder)
-        except Exception as error:  # the disk, the processes, or a word that no process takes
-            self._finish(
-                job.id, Outcome("failed", "not_started", f"It could not start: {_error_text(error)}"), 0.0
-            )
+        except Exception as error:  # of the disk, of the process, or of an argument that no process accepts
+            outcome = Outcome("failed", "not_started", f"The job could not start: {_error_text(error)}")
+            self._finisher.finish(job.id, outcome, seconds=0.0)
             return
         self._children[job.id] = child
         with self._database.write() as session:
@@ -240,102 +227,19 @@ class Runner:
         logger.info("job started", extra={"fields": {"job": job.id, "model": job.fine_tuned_model}})
 
     def _poll_child(self, job_id: str, child: Child) -> None:
-        code = child.poll()  # before what it has written is read: so that nothing of it is missed
-        job = self._read_progress(job_id)
+        code = child.poll()  # before its metrics are read, so that none of them is missed
+        job = record_progress(self._database, self._folder(job_id), job_id)
         if code is not None:
             outcome = outcome_of(self._folder(job_id), None if child.stop_requested else code)
-            self._finish(job_id, outcome, time.monotonic() - child.started)
+            self._finisher.finish(job_id, outcome, time.monotonic() - child.started)
             del self._children[job_id]
         elif self._stopping.is_set():
             child.stop(STOP_GRACE_SECONDS)
         elif job.status != "running":
             child.stop(CANCEL_GRACE_SECONDS if job.status == "cancelled" else PAUSE_GRACE_SECONDS)
 
-    def _read_progress(self, job_id: str) -> Job:
-        """Turn what the child has written since the last look into events, each exactly once."""
-        with self._database.read() as session:
-            job = find_job(session, job_id)
-        while True:
-            lines, offset = progress.read_lines(self._folder(job_id), job.metrics_read)
-            if offset == job.metrics_read:
-                return job
-            with self._database.write() as session:
-                job = find_job(session, job_id)
-                job.metrics_read = offset
-                for line in lines:
-                    _add(session, job, line)
-
-    def _finish(self, job_id: str, outcome: Outcome, seconds: float) -> None:
-        """The child is gone: bring the model, the job and its files to what that means."""
-        with self._database.read() as session:
-            job = find_job(session, job_id)
-        if job.status != "cancelled" and outcome.kind == "published":
-            outcome = self._publish(job, outcome)
-        results = self._store_results(job, outcome) if job.status != "cancelled" else []
-        with self._database.write() as session:
-            job = find_job(session, job_id)
-            if job.status != "cancelled":
-                _apply_outcome(job, outcome, results)
-                add_event(
-                    session,
-                    job,
-                    outcome.event_message(job.status),
-                    "error" if job.status == "failed" else "info",
-                )
-                _clear_child(job, seconds)
-        if (
-            job.status == "cancelled"
-        ):  # perhaps only now: what was published is taken back, and then it is over
-            self._unpublish(job)
-            with self._database.write() as session:
-                _clear_child(find_job(session, job_id), seconds)
-        if job.status in ("succeeded", "cancelled"):
-            self._remove_large_files(job_id)
-        fields = {"job": job_id, "status": job.status, "reason": outcome.message}
-        logger.info("job process ended", extra={"fields": fields})
-
-    def _publish(self, job: Job, outcome: Outcome) -> Outcome:
-        try:
-            self._models.publish(job.fine_tuned_model, job.id)
-        except ManyloraError as error:
-            self._unpublish(job)
-            return Outcome("failed", "adapter_refused", f"The adapter cannot be served: {error}")
-        return outcome
-
-    def _unpublish(self, job: Job) -> None:
-        """Undo what the child may have published."""
-        self._models.unpublish(job.fine_tuned_model, job.id)
-
-    def _store_results(self, job: Job, outcome: Outcome) -> list[str]:
-        """OpenAI's result file, the metrics of every step as CSV; and how it did on the validation file."""
-        results = []
-        if outcome.kind == "published":
-            with self._database.read() as session:
-                wanted = select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.kind == "metrics")
-                events = session.scalars(wanted.order_by(JobEvent.seq)).all()
-            results.append(self._files.add_results("step_metrics.csv", progress.as_csv(events)).id)
-        if outcome.evaluation is not None:
-            text = json.dumps(outcome.evaluation, indent=2)
-            results.append(self._files.add_results("evaluation.json", text).id)
-        return results
-
-    def _remove_large_files(self, job_id: str) -> None:
-        """Nobody goes on from here: what is large can go."""
-        for name in ("checkpoints", "adapter"):
-            shutil.rmtree(self._folder(job_id) / name, ignore_errors=True)
-
     def _folder(self, job_id: str) -> Path:
         return self._config.folder / job_id
-
-
-def _add(session: Session, job: Job, line: progress.MetricsLine) -> None:
-    event = line.as_event(job.id)
-    if line.event != "warning" or not has_event(session, job.id, event.message):  # when the job was made
-        session.add(event)
-    if line.event == "checkpoint":
-        job.deaths = 0  # what was saved is not lost by dying
-    if job.status == "running":
-        job.estimated_finish = line.estimated_finish() or job.estimated_finish
 
 
 def _error_text(error: Exception) -> str:
@@ -344,28 +248,8 @@ def _error_text(error: Exception) -> str:
     return text.encode("ascii", "backslashreplace").decode()[:1000].rstrip(".") + "."
 
 
-def _apply_outcome(job: Job, outcome: Outcome, results: list[str]) -> None:
-    job.deaths += outcome.kind == "died"
-    job.result_files = results
-    if outcome.kind == "published":
-        job.status, job.error = "succeeded", None
-        job.trained_tokens = outcome.trained_tokens
-    elif outcome.kind == "failed" or job.deaths >= MAX_DEATHS:
-        job.status, job.error = "failed", outcome.error()
-    else:
-        job.status = "queued" if job.status == "running" else job.status
-        return
-    job.finished_at = time.time()
-
-
-def _clear_child(job: Job, seconds: float) -> None:
-    job.child = None
-    job.seconds += seconds
-    job.estimated_finish = None
-
-
 def _try_lock(path: Path) -> BinaryIO | None:
-    """The lock file, held until it is closed; None if another process holds it."""
+    """The lock file. The lock is held until the file is closed. None if another process holds it."""
     file = path.open("wb")
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from adapters.paths import folder_name
 from server.finetune.jobs import runner
 from server.finetune.jobs.database import Job
+from server.finetune.jobs.finisher import MAX_DEATHS
 from server.finetune.jobs.process import Child
-from server.finetune.jobs.runner import MAX_DEATHS
 from server.finetune.jobs.store import JobRequest, find_job
 from tests.server.finetune.jobs.room import Room
 from tests.support.waiting import wait_until
@@ -139,7 +139,7 @@ def test_pause_and_resume(room: Room) -> None:
     room.wait(job, "paused")
     assert not is_alive(pid)
     assert set(room.steps(job)) <= {1, 2, 3}
-    assert room.messages(job)[-1] == "The job rests from its last checkpoint"
+    assert room.messages(job)[-1] == "The job is paused and will resume from its last checkpoint"
     assert room.jobs.resume(job.id).status == "queued"
     room.wait(job, "succeeded")
     assert set(room.steps(job)) == set(range(1, 21))
@@ -304,7 +304,7 @@ def test_what_no_process_can_be_told_ends_the_job(room: Room, recipe: dict[str, 
     failed = room.wait(bad, "failed")
     assert failed.error is not None
     assert failed.error["code"] == "not_started"
-    assert failed.error["message"].startswith("It could not start: ")
+    assert failed.error["message"].startswith("The job could not start: ")
     room.wait(good, "succeeded")
 
 
