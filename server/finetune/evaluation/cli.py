@@ -1,4 +1,4 @@
-"""``manylora eval``: an adapter, published or not, beside the base on held-out rows."""
+"""``manylora eval`` compares an adapter, published or not, with the base on held-out rows."""
 
 from __future__ import annotations
 
@@ -13,45 +13,26 @@ from adapters.errors import AdapterNameInvalid, AdapterNotFound
 from adapters.paths import folder_name, resolve_under
 from server.config import ServerConfig
 from server.config.shared_options import add_served, served_config
+from server.finetune.subcommand import BASE_OPTIONS, add_subcommand
 
 if TYPE_CHECKING:
-    # argparse's sub-parsers have no public type
-    SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
     from server.finetune.evaluation.result import Answers
+    from server.finetune.subcommand import SubParsers
 
 _DESCRIPTION = """\
-Measure an adapter beside the base on held-out rows, both in the same batches of the serving engine.
+Measure an adapter and the base on held-out rows, both in the same batches of the serving engine.
 
 loss         mean negative log-likelihood of the assistant's tokens, encoded as in training
-exact match  share of the rows with a short reference (at most 16 words) that the greedy answer equals but for
-             white space around it
-token F1     their mean word overlap, as SQuAD counts it
+exact match  share of the rows with a short reference (at most 16 words) whose greedy answer equals it, apart
+             from white space at both ends
+token F1     mean word overlap on the same rows, as SQuAD counts it
 """
-_SHARED = (
-    "--home",
-    "--base",
-    "--quantization",
-    "--head-quantization",
-    "--allow-special-tokens",
-    "--device",
-    "--adapter-dir",
-    "--ignore-adapter-templates",
-    "--kv-cache-memory",
-    "--gpu-memory-utilization",
-    "--threads",
-)
+_SHARED = (*BASE_OPTIONS, "--kv-cache-memory", "--gpu-memory-utilization", "--threads")
 
 
 def add_parser(commands: SubParsers) -> None:
-    """Add the command ``eval``; nothing heavy is imported before it runs."""
-    parser = commands.add_parser(
-        "eval",
-        help="measure an adapter on held-out rows",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Add the command ``eval``. Heavy modules are imported only when it runs."""
+    parser = add_subcommand(commands, "eval", "measure an adapter on held-out rows", _DESCRIPTION)
     parser.add_argument(
         "--adapter",
         required=True,
@@ -59,15 +40,22 @@ def add_parser(commands: SubParsers) -> None:
         help="a name in the adapter folder, or any PEFT folder",
     )
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="FILE", help="rows as manylora train takes"
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="held-out rows, in the formats of manylora train",
     )
     parser.add_argument(
-        "--replaces", metavar="NAME|DIR", help="measure a third: the version that the adapter would replace"
+        "--replaces", metavar="NAME|DIR", help="also measure the version that the adapter would replace"
     )
     parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="write every short row's answers as JSONL"
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="write the answers to rows with a short reference as JSONL",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_served(parser, _SHARED)
     parser.set_defaults(run=run)
 
@@ -78,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     adapter = find_adapter(arguments.adapter, config)
     replaced = find_adapter(arguments.replaces, config) if arguments.replaces else None
     from adapters.training.dataset import read_dataset
-    from server.finetune.evaluation.evaluate import evaluate  # only now: it brings torch
+    from server.finetune.evaluation.evaluate import evaluate  # imports torch
     from server.finetune.evaluation.gate import decide
     from server.finetune.evaluation.table import table
 
@@ -94,19 +82,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def find_adapter(wanted: str, config: ServerConfig) -> Path:
-    """The folder of that name in the adapter folder, or else the folder at that path.
+    """The adapter ``wanted`` in the adapter folder, otherwise the folder at the path ``wanted``.
 
     Raises:
-        AdapterNotFound: there is neither.
+        AdapterNotFound: neither exists.
     """
-    with suppress(AdapterNameInvalid):  # then it can only be a path
+    with suppress(AdapterNameInvalid):  # then it is a path
         named = resolve_under(config.adapters.folder, folder_name(wanted))
         if named.is_dir():
             return named
     if Path(wanted).is_dir():
         return Path(wanted)
     raise AdapterNotFound(
-        f"{wanted!r:.200} is neither an adapter in {config.adapters.folder} nor a folder; name one of them."
+        f"{wanted!r:.200} is neither an adapter in {config.adapters.folder} nor a folder; give one of them."
     )
 
 

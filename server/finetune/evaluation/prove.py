@@ -1,7 +1,7 @@
-"""``manylora bench quality``: train every sample by the real command, then measure it through the engine.
+"""``manylora bench quality`` trains every sample with ``manylora train``, then evaluates it in the engine.
 
-For each task of ``adapters/samples``: ``manylora train`` in a process of its own, on its training rows alone;
-then base and adapter on the held-out rows. What is printed is what this machine did just now.
+Each task of ``adapters/samples`` is trained in a separate process on its training rows. Then base and adapter
+are evaluated on its held-out rows. All printed figures are measured in this run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from server.finetune.evaluation.errors import EvaluationFailed
 
 if TYPE_CHECKING:
     from server.finetune.evaluation.result import Evaluation
+    from server.finetune.subcommand import SubParsers
 
 _HEADINGS = (
     *("task", "rows trained", "rows held out", "exact match base", "adapter", "token F1 base", "adapter"),
@@ -31,11 +32,11 @@ _HEADINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One task's figures.
+    """The figures of one task.
 
     Attributes:
-        metrics: what the training command wrote of itself (``result.json``).
-        seconds: wall clock of the whole command, from its start to the finished adapter.
+        metrics: the metrics of the training command (``result.json``).
+        seconds: wall-clock time of the whole command.
     """
 
     task: str
@@ -45,7 +46,7 @@ class Proof:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens passed through the model in training, over the time spent training."""
+        """Tokens of all epochs, divided by the seconds of training."""
         return float(self.metrics["tokens"] * self.metrics["epochs"] / self.metrics["seconds"])
 
     def as_json(self) -> dict[str, Any]:
@@ -59,24 +60,24 @@ class Proof:
         }
 
 
-def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(kinds: SubParsers) -> None:
     """Add the kind ``quality`` to ``manylora bench``."""
-    quality = kinds.add_parser("quality", help="train the samples and measure them", description=__doc__)
+    quality = kinds.add_parser("quality", help="train the samples and evaluate them", description=__doc__)
     quality.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(RECIPES)} (default: all)")
     quality.add_argument(
         "--home", type=Path, default=Path(".manylora"), metavar="DIR", help="(default: %(default)s)"
     )
-    quality.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the adapters there")
-    quality.add_argument("--threads", type=int, metavar="N", help="(default: as many as there are CPUs)")
-    quality.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    quality.add_argument("--output-dir", type=Path, metavar="DIR", help="keep the adapters in DIR")
+    quality.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each CPU)")
+    quality.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     quality.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, measure and print, one task after the other."""
+    """Train and evaluate one task after the other, and print the table."""
     unknown = sorted(set(arguments.tasks) - RECIPES.keys())
     if unknown:
-        raise EvaluationFailed(f"There is no sample {unknown[0]!r}; there are {', '.join(RECIPES)}.")
+        raise EvaluationFailed(f"There is no sample {unknown[0]!r}; choose from {', '.join(RECIPES)}.")
     with tempfile.TemporaryDirectory() as scratch:
         kept = arguments.output_dir or Path(scratch) / "adapters"
         proofs = [
@@ -90,13 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def prove(task: str, home: Path, output_dir: Path, run_dir: Path, threads: int | None = None) -> Proof:
-    """Train ``task`` into ``output_dir`` and evaluate what came of it.
+    """Train ``task`` into ``output_dir`` and evaluate the adapter.
 
     Raises:
-        EvaluationFailed: the training command did not end well; its own message is on stderr.
+        EvaluationFailed: the training command failed. Its message is on stderr.
     """
     from adapters.training.dataset import read_dataset
-    from server.finetune.evaluation.evaluate import evaluate_adapter  # only now: it brings torch
+    from server.finetune.evaluation.evaluate import evaluate_adapter  # imports torch
 
     training, held_out = data_of(task)
     words = [
@@ -115,7 +116,7 @@ def prove(task: str, home: Path, output_dir: Path, run_dir: Path, threads: int |
     began = time.monotonic()
     command = [sys.executable, "-m", "server.cli", "train", *map(str, words), *RECIPES[task]]
     if subprocess.run(command, check=False).returncode:
-        raise EvaluationFailed(f"Training {task} failed; its own message is above.")
+        raise EvaluationFailed(f"Training {task} failed; its message is above.")
     seconds = time.monotonic() - began
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     rows = read_dataset(held_out)
@@ -126,7 +127,7 @@ def prove(task: str, home: Path, output_dir: Path, run_dir: Path, threads: int |
 
 
 def markdown(proofs: Iterable[Proof]) -> str:
-    """The table, as a README takes it."""
+    """The figures as a Markdown table."""
     rows: list[Sequence[str]] = [_HEADINGS, ["---", *["---:"] * (len(_HEADINGS) - 1)]]
     rows += [_cells(proof) for proof in proofs]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -29,7 +29,7 @@ def test_every_sample_has_its_data() -> None:
 
 def test_an_unknown_sample_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "quality", "privateer"]) == 1
-    assert "There is no sample 'privateer'; there are pirate," in capsys.readouterr().err
+    assert "There is no sample 'privateer'; choose from pirate," in capsys.readouterr().err
 
 
 @pytest.mark.slow
