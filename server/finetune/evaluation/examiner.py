@@ -1,8 +1,7 @@
-"""Asks an engine all held-out rows for every model at once, and marks what comes back.
+"""Sends all held-out rows for all models to an engine, and scores the results.
 
-Each model is asked through its own chat template, as it is served. Passages are read for the
-log-probabilities of their learnt tokens, questions are answered greedily. The models' requests mix in the
-engine's batches as tenants' do.
+Each model uses its own chat template, as in serving. Passages give the log-probabilities of their learnt
+tokens. Questions are answered greedily. The requests of all models share the engine's batches, as in serving.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from server.finetune.evaluation.result import Answers, Evaluation, Model, Scores
 from server.finetune.evaluation.scoring import PromptScorer
 
 Sampled = dict[str, list[int]]
-"""By request id, the sampled tokens."""
+"""The sampled tokens by request id."""
 
 Tick = Callable[[int, int], object]
-"""Told how many requests are done, and of how many."""
+"""Called with the number of requests that are done, and the number of all requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +43,16 @@ class Cases:
 
 
 class Examiner:
-    """Uses ``parts`` for one examination; they serve nobody else meanwhile.
+    """Runs one evaluation. ``parts`` must not serve other requests.
 
     Args:
-        parts: an engine without a prefix cache, which would hide tokens.
-        folders: the adapters to examine beside the base, by what the result calls them.
-        progress: a bar on stderr.
-        tick: called in every step.
+        parts: an engine without a prefix cache. Tokens from the cache would not be scored.
+        folders: the adapters to compare with the base, by their names in the result.
+        progress: show a bar on stderr.
+        tick: called after every step.
 
     Raises:
-        AdapterError: a folder is no adapter of this base that can be served.
+        AdapterError: a folder is not an adapter of this base that can be served.
     """
 
     def __init__(
@@ -77,7 +76,12 @@ class Examiner:
         }
 
     def examine(self, data: Dataset) -> Evaluation:
-        """Raises EvaluationFailed or TrainingError: a row cannot be asked, or did not come to an end."""
+        """Evaluate all models on all rows.
+
+        Raises:
+            EvaluationFailed: a question does not fit into the context, or the engine could not finish a row.
+            TrainingError: rows cannot be encoded as in training.
+        """
         began = time.monotonic()
         tokenizer, max_model_len = self._parts.tokenizer, self._parts.info.max_model_len
         cases = {
@@ -106,7 +110,7 @@ class Examiner:
         )
 
     def _ask(self, asked: Mapping[Model, Cases]) -> tuple[PromptScorer, Sampled]:
-        """Run all requests of all models to their end."""
+        """Run all requests of all models until they have ended."""
         targets = {
             _passage_id(model, i): passage.targets
             for model in self._versions
@@ -120,7 +124,7 @@ class Examiner:
             for i, question in enumerate(asked[model].questions):
                 self._add(model, _question_id(model, i), question.prompt, question.max_tokens, sampled)
         done = 0
-        hidden = None if self._progress else True  # None: without a terminal
+        hidden = None if self._progress else True  # None = hidden without a terminal
         with tqdm(total=len(sampled), desc="Evaluating", unit="request", disable=hidden) as bar:
             while self._engine.busy:
                 self._step(sampled)
