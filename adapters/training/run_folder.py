@@ -178,11 +178,16 @@ class RunFolder:
 def sync_folder(folder: Path) -> None:
     """Wait until the folder's files are on disk, so that a rename is never visible before them."""
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes or a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _differs(value: Any, known: dict[str, Any], key: str) -> bool:

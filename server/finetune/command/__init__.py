@@ -1,1 +1,1 @@
-"""``manylora train``: data in, a published adapter out. Training itself is ``adapters.training``."""
+"""``manylora train`` trains, evaluates and publishes an adapter. ``adapters.training`` does the training."""

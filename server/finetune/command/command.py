@@ -1,4 +1,4 @@
-"""What ``manylora train`` does, step by step, and how each end of it is told to whoever looks at the run."""
+"""The steps of ``manylora train``: train, evaluate, publish, and write ``result.json`` at every end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapters.training.run_folder import EventKind
 from adapters.training.stop import on_signals
 from server.config import ServerConfig
 from server.finetune.command.config import check_adapter_name, serving_of, train_config
-from server.finetune.command.errors import ASKED_WRONGLY, say, tell
+from server.finetune.command.errors import USER_ERRORS, report_error, say
 from server.finetune.command.provenance import Producer, Provenance
 from server.finetune.command.publish import publish
 from server.finetune.evaluation.evaluate import evaluate_adapter
@@ -33,7 +33,7 @@ _ENDED = ("published", "kept")
 
 
 class Command:
-    """One call of the command."""
+    """One run of the command."""
 
     def __init__(self, arguments: argparse.Namespace, server: ServerConfig) -> None:
         self._arguments, self._server = arguments, server
@@ -41,13 +41,13 @@ class Command:
         self._is_main = int(os.environ.get("RANK", "0")) == 0
 
     def run(self) -> int:
-        """The exit code."""
+        """Run the command. Returns the exit code."""
         stop = Stop()
         try:
             with on_signals(stop):
                 return self._run(stop)
-        except ASKED_WRONGLY as error:
-            return tell(error)
+        except USER_ERRORS as error:
+            return report_error(error)
         except KeyboardInterrupt:
             return STOPPED
 
@@ -58,12 +58,12 @@ class Command:
         try:
             known = run.read("result.json")
             if known is not None and known["status"] in _ENDED:
-                say(f"This run has ended already: {known['status']}, {known['path']}.")
+                say(f"This run has already ended: {known['status']}, {known['path']}.")
                 return DONE
             (run.path / "result.json").unlink(missing_ok=True)
             return self._train(config, run, stop)
         except KeyboardInterrupt:
-            self._end(run, "interrupted", reason="It was interrupted.")
+            self._end(run, "interrupted", reason="The run was interrupted.")
             raise
         except Exception as error:
             self._end(run, "failed", reason=str(error), error_type=type(error).__name__)
@@ -77,14 +77,14 @@ class Command:
             return DONE
         if trained.folder is None:
             last = run.last_checkpoint()
-            self._end(run, "interrupted", trained, reason=f"Its last checkpoint is {last}.")
-            say(f"Stopped; its last checkpoint is {last}. Go on with --resume --run-dir {run.path}.")
+            self._end(run, "interrupted", trained, reason=f"The last checkpoint is {last}.")
+            say(f"Stopped. The last checkpoint is {last}. Continue with --resume --run-dir {run.path}.")
             return STOPPED
-        release_memory()  # the model that was trained: the engine brings its own
+        release_memory()  # of the trained model; the evaluation loads another
         evaluation, better, reason = self._evaluate(config, run, trained.folder)
         if self._arguments.require_improvement and not better:
             self._end(run, "kept", trained, path=trained.folder, reason=reason, evaluation=evaluation)
-            say(f"Not published, but kept in {trained.folder}. {reason}")
+            say(f"The adapter was not published. It is in {trained.folder}. {reason}")
             return DONE
         path = self._publish(trained.folder)
         self._end(run, "published", trained, path=path, evaluation=evaluation)
@@ -99,12 +99,12 @@ class Command:
     def _evaluate(
         self, config: TrainConfig, run: RunFolder, folder: Path
     ) -> tuple[dict[str, Any] | None, bool, str | None]:
-        """Through the serving engine: the figures, whether they are better, and why."""
+        """Evaluate through the serving engine. Returns the figures, whether to publish, and the reason."""
         if config.eval_data is None:
             return None, True, None
         data = read_dataset(config.eval_data)
         replaced = self._output_dir / folder_name(self._arguments.name)
-        self._tell(run, "evaluating", f"Evaluating {len(data.rows)} rows through the serving engine.")
+        self._report(run, "evaluating", f"Evaluating {len(data.rows)} rows through the serving engine.")
         evaluation = evaluate_adapter(
             config.base,
             config.home,
@@ -126,27 +126,27 @@ class Command:
         return evaluation.as_json(), decision.publish, decision.reason
 
     def _ticking(self, run: RunFolder) -> Tick:
-        """Tells of the evaluation now and then."""
+        """A function that reports the progress of the evaluation from time to time."""
         pace = Pace()
 
         def tick(done: int, total: int) -> None:
             if pace.is_due():
-                self._tell(run, "evaluating", f"Evaluating: {done} of {total} requests are done.")
+                self._report(run, "evaluating", f"Evaluating: {done} of {total} requests are done.")
 
         return tick
 
-    def _tell(self, run: RunFolder, kind: EventKind, message: str) -> None:
-        """To whoever follows the events, and on stderr where no bar tells it."""
+    def _report(self, run: RunFolder, kind: EventKind, message: str) -> None:
+        """Add an event to the run. Print it on stderr if there is no progress bar."""
         run.event(kind, message=message)
         if not sys.stderr.isatty():
             say(message)
 
     def _run_dir(self) -> Path:
-        """Where the run is: as told, or the latest of that name to be resumed, or a new one."""
+        """The run folder: --run-dir, or the latest of that name to resume, or a new one."""
         if self._arguments.run_dir is not None:
             return Path(self._arguments.run_dir)
         if "WORLD_SIZE" in os.environ:
-            raise RecipeInvalid("Several processes that train together need --run-dir, to share one folder.")
+            raise RecipeInvalid("Several processes that train together need --run-dir to share one folder.")
         root, name = self._server.home / "training", folder_name(self._arguments.name)
         if self._arguments.resume and (earlier := sorted(root.glob(f"{name}-*Z"))):
             return earlier[-1]
@@ -164,5 +164,5 @@ class Command:
         }
         try:
             run.write("result.json", result | fields)
-        except OSError as error:  # a full disk: the exit code and the message must do
+        except OSError as error:  # for example a full disk; the exit code still shows the result
             say(f"result.json cannot be written ({error.strerror}).")

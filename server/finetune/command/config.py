@@ -1,4 +1,4 @@
-"""What was asked for on the command line, as training takes it."""
+"""Converts the command line of ``manylora train`` to the config of training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train_config(arguments: argparse.Namespace, server: ServerConfig) -> TrainCo
 def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> None:
     """Raises AdapterNameInvalid.
 
-    The names of the base are for the server to check if it asks: it may have others for it.
+    A server that starts a job has checked the names of the base, because it may serve the base under others.
     """
     name = check_name(arguments.name)
     if arguments.job is None and name == name_of(server.model.name):
@@ -41,6 +41,6 @@ def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> N
 
 
 def serving_of(server: ServerConfig) -> Serving:
-    """What the server allows that is to serve the adapter."""
+    """The limits of the server that will serve the adapter."""
     adapters = server.adapters
     return Serving(Limits(adapters.max_lora_rank, adapters.max_bytes), adapters.extra_memory, is_short)

@@ -1,4 +1,4 @@
-"""How ``manylora train`` says what is wrong with what it was asked for."""
+"""Prints the errors of ``manylora train`` in its options and data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from adapters.errors import (
 )
 
 WRONG = 2
-"""The exit code."""
-ASKED_WRONGLY = (AdapterNameInvalid, DatasetInvalid, RecipeInvalid, RunFolderInvalid)
+"""The exit code for wrong options or data."""
+USER_ERRORS = (AdapterNameInvalid, DatasetInvalid, RecipeInvalid, RunFolderInvalid)
+"""Errors that the user can correct in the options or the data."""
 
 
-def tell(error: ManyloraError) -> int:
-    """Every bad row on a line of its own, once, then the error; the exit code."""
+def report_error(error: ManyloraError) -> int:
+    """Print one line for every bad row, then the error. Returns the exit code."""
     for problem in getattr(error, "problems", ()):
         say(f"line {problem.line} {problem.reason}")
     say(f"manylora train: {error.summary if isinstance(error, DatasetInvalid) else error}")
@@ -26,5 +27,5 @@ def tell(error: ManyloraError) -> int:
 
 
 def say(text: str) -> None:
-    """To people."""
+    """Print on stderr, because stdout is for results."""
     print(text, file=sys.stderr)

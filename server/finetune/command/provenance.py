@@ -1,8 +1,8 @@
-"""Who made an adapter's folder: a fine-tuning job leaves a mark in it; any other folder is the operator's.
+"""Records which adapter folders were made by fine-tuning jobs. All other folders are the operator's.
 
-The mark names the job, the state folder whose job that is, the adapter, and the digests of its files. So a
-folder that was edited, renamed, or copied from another server is the operator's again. Clients may replace
-and delete what jobs have made, and nothing else.
+A job writes a mark into the folder. The mark names the job, its state folder, the adapter, and the digests of
+the adapter's files. So a folder that was edited, renamed, or copied from another server counts as the
+operator's. Clients may replace and delete only folders of jobs.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _ID = "id"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Of one state folder: ``home``. Every method blocks."""
+    """The marks of the jobs of the state folder ``home``. Every method blocks."""
 
     home: Path
 
     def mark(self, folder: Path, name: str, job: str) -> None:
-        """Write down that ``job`` has made ``folder``, which will be the adapter ``name``'s."""
+        """Write the mark: ``job`` made ``folder`` for the adapter ``name``."""
         mark = {"job": job, "state": self._id(), "name": name, "sha256": _digests(folder)}
         (folder / MARK).write_text(json.dumps(mark, indent=2) + "\n")
 
     def job_of(self, folder: Path, name: str) -> str | None:
-        """The job of this state folder that has made the adapter ``name`` in ``folder``; None = nobody's."""
+        """The job of this state folder that made ``folder`` for the adapter ``name``; None if none did."""
         mark = _read_mark(folder)
         job = mark.get("job")
         wanted = {"state": self._id(), "name": name, "sha256": _digests(folder)}
@@ -43,14 +43,14 @@ class Provenance:
         return str(job) if is_ours else None
 
     def _id(self) -> str:
-        """The state folder's own, made when it is first asked for."""
+        """The id of the state folder, which the first call creates."""
         path = self.home / _ID
         with suppress(FileNotFoundError):
             return path.read_text()
         fresh = path.with_name(f".{_ID}-{secrets.token_hex(8)}")
         fresh.write_text(secrets.token_hex(16))
         try:
-            with suppress(FileExistsError):  # another process was quicker
+            with suppress(FileExistsError):  # another process created it first
                 os.link(fresh, path)
         finally:
             fresh.unlink()
@@ -59,18 +59,18 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Producer:
-    """The job that makes a folder."""
+    """The job that made a folder."""
 
     provenance: Provenance
     job: str
 
     def mark(self, folder: Path, name: str) -> None:
-        """Write it down in ``folder``, which will be the adapter ``name``'s."""
+        """Write the job's mark into ``folder``, for the adapter ``name``."""
         self.provenance.mark(folder, name, self.job)
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Of the adapter's files, as far as they are there."""
+    """The digests of those files of the adapter that exist."""
     digests = {}
     for name in _FILES:
         with suppress(OSError), _open(folder / name) as file:
@@ -88,9 +88,9 @@ def _read_mark(folder: Path) -> dict[str, object]:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    """A regular file; raises OSError for anything else, at once."""
+    """Open a regular file. Raises OSError for anything else, without blocking."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
     return open(descriptor, "rb")

@@ -1,7 +1,7 @@
-"""Putting a finished adapter where a server looks: whole, at once, in the place of an old one.
+"""Publishes a finished adapter in the adapter folder. It may replace an old version. Both are atomic.
 
-It is copied beside its place under a name that the watcher passes over, and moved there by one rename. An old
-version is exchanged with it in one system call, so that no look ever finds the name without a folder.
+The folder is copied under a name that the watcher ignores and is then renamed. An old version is exchanged
+with it in one system call, so that the name always has a folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adapters.errors import AdapterExists
 from adapters.paths import check_name, folder_name
-from adapters.training.run_folder import sync_folder
+from adapters.training.run_folder import sync, sync_folder
 from server.finetune.command.provenance import Producer
 
 _AT_FDCWD = -100
@@ -24,24 +24,25 @@ _RENAME_EXCHANGE = 2
 
 
 def publish(folder: Path, output_dir: Path, name: str, by: Producer | None = None) -> Path:
-    """Copy ``folder`` to the place of the adapter ``name`` in ``output_dir``.
+    """Copy ``folder`` to the folder of the adapter ``name`` in ``output_dir``. Returns the path.
 
-    ``by`` is the fine-tuning job whose result it is, if it is one's: such replace other jobs' results alone.
+    Args:
+        by: the job that made the adapter; None = the operator did. A job replaces only adapters of jobs.
 
     Raises:
         AdapterNameInvalid: the name is not allowed.
-        AdapterExists: something that is no folder has the name, or a folder that no job has made.
+        AdapterExists: the name belongs to something that is not a folder, or to a folder that no job made.
     """
     target = output_dir / folder_name(check_name(name))
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise AdapterExists(
-            f"{name!r} is taken by something that is no folder; remove it, or choose another."
+            f"{name!r} is taken by something that is not a folder; remove it, or choose another name."
         )
     if target.exists() and not _may_replace(target, name, by):
         raise _not_ours(name)
     output_dir.mkdir(parents=True, exist_ok=True)
     staged = output_dir / f".{target.name}.tmp"
-    shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(staged, ignore_errors=True)  # left by a process that was killed
     try:
         shutil.copytree(folder, staged)
         if by is not None:
@@ -49,9 +50,9 @@ def publish(folder: Path, output_dir: Path, name: str, by: Producer | None = Non
         sync_folder(staged)
         if not _move(staged, target, partial(_may_replace, name=name, by=by)):
             raise _not_ours(name)
-        _sync(output_dir)
+        sync(output_dir)
     finally:
-        shutil.rmtree(staged, ignore_errors=True)  # the old version, or what an error left
+        shutil.rmtree(staged, ignore_errors=True)  # the old version, or a partial copy after an error
     return target
 
 
@@ -61,13 +62,13 @@ def _may_replace(folder: Path, name: str, by: Producer | None) -> bool:
 
 def _not_ours(name: str) -> AdapterExists:
     return AdapterExists(
-        f"{name!r} is taken by a folder that no fine-tuning job has made, which is left as it is; choose "
-        "another name, or remove that folder from the adapter folder."
+        f"{name!r} is taken by a folder that no fine-tuning job has made; choose another name, or remove "
+        "that folder from the adapter folder."
     )
 
 
 def _move(staged: Path, target: Path, may_replace: Callable[[Path], bool]) -> bool:
-    """False, and nothing has changed, if what came to the place meanwhile may not be replaced."""
+    """Move ``staged`` to ``target``. False, without a change, if it may not replace what is there now."""
     if not target.exists() and _rename(staged, target, _RENAME_NOREPLACE):
         return True
     if _rename(staged, target, _RENAME_EXCHANGE):
@@ -86,17 +87,9 @@ def _move(staged: Path, target: Path, may_replace: Callable[[Path], bool]) -> bo
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:
-    """``renameat2`` in one system call; False where the system or its disk cannot, or something is there."""
+    """Calls ``renameat2``. False if the system or the disk does not support it, or if ``other`` exists."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
         return False
     return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Evaluation: an adapter beside the base on held-out rows, through the serving engine. Knows no HTTP.
+"""Evaluation: compares an adapter with the base on held-out rows, in the serving engine. Knows no HTTP.
 
-``metrics.py`` and ``gate.py`` are numbers and sentences alone; ``evaluate.py`` brings the engine.
+``metrics.py`` and ``gate.py`` import neither torch nor the engine; ``evaluate.py`` does.
 """

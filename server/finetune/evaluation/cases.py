@@ -1,4 +1,4 @@
-"""Held-out rows as the engine takes them: passages whose tokens are scored, and questions to answer."""
+"""Converts held-out rows to requests: passages, whose tokens are scored, and questions with an answer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ANSWER_TO_REFERENCE = 2
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A conversation up to its last learnt token, which is not in it.
+    """A conversation without its last learnt token and what follows it.
 
     Attributes:
-        targets: the learnt tokens, each by the position before it.
+        targets: the learnt tokens, by the position before each.
     """
 
     tokens: tuple[int, ...]
@@ -32,11 +32,11 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt whose greedy answer is held against a short reference.
+    """A prompt whose greedy answer is compared with a short reference.
 
     Attributes:
-        line: of the row in its file.
-        max_tokens: where the answer is cut; far beyond the reference, so that only wrong ones are.
+        line: the line of the row in its file.
+        max_tokens: the longest answer. It is much longer than the reference, so that only wrong ones are cut.
     """
 
     line: int
@@ -46,10 +46,10 @@ class Question:
 
 
 def make_passages(data: Dataset, chat_format: ChatFormat, max_model_len: int) -> list[Passage]:
-    """All rows, encoded as training encodes them, and cut at ``max_model_len`` tokens as it would.
+    """All rows, encoded as in training and cut at ``max_model_len`` tokens.
 
     Raises:
-        TrainingError: rows that the chat template refuses, or none of whose answers fit.
+        TrainingError: the chat template refuses rows, or no answer of a row fits.
     """
     encoded = encode_dataset(data, chat_format.renderer, chat_format.eos, max_model_len)
     return [_passage(example) for example in encoded.examples]
@@ -64,7 +64,7 @@ def _passage(example: Example) -> Passage:
 def make_questions(
     rows: Sequence[Row], tokenizer: Tokenizer, chat_format: ChatFormat, max_model_len: int
 ) -> list[Question]:
-    """The last question of every row whose last reference is short, and is learnt.
+    """The last question of every row whose last reference is short and learnt.
 
     Raises:
         EvaluationFailed: a question leaves no room for an answer in ``max_model_len`` tokens, or the base has
@@ -81,8 +81,8 @@ def make_questions(
     for question in questions:
         if len(question.prompt) >= max_model_len:
             raise EvaluationFailed(
-                f"The question at line {question.line} has {len(question.prompt)} tokens; the context holds "
-                f"{max_model_len}, with the answer. Shorten it or take it out of the evaluation data."
+                f"The question at line {question.line} has {len(question.prompt)} tokens; the context has "
+                f"{max_model_len} for question and answer. Shorten it or remove it from the evaluation data."
             )
     return questions
 

@@ -1,4 +1,4 @@
-"""What can go wrong in an evaluation, beside what base, adapter and data raise themselves."""
+"""Errors of an evaluation. Base, adapter and data also raise their own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""An adapter beside the base, measured by the serving engine itself: the same steps, batches and kernels.
+"""Compares an adapter with the base in the serving engine: the same steps, batches and kernels.
 
-The adapter is a folder anywhere. It is served to nobody but the rows here.
+The adapter may be in any folder. No client can use it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def evaluate_adapter(
 ) -> Evaluation:
     """Measure an adapter, the base, and the version that the adapter would replace.
 
-    It takes no more of a GPU than it needs: a server that has taken its share may be running there.
+    It uses little GPU memory, because a server may run on the same GPU.
 
     Args:
         base, home, quantization, head_quantization, device, allow_special_tokens, ignore_adapter_templates:
             as for ``manylora serve``.
         data: held-out conversations.
-        adapter, replaced: PEFT folders, anywhere.
-        threads: of the CPU kernels; None = as many as this process may run on.
-        progress: a bar on stderr.
-        tick: called in every step.
+        adapter, replaced: PEFT folders at any place.
+        threads: the threads of the CPU kernels; None = one for each CPU of this process.
+        progress: show a bar on stderr.
+        tick: called after every step.
 
     Raises:
-        ConfigError, BaseModelError: the base cannot be served like that.
-        AdapterError: a folder is no adapter of this base that can be served.
-        TrainingError: rows cannot be encoded as training encodes them.
+        ConfigError, BaseModelError: the base cannot be served with these settings.
+        AdapterError: a folder is not an adapter of this base that can be served.
+        TrainingError: rows cannot be encoded as in training.
         EvaluationFailed: a question does not fit into the context, or the engine could not finish a row.
     """
     flags = ["--base", base, "--home", str(home), "--device", device]
@@ -72,7 +72,7 @@ def evaluate(
     progress: bool = False,
     tick: Tick = lambda *_: None,
 ) -> Evaluation:
-    """See ``evaluate_adapter``. ``config`` is a server's: its sizes count, its adapter folder does not."""
+    """See ``evaluate_adapter``. The adapter folder in ``config`` is ignored."""
     folders: dict[Model, Path] = {"adapter": adapter.resolve()}
     if replaced is not None:
         folders["replaced"] = replaced.resolve()
@@ -85,7 +85,10 @@ def evaluate(
 
 
 def _sized_for(config: ServerConfig, folders: Iterable[Path], adapter_dir: Path) -> ServerConfig:
-    """The same server with room for these adapters, and without a prefix cache, which would hide tokens."""
+    """``config`` with room for these adapters and without a prefix cache.
+
+    Tokens from the prefix cache are not computed, so they would not be scored.
+    """
     ranks = [_rank(folder) for folder in folders]
     adapters = replace(
         config.adapters,

@@ -1,4 +1,4 @@
-"""Whether an adapter has earned its deployment: better than the base, and than the version it replaces."""
+"""Decides whether to publish an adapter: it must be better than the base and the version that it replaces."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from server.finetune.evaluation.result import Evaluation, Scores
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``reason`` is a whole sentence with the figures that decided."""
+    """A decision.
+
+    Attributes:
+        reason: a whole sentence with the figures that decided.
+    """
 
     publish: bool
     reason: str
 
 
 def decide(evaluation: Evaluation) -> Decision:
-    """Publish only what is better than everything it is held against.
+    """Publish only an adapter that is better than each model it is compared with.
 
-    Exact match decides where there are short references, and the loss where there are none or where exact
-    match is equal.
+    Exact match decides if there are short references. The loss decides if there are none, or if exact match
+    is equal.
     """
     rivals = {"the base": evaluation.base}
     if evaluation.replaced is not None:

@@ -1,4 +1,4 @@
-"""How an answer is held against its reference: exact match and SQuAD's token F1. Text in, numbers out."""
+"""Compares an answer with its reference: exact match and SQuAD's token F1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import string
 from collections import Counter
 
 SHORT_WORDS = 16
-"""A reference of at most so many words is short: hardly anything else would be right too."""
+"""The most words of a short reference. For longer references, other answers can be right too."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -18,7 +18,7 @@ def is_short(reference: str) -> bool:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """The same text but for white space around it; case and punctuation count."""
+    """Whether the texts are equal apart from white space at both ends. Case and punctuation count."""
     return answer.strip() == reference.strip()
 
 

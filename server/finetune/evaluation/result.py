@@ -1,4 +1,4 @@
-"""What an evaluation says: figures for base, adapter and the version it would replace, side by side."""
+"""The result of an evaluation: figures of the base, the adapter, and the version that it would replace."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Model = Literal["base", "adapter", "replaced"]
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """One model on the held-out rows.
+    """The figures of one model on the held-out rows.
 
     Attributes:
-        loss: mean negative log-likelihood of a learnt token of the references, in nats.
+        loss: mean negative log-likelihood of the references' learnt tokens, in nats.
         exact_match: share (0 to 1) of short references that the greedy answer equals; None = none is short.
         token_f1: mean word overlap with the short references (0 to 1); None = none is short.
     """
@@ -28,7 +28,7 @@ class Answers:
     """The greedy answers to one row whose reference is short.
 
     Attributes:
-        line: of the row in its file.
+        line: the line of the row in its file.
         given: the answer of each model.
     """
 
@@ -42,11 +42,12 @@ class Evaluation:
     """Figures of all models on the same rows, from the same batches.
 
     Attributes:
-        rows, tokens: held-out rows, and the learnt tokens in them that ``loss`` is the mean over.
-        short_rows: rows whose last reference is short, which ``exact_match`` and ``token_f1`` are over.
-        seconds: wall clock, loading the base not counted.
+        rows, tokens: the number of held-out rows and of their learnt tokens. ``loss`` is the mean over
+            the tokens.
+        short_rows: the number of rows with a short last reference; ``exact_match`` and ``token_f1`` use them.
+        seconds: wall-clock time without loading the base.
         replaced: the version that the adapter would replace; None = there is none.
-        answers: one for each short row.
+        answers: one entry for each short row.
     """
 
     rows: int
@@ -59,7 +60,7 @@ class Evaluation:
     answers: tuple[Answers, ...]
 
     def figures(self) -> dict[str, float]:
-        """What is known of every model, flat: the adapter's under plain names, ``base_exact_match``, …"""
+        """All figures by name: ``loss`` for the adapter, ``base_loss`` for the base, …"""
         models = {"": self.adapter, "base_": self.base, "replaced_": self.replaced}
         flat = {
             f"{prefix}{name}": value

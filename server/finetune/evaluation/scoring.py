@@ -1,7 +1,7 @@
-"""Log-probabilities of a prompt's own tokens, from the very steps in which the engine computes it.
+"""Computes log-probabilities of prompt tokens in the same engine steps that compute the prompt.
 
-A model of the engine gives logits only where a token is sampled. ``PromptScorer`` stands in for it, asks for
-those of more tokens of each step, and hands on what the engine expects.
+The engine's model returns logits only where a token is sampled. ``PromptScorer`` wraps the model. It asks for
+the logits of further tokens in each step, and returns those that the engine expects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from server.engine.sequence import Chunk
 
 Targets = Mapping[int, int]
-"""Position in a prompt -> the token whose log-probability there is wanted."""
+"""By position in a prompt: the next token, whose log-probability is wanted."""
 
 
 class Model(Protocol):
@@ -28,14 +28,14 @@ class Model(Protocol):
 
 
 class PromptScorer:
-    """The engine's model while prompts are scored.
+    """A model for the engine that also scores prompts.
 
     Args:
-        model: the engine's own.
-        targets: by request id; a request that is not in it is only served.
+        model: the engine's model.
+        targets: by request id. Requests without targets are only served.
 
     Attributes:
-        logprobs: by request id and position, what has been found so far.
+        logprobs: the log-probabilities so far, by request id and position.
     """
 
     def __init__(self, model: Model, targets: Mapping[str, Targets]) -> None:
@@ -44,7 +44,7 @@ class PromptScorer:
         self.logprobs: dict[str, dict[int, float]] = {request_id: {} for request_id in targets}
 
     def __call__(self, chunks: Sequence[Chunk], *, prev_tokens: Tensor | None = None) -> Tensor:
-        """float32 logits [chunks that sample, vocabulary], as the engine wants them."""
+        """float32 logits [chunks that sample, vocabulary]."""
         plan = _Plan()
         for chunk in chunks:
             plan.add(chunk, self._targets.get(chunk.sequence.request_id, {}))
@@ -63,7 +63,7 @@ class PromptScorer:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """``row`` of the logits says how likely ``token`` is after ``position``."""
+    """``row`` of the logits has the log-probability of ``token`` after ``position``."""
 
     row: int
     request_id: str
@@ -73,7 +73,7 @@ class _Scored:
 
 @dataclass(slots=True)
 class _Plan:
-    """Which of a step's tokens give logits, and what each row of those logits is for."""
+    """The tokens of a step that give logits, and the use of each row of the logits."""
 
     rows: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""An evaluation as a table for people."""
+"""Formats an evaluation as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from server.finetune.evaluation.result import Evaluation, Scores
 
 
 def table(evaluation: Evaluation) -> str:
-    """One line a model, and under it what the figures are over."""
+    """One line for each model, and a line that says how many rows and tokens were used."""
     models = {"base": evaluation.base, "adapter": evaluation.adapter, "replaced": evaluation.replaced}
     lines = [f"{'':10}{'loss':>8}{'exact match':>13}{'token F1':>10}"]
     lines += [_line(name, scores) for name, scores in models.items() if scores is not None]

@@ -1,4 +1,4 @@
-"""Fine-tuning: uploaded files and jobs in one SQLite database, and the child processes that train.
+"""Fine-tuning jobs: uploaded files and jobs in one SQLite database, and the processes that train.
 
-Knows neither HTTP nor torch. ``training.Training`` is the whole of it, opened once a server.
+This package knows neither HTTP nor torch. A server opens one ``training.Training``.
 """

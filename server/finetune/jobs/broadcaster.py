@@ -1,6 +1,6 @@
-"""Sends the events of jobs to subscribers as they come. One poll of the database serves all of them.
+"""Sends new events of jobs to subscribers. One poll of the database serves all subscribers.
 
-Use it on the event loop only. A subscriber that is new or slow reads what it has missed from the database.
+Use it on the event loop only. A subscriber that is new or slow reads missed events from the database.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from server.finetune.jobs.store import Jobs, NewEvents, is_over
 from server.pools import Pool
 
 POLL_INTERVAL = 0.25
-"""Seconds between two looks for new events."""
+"""Seconds between two polls."""
 _PAGE = 100
 _MAX_BUFFERED = 500
-"""Events kept for a subscriber that is slow to take them; then it reads them from the database instead."""
+"""Most events in a subscriber's buffer. A slower subscriber reads further events from the database."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,9 +26,10 @@ class _Subscriber:
     """One subscription to the events of a job.
 
     Attributes:
-        lagging: events may be in the database that are not in ``events``.
-        over: the job has ended; nothing comes after what is told by now.
-        failure: why no more events come, although the job has not ended.
+        events: the buffer.
+        lagging: the database may have events that are not in ``events``.
+        over: the job has ended, so there will be no new events.
+        failure: why the poller has ended, although the job has not.
     """
 
     job_id: str
@@ -47,7 +48,7 @@ class _Subscriber:
 
 
 class EventBroadcaster:
-    """Sends new events to subscribers. One poller runs while there are any."""
+    """Sends new events to subscribers. One poller runs while there are subscribers."""
 
     def __init__(self, jobs: Jobs, readers: Pool) -> None:
         self._jobs = jobs
@@ -56,9 +57,13 @@ class EventBroadcaster:
         self._poller: asyncio.Task[None] | None = None
 
     async def subscribe(self, job_id: str, after: str | None) -> AsyncGenerator[JobEvent, None]:
-        """Every event of the job after the one with the id ``after``, until the job has ended.
+        """Yields every event of the job after the event ``after`` until the job has ended.
 
-        Raises JobNotKnown, or InvalidRequest for ``after``. Close it, or its poller may run on.
+        Close the generator; otherwise the poller may continue to run.
+
+        Raises:
+            JobNotKnown: there is no such job.
+            InvalidRequest: the job has no event ``after``.
         """
         subscriber = _Subscriber(job_id)
         self._join(subscriber)
@@ -128,7 +133,8 @@ class EventBroadcaster:
             for subscriber in self._subscribers.get(event.job_id, ()):
                 subscriber.offer(event)
         for subscriber in self._all():
-            subscriber.lagging |= first  # what came between its own look and this one is in neither
+            # The first poll yields no events, so those since the subscriber's own look are missing.
+            subscriber.lagging |= first
             subscriber.over |= not batch.more and subscriber.job_id not in batch.live
             if first or subscriber.over:
                 subscriber.woken.set()

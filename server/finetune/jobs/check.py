@@ -1,7 +1,7 @@
-"""Checks an upload's rows in a process of its own, which keeps its memory and its computing from serving.
+"""Checks the rows of an upload in a separate process, so that its memory and its work do not affect serving.
 
-``python -m server.finetune.jobs.check FILE [reasoning]`` prints what it found as one JSON object; the word
-says that the base's chat template takes reasoning.
+``python -m server.finetune.jobs.check FILE [reasoning]`` prints the result as one JSON object. ``reasoning``
+means that the base's chat template reads reasoning.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from adapters.errors import DatasetUnreadable
 from adapters.training.dataset import DatasetInvalid, LineProblem, read_dataset
 from server.finetune.jobs.child import child_command
 
-_NICE = 5  # a client waits for the answer: behind serving, but before training
+_NICE = 5  # below serving, but above training, because a client waits for the answer
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A file whose rows can all be trained on.
+    """The result for a file whose rows can all be used.
 
     Attributes:
-        format: the name of the kind of rows.
-        unused_fields: fields that say nothing to the base, and in how many rows they are.
+        format: the format of the rows.
+        unused_fields: the number of rows that have the field, for each field that training does not use.
     """
 
     format: str
@@ -34,9 +34,15 @@ class Checked:
 
 
 def check(path: Path, filename: str, takes_reasoning: bool = False) -> Checked:
-    """Read the file whole. Raises DatasetInvalid, which calls it ``filename``.
+    """Read and check the whole file.
 
-    ``takes_reasoning``: whether the base's chat template does.
+    Args:
+        filename: the client's name of the file, used in errors.
+        takes_reasoning: whether the base's chat template reads reasoning.
+
+    Raises:
+        DatasetInvalid: there are rows that cannot be used.
+        DatasetUnreadable: the file is not a data set, or the check could not run.
     """
     words = [str(path), "reasoning"] if takes_reasoning else [str(path)]
     command = child_command([sys.executable, "-m", __name__, *words], _NICE)

@@ -1,7 +1,7 @@
-"""The start of every child process: low priority, and an end when the server ends.
+"""Starts child processes with a low priority. They end when the server ends.
 
 ``python -m server.finetune.jobs.child PARENT NICE COMMAND …`` becomes ``COMMAND …``. It is a program of its
-own, since nothing of ours may run between fork and exec in a process that has threads.
+own, because Python code must not run between fork and exec in a process that has threads.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ _LAST = 19  # the highest niceness
 
 
 def lower_priority(parent: int, nice: int) -> None:
-    """Run behind serving, be the first to go when memory runs out, and die with the thread that began us.
+    """Give this process a lower priority than serving, for processor time and for memory.
 
-    The threads of a step wait for the slowest of them, so a job that takes a tenth of a core takes far more
-    than that from serving. At niceness 19 it therefore also gets Linux's idle class, which runs on what
-    nobody else wants and gives it back at once.
+    The kernel kills it first when memory runs out, and when the thread that started it ends.
+
+    The threads of an engine step wait for the slowest thread, so a job that takes a tenth of a core slows
+    serving by far more than that. At niceness 19 the process therefore also gets Linux's idle class, which
+    only runs on processors that are free.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -32,7 +34,7 @@ def lower_priority(parent: int, nice: int) -> None:
         if nice == _LAST:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.nice(nice)
-    if os.getppid() != parent:  # it died before we could ask to be told
+    if os.getppid() != parent:  # the parent died before prctl was called
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""From a job to the command line that trains it, and the environment it runs in."""
+"""Makes the command line that trains a job, and the environment of its process."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _RECIPE = {
 FIELDS = {flag: name for name, flag in _RECIPE.items()} | {
     flag: f"hyperparameters.{name}" for name, flag in _HYPERPARAMETERS.items()
 }
-"""By flag of the command: the field of a job."""
+"""The field of a job for each flag of the command."""
 
 
 def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig) -> list[str]:
-    """The command that trains ``job`` in ``run_folder``, or goes on with it there."""
+    """The command that trains ``job`` in ``run_folder``, or resumes it there."""
     arguments: dict[str, object] = {
         "--data": files.path(job.training_file),
         "--eval": files.path(job.validation_file) if job.validation_file else None,
@@ -67,9 +67,9 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
 
 
 def train_environ(config: TrainingConfig) -> dict[str, str]:
-    """This process's, without our own variables: keys are none of the child's business.
+    """The environment of this process without the variables of manylora, which may contain keys.
 
-    The workers of a job sleep when they wait: spinning would take time from serving.
+    The OpenMP threads of a job sleep while they wait. If they spun, they would take time from serving.
     """
     own = {name: value for name, value in os.environ.items() if not name.startswith("MANYLORA_")}
     if config.gpu != "auto":
@@ -84,5 +84,5 @@ def _words(flag: str, value: object) -> list[str]:
         return [flag]
     if isinstance(value, list):
         value = ",".join(value)
-    # As one word: a value that begins with a dash is a value all the same.
+    # One word, so that a value that begins with a dash is not read as a flag.
     return [f"{flag}={value:.12g}" if isinstance(value, float) else f"{flag}={value}"]

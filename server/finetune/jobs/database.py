@@ -1,6 +1,6 @@
-"""The state folder's SQLite file: what is stored, and transactions that survive ``kill -9`` at any moment.
+"""The SQLite database of the state folder: its tables, and transactions that survive ``kill -9``.
 
-Every call blocks, so none belongs on the event loop. Several servers may share one file.
+Every call blocks, so do not call it on the event loop. Several servers may share one file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("manylora.jobs")
 
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 BUSY_SECONDS = 30
-"""How long a transaction waits for another process's."""
+"""Seconds that a transaction waits for the transaction of another process."""
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -38,7 +38,7 @@ JOB_DAMAGED = "job_damaged"
 
 
 class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
-    """A row is a plain object; outside its transaction it is only read. ``seq`` is the order of insertion."""
+    """A row as a plain object. Change it only within its transaction. ``seq`` is the order of insertion."""
 
     # Status and level are plain strings for the database: an unknown one must not make a row unreadable.
     type_annotation_map: ClassVar[dict[Any, Any]] = {
@@ -50,12 +50,12 @@ class Table(MappedAsDataclass, DeclarativeBase, kw_only=True):
 
 
 class StoredFile(Table):
-    """An uploaded file, or the results of a job. Its bytes lie under ``files/<id>`` of the state folder.
+    """An uploaded file or a result of a job. Its bytes are in ``files/<id>`` of the state folder.
 
     Attributes:
         sha256: of the bytes, in hex.
-        format: which kind of training rows it has; None for results.
-        unused_fields: those of its rows that say nothing to the base, and in how many rows they are.
+        format: the format of its training rows; None for results.
+        unused_fields: the number of rows that have the field, for each field that training does not use.
     """
 
     __tablename__ = "files"
@@ -76,15 +76,17 @@ class Job(Table):
     """One fine-tuning job.
 
     Attributes:
-        status: what the job shall be; the runner makes its child process follow.
+        status: the status that the job should have. The runner starts or stops the training process.
         hyperparameters: OpenAI's three, as given or "auto".
-        recipe: our additions, as given.
-        fine_tuned_model: the name that the result will have, or has.
-        child: ``pid:start time`` of the process that trains; "" before it is known; None when there is none
-            whose end is still to be written down.
-        deaths: children killed since the last checkpoint.
-        metrics_read: bytes of the child's ``metrics.jsonl`` that have become events.
-        seconds: for which children have run.
+        recipe: the fields that OpenAI does not have, as given.
+        tags: OpenAI's ``metadata``.
+        fine_tuned_model: the name of the adapter.
+        error: OpenAI's ``error``. A job whose row is damaged has one with the code ``JOB_DAMAGED``.
+        child: ``pid:start time`` of the training process; "" until it is known; None if there is no process
+            whose end has to be recorded.
+        deaths: the number of processes that were killed since the last checkpoint.
+        metrics_read: the bytes of ``metrics.jsonl`` that have been recorded as events.
+        seconds: for which training processes have run.
     """
 
     __tablename__ = "jobs"
@@ -113,7 +115,7 @@ class Job(Table):
 
 
 class JobEvent(Table):
-    """Something that happened to a job.
+    """An event of a job.
 
     Attributes:
         kind: ``message``, ``metrics`` or ``checkpoint``.
@@ -177,12 +179,12 @@ def _create_tables(connection: Connection) -> None:
 
 def _add_unused_fields(connection: Connection) -> None:
     columns = {row[1] for row in connection.exec_driver_sql("PRAGMA table_info(files)")}
-    if "unused_fields" not in columns:  # the tables were made by an earlier version
+    if "unused_fields" not in columns:  # an earlier version made the table
         connection.exec_driver_sql("ALTER TABLE files ADD COLUMN unused_fields JSON NOT NULL DEFAULT '{}'")
 
 
 MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables, _add_unused_fields)
-"""What makes version n + 1 of version n; ``PRAGMA user_version`` is how many a file has been through."""
+"""Migration n makes version n + 1 of version n. ``PRAGMA user_version`` is a file's version."""
 
 
 class Database:
@@ -193,7 +195,7 @@ class Database:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates it. Raises StateUnusable."""
+        """Open or create the database. Raises StateUnusable."""
         self._engine = create_engine(
             f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, json_deserializer=_parse_json
         )
@@ -209,13 +211,13 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A consistent view; nothing that is changed in it is kept."""
+        """A consistent view of the database. Changes are not kept."""
         with self._session(self._engine) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """All or nothing, alone, and on the disk when it ends well. Raises StorageFull, StateBusy."""
+        """An exclusive transaction, which is on the disk at its end. Raises StorageFull, StateBusy."""
         try:
             with self._session(self._writing) as session, session.begin():
                 yield session
@@ -228,9 +230,10 @@ class Database:
             raise
 
     def write_with_reserve(self, change: Callable[[Session], T]) -> T:
-        """``change`` in a transaction that ends or deletes something: on a full disk it takes the reserve.
+        """Run ``change``, which ends or deletes something, in a transaction. It also works on a full disk.
 
-        Call ``reserve.ensure`` once the room is free that it makes. Raises StorageFull, without a reserve.
+        On a full disk it uses the reserve. Call ``reserve.ensure`` when the deletion has freed space. Raises
+        StorageFull if there is no reserve.
         """
         try:
             with self.write() as session:
@@ -241,7 +244,7 @@ class Database:
                 return change(session)
 
     def close(self) -> None:
-        """Give the connections back; the next transaction opens new ones."""
+        """Close the connections. The next transaction opens new ones."""
         self._engine.dispose()
 
     def _session(self, engine: Engine) -> Session:
@@ -250,7 +253,7 @@ class Database:
     def _open(self, path: Path) -> None:
         try:
             self._migrate(path)
-        except OperationalError as error:  # a server on a full disk must start: files are deleted through it
+        except OperationalError as error:  # a server must start on a full disk, so that files can be deleted
             if not _is_full(error):
                 raise
             self.reserve.release()
@@ -261,8 +264,8 @@ class Database:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
             if version > len(MIGRATIONS):
                 raise StateUnusable(
-                    f"The database {path} has version {version}, this manylora knows {len(MIGRATIONS)}: "
-                    "use the newer manylora, or another --home."
+                    f"The database {path} has version {version}; this manylora knows {len(MIGRATIONS)}. "
+                    "Use the newer manylora, or another --home."
                 )
             for migrate in MIGRATIONS[version:]:
                 migrate(connection)
@@ -270,7 +273,7 @@ class Database:
 
 
 def _code(error: OperationalError) -> int | None:
-    """SQLite's own."""
+    """SQLite's error code."""
     code: int | None = getattr(error.orig, "sqlite_errorcode", None)
     return code
 
@@ -280,11 +283,9 @@ def _is_full(error: OperationalError) -> bool:
 
 
 def _on_connect(connection: Any, _: object) -> None:
-    connection.isolation_level = (
-        None  # transactions begin where ``_on_begin`` says, not where sqlite3 guesses
-    )
+    connection.isolation_level = None  # ``_on_begin`` begins transactions, not the module sqlite3
     connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")  # what a client was told survives a power cut too
+    connection.execute("PRAGMA synchronous = FULL")  # answered requests survive a power cut
     connection.execute("PRAGMA foreign_keys = ON")
 
 

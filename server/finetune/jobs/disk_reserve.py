@@ -1,4 +1,4 @@
-"""A reserve of disk space, so that a deletion can still be recorded when the disk is full."""
+"""Reserves disk space, so that a deletion can still be recorded when the disk is full."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 RESERVE_BYTES = 1 << 20
-"""Far more than a transaction that deletes or ends something takes."""
+"""Much more than a transaction needs that deletes something or ends a job."""
 
 
 class DiskReserve:
-    """A file of ``RESERVE_BYTES`` that is given up on a full disk and made again as soon as there is room."""
+    """A file of ``RESERVE_BYTES``. It is emptied on a full disk and allocated again when there is room."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def ensure(self) -> None:
-        """Allocate the reserve if the disk has room. Cheap while it exists."""
+        """Allocate the reserve if the disk has room. This is cheap while the reserve exists."""
         with suppress(OSError):
             if self._allocated() < RESERVE_BYTES:
                 self._allocate()
@@ -28,7 +28,7 @@ class DiskReserve:
             os.truncate(self._path, 0)
 
     def disk_is_low(self) -> bool:
-        """Whether the disk has so little room that a large write should stop, to leave the reserve alone."""
+        """Whether a large write should stop, because less than the reserve's size is free."""
         try:
             disk = os.statvfs(self._path.parent)
         except OSError:

@@ -1,15 +1,15 @@
-"""Why files and jobs are refused; ``server/http/errors.py`` maps these to HTTP.
+"""Errors of files and jobs. ``server/http/errors.py`` maps them to HTTP.
 
 ::
 
     ManyloraError (adapters/errors.py)
-    ├── StateUnusable           the database cannot be opened, or is of a newer manylora
+    ├── StateUnusable           the database cannot be opened, or a newer manylora wrote it
     └── RequestError (server/errors.py)
         ├── FileNotKnown        no file has that id
         ├── FileInUse           an unfinished job needs the file
         ├── JobNotKnown         no job has that id
         ├── JobConflict         the job's state does not allow it
-        ├── StorageFull         the disk has no room for it
+        ├── StorageFull         the disk has no room
         └── StateBusy           another process has held the database for too long
 """
 
@@ -20,7 +20,7 @@ from server.errors import RequestError
 
 
 class StateUnusable(ManyloraError):
-    """The database cannot be opened, or a newer manylora has written it."""
+    """The database cannot be opened, or a newer manylora wrote it."""
 
 
 class FileNotKnown(RequestError):
@@ -28,7 +28,7 @@ class FileNotKnown(RequestError):
 
 
 class FileInUse(RequestError):
-    """A job that is not finished needs the file."""
+    """An unfinished job needs the file."""
 
 
 class JobNotKnown(RequestError):
@@ -36,7 +36,7 @@ class JobNotKnown(RequestError):
 
 
 class JobConflict(RequestError):
-    """The job is in a state that does not allow what is asked for."""
+    """The state of the job does not allow the request."""
 
 
 class StorageFull(RequestError):
@@ -44,7 +44,7 @@ class StorageFull(RequestError):
 
 
 class StateBusy(RequestError):
-    """Another process holds the database; later it may not."""
+    """Another process holds the database. A later request may succeed."""
 
 
-DISK_FULL = "The server's disk is full; delete files that nobody needs."
+DISK_FULL = "The server's disk is full; delete files that are not needed."

@@ -1,7 +1,7 @@
-"""Uploaded files: bytes under ``files/`` of the state folder, one row each in the database.
+"""Uploaded files: their bytes are in ``files/`` of the state folder, and each has a row in the database.
 
-A file's bytes are complete and on the disk before its row is there, and go after it: a crash leaves at most
-bytes that no row speaks of, which ``sweep`` removes.
+The bytes are on the disk before the row is written, and are removed after the row. So a crash leaves at most
+bytes without a row, which ``sweep`` removes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from adapters.training.run_folder import sync
 from server.errors import InvalidRequest
 from server.finetune.jobs.check import Checked, check
 from server.finetune.jobs.database import UNFINISHED, Database, Job, StoredFile
@@ -29,15 +30,19 @@ logger = logging.getLogger("manylora.jobs")
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"
 ABANDONED_AFTER = 3600.0
-"""Seconds without a write after which bytes without a row belong to no upload that still runs."""
+"""Seconds since the last write after which bytes without a row are abandoned."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Upload:
-    """Bytes on their way to the disk. ``size`` is how many there are so far."""
+    """A file that is being uploaded.
+
+    Attributes:
+        size: bytes received so far.
+    """
 
     def __init__(self, path: Path, is_full: Callable[[], bool] = lambda: False) -> None:
-        """``is_full``: whether to stop before the disk itself says so."""
+        """``is_full``: whether to stop although the disk still has room."""
         self.path = path
         self.size = 0
         self._is_full = is_full
@@ -54,7 +59,7 @@ class Upload:
         self.size += len(data)
 
     def finish(self) -> str:
-        """The digest, once all bytes are on the disk. Raises StorageFull."""
+        """Write all bytes to the disk. Returns their sha256 in hex. Raises StorageFull."""
         with _full_disk_named():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -62,7 +67,7 @@ class Upload:
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
-        """Leave nothing behind; harmless once the file was kept."""
+        """Remove the bytes. Does nothing if the file was kept."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -80,22 +85,23 @@ class Files:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, file_id: str) -> Path:
-        """Where the bytes of a known file are."""
+        """The path of a file's bytes."""
         return self._folder / file_id
 
     def begin(self) -> Upload:
-        """An empty upload; end it with ``keep`` or ``discard``. Raises StorageFull."""
+        """Start an upload. End it with ``keep`` or ``discard``. Raises StorageFull."""
         with _full_disk_named():
             return Upload(
                 self._folder / f".upload-{secrets.token_hex(8)}", self._database.reserve.disk_is_low
             )
 
     def keep(self, upload: Upload, filename: str, purpose: str) -> StoredFile:
-        """Make the upload a file; training files are checked row by row first.
+        """Finish the upload and store it as a file. The rows of a training file are checked first.
 
         Raises:
-            DatasetInvalid: rows that cannot be trained on.
-            StorageFull: there is no room for it.
+            DatasetInvalid: there are rows that cannot be used.
+            DatasetUnreadable: the file is not a data set.
+            StorageFull: the disk has no room.
         """
         digest = upload.finish()
         checked = self._check(upload.path, filename) if purpose == TRAINING else None
@@ -111,7 +117,7 @@ class Files:
             unused_fields=checked.unused_fields if checked else {},
         )
         upload.path.rename(self.path(file.id))
-        _sync(self._folder)
+        sync(self._folder)
         with self._database.write() as session:
             session.add(file)
         for name, count in file.unused_fields.items():
@@ -119,7 +125,7 @@ class Files:
         return file
 
     def add_results(self, filename: str, text: str) -> StoredFile:
-        """What a job has measured, as a file. Raises StorageFull."""
+        """Store a result of a job as a file. Raises StorageFull."""
         upload = self.begin()
         try:
             upload.write(text.encode())
@@ -133,7 +139,7 @@ class Files:
             return find_file(session, file_id)
 
     def content(self, file_id: str) -> tuple[StoredFile, Path]:
-        """The file, and where its bytes are. Raises FileNotKnown, also when they are gone."""
+        """The file and the path of its bytes. Raises FileNotKnown, also if the bytes are missing."""
         file, path = self.get(file_id), self.path(file_id)
         if not path.is_file():
             raise FileNotKnown(
@@ -142,7 +148,7 @@ class Files:
         return file, path
 
     def list(self, after: str | None, limit: int, ascending: bool, purpose: str | None) -> Page[StoredFile]:
-        """One page of files, the newest first unless ``ascending``. Raises InvalidRequest for ``after``."""
+        """A page of files, the newest first, unless ``ascending``. Raises InvalidRequest for ``after``."""
         wanted = select(StoredFile)
         if purpose is not None:
             wanted = wanted.where(StoredFile.purpose == purpose)
@@ -150,17 +156,22 @@ class Files:
             return page_of(session, wanted, StoredFile, after, limit, ascending)
 
     def delete(self, file_id: str) -> None:
-        """Works on a full disk. Raises FileNotKnown, or FileInUse while an unfinished job needs it."""
+        """Delete a file, also on a full disk.
+
+        Raises:
+            FileNotKnown: there is no such file.
+            FileInUse: an unfinished job needs it.
+        """
         self._database.write_with_reserve(lambda session: _forget(session, file_id))
         self.path(file_id).unlink(missing_ok=True)
         self._database.reserve.ensure()
 
     def sweep(self) -> None:
-        """Remove what a crash has left: bytes that no row speaks of and that nobody writes any more."""
+        """Remove abandoned bytes without a row, which a crash has left."""
         with self._database.read() as session:
             known = set(session.scalars(select(StoredFile.id)))
         for path in self._folder.iterdir():
-            with suppress(OSError):  # it has just gone, or is no file of ours
+            with suppress(OSError):  # it was removed in the meantime, or is not a file
                 if path.name not in known and time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                     path.unlink()
                     logger.info("removed an abandoned upload", extra={"fields": {"file": path.name}})
@@ -184,7 +195,7 @@ def _forget(session: Session, file_id: str) -> None:
 
 
 def training_file(session: Session, file_id: str, param: str) -> StoredFile:
-    """A file to train on. Raises InvalidRequest naming ``param``."""
+    """A file with training rows. Raises InvalidRequest, which names the field ``param``."""
     try:
         file = find_file(session, file_id)
     except FileNotKnown as error:
@@ -202,11 +213,3 @@ def _full_disk_named() -> Iterator[None]:
         if error.errno in _FULL:
             raise StorageFull(DISK_FULL) from error
         raise
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

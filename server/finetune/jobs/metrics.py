@@ -1,4 +1,4 @@
-"""Fine-tuning in Prometheus' terms. It is scraped on the event loop, so it tells what the runner saw last."""
+"""Prometheus metrics of fine-tuning. A scrape shows the totals of the runner's last poll."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from server.finetune.jobs.database import STATUSES, Status
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """All jobs of the state folder: how many there are of each status, and the seconds they have run."""
+    """The totals of all jobs of the state folder.
+
+    Attributes:
+        jobs: the number of jobs by status.
+        seconds: for which training processes have run.
+    """
 
     jobs: Mapping[Status, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 class TrainingCollector(Collector):
-    """Asks for ``totals`` at every scrape."""
+    """Calls ``totals`` at every scrape."""
 
     def __init__(self, totals: Callable[[], Totals]) -> None:
         self._totals = totals

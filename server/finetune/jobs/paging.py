@@ -1,4 +1,4 @@
-"""OpenAI's cursors: a page begins after the row that the last one ended with."""
+"""Pages of rows with OpenAI's cursors: a page starts after the last row of the page before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = TypeVar("Row", Job, JobEvent, StoredFile)
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Row]):
-    """Some rows, and whether there are more after them."""
+    """Some rows, and whether more rows follow."""
 
     rows: list[Row]
     has_more: bool

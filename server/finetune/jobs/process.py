@@ -1,4 +1,4 @@
-"""One training process: started in its own process group, stopped, and recognised after a restart."""
+"""Starts and stops a training process, and recognises it after a restart of the server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Child:
     """A running training process.
 
     Attributes:
-        identity: names this very process, also to a later server: ``pid:start time``.
+        identity: ``pid:start time``, by which a later server recognises this process.
         started: monotonic seconds.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environ: Mapping[str, str], nice: int) -> None:
-        """Begins it; its output is added to ``log``. Raises OSError."""
+        """Start the process in its own process group. Its output is appended to ``log``. Raises OSError."""
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 child_command(command, nice),
@@ -32,8 +32,9 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env=environ,
-                # A group to signal, but not a session: Linux shares the processors out among sessions first
-                # (autogroups), and niceness would count for nothing beside the server.
+                # A process group of its own, so that signals reach all its processes, but not a session of
+                # its own: Linux divides the processors among sessions first (autogroups), so niceness would
+                # have no effect against the server.
                 process_group=0,
             )
         self.started = time.monotonic()
@@ -46,13 +47,13 @@ class Child:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether it was asked to stop."""
+        """Whether ``stop`` was called."""
         return self._kill_at is not None
 
     def stop(self, grace_seconds: float) -> None:
         """Ask the process to end at a checkpoint.
 
-        Call it repeatedly: once ``grace_seconds`` have passed it kills the process.
+        Call it repeatedly. It kills the process when ``grace_seconds`` have passed.
         """
         now = time.monotonic()
         if self._kill_at is None:
@@ -62,7 +63,7 @@ class Child:
             self._signal(signal.SIGKILL)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process and wait for its end."""
         self._signal(signal.SIGKILL)
         self._process.wait()
 
@@ -73,7 +74,7 @@ class Child:
 
 
 def kill_orphan(identity: str) -> None:
-    """Make sure that the process of an earlier server is gone, if that very process is still there."""
+    """Kill the process of an earlier server if it still runs. ``identity`` is that of its ``Child``."""
     pid, _, started = identity.partition(":")
     deadline = time.monotonic() + _GONE_SECONDS
     while started and _start_time(int(pid)) == started and time.monotonic() < deadline:
@@ -83,7 +84,7 @@ def kill_orphan(identity: str) -> None:
 
 
 def _start_time(pid: int) -> str:
-    """Clock ticks from boot to the start of a process that runs; "" if there is none, or no ``/proc``."""
+    """Clock ticks from boot to the start of the process; "" if it does not run, or without ``/proc``."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

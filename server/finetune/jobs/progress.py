@@ -1,4 +1,4 @@
-"""What a run folder tells: ``metrics.jsonl`` as it grows, ``result.json`` once it is there. Reads only."""
+"""Reads a run folder: ``metrics.jsonl`` while it grows, and ``result.json`` at the end. Writes nothing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger("manylora.jobs")
 
 METRICS, RESULT = "metrics.jsonl", "result.json"
 _MOST = 1 << 20
-"""Bytes taken at once, so that no transaction grows with how long nobody has looked."""
+"""Most bytes that are read at once, which bounds the size of a transaction."""
 _TRAIN = {"loss": "train_loss", "accuracy": "train_mean_token_accuracy"}
 _VALID = {"loss": "full_valid_loss", "accuracy": "full_valid_mean_token_accuracy"}
-_BOTH = _TRAIN | {f"eval_{name}": told for name, told in _VALID.items()}
+_BOTH = _TRAIN | {f"eval_{name}": renamed for name, renamed in _VALID.items()}
 _RENAMED = {"step": _TRAIN, "eval": _VALID, "checkpoint": _BOTH}
-"""By event: the run's words, and OpenAI's."""
+"""For each kind of event: OpenAI's names by the names in ``metrics.jsonl``."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsLine:
-    """One line of ``metrics.jsonl``: a JSON object, every number in it finite."""
+    """One line of ``metrics.jsonl``: a JSON object in which all numbers are finite."""
 
     values: dict[str, Any]
 
@@ -39,11 +39,11 @@ class MetricsLine:
 
     @property
     def time(self) -> float:
-        told = self.values.get("time")
-        return float(told) if isinstance(told, int | float) else time.time()
+        written = self.values.get("time")
+        return float(written) if isinstance(written, int | float) else time.time()
 
     def as_event(self, job_id: str) -> JobEvent:
-        """What clients are told of it."""
+        """The line as an event for clients."""
         renamed = _RENAMED.get(self.event, {})
         numbers = {
             renamed.get(name, name): value
@@ -61,7 +61,7 @@ class MetricsLine:
         )
 
     def estimated_finish(self) -> float | None:
-        """Unix time, if the line says how long it still takes."""
+        """Unix time, if the line has an estimate."""
         seconds = self.values.get("eta_seconds")
         return self.time + seconds if isinstance(seconds, int | float) else None
 
@@ -73,14 +73,14 @@ class MetricsLine:
             return f"{at}: validation loss={_short(numbers.get('full_valid_loss'))}"
         if self.event == "checkpoint":
             return f"Checkpoint created at step {numbers.get('step')}"
-        if self.event == "end":  # its own message says where on the server's disk the adapter is
+        if self.event == "end":  # clients must not see the line's message, which has a path of the server
             return "The adapter is trained"
         return str(self.values.get("message") or f"Training: {self.event}")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """``result.json``, as the training command wrote it last of all."""
+    """``result.json``, the last file that the training command writes."""
 
     status: str
     reason: str | None
@@ -90,9 +90,9 @@ class Result:
 
 
 def read_lines(folder: Path, offset: int) -> tuple[list[MetricsLine], int]:
-    """The complete lines from byte ``offset`` on, and where the next begins.
+    """The complete lines from byte ``offset``, and the offset of the next line.
 
-    A file that is shorter than ``offset`` was begun anew, and is read from its start.
+    A file that is shorter than ``offset`` was started anew and is read from its start.
     """
     try:
         with (folder / METRICS).open("rb") as file:
@@ -108,7 +108,7 @@ def read_lines(folder: Path, offset: int) -> tuple[list[MetricsLine], int]:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result, once there is one."""
+    """The result; None if there is none yet, or if it cannot be parsed."""
     try:
         values = json.loads((folder / RESULT).read_text("utf-8"))
         metrics = dict(values.get("metrics") or {})
@@ -123,7 +123,7 @@ def read_result(folder: Path) -> Result | None:
 
 
 def as_csv(events: Iterable[JobEvent]) -> str:
-    """The numbers of every ``metrics`` event, one a row."""
+    """The numbers of the events as CSV, one row for each event."""
     text = io.StringIO()
     columns = ["step", "epoch", *_TRAIN.values(), *_VALID.values(), "learning_rate"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -133,7 +133,7 @@ def as_csv(events: Iterable[JobEvent]) -> str:
 
 
 def _parse(line: bytes) -> MetricsLine | None:
-    """A line that was torn by a kill is none."""
+    """The line; None if it cannot be parsed, for example because a kill cut it."""
     try:
         values = json.loads(line)
     except ValueError:

@@ -1,7 +1,7 @@
-"""The models that jobs make, where they are served: published, taken back, and told from the operator's own.
+"""Publishes and removes the models of jobs, and distinguishes them from the operator's adapters.
 
-A job's result never replaces a folder that no job has made, nor a name that the operator has given to
-another folder; and no client removes one.
+A job never replaces a folder that no job made, nor a name that the operator loaded from another folder.
+Clients cannot delete those either.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ _LOAD_SECONDS = 60.0
 
 
 class PublishedModels:
-    """``runner.ModelPublisher``, carried from the runner's thread to the event loop of the service.
+    """The ``ModelPublisher`` of the runner.
 
-    Coroutines and what asks for names that are served belong on that loop; the rest blocks.
+    Call coroutines, ``is_known`` and ``is_in_other_folder`` on the event loop of the service. The other
+    methods block, so call them on another thread.
+
+    Attributes:
+        loop: the event loop of the service. Set it before the runner starts.
     """
 
     def __init__(self, service: Service, root: Path, provenance: Provenance) -> None:
@@ -37,22 +41,22 @@ class PublishedModels:
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def is_known(self, name: str) -> bool:
-        """Whether an adapter of that name is served, waited for, or failed."""
-        return bool(self._places(name))
+        """Whether the service has an adapter of that name: served, waiting or failed."""
+        return bool(self._folders(name))
 
     def is_in_other_folder(self, name: str) -> bool:
-        """Whether the name means another folder than its own: so an operator has loaded it."""
-        return bool(self._places(name) - {printable(str(self._folder_of(name)))})
+        """Whether an operator has loaded the name from another folder than its own."""
+        return bool(self._folders(name) - {printable(str(self._folder_of(name)))})
 
     def has_folder(self, name: str) -> bool:
         return self._folder_of(name).exists() or self._folder_of(name).is_symlink()
 
     def is_made_by_job(self, name: str) -> bool:
-        """Whether a job has made the folder of that name."""
+        """Whether a job made the folder of that name."""
         return self._provenance.job_of(self._folder_of(name), name) is not None
 
     def check_place(self, name: str) -> None:
-        """Raises AdapterExists if a job could not publish there, as it will be told again at its end."""
+        """Raises AdapterExists if a job may not publish under that name. ``publish`` checks it again."""
         if self.has_folder(name) and not self.is_made_by_job(name):
             raise _taken(name)
 
@@ -67,20 +71,23 @@ class PublishedModels:
             self.remove(name)
 
     async def unload(self, name: str) -> None:
-        """Serve it no longer, if it is served from its own folder."""
+        """Stop serving the adapter, if it is served from its own folder."""
         if not self.is_in_other_folder(name):
             with suppress(AdapterNotFound):
                 await self._service.unload_adapter(name)
 
     def remove(self, name: str) -> bool:
-        """Renamed first, to what is never looked at: no half of it is ever seen. False if no job made it."""
+        """Remove the folder of that name. Returns False and leaves it if no job made it.
+
+        The folder is first renamed to a name that the watcher ignores, so that it never sees a part of it.
+        """
         folder = self._folder_of(name)
         gone = folder.with_name(f".deleted-{secrets.token_hex(8)}")
         try:
             folder.rename(gone)
         except FileNotFoundError:
             return True
-        if self._provenance.job_of(gone, name) is None:  # it came to that place a moment ago
+        if self._provenance.job_of(gone, name) is None:  # another folder took its place in the meantime
             gone.rename(folder)
             return False
         shutil.rmtree(gone, ignore_errors=True)
@@ -94,8 +101,8 @@ class PublishedModels:
     def _folder_of(self, name: str) -> Path:
         return self._root / folder_name(name)
 
-    def _places(self, name: str) -> set[str]:
-        """Where what goes by that name is, unless it only ends its last requests."""
+    def _folders(self, name: str) -> set[str]:
+        """The folder from which the name is served. Empty if the adapter only finishes its last requests."""
         known = self._service.adapter(name)
         return {str(self._root / known.path)} if known is not None and known.state != "draining" else set()
 
@@ -105,4 +112,6 @@ class PublishedModels:
 
 
 def _taken(name: str) -> AdapterExists:
-    return AdapterExists(f"{name!r} is taken by a model that no fine-tuning job has made.")
+    return AdapterExists(
+        f"{name!r} is taken by a model that no fine-tuning job has made; choose another name."
+    )

@@ -1,6 +1,6 @@
-"""The jobs of one state folder: what clients may ask of them, as changes in the database.
+"""The jobs of one state folder, in the database.
 
-Nothing is done here but writing down what a job shall be; ``runner.py`` makes it so.
+This module records the status that a job should have. ``runner.py`` starts and stops its process.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MAX_NEW_EVENTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """A job as a client asks for it.
+    """A client's request for a job.
 
     Attributes:
         model: the name of the base.
-        name: what the result shall be called; None = ``ft:model:suffix:id``.
+        name: the name of the adapter; None = ``ft:model:suffix:id``.
         suffix: "" = none.
-        seed: None = any.
+        seed: None = a random one.
         hyperparameters, recipe, tags: as in ``Job``.
     """
 
@@ -53,13 +53,13 @@ class JobRequest:
 
 @dataclass(frozen=True, slots=True)
 class NewEvents:
-    """What has happened to jobs, as of one moment.
+    """New events of all jobs, from one consistent view of the database.
 
     Attributes:
-        events: of all jobs, oldest first.
-        position: up to which events were looked at; the next news begin there.
-        more: there are more events than these.
-        live: ids of the jobs that may still have events after these.
+        events: the oldest first.
+        position: where the next call continues.
+        more: whether further events exist already.
+        live: ids of the jobs that may still get events.
     """
 
     events: list[JobEvent]
@@ -72,7 +72,7 @@ class Jobs:
     """All jobs of one state folder. Every method blocks."""
 
     def __init__(self, database: Database, on_change: Callable[[], None]) -> None:
-        """``on_change`` is called after a job was made or changed; it returns at once."""
+        """``on_change`` is called after a job was added or changed. It returns at once."""
         self._database = database
         self._on_change = on_change
 
@@ -94,7 +94,7 @@ class Jobs:
         )
 
     def add(self, job: Job, warnings: Sequence[str] = ()) -> Job:
-        """Queue a draft. Raises InvalidRequest if a file of it is gone meanwhile."""
+        """Queue a draft. Raises InvalidRequest if a file was deleted in the meantime."""
         with self._database.write() as session:
             _find_files(session, job.training_file, job.validation_file)
             session.add(job)
@@ -111,7 +111,7 @@ class Jobs:
             return find_job(session, job_id)
 
     def list(self, after: str | None, limit: int, tags: dict[str, str] | None = None) -> Page[Job]:
-        """The newest first; of those with the given ``tags`` only. Raises InvalidRequest for ``after``."""
+        """The jobs that have all ``tags``, the newest first. Raises InvalidRequest for ``after``."""
         wanted = select(Job)
         for key, value in (tags or {}).items():
             # SQLite refuses the whole query if it meets damaged JSON.
@@ -121,17 +121,17 @@ class Jobs:
             return page_of(session, wanted, Job, after, limit, ascending=False)
 
     def events(self, job_id: str, after: str | None, limit: int, ascending: bool = False) -> Page[JobEvent]:
-        """The newest first unless ``ascending``. Raises JobNotKnown, or InvalidRequest for ``after``."""
+        """The newest first, unless ``ascending``. Raises JobNotKnown, or InvalidRequest for ``after``."""
         wanted = select(JobEvent).where(JobEvent.job_id == job_id)
         return self._events(wanted, job_id, after, limit, ascending)
 
     def checkpoints(self, job_id: str, after: str | None, limit: int) -> Page[JobEvent]:
-        """The events that tell of checkpoints, the newest first. Raises as ``events``."""
+        """The events of checkpoints, the newest first. Raises as ``events``."""
         wanted = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.kind == "checkpoint")
         return self._events(wanted, job_id, after, limit, ascending=False)
 
     def new_events(self, position: int | None) -> NewEvents:
-        """The events after ``position``; None = none, only where they begin from now on."""
+        """The events after ``position``. None = no events, only the position of the next one."""
         with self._database.read() as session:
             if position is None:
                 return NewEvents(
@@ -143,15 +143,15 @@ class Jobs:
             return NewEvents(events, newest, len(events) == _MAX_NEW_EVENTS, _live(session))
 
     def cancel(self, job_id: str) -> Job:
-        """Ends it for good, and its model is not served. Raises JobNotKnown, or JobConflict after its end."""
+        """End the job. Its model is not served. Raises JobNotKnown, or JobConflict if the job has ended."""
         return self._move(job_id, "cancelled", UNFINISHED, "Fine-tuning job cancelled")
 
     def pause(self, job_id: str) -> Job:
-        """Stops it at a checkpoint. Raises JobNotKnown, or JobConflict after its end."""
+        """Stop the job at a checkpoint. Raises JobNotKnown, or JobConflict if the job has ended."""
         return self._move(job_id, "paused", ("queued", "running"), "Fine-tuning job paused")
 
     def resume(self, job_id: str) -> Job:
-        """Queues a paused job again. Raises JobNotKnown, or JobConflict if it is not paused."""
+        """Queue a paused job again. Raises JobNotKnown, or JobConflict if the job is not paused."""
         return self._move(job_id, "queued", ("paused",), "Fine-tuning job queued again")
 
     def _events(
@@ -168,7 +168,7 @@ class Jobs:
                 return job
             if job.status not in allowed:
                 only = " or ".join(allowed)
-                raise JobConflict(f"Job {job_id} is {job.status}; only one that is {only} can be {to}.")
+                raise JobConflict(f"Job {job_id} is {job.status}; only a job that is {only} can be {to}.")
             job.status = to
             job.estimated_finish = None
             if to == "cancelled":
@@ -211,7 +211,7 @@ def fail_job(session: Session, job_id: str, error: dict[str, Any]) -> None:
 
 
 def is_over(job: Job) -> bool:
-    """Whether nothing more can happen to it."""
+    """Whether the job has ended and its process too, so that it gets no further events."""
     return job.status not in UNFINISHED and job.child is None
 
 
@@ -222,7 +222,7 @@ def _live(session: Session) -> frozenset[str]:
 
 
 def count_jobs(session: Session) -> Totals:
-    """All jobs, by status, and their seconds."""
+    """The totals of all jobs."""
     rows = session.execute(select(Job.status, func.count(), func.sum(Job.seconds)).group_by(Job.status)).all()
     jobs = {status: count for status, count, _ in rows}
     return Totals(jobs, sum(seconds for _, _, seconds in rows))
@@ -234,21 +234,22 @@ def add_event(session: Session, job: Job, message: str, level: Level = "info") -
 
 
 def add_event_by_id(session: Session, job_id: str, message: str, level: Level) -> None:
-    """Add an event to a job whose row cannot be read."""
+    """Add an event to a job without loading the job's row."""
     session.add(JobEvent(job_id=job_id, created_at=time.time(), level=level, kind="message", message=message))
 
 
 def check_job_name(name: str) -> str:
-    """The name itself, if a job may call its model so. Raises InvalidRequest."""
+    """Returns ``name`` if a job may give it to its model. Raises InvalidRequest."""
     if name.startswith("ft:"):
         raise InvalidRequest(
-            f"{name!r:.140} is a name that jobs without a 'name' are given; choose one without 'ft:'.", "name"
+            f"{name!r:.140} begins with 'ft:', like the names of jobs without a 'name'; choose another name.",
+            "name",
         )
     return _checked(name, "name")
 
 
 def _model_name(request: JobRequest) -> str:
-    """The result's name. Raises InvalidRequest if no folder can be called so."""
+    """The name of the job's model. Raises InvalidRequest if it cannot be the name of a folder."""
     if request.name is not None:
         return check_job_name(request.name)
     unique = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(8))

@@ -1,4 +1,4 @@
-"""All of a server's fine-tuning: opened with its config, started after its engine, stopped before it."""
+"""The fine-tuning of a server. It is started after the engine and stopped before it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ T = TypeVar("T")
 
 
 class Training:
-    """Files, jobs and who runs them.
+    """Files, jobs and the runner.
 
     Attributes:
         config: the limits.
-        files, jobs: what clients ask of; their methods block, so await them through ``read`` and ``write``.
-        broadcaster: the events of jobs as they come.
-        disk, checks: the threads that write uploads, and that wait for the check of one.
+        files, jobs: their methods block, so call them through ``read`` and ``write``.
+        broadcaster: sends the events of jobs.
+        disk, checks: threads that write uploads, and threads that wait for the check of an upload.
     """
 
     def __init__(self, config: ServerConfig, service: Service) -> None:
@@ -63,16 +63,16 @@ class Training:
         self.broadcaster = EventBroadcaster(self.jobs, self._readers)
 
     def start(self) -> None:
-        """Run jobs from now on. Call it on the event loop of the service."""
+        """Start to run jobs. Call it on the event loop of the service."""
         self._models.loop = asyncio.get_running_loop()
         self._runner.start()
 
     def begin_stop(self) -> None:
-        """Bring running jobs to a checkpoint; harmless a second time. Returns at once."""
+        """Begin to stop running jobs at a checkpoint. Returns at once. A second call does nothing."""
         self._runner.begin_stop()
 
     async def stop(self) -> None:
-        """Wait for that. The service must still run."""
+        """Wait until all jobs have stopped. The service must still run."""
         self.begin_stop()
         await self.disk.run(self._runner.join)
         self._validator.close()
@@ -81,15 +81,15 @@ class Training:
         self._database.close()
 
     async def read(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a method of ``files`` or ``jobs`` that only looks."""
+        """Run a method of ``files`` or ``jobs`` that only reads."""
         return await self._readers.run(ask, *args, **kwargs)
 
     async def write(self, ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of one that changes something; it may wait long for another server's transaction."""
+        """Run a method of ``files`` or ``jobs`` that writes. It may wait for another server's transaction."""
         return await self._writers.run(ask, *args, **kwargs)
 
     async def create_job(self, request: JobRequest) -> Job:
-        """Queue a job that can be trained and served, as far as can be known. Raises InvalidRequest."""
+        """Check the job and queue it. Raises InvalidRequest."""
         job = await self.read(self.jobs.draft, request)
         warnings = await self._validator_threads.run(self._validator.validate, job)
         return await self.write(self.jobs.add, job, warnings)
@@ -99,17 +99,17 @@ class Training:
         return TrainingCollector(lambda: self._runner.totals)
 
     async def is_made_by_job(self, model: str) -> bool:
-        """Whether a fine-tuning job has made what goes by that name, so that clients may replace it."""
+        """Whether a fine-tuning job made the model of that name. Only then may clients replace it."""
         return not self._models.is_in_other_folder(model) and await self.disk.run(
             self._models.is_made_by_job, model
         )
 
     async def is_free(self, model: str) -> bool:
-        """Whether nothing goes by that name, served or not."""
+        """Whether there is no model and no folder of that name."""
         return not self._models.is_known(model) and not await self.disk.run(self._models.has_folder, model)
 
     async def delete_model(self, model: str) -> bool:
-        """Serve it no longer and remove it from the disk; False, and it stays, if no job has made it."""
+        """Stop serving the model and remove its folder. Returns False and does nothing if no job made it."""
         if not await self.is_made_by_job(model):
             return False
         await self._models.unload(model)
@@ -125,5 +125,5 @@ def _made(home: Path) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StateUnusable(f"The state folder {home} cannot be made: {error.strerror}.") from error
+        raise StateUnusable(f"The state folder {home} cannot be created: {error.strerror}.") from error
     return home

@@ -1,4 +1,4 @@
-"""Whether a job that is posted can be trained and served: the training command's own check, in a process."""
+"""Checks whether a posted job can be trained and served. It runs ``manylora train --check`` in a process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from server.finetune.jobs.files import Files
 
 logger = logging.getLogger("manylora.jobs")
 
-_NICE = 5  # a client waits for the answer: behind serving, but before training
+_NICE = 5  # below serving, but above training, because a client waits for the answer
 _SECONDS = 60.0
 _WRONG = 2
 
 
 class JobValidator:
-    """One check at a time, which ``close`` ends."""
+    """Runs one check at a time."""
 
     def __init__(self, files: Files, config: ServerConfig) -> None:
         self._files, self._config = files, config
         self._process: subprocess.Popen[str] | None = None
 
     def validate(self, job: Job) -> list[str]:
-        """The warnings about ``job``. Blocks for seconds.
+        """Returns the warnings about ``job``. Blocks for seconds.
 
-        If the check itself cannot run, nothing is refused: the job reports the error later.
+        If the check itself cannot run, the job is accepted and will report the error.
 
         Raises:
-            InvalidRequest: it would fail, or its model could not be served; names the field.
+            InvalidRequest: the job would fail, or its adapter could not be served. Names the field.
         """
         for field in ("training_file", "validation_file"):
             file_id = getattr(job, field)
@@ -56,12 +56,12 @@ class JobValidator:
         return [str(warning) for warning in found["warnings"]]
 
     def close(self) -> None:
-        """Cancel the check that is running."""
+        """Kill the process of the check that is running."""
         if (process := self._process) is not None:
             process.kill()
 
     def _check(self, job: Job) -> tuple[int, str]:
-        """The exit code of the check and what it printed."""
+        """The exit code and the output of the check."""
         folder = self._config.home / "jobs" / job.id
         command = [*train_command(job, folder, self._files, self._config), "--check"]
         with subprocess.Popen(
@@ -80,7 +80,7 @@ class JobValidator:
 
 
 def _refusal(message: str, job: Job) -> InvalidRequest:
-    """The command's words in the API's: its flags are fields here."""
+    """The error of the command as an error of the API, which names fields instead of flags."""
     for field in ("training_file", "validation_file"):
         if message.startswith(f"{getattr(job, field)} "):
             return InvalidRequest(_in_fields(message), field, "invalid_training_file")

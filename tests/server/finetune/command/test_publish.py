@@ -66,7 +66,7 @@ def test_the_name_is_never_without_a_folder(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "acme").write_text("mine")
-    with pytest.raises(AdapterExists, match="no folder"):
+    with pytest.raises(AdapterExists, match="not a folder"):
         publish(made(tmp_path / "made", "new"), tmp_path, "acme")
     assert (tmp_path / "acme").read_text() == "mine"
 
