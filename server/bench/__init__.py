@@ -1,5 +1,6 @@
-"""``manylora bench``: load against any OpenAI-compatible server, and the peers' runners.
+"""``manylora bench``: a load generator, other servers to compare with, and GPU checks.
 
-Talks HTTP like any client; it imports nothing of ``server/engine`` or ``server/http``. The measuring process
-imports no torch, so that it stays light beside the server it measures.
+``serving`` and ``peers`` talk HTTP like any client. They import nothing of ``server/engine`` and
+``server/http``, and no torch, so that the measuring process takes little from the server that it measures.
+``step`` and ``gpu_check`` run the engine itself.
 """

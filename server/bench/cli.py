@@ -1,4 +1,4 @@
-"""``manylora bench``: its kinds, and what each of them does."""
+"""``manylora bench``: its sub-commands."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 _SERVING = """\
 Send requests of an exact shape to an OpenAI-compatible server and measure throughput, latency and memory.
 
-With --base-url the server is yours: only that address is contacted. Without it, our own server is started
-on a free loopback port with synthetic adapters, measured and stopped; flags after -- are passed to it:
+With --base-url, only the server at that address is contacted. Without it, manylora is started on a free
+loopback port with synthetic adapters, measured and stopped. Flags after -- are passed to it:
 
   manylora bench serving --num-adapters 16 --peers llama.cpp,vllm,peft -- --max-loras 16
   manylora bench serving --sweep-adapters 1,2,4,8,16,32,64 --peers llama.cpp --plot adapters.png
   manylora bench serving --base-url http://127.0.0.1:8000 --max-concurrency 8
 
-How each figure is defined is written in server/bench/serving/stats.py and server/bench/memory.py.
+server/bench/serving/stats.py and server/bench/memory.py define each figure.
 """
 
 _PEERS_SETUP = """\
-Make the environments that --peers needs, under DIR/peers; what is there already is left alone.
+Make the environments that --peers needs, under DIR/peers. Complete ones are not made again.
 
   llama.cpp  built from its source release (about 10 minutes; needs a C++ compiler)
   vllm       the CPU build and its requirements (about 3 GB; needs an index that has torch's CPU build)
 
-peft needs none. Everything comes from the package index that pip is set up for.
+peft needs none. Everything comes from the package index that pip is configured with.
 """
 
 
 def add_parser(subparsers: SubParsers) -> None:
-    """Add ``bench`` and its kinds; the parsed arguments' ``run`` takes them and gives the exit code."""
+    """Add ``bench`` and its sub-commands. ``arguments.run(arguments)`` returns the exit code."""
     bench = subparsers.add_parser("bench", help="measure a server")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
     serving = _kind(kinds, "serving", "measure an OpenAI-compatible server", _SERVING, _serving)
@@ -62,7 +62,7 @@ def add_parser(subparsers: SubParsers) -> None:
     make = _kind(kinds, "make-model", "write a model of random weights", None, run_make_model)
     make.add_argument("--shape", choices=SHAPES, required=True)
     make.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet"
+        "--output", type=Path, required=True, metavar="DIR", help="the folder to write; it must not exist"
     )
     make.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     options.add_home(make)
@@ -86,7 +86,7 @@ def _kind(
 
 
 def _in_one_line(name: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """``run`` with what cannot be done said in a line, and exit code 2."""
+    """``run``, but a ``ManyloraError`` becomes one line on stderr and exit code 2."""
 
     def wrapped(arguments: argparse.Namespace) -> int:
         try:
@@ -99,23 +99,23 @@ def _in_one_line(name: str, run: Callable[[argparse.Namespace], int]) -> Callabl
 
 
 def _serving(arguments: argparse.Namespace) -> int:
-    from server.bench.serving.run import run_serving  # brings HTTP clients, which GPU machines may lack
+    from server.bench.serving.run import run_serving  # imports HTTP clients, which GPU machines may lack
 
     return run_serving(arguments)
 
 
 def run_peers_setup(arguments: argparse.Namespace) -> int:
-    """Set up the named peers, or all. Exit code 0."""
+    """Set up the named peers, or all. Returns exit code 0."""
     unknown = [name for name in arguments.peers if name not in RECIPES]
     if unknown:
-        raise BenchError(f"{unknown[0]!r} has no environment of its own; known ones: {', '.join(RECIPES)}")
+        raise BenchError(f"{unknown[0]!r} has no environment to set up; choose from: {', '.join(RECIPES)}")
     for name in arguments.peers or RECIPES:
         Environment(name, arguments.home).set_up(say)
     return 0
 
 
 def run_make_model(arguments: argparse.Namespace) -> int:
-    """Write the model, with the default base's tokenizer. Exit code 0."""
+    """Write the model, with the default base's tokenizer. Returns exit code 0."""
     from adapters.base import DEFAULT_BASE, prepare_base
 
     tokenizer = prepare_base(DEFAULT_BASE, arguments.home).path

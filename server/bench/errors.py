@@ -1,4 +1,4 @@
-"""How a measurement cannot take place at all. A request that fails is no such error, but a figure."""
+"""The error of a measurement that cannot take place. A request that fails is counted, not raised."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from adapters.errors import ManyloraError
 
 
 class BenchError(ManyloraError):
-    """A contradictory command, or a server or peer that did not start or has ended."""
+    """Flags that contradict each other, or a server or peer that did not start or has ended."""

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: the machine and the versions, for reports."""
+"""Describes the machine and the versions that a figure was measured with, for reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, system, versions, thread settings and the load just before measuring; JSON-ready."""
+    """Processor, cores, system, versions, thread settings and the present load, as JSON values."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu_name(),
@@ -42,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's own name; ``platform`` knows only its architecture on Linux."""
+    """The processor's model name. On Linux, ``platform`` knows only its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""What a server takes of the machine's memory, from Linux's /proc. Reads files only; nothing is sampled.
+"""The memory that a server takes, read from Linux's /proc when it is asked for.
 
-A server may be several processes; its figures are sums over the process and all that descend from it.
+A server may be several processes. Its figures are sums over its first process and all descendants.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _MIB_IN_KIB = 1 / 1024
 
 
 def memory_of(pid: int, proc: Path = Path("/proc")) -> Metrics:
-    """Memory of the process ``pid`` and its descendants, in MiB; nothing where there is no /proc.
+    """Memory of the process ``pid`` and its descendants, in MiB. Empty without /proc.
 
-    ``memory_mib`` is what they hold now, each shared page counted once (proportional set size);
+    ``memory_mib`` is what they hold now; each shared page counts once (proportional set size).
     ``peak_memory_mib`` is the most that was resident since they started, loading included. For several
-    processes the peak is an upper bound: it counts shared pages in each, and peaks need not coincide.
+    processes it is an upper bound: it counts shared pages in each, and their peaks need not coincide.
     """
     now = peak = 0
     for one in tree(pid, proc):
@@ -39,16 +39,16 @@ def tree(pid: int, proc: Path = Path("/proc")) -> list[int]:
 
 
 def _parent(folder: Path) -> int:
-    """The parent of a process; 0 for one that has ended meanwhile."""
+    """The parent of a process; 0 if it has ended meanwhile."""
     try:
-        # The command's name stands in brackets and may itself hold any of them, and spaces.
+        # The command's name is in brackets, and may itself contain brackets and spaces.
         return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
 def _field(file: Path, name: str) -> int:
-    """A line ``Name:  123 kB`` in KiB; 0 if the process or the line is gone."""
+    """The number in the line ``Name:  123 kB``; 0 if the process has ended or there is no such line."""
     try:
         lines = file.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The plot of a sweep, as PNG. Needs matplotlib, which a checkout that is not installed may lack."""
+"""Plots a sweep as PNG. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLOURS = (
     "#CC79A7",
     "#E69F00",
     "#56B4E9",
-)  # told apart by the colour-blind
+)  # distinguishable with colour blindness
 _LATENCIES = {"ttft": "time to first token, ms", "itl": "inter-token latency, ms"}
 
 
 def check_available() -> None:
-    """Raises ``BenchError`` if matplotlib is not installed: to be said before hours of measuring."""
+    """Raises ``BenchError`` if matplotlib is not installed. Call it before measuring."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -34,7 +34,7 @@ def check_available() -> None:
 
 
 def draw(sweep: Sweep, file: Path) -> None:
-    """Write ``sweep`` to ``file``: throughput over adapters, or latency percentiles over the load."""
+    """Write the plot to ``file``: throughput over adapters, or latency percentiles over the load."""
     from matplotlib.figure import Figure
 
     if sweep.axis.kind == "adapters":
@@ -48,7 +48,7 @@ def draw(sweep: Sweep, file: Path) -> None:
 
 
 def _throughput(axes: Axes, sweep: Sweep) -> None:
-    """The median as a line, least to most as a band."""
+    """The median as a line, minimum to maximum as a band."""
     for index, name in enumerate(_names(sweep)):
         places, values = _series(sweep, index, "output_throughput")
         style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
@@ -63,7 +63,7 @@ def _throughput(axes: Axes, sweep: Sweep) -> None:
 
 
 def _latency(axes: Axes, sweep: Sweep, kind: str) -> None:
-    """Medians of the P50 as a full line, of the P99 as a dashed one."""
+    """The medians of P50 as a full line, those of P99 as a dashed line."""
     for index, name in enumerate(_names(sweep)):
         for percentile, style in (("p50", "-"), ("p99", "--")):
             places, values = _series(sweep, index, f"{percentile}_{kind}_ms")
@@ -91,7 +91,7 @@ def _names(sweep: Sweep) -> list[str]:
 
 
 def _series(sweep: Sweep, server: int, figure: str) -> tuple[list[float], list[Spread]]:
-    """Where the server has the figure, and its values there."""
+    """The points at which the server has the figure, and its values there."""
     found = [(point.at, _figure(point, server, figure)) for point in sweep.points]
     return [at for at, value in found if value], [value for _, value in found if value]
 

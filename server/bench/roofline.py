@@ -1,8 +1,9 @@
-"""The least that one decode step can take: bytes that must be read, operations that must be done. No torch.
+"""The least time that a decode step can take, from the bytes it must read and its operations. No torch.
 
-The floor of a part is the larger of its bytes over the memory's bandwidth and its operations over the rate of
-bf16 products; a step's floor is their sum. Bytes are what must be read once: weights with their scales, the
-output head, the rows of every adapter in the step, all keys and values. Activations are left out.
+The floor of a part is the larger of two times: its bytes over the memory's bandwidth, and its operations over
+the rate of bf16 products. A step's floor is the sum over its parts. The bytes are those that must be read
+once: weights with their scales, the output head, the rank rows of every adapter in the step, all keys and
+values. Activations are left out.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ WEIGHT_BYTES = {
     "nf4, scales in float32": 0.5 + 4 / 64,
     "nf4, made bf16 in every step": 0.5 + 4 / 64 + 2 + 2,
 }
-"""Bytes that a step moves for one weight. NF4 has a scale for 64 weights, double quantisation one in 8 bits
-and a float32 for 256 of those: 4.127 bits in all. What is made bf16 first is written and read again."""
+"""Bytes that a step moves for each weight. NF4 has one scale for 64 weights. With double quantisation a scale
+has 8 bits, and 256 of them share a float32: 4.127 bits a weight in all. Weights that are dequantised to bf16
+first are written and read again."""
 
 _BF16 = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bytes a second (reading and writing counted), and bf16 operations a second."""
+    """Bytes per second, reads plus writes, and bf16 operations per second."""
 
     bandwidth: float
     rate: float
@@ -39,12 +41,12 @@ DEVICES = {
     "l4": Machine(0.3e12, 121e12),
     "4090": Machine(1.008e12, 165e12),
 }
-"""What the makers' data sheets promise (SXM, 80 GB where there are several; dense bf16 into float32)."""
+"""From the makers' data sheets: SXM and 80 GB where there are several, dense bf16 with float32 sums."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a part of one step must do at least."""
+    """The least that a part of a step must do."""
 
     nbytes: float = 0.0
     operations: float = 0.0
@@ -56,10 +58,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A decoder's sizes, as far as a step's work depends on them.
+    """The sizes of a decoder that a step's work depends on.
 
     Attributes:
-        layers: how many blocks.
+        layers: the number of blocks.
         linears: (in_features, out_features) of every linear in all blocks.
         head: weights of the output head.
         kv_width: elements that one token adds to the keys and values of all blocks.
@@ -85,13 +87,13 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a decode step is asked for.
+    """The contents of a decode step.
 
     Attributes:
-        sequences: each computes one token.
-        context: tokens that each looks at.
-        read_ranks: sum of the ranks of the distinct adapters in the step, which are read once.
-        used_ranks: sum over the sequences of their adapter's rank, which is computed with.
+        sequences: their number; each computes one token.
+        context: tokens that each attends to.
+        read_ranks: the sum of the ranks of the step's distinct adapters; each is read once.
+        used_ranks: the sum over the sequences of their adapter's rank; each is multiplied with.
     """
 
     sequences: int
@@ -123,7 +125,7 @@ def works(
     """By part, the least that one decode step must read and compute.
 
     Args:
-        weight_bytes, head_bytes: of a linear's weight and of the output head's.
+        weight_bytes, head_bytes: bytes of a weight of a linear, and of the output head.
     """
     kv = step.sequences * step.context * stack.kv_width
     return {
@@ -140,10 +142,11 @@ def floor(parts: Mapping[str, Work], machine: Machine) -> float:
 
 
 def launches(stack: Stack, adapted: bool) -> int:
-    """Kernels that a fused step on a GPU launches (``server/engine/model/cuda/model.py``), a product in one.
+    """Kernels that a fused step on a GPU launches (``server/engine/model/cuda/model.py``).
 
-    By block: four products, two norms, rotary with the KV store, attention and the gated activation; each
-    product's adapters take two more. Then embedding, last norm, head, float32, and two for sampling. An NF4
-    product takes a second launch where the one that was chosen works in two (``products.py`` there).
+    Each block launches four products, two norms, rotary embedding with the KV store, attention and the
+    gated activation. Adapters add two launches to each product. Then come embedding, last norm, head,
+    float32, and two for sampling. Each product counts as one launch, although some NF4 products take two
+    (``products.py``).
     """
     return stack.layers * (9 + (8 if adapted else 0)) + 6

@@ -1,6 +1,6 @@
-"""Models of a known shape with random weights: their speed is a real model's, their answers are noise.
+"""Makes models of a known shape with random weights: as fast as real models, but with random answers.
 
-For measuring shapes whose weights cannot be had. Imports torch inside its functions only.
+They measure shapes whose weights are not available. Only its functions import torch.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def make_model(shape: dict[str, Any], tokenizer: Path, out: Path, seed: int) -> 
 
     Args:
         shape: fields of ``LlamaConfig``.
-        tokenizer: a transformers folder whose fast tokenizer it gets, filled up to the shape's vocabulary.
+        tokenizer: a transformers folder. Its fast tokenizer is copied and filled up to ``vocab_size``.
         seed: equal seeds give equal weights.
 
     Raises:
-        BenchError: ``out`` is there already, or the tokenizer knows more tokens than the shape.
+        BenchError: ``out`` exists, or the tokenizer has more tokens than the shape.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if out.exists():
-        raise BenchError(f"--output {out} is there already; name a folder that is not")
+        raise BenchError(f"--output {out} exists already; give a folder that does not exist")
     source = json.loads((tokenizer / "tokenizer.json").read_text())
     filled = fill_vocabulary(source, shape["vocab_size"])
     special = {key: value for key, value in _special_tokens(tokenizer).items() if value is not None}
@@ -71,14 +71,14 @@ def make_model(shape: dict[str, Any], tokenizer: Path, out: Path, seed: int) -> 
 
 
 def fill_vocabulary(tokenizer: dict[str, Any], size: int) -> dict[str, Any]:
-    """A ``tokenizer.json`` with tokens added that no text gives, until every id below ``size`` has a text.
+    """A ``tokenizer.json`` with unused tokens added, until every id below ``size`` has a text.
 
     A random model samples any id, and a server must be able to decode it.
     """
     vocabulary = tokenizer["model"]["vocab"]
     taken = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
     if max(taken) >= size:
-        raise BenchError(f"the tokenizer has ids up to {max(taken)}, the shape only {size} tokens")
+        raise BenchError(f"the tokenizer has ids up to {max(taken)}, but the shape has only {size} tokens")
     fillers = {f"<unused{index}>": index for index in range(size) if index not in taken}
     return {**tokenizer, "model": {**tokenizer["model"], "vocab": {**vocabulary, **fillers}}}
 

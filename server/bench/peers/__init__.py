@@ -1,8 +1,8 @@
-"""What is measured: a runner a server, ours among them. Each is one file, started as a process of its own.
+"""The servers that are measured, manylora among them. A runner starts each as a process of its own.
 
-To add a peer: write ``peers/<name>.py`` with a class that fits ``Runner`` (for an HTTP server:
-``http.HttpServer`` with a ``command``), and name it in ``peer``; if it needs an environment of its own,
-``environments.RECIPES`` says how that is made.
+To add a peer, write ``peers/<name>.py`` with a class that fits ``Runner`` and add it to ``peer``. For an HTTP
+server, derive from ``http.HttpServer`` and define ``command``. If it needs an environment of its own, add it
+to ``environments.RECIPES``.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PEERS = ("llama.cpp", "vllm", "peft")
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every runner of a comparison is given alike.
+    """The same for every runner of a comparison.
 
     Attributes:
         base: folder of the prepared 4-bit checkpoint.
         adapters: name → PEFT folder.
-        scratch: a folder for logs and state that ends with the comparison.
-        source: what the base was prepared from, as ``--base`` names it.
+        scratch: a folder for logs and state. It is deleted after the comparison.
+        source: the model that the base was prepared from (``--base``).
         home: the state folder, with the peers' environments in it.
-        slots: most requests in flight, for servers that must be told.
+        slots: most requests in flight, for servers that need to know.
         context: most tokens of a request, prompt and answer.
     """
 
@@ -46,9 +46,9 @@ class Setup:
 
 
 def dense_base(setup: Setup) -> PreparedBase:
-    """The same base before our quantisation, in bf16, for peers that quantise in their own way or not at all.
+    """The same base in bf16, for peers that quantise in their own way or not at all.
 
-    Raises ``BaseModelError`` where the source is quantised already.
+    Raises ``BaseModelError`` if the source is quantised already.
     """
     from adapters.base import prepare_base
 
@@ -63,20 +63,20 @@ class Runner(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Its first process, once started; None where that is not ours to look into."""
+        """Its first process, once started; None if it was not started here."""
 
     def start(self, setup: Setup) -> None:
-        """Be ready to answer: the base loaded, the adapters known."""
+        """Start, load the base and register the adapters."""
 
     def run(self, workload: Workload) -> RunResult:
-        """Answer every call; a call that fails is a record with an error."""
+        """Answer every call. A call that fails gives a record with an error."""
 
     def stop(self) -> None:
-        """End the process; harmless when it never started."""
+        """End the process, if it was started."""
 
 
 def peer(name: str) -> Runner:
-    """The runner of ``name``: one of ``PEERS``, with ``:variant`` after it where the peer has some."""
+    """The runner of ``name``: one of ``PEERS``, optionally followed by ``:variant``."""
     kind, _, variant = name.partition(":")
     match kind:
         case "llama.cpp":
@@ -92,4 +92,4 @@ def peer(name: str) -> Runner:
 
             return PeftPeer()
         case _:
-            raise BenchError(f"unknown peer {name!r}; known ones: {', '.join(PEERS)}")
+            raise BenchError(f"unknown peer {name!r}; choose from: {', '.join(PEERS)}")

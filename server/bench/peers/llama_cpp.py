@@ -1,7 +1,7 @@
-"""llama.cpp's server: base and adapters as GGUF, made by its own tools, the adapter named per request.
+"""llama.cpp's server. Its own tools convert base and adapters to GGUF. Each request names its adapter.
 
-Its best settings: 4-bit weights in its fastest format here, flash attention, as many slots as requests in
-flight, every core, no saving of prompts that never come back.
+It runs with its best settings: 4-bit weights in the format that is fastest here, flash attention, as many
+slots as requests in flight, all cores, and no cache of prompts, because none is repeated.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ QUANTS = ("iq4_nl", "q4_0", "q4_1", "q4_k_m", "q8_0", "bf16")
 
 
 class LlamaCppPeer(HttpServer):
-    """``llama-server`` with every adapter loaded and none applied until a request names it."""
+    """``llama-server`` with every adapter loaded. An adapter is applied only if a request names it."""
 
     def __init__(self, quant: str = "") -> None:
         super().__init__()
         self._quant = quant or QUANTS[0]
         if self._quant not in QUANTS:
-            raise BenchError(f"llama.cpp:{quant} is unknown; its formats here: {', '.join(QUANTS)}")
+            raise BenchError(f"llama.cpp:{quant} is unknown; choose from: {', '.join(QUANTS)}")
         self.name = f"llama.cpp:{quant}" if quant else "llama.cpp"
 
     def command(self, setup: Setup, port: int) -> list[str]:
@@ -56,8 +56,8 @@ class LlamaCppPeer(HttpServer):
         return set(_ids(url))
 
     def fields(self, url: str) -> Mapping[str | None, Mapping[str, Any]]:
-        # Every scale is said: a request that names none gets all adapters at once, whatever
-        # --lora-init-without-apply promises.
+        # Each request gives every adapter's scale. A request without scales gets all adapters at once, even
+        # with --lora-init-without-apply.
         ids = _ids(url)
         return {
             wanted: {"lora": [{"id": ids[name], "scale": float(name == wanted)} for name in ids]}
@@ -66,7 +66,7 @@ class LlamaCppPeer(HttpServer):
 
 
 def _ids(url: str) -> dict[str, int]:
-    """The adapters' names, which are their files', and the numbers that requests call them by."""
+    """By adapter (its file's name), the number that requests use for it."""
     listed = httpx.get(f"{url}/lora-adapters", trust_env=False).raise_for_status().json()
     return {Path(one["path"]).stem: one["id"] for one in listed}
 
@@ -74,8 +74,8 @@ def _ids(url: str) -> dict[str, int]:
 class Tools:
     """llama.cpp's own converters and quantiser.
 
-    The converters are Python and run in our environment, which has torch and transformers; what else they
-    import comes from theirs.
+    The converters are Python scripts. They run in our environment, which has torch and transformers, and
+    import the rest from the peer's environment.
     """
 
     def __init__(self, environment: Environment) -> None:
@@ -88,7 +88,7 @@ class Tools:
         return self._built / "llama-server"
 
     def convert_base(self, setup: Setup, quant: str) -> Path:
-        """The base's weights before our quantisation as a GGUF of that format; kept for the next time."""
+        """The base in bf16, converted to a GGUF of format ``quant``. The file is kept for the next time."""
         dense = dense_base(setup)
         models = self._environment.path / "models"
         models.mkdir(exist_ok=True)
@@ -105,7 +105,10 @@ class Tools:
         return target
 
     def convert_adapters(self, setup: Setup) -> list[Path]:
-        """Every adapter as ``<name>.gguf``, in f16, by one process: its imports take most of the time."""
+        """Convert every adapter to ``<name>.gguf`` in f16.
+
+        One process converts all of them, because imports take most of the time.
+        """
         out = setup.scratch / "llama.cpp"
         out.mkdir()
         if setup.adapters:

@@ -1,12 +1,12 @@
-"""PEFT's own way to answer a mixed batch: ``generate(adapter_names=[…])`` on the same 4-bit base.
+"""PEFT answers a mixed batch with ``generate(adapter_names=[…])`` on the same 4-bit base.
 
-No HTTP and no scheduler stand in its way: a workload is cut into batches that ``generate`` is given whole.
-Its best settings were tried out: SDPA attention, inference mode, adapters in float32 as PEFT loads them (cast
-to bf16, a step of 16 requests on 16 adapters took 1.5 times the CPU time), and plain ``set_adapter`` where
-the whole batch has the same adapter.
+There is no HTTP and no scheduler. A workload is cut into batches, and ``generate`` gets each batch whole.
+It runs with the best settings that were found: SDPA attention, inference mode, adapters in float32 as PEFT
+loads them, and ``set_adapter`` if the whole batch has the same adapter. (With adapters in bf16, a step of 16
+requests on 16 adapters took 1.5 times the CPU time.)
 
-``PeftPeer`` is the measuring side; ``main`` is its process: first a line of JSON with the setup, then for
-each workload a line in and a line out.
+``PeftPeer`` is the measuring side. ``main`` is its process. It reads one line of JSON with the setup. Then it
+reads a line for each workload and writes a line of records.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PeftPeer:
 
     def run(self, workload: Workload) -> RunResult:
         if any(call.due for call in workload.calls):
-            raise BenchError("PEFT has no scheduler: compare it at --request-rate inf")
+            raise BenchError("PEFT has no scheduler; use --request-rate inf, or remove it from --peers")
         assert self._process is not None, "start comes first"
         answer = json.loads(self._process.ask(json.dumps(asdict(workload))))
         return RunResult(tuple(CallRecord(**record) for record in answer))
@@ -72,7 +72,7 @@ class Generator:
         self._model.eval()
 
     def answer(self, workload: Workload) -> list[CallRecord]:
-        """Answer all calls, as many at a time as the workload allows; a batch waits for the one before it."""
+        """Answer all calls in batches of ``max_concurrency``, one batch after the other."""
         import torch
 
         start = time.perf_counter()
@@ -104,7 +104,10 @@ class Generator:
 
     @contextmanager
     def _adapters_of(self, batch: Sequence[Call]) -> Iterator[dict[str, Any]]:
-        """What tells ``generate`` the adapters; one for all, or none, is switched to, which is faster."""
+        """The arguments that tell ``generate`` the adapters.
+
+        If the batch has one adapter or none, it is set on the model instead, which is faster.
+        """
         names = [call.adapter or "__base__" for call in batch]
         if not self._has_adapters:
             yield {}
@@ -119,10 +122,10 @@ class Generator:
 
 
 def load_model(base: Path) -> Any:
-    """The 4-bit base, the very checkpoint that our server loads."""
+    """The 4-bit base, from the same checkpoint as manylora loads."""
     from adapters.base import load_base, prepare_base
 
-    # Prepared already: nothing is fetched or written.
+    # The base is prepared already, so nothing is fetched or written.
     return load_base(prepare_base(str(base), base.parent, progress=False)).model
 
 
@@ -138,14 +141,14 @@ def with_adapters(model: Any, adapters: dict[str, str]) -> Any:
 
 
 class StepTimes:
-    """A ``generate`` streamer that notes when each step ends; the prompt comes first and is no step."""
+    """A ``generate`` streamer that records when each step ends. Its first call gives the prompt."""
 
     def __init__(self, start: float) -> None:
         self._start = start
         self._prompt_seen = False
         self.steps: list[float] = []
 
-    def put(self, value: object) -> None:  # noqa: ARG002 (only the moment matters)
+    def put(self, value: object) -> None:  # noqa: ARG002 (only the time matters)
         if self._prompt_seen:
             self.steps.append(time.perf_counter() - self._start)
         self._prompt_seen = True
@@ -172,9 +175,9 @@ def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tens
 
 
 def main() -> None:
-    """Serve workloads over standard input and output until the input ends."""
+    """Answer workloads over standard input and output until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log, not among the answers
+    os.dup2(2, 1)  # what libraries print goes to the log
     setup = json.loads(sys.stdin.readline())
     generator = Generator(Path(setup["base"]), setup["adapters"])
     print("ready", file=answers, flush=True)

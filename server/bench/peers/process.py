@@ -1,4 +1,4 @@
-"""A child process whose log is kept and that is surely ended."""
+"""A child process with a log. It is always ended, with its own children."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class ChildProcess:
-    """A running command, and whatever it starts itself.
+    """A running command and its children.
 
-    What it prints goes to ``log``; with ``talk``, input and output are pipes. ``environment`` goes over ours.
+    Args:
+        log: gets stderr, and stdout without ``talk``.
+        talk: standard input and output are pipes, for ``ask``.
+        environment: variables that are added to those of this process.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class ChildProcess:
                 stderr=sink,
                 env=_environment() | dict(environment or {}),
                 text=True,
-                start_new_session=True,  # a group of its own, so that nothing of it is left behind
+                start_new_session=True,  # a group of its own, so that stop ends its children too
             )
 
     @property
@@ -45,7 +48,7 @@ class ChildProcess:
         return self._popen.pid
 
     def ask(self, line: str) -> str:
-        """Write a line, read a line. Raises ``BenchError`` if the process ends instead."""
+        """Write a line and read a line. Raises ``BenchError`` if the process has ended."""
         try:
             _open(self._popen.stdin).write(line + "\n")
             _open(self._popen.stdin).flush()
@@ -53,7 +56,7 @@ class ChildProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise BenchError(f"{self._log.stem} ended while it was asked; its log ends:\n{self.log_tail()}")
+            raise BenchError(f"{self._log.stem} ended before it answered; its log ends:\n{self.log_tail()}")
         return answer
 
     def check_alive(self) -> None:
@@ -66,7 +69,7 @@ class ChildProcess:
         return self._log.read_text(errors="replace")[-2000:]
 
     def stop(self) -> None:
-        """Ask it to end, wait, then insist."""
+        """Send SIGTERM, wait, then kill the process and its children."""
         self._popen.terminate()
         try:
             self._popen.wait(_STOP_TIMEOUT_S)
@@ -81,7 +84,7 @@ class ChildProcess:
 
 
 def cores() -> list[int]:
-    """The cores that this process, and so its children, may run on."""
+    """The cores that this process and its children may run on."""
     return (
         sorted(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -90,7 +93,7 @@ def cores() -> list[int]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without MANYLORA_…: how the operator's own server is set up must not change what is measured."""
+    """This process' variables without MANYLORA_…, which would configure the server that is measured."""
     return {key: value for key, value in os.environ.items() if not key.startswith("MANYLORA_")}
 
 

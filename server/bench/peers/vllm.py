@@ -1,8 +1,8 @@
-"""vLLM on the CPU: the base in bf16, which is what it serves here (its 4-bit kernels need a GPU).
+"""vLLM on the CPU, with the base in bf16, because its 4-bit kernels need a GPU.
 
-Its best settings: bound to every core, as many sequences as requests in flight, room for all adapters that
-a batch can hold. Whether it is faster compiled (its default) or eager (``vllm:eager``) depends on the load:
-measure both.
+It runs with its best settings: all cores, as many sequences as requests in flight, and room for all adapters
+that a batch can have. Compiled (its default) or eager (``vllm:eager``) may be faster, depending on the load.
+Measure both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from server.bench.peers.http import HttpServer
 from server.bench.peers.process import cores
 
 _BF16_BYTES = 2
-# vLLM takes only these as --max-lora-rank.
+# The values that vLLM accepts for --max-lora-rank.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -28,7 +28,7 @@ class VllmPeer(HttpServer):
     def __init__(self, mode: str = "") -> None:
         super().__init__()
         if mode not in ("", "compiled", "eager"):
-            raise BenchError(f"vllm:{mode} is unknown; give vllm, which is compiled, or vllm:eager")
+            raise BenchError(f"vllm:{mode} is unknown; use vllm (compiled) or vllm:eager")
         self._eager = mode == "eager"
         self.name = f"vllm:{mode}" if mode else "vllm"
 
@@ -60,7 +60,7 @@ class VllmPeer(HttpServer):
 
 
 def _cache_bytes(base: Path, tokens: int) -> int:
-    """The KV cache for twice ``tokens``: it never bounds a batch, and takes about what is used."""
+    """Bytes of a KV cache for twice ``tokens``, so that it never limits a batch."""
     config = json.loads((base / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads

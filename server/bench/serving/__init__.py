@@ -1,1 +1,1 @@
-"""``manylora bench serving``: a load generator, and servers compared under the same load."""
+"""``manylora bench serving``: a load generator that compares servers under the same load."""

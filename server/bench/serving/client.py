@@ -1,6 +1,7 @@
-"""The load generator: plays a workload against an OpenAI-compatible server and notes when tokens come.
+"""The load generator: sends a workload to an OpenAI-compatible server and records when tokens arrive.
 
-One process, one event loop, a connection a call. Its own cost is measured (``RunResult.generator_cpu``).
+It is one process with one event loop, and opens one connection for each call. Its own CPU time is measured
+(``RunResult.generator_cpu``).
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from server.bench.serving.sse import SSEDecoder
 from server.bench.serving.stats import CallRecord, RunResult
 from server.bench.serving.workload import Call, Workload
 
-# A request that takes so long has failed: a benchmark must end.
+# A request that takes longer has failed, so that a benchmark always ends.
 _TIMEOUT_S = 600.0
 
 
 async def play(endpoint: Endpoint, workload: Workload) -> RunResult:
-    """Send every call when it is due and a place is free. A call that fails is recorded, never raised."""
+    """Send every call when it is due, within the concurrency bound. Failures are recorded, not raised."""
     gate = asyncio.Semaphore(workload.max_concurrency or max(1, len(workload.calls)))
     gc.collect()
-    gc.freeze()  # what is alive now stays so: no long collections while tokens are timed
+    gc.freeze()  # avoids long garbage collections while tokens are timed
     start, cpu = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_play_one(endpoint, call, gate, start)) for call in workload.calls]
@@ -65,7 +66,7 @@ async def _stream(endpoint: Endpoint, call: Call, answer: Answer, start: float) 
 
 
 def payload(endpoint: Endpoint, call: Call) -> dict[str, Any]:
-    """The request's body: greedy, streamed, and of exactly ``max_tokens`` tokens."""
+    """The request's body. It asks for a greedy, streamed answer of exactly ``max_tokens`` tokens."""
     prompt: dict[str, Any] = (
         {"prompt": call.prompt}
         if endpoint.path == "/v1/completions"
@@ -85,7 +86,7 @@ def payload(endpoint: Endpoint, call: Call) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Answer:
-    """One streamed answer as it comes in."""
+    """One streamed answer while it arrives."""
 
     sent: float
     error: str | None = None
@@ -95,7 +96,7 @@ class Answer:
     _usage: dict[str, Any] = field(default_factory=dict)
 
     def take(self, data: bytes, now: float) -> None:
-        """Note one event's data, which arrived at ``now``."""
+        """Take one event's data, which arrived at ``now``."""
         if data == b"[DONE]":
             self._done = True
             return
@@ -119,7 +120,7 @@ class Answer:
             self._finished = now
 
     def record(self, wanted_tokens: int) -> CallRecord:
-        """What happened, once the stream has ended; anything but ``wanted_tokens`` tokens is an error."""
+        """The record, once the stream has ended. It has an error unless ``wanted_tokens`` tokens arrived."""
         output = self._usage.get("completion_tokens", 0)
         if self._finished is not None and len(self._chunks) < output:
             self._chunks.append(self._finished)  # the last token has no text of its own
@@ -137,14 +138,17 @@ class Answer:
         if not self._done:
             return "the stream ended before [DONE]"
         if not self._usage:
-            return "the stream had no usage; the server must honour stream_options.include_usage"
+            return "the stream had no usage; the server must support stream_options.include_usage"
         if output != wanted or not self._chunks:
-            return f"{output} tokens came in {len(self._chunks)} chunks, not the {wanted} asked for"
+            return f"{output} tokens arrived in {len(self._chunks)} chunks; {wanted} tokens were asked for"
         return None
 
 
 def _holds_token(choice: dict[str, Any]) -> bool:
-    """Whether a choice stands for tokens, be their text empty: not chat's opening role, not a bare finish."""
+    """Whether a choice stands for tokens, even if their text is empty.
+
+    Chat's first chunk has only a role, and the last one may have only a finish reason.
+    """
     text = choice.get("text")
     if text is None:
         delta = choice["delta"]
@@ -155,10 +159,10 @@ def _holds_token(choice: dict[str, Any]) -> bool:
 
 
 async def discover(base_url: str, api_key: str | None) -> tuple[str, tuple[str, ...]]:
-    """The base's and the adapters' names from ``/v1/models`` (as in vLLM, adapters have a ``parent``).
+    """The names of the base and the adapters, from ``/v1/models``. As in vLLM, adapters have a ``parent``.
 
     Raises:
-        BenchError: no answer, not a good one, or one without a base.
+        BenchError: the server gave no valid list, or a list without a base.
     """
     try:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -1,4 +1,4 @@
-"""The order of a measurement: start everything, warm up, run in turn (A B A B …), stop everything."""
+"""Runs a measurement: starts all servers, warms them up, runs them in turn (A B A B …), stops them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from server.bench.peers import Runner, Setup
 from server.bench.serving.stats import Metrics, RunResult, summarise
 from server.bench.serving.workload import Load, make_workload
 
-# Long enough to compute with an adapter, short enough for hundreds of them.
+# Enough tokens to use an adapter, and few enough for hundreds of adapters.
 _TOUCH_INPUT_LEN = 8
 _TOUCH_OUTPUT_LEN = 2
-# OpenMP's threads go on spinning for some 200 ms after their work: not into the next server's run.
+# OpenMP's threads spin for about 200 ms after their work. The next server's run starts after that.
 _SETTLE_S = 0.3
 
 
@@ -36,7 +36,7 @@ class Measured:
 
 @contextmanager
 def started(runners: Sequence[Runner], setup: Setup) -> Iterator[None]:
-    """All runners up meanwhile, and surely stopped afterwards.
+    """Start all runners; stop them at the end, in any case.
 
     Raises:
         BenchError: one did not start.
@@ -50,9 +50,9 @@ def started(runners: Sequence[Runner], setup: Setup) -> Iterator[None]:
 
 
 def warm_up(runners: Sequence[Runner], setup: Setup, load: Load, num_warmups: int) -> None:
-    """Ask every adapter once, so that all are where each server keeps them, then play the load.
+    """Ask every adapter once, so that each server has loaded it. Then send ``num_warmups`` requests.
 
-    The load's part has ``num_warmups`` requests. No figure includes any of it.
+    No figure includes these requests.
     """
     if setup.adapters and load.popularity != "base":
         _play(runners, setup, [touching(load, len(setup.adapters))] * len(runners), run=-1)
@@ -61,7 +61,7 @@ def warm_up(runners: Sequence[Runner], setup: Setup, load: Load, num_warmups: in
 
 
 def touching(load: Load, count: int) -> Load:
-    """A short request for each of ``count`` adapters, no more of them at once than ``load`` sends."""
+    """A short request for each of ``count`` adapters, with the concurrency of ``load``."""
     return replace(
         load,
         num_prompts=count,
@@ -77,13 +77,13 @@ def touching(load: Load, count: int) -> Load:
 def measure(
     runners: Sequence[Runner], setup: Setup, loads: Sequence[Load], repeats: int, first_run: int = 1
 ) -> list[Measured]:
-    """Measure every runner under its load; with equal loads, all get the same workloads.
+    """Measure every runner under its load. Runners with equal loads get the same workloads.
 
-    Runs alternate between the runners, so that a machine that grows slower is slower for all of them.
-    Runs are numbered from ``first_run``; a number stands for prompts that no other run has.
+    Runs alternate between the runners, so that a machine that becomes slower is slower for all of them.
+    Runs are numbered from ``first_run``. Each number has prompts of its own.
 
     Raises:
-        BenchError: one has ended.
+        BenchError: a runner has ended.
     """
     measured = [Measured(runner.name) for runner in runners]
     for run in range(first_run, first_run + repeats):
@@ -110,5 +110,5 @@ def _in_short(result: RunResult) -> str:
 
 
 def say(line: str) -> None:
-    """Progress, for people."""
+    """Print progress on stderr."""
     print(line, file=sys.stderr, flush=True)

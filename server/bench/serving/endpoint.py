@@ -1,4 +1,4 @@
-"""Where a workload goes: an OpenAI-compatible server's address, and how it is asked."""
+"""The address of an OpenAI-compatible server, and how to ask it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PATHS: tuple[Path, ...] = get_args(Path)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a workload goes.
+    """A server that workloads are sent to.
 
     Attributes:
-        base_url: scheme, host and port; the operator named it, and nothing else is ever contacted.
+        base_url: scheme, host and port. No other address is contacted.
         base_model: the model name of calls without an adapter.
-        fields: adapter, or None for the base → fields of its requests, for a server that does not know
+        fields: by adapter (None = the base), more fields of its requests, for a server that does not list
             adapters as models.
     """
 

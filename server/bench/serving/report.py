@@ -1,4 +1,4 @@
-"""A measurement as a table for people and as JSON for programs."""
+"""Reports a measurement as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LABELS = {
     for statistic in STATISTICS
 }
 
-# What the load fixes, or what belongs to the measurement: a ratio of it says nothing.
+# Figures that the load or the measurement sets, so their ratios mean nothing.
 _WITHOUT_RATIO = {
     "completed",
     "failed",
@@ -74,7 +74,7 @@ def spreads(measured: Measured) -> dict[str, Spread]:
 
 
 def ratios(ours: Measured, theirs: Measured) -> dict[str, Spread]:
-    """Ours divided by theirs, run by run: each pair had the same workload, one right after the other."""
+    """Ours divided by theirs, run by run. Each pair had the same workload, one right after the other."""
     divisors = {name for name, spread in spreads(theirs).items() if spread.min > 0} - _WITHOUT_RATIO
     shared = [name for name in spreads(ours) if name in divisors]
     return {
@@ -84,7 +84,7 @@ def ratios(ours: Measured, theirs: Measured) -> dict[str, Spread]:
 
 
 def table(measured: Sequence[Measured]) -> str:
-    """A row a figure: the first runner's, then each peer's and the first one's ratio to it."""
+    """One row for each figure: the first runner's, then each peer's and the ratio of the first to it."""
     ours, *peers = measured
     columns: list[tuple[str, dict[str, Spread]]] = [(ours.name, spreads(ours))]
     for one in peers:
@@ -105,19 +105,19 @@ def errors(measured: Sequence[Measured]) -> list[str]:
 
 
 def document(config: dict[str, Any], machine: dict[str, Any], measured: Sequence[Measured]) -> dict[str, Any]:
-    """Everything, JSON-ready: what was asked, where it ran, each run's figures, medians and ratios."""
+    """Everything as JSON values: the command, the machine, each run's figures, medians and ratios."""
     return _head(config, machine) | _comparison(measured)
 
 
 def sweep_document(config: dict[str, Any], machine: dict[str, Any], sweep: Sweep) -> dict[str, Any]:
-    """The same for a sweep: its axis, and a comparison for each of its points."""
+    """The same for a sweep: its axis, and a comparison at each of its points."""
     points = [{"at": point.at, **_comparison(point.measured)} for point in sweep.points]
     head = _head(config, machine) | {"axis": sweep.axis.label, "saturation": sweep.saturation}
     return head | {"points": points}
 
 
 def sweep_table(sweep: Sweep) -> str:
-    """A row for each point and server: the axis' figures, and the first server's ratio to it in the first."""
+    """One row for each point and server: the axis' figures, and the first server's ratio in the first one."""
     first, *_ = sweep.axis.figures
     ours = sweep.points[0].measured[0].name
     titles = [_LABELS[name] for name in sweep.axis.figures]

@@ -1,4 +1,4 @@
-"""What ``manylora bench serving`` does: find or start the servers, measure them, print and save."""
+"""Runs ``manylora bench serving``: finds or starts servers, measures them, prints and saves the figures."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from server.bench.serving.sweep import Sweep, sweep_adapters, sweep_rates, sweep
 from server.bench.serving.workload import Load
 
 _BUSY = (
-    "other work runs here (load average {load_average:.1f} on {cores} cores): threads that share a step "
-    "suffer most, and no figure below is to be trusted"
+    "other work runs on this machine (load average {load_average:.1f} on {cores} cores), "
+    "so the figures below are not reliable"
 )
-# For a server that must be told how many requests it may hold at once: more would only cost memory.
+# For servers that must be given a maximum of requests in flight. More would only take memory.
 _MOST_SLOTS = 64
 _CONTEXT_STEP = 256
 
 
 def run_serving(arguments: argparse.Namespace) -> int:
-    """Measure, print and save. Exit code 0; 1 if any request failed."""
+    """Measure, print and save. Returns exit code 0, or 1 if any request failed."""
     _check(arguments)
     machine = describe_machine()
     if machine["load_average"] > machine["cores"]:
@@ -62,14 +62,14 @@ def run_serving(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, before anything starts."""
     if arguments.cold and (arguments.repeats > 1 or arguments.num_warmups):
-        raise BenchError("--cold is one run without warm-up; leave --repeats and --num-warmups out")
+        raise BenchError("--cold is one run without warm-up; remove --repeats and --num-warmups")
     if arguments.cold and (arguments.sweep_adapters or arguments.sweep_load):
-        raise BenchError("--cold is one run, and a sweep is several; leave one of the two out")
+        raise BenchError("--cold is one run, and a sweep is several; remove one of them")
     if arguments.sweep_load and "peft" in arguments.peers:
-        raise BenchError("PEFT has no scheduler, so there is no rate to sweep; leave it out of --peers")
+        raise BenchError("PEFT has no scheduler, so --sweep-load cannot measure it; remove it from --peers")
     if arguments.plot:
         if not (arguments.sweep_adapters or arguments.sweep_load):
-            raise BenchError("--plot draws a sweep; add --sweep-adapters or --sweep-load")
+            raise BenchError("--plot plots a sweep; add --sweep-adapters or --sweep-load")
         plot.check_available()
 
 
@@ -90,7 +90,7 @@ def _load(arguments: argparse.Namespace) -> Load:
 
 
 def _most_adapters(arguments: argparse.Namespace) -> int:
-    """The default of both the adapters and the requests."""
+    """The default number of adapters and of requests."""
     return max(arguments.sweep_adapters or (16,))
 
 
@@ -118,9 +118,9 @@ def _points(
 
 
 def _external(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list[Runner], Setup]:
-    """The operator's server; its adapters are names only."""
+    """The running server. Its adapters are only names here."""
     if arguments.peers or arguments.server_args:
-        raise BenchError("--peers and flags after -- go with our own server; leave --base-url out")
+        raise BenchError("--peers and flags after -- need a server that is started here; remove --base-url")
     api_key = arguments.api_key or os.environ.get("OPENAI_API_KEY")
     if not arguments.model:
         base, adapters = asyncio.run(discover(arguments.base_url, api_key))
@@ -141,7 +141,7 @@ def _own(arguments: argparse.Namespace, load: Load, scratch: Path) -> tuple[list
     from server.config import from_args
 
     if arguments.model or arguments.api_key:
-        raise BenchError("--model and --api-key go with --base-url; our own server needs neither")
+        raise BenchError("--model and --api-key need --base-url; add it, or remove them")
     peers = [peer(name) for name in arguments.peers]
     for name in {name.partition(":")[0] for name in arguments.peers} & RECIPES.keys():
         Environment(name, arguments.home).require()
@@ -172,13 +172,13 @@ def _setup(
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole command as parsed, but for the key."""
+    """The whole command as parsed, without the key."""
     left_out = {"run", "api_key"}
     return {key: _plain(value) for key, value in vars(arguments).items() if key not in left_out}
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can say it."""
+    """``value`` as a JSON value."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value) if isinstance(value, Path) else value

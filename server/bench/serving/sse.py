@@ -1,13 +1,13 @@
-"""Server-sent events, incrementally: bytes in, the payloads of whole events out. No I/O."""
+"""Parses server-sent events incrementally: bytes in, the payloads of complete events out. No I/O."""
 
 from __future__ import annotations
 
 
 class SSEDecoder:
-    """Feed it network chunks cut anywhere; it gives back each event's data once its empty line has come.
+    """Takes network chunks, however they are cut, and returns an event's data when its empty line arrives.
 
-    Lines end in LF or CRLF; comments and fields other than ``data`` are skipped. (The lone CR that the
-    standard also allows is left out: no server sends it, and only waiting tells it from half a CRLF.)
+    Lines end in LF or CRLF. Comments and fields other than ``data`` are skipped. The standard also allows a
+    lone CR; it is not supported, because no server sends it and it looks like the first half of a CRLF.
     """
 
     def __init__(self) -> None:

@@ -1,20 +1,20 @@
-"""From what happened to each request to the figures of a run. Pure arithmetic on times in seconds.
+"""Computes the figures of a run from the records of its requests. Only arithmetic; times are in seconds.
 
-Times are counted from the run's start. At any moment at which requests are in flight, exactly one holds:
+Times are counted from the run's start. While requests are in flight, each moment belongs to one of two:
 
-* **prefill time**: at least one of them has not yet received its first token;
-* **decode time**: all of them have.
+* **prefill time**: at least one of them has not received its first token yet;
+* **decode time**: all of them have received their first token.
 
-The two are how ``prefill_throughput`` and ``decode_throughput`` are defined, from the client's side alone,
-so that they mean the same for every server however it schedules:
+``prefill_throughput`` and ``decode_throughput`` are defined by these two, from what the client sees. So they
+mean the same for every server, whatever its scheduling:
 
-* ``prefill_throughput`` = prompt tokens that were computed (not those from a prefix cache) / prefill time.
-  A server that also decodes meanwhile is charged for it here.
-* ``decode_throughput`` = tokens received in decode time, first tokens never among them / decode time.
-  A server that decoded some requests during others' prefill has a thinner tail, and is charged for it here.
+* ``prefill_throughput`` = prompt tokens that were computed (not found in a prefix cache) / prefill time.
+  Decoding during prefill time lowers it.
+* ``decode_throughput`` = tokens received in decode time, without first tokens / decode time. A server that
+  decoded some requests during prefill time has fewer sequences to decode later, which lowers it.
 
-Both are meant for bursts (all requests at once). Under a steady load of arrivals some request is nearly
-always in prefill; look at ``output_throughput`` and the latencies then.
+Both are meant for bursts, where all requests are sent at once. With steady arrivals, some request is nearly
+always in prefill. Use ``output_throughput`` and the latencies then.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """What happened to one call.
+    """The record of one call.
 
     Attributes:
-        sent: when the request went out (after any wait for the concurrency bound).
+        sent: when the request was sent, after any wait for the concurrency bound.
         chunks: when each chunk with tokens arrived.
-        prompt_tokens, cached_tokens, output_tokens: as the server's ``usage`` has them.
-        error: why it counts as failed, or None.
+        prompt_tokens, cached_tokens, output_tokens: from the server's ``usage``.
+        error: why it failed, or None.
     """
 
     sent: float
@@ -61,7 +61,7 @@ class RunResult:
 
     Attributes:
         records: one per call, in the calls' order.
-        generator_cpu: CPU seconds that the load generator itself took (0 where it is not between).
+        generator_cpu: CPU seconds that the load generator took; 0 if none was used.
     """
 
     records: tuple[CallRecord, ...]
@@ -82,10 +82,10 @@ def median(values: Iterable[float]) -> float:
 
 
 def summarise(result: RunResult) -> Metrics:
-    """The figures of one run, named as ``vllm bench serve`` names them where it has them.
+    """The figures of one run. Those that ``vllm bench serve`` has too are named as there.
 
-    Latencies are in milliseconds, ``duration`` in seconds. A figure that the run cannot give (no answer at
-    all, answers of one token) is absent.
+    Latencies are in milliseconds, ``duration`` in seconds. A figure is absent if the run does not define it,
+    for example if there are no answers or only answers of one token.
     """
     good = [record for record in result.records if record.error is None]
     metrics: Metrics = {"completed": len(good), "failed": len(result.records) - len(good)}
@@ -142,7 +142,7 @@ STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 def gaps(record: CallRecord) -> list[float]:
-    """Seconds between chunks that follow each other."""
+    """Seconds between successive chunks."""
     return [later - earlier for earlier, later in itertools.pairwise(record.chunks)]
 
 
@@ -162,7 +162,7 @@ def union(spans: Iterable[tuple[float, float]]) -> Spans:
 
 
 def subtract(spans: Spans, others: Spans) -> Spans:
-    """The moments of ``spans`` that lie in none of ``others``."""
+    """The moments of ``spans`` that are not in ``others``."""
     left: Spans = []
     for begin, end in spans:
         done = begin

@@ -1,6 +1,6 @@
 """A measurement at several points of one axis: the number of adapters, or the rate of requests.
 
-All servers stay up over the whole sweep; every run of every point has prompts of its own.
+All servers run during the whole sweep. Every run of every point has prompts of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["adapters", "rate", "share"]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What is varied, as text with its unit, and the figures that it is varied for."""
+    """The quantity that varies, its label with the unit, and the figures that are shown."""
 
     kind: Kind
     label: str
@@ -47,7 +47,7 @@ class Sweep:
     """All points of an axis.
 
     Attributes:
-        saturation: requests/s that each server sustains at most, where the axis is a share of it.
+        saturation: by server, the most requests/s that it sustains, if the axis is a share of it.
     """
 
     axis: Axis
@@ -58,7 +58,7 @@ class Sweep:
 def sweep_adapters(
     runners: Sequence[Runner], setup: Setup, load: Load, counts: Sequence[float], repeats: int
 ) -> Sweep:
-    """The same load on the first adapter alone, on the first two, … : ``counts`` of them.
+    """The same load on the first adapters, for each number of them in ``counts``.
 
     Raises:
         BenchError: there are fewer adapters or requests than the largest count.
@@ -77,7 +77,7 @@ def sweep_adapters(
 def sweep_rates(
     runners: Sequence[Runner], setup: Setup, load: Load, rates: Sequence[float], repeats: int
 ) -> Sweep:
-    """The same requests, arriving ``rates`` times a second."""
+    """The same requests at each of ``rates``, in requests/s."""
     loads = [[replace(load, request_rate=rate)] * len(runners) for rate in rates]
     return Sweep(RATE, _points(runners, setup, rates, loads, repeats, first_run=1))
 
@@ -85,12 +85,12 @@ def sweep_rates(
 def sweep_shares(
     runners: Sequence[Runner], setup: Setup, load: Load, shares: Sequence[float], repeats: int
 ) -> Sweep:
-    """The same requests, arriving at ``shares`` (in %) of the rate that each server sustains at most.
+    """The same requests at ``shares``, in percent of the most requests/s that each server sustains.
 
-    That rate is its requests/s when all are sent at once, the median of as many runs as a point has.
+    That is its requests/s when all are sent at once: the median of as many runs as a point has.
 
     Raises:
-        BenchError: a server answered none of them.
+        BenchError: a server answered no request.
     """
     bursts = measure(runners, setup, [replace(load, request_rate=math.inf)] * len(runners), repeats)
     most = [_requests_per_second(burst) for burst in bursts]

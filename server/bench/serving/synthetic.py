@@ -1,6 +1,6 @@
-"""Synthetic adapters: PEFT folders with random weights on every linear inside a base's blocks.
+"""Makes synthetic adapters: PEFT folders with random weights on every linear inside a base's blocks.
 
-Their cost is a real adapter's, their effect is small. Imports torch inside its functions only.
+They cost as much as real adapters and have little effect. Only its functions import torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from adapters.base import PreparedBase
 
-# B's spread: small enough that answers stay a language model's, large enough that no two adapters agree.
+# Small enough that the model still answers in text, large enough that adapters give different answers.
 _B_STD = 1e-3
 
 
 def write_adapters(base: PreparedBase, out: Path, count: int, rank: int, seed: int) -> dict[str, Path]:
-    """Write ``count`` rank-``rank`` adapters for ``base``, of which only the config is read.
+    """Write ``count`` adapters of rank ``rank`` for ``base``. Only the base's config is read.
 
     Returns:
         name → folder (``out/lora-0000``, …), in order.
@@ -35,7 +35,7 @@ def write_adapters(base: PreparedBase, out: Path, count: int, rank: int, seed: i
 
 
 def sites_of(base: Path) -> list[Site]:
-    """Every linear inside the blocks; no weights are loaded."""
+    """Every linear inside the blocks. Loads no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def sites_of(base: Path) -> list[Site]:
 def save_adapter(
     folder: Path, tensors: Mapping[str, torch.Tensor], sites: Sequence[Site], rank: int, base: str
 ) -> None:
-    """Write a PEFT folder of ``tensors``, which are named as PEFT names them."""
+    """Write a PEFT folder. ``tensors`` have PEFT's names."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -69,7 +69,7 @@ def save_adapter(
 
 
 def random_tensors(sites: Sequence[Site], rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """A [rank, in] and B [out, rank] in bf16 for every site, under PEFT's names."""
+    """bf16 A [rank, in] and B [out, rank] for every site, by PEFT's names."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What is asked of a server: which prompts, of which adapters, when. Made from a seed; no clock, no I/O."""
+"""The requests of a run: which prompts, to which adapters, and when. Made from a seed; no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from server.bench.errors import BenchError
 Popularity = Literal["distinct", "uniform", "zipf", "identical", "base"]
 POPULARITIES: tuple[Popularity, ...] = get_args(Popularity)
 
-# Words that nearly every tokenizer has as one token: a chat prompt's length is then about right, and its
-# exact length is what the server reports.
+# Nearly every tokenizer has these words as one token, so a chat prompt has about the right length. The server
+# reports the exact length.
 _WORDS = """
 the time people way water day part place year work back life house world school number night point home hand
 high side case group head problem fact line light name book food land game power
@@ -29,12 +29,12 @@ class Load:
     Attributes:
         num_prompts: requests in one run.
         input_len, output_len: tokens of every prompt and of every answer.
-        popularity: how adapters share the requests, see ``choose_adapters``.
-        num_adapters: only the first so many adapters are asked; None = all.
+        popularity: how requests are spread over adapters (``choose_adapters``).
+        num_adapters: use only the first of the adapters, this many; None = all.
         request_rate: mean requests per second of a Poisson process; infinity sends all at once.
         max_concurrency: most requests in flight; None = no bound.
         token_range: prompts have random token ids in [low, high).
-        seed: everything random follows from it.
+        seed: determines everything random.
     """
 
     num_prompts: int = 16
@@ -50,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: ``adapter`` None means the base; ``due`` is in seconds after the run's start."""
+    """One request. ``adapter`` None means the base; ``due`` is in seconds after the run's start."""
 
     adapter: str | None
     prompt: tuple[int, ...]
@@ -59,7 +59,7 @@ class Call:
 
     @property
     def text(self) -> str:
-        """As many common words as the prompt has tokens, for endpoints that take no token ids."""
+        """One common word for each token of the prompt, for endpoints that take no token ids."""
         return " ".join(_WORDS[token % len(_WORDS)] for token in self.prompt)
 
 
@@ -74,7 +74,7 @@ class Workload:
 def make_workload(load: Load, adapters: Sequence[str], run: int) -> Workload:
     """The workload of run number ``run``.
 
-    Every run has prompts of its own: a server's prefix cache must not answer the second run from the first.
+    Every run has prompts of its own, so that no run finds prompts of another run in a prefix cache.
     """
     rng = random.Random(f"prompts {load.seed} {run}")
     token_ids = range(*load.token_range)
@@ -95,16 +95,16 @@ def make_workload(load: Load, adapters: Sequence[str], run: int) -> Workload:
 def choose_adapters(
     popularity: Popularity, count: int, adapters: Sequence[str], rng: random.Random
 ) -> list[str | None]:
-    """Who asks whom: ``count`` adapter names, None for the base.
+    """The adapter of each of ``count`` requests; None = the base.
 
-    ``distinct`` goes round all adapters in turn; ``uniform`` draws any with the same chance; ``zipf`` draws
-    the k-th with a chance proportional to 1/k; ``identical`` takes the first alone; ``base`` takes none.
+    ``distinct`` takes all adapters in turn. ``uniform`` takes any with equal probability. ``zipf`` takes the
+    k-th with a probability proportional to 1/k. ``identical`` takes only the first, ``base`` none.
     """
     if popularity == "base":
         return [None] * count
     if not adapters:
         raise BenchError(
-            f"adapter popularity {popularity!r} needs at least one adapter; use 'base' to ask the base alone"
+            f"adapter popularity {popularity!r} needs at least one adapter; use 'base' to ask the base"
         )
     match popularity:
         case "distinct":
@@ -119,7 +119,7 @@ def choose_adapters(
 
 
 def arrivals(rate: float, count: int, rng: random.Random) -> list[float]:
-    """``count`` rising times in seconds: a Poisson process of ``rate`` per second; all 0 if infinite."""
+    """``count`` increasing times in seconds: a Poisson process of ``rate`` per second; all 0 for infinity."""
     if math.isinf(rate):
         return [0.0] * count
     return list(itertools.accumulate(rng.expovariate(rate) for _ in range(count)))

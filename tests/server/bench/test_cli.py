@@ -118,7 +118,7 @@ def test_cold_means_that_nothing_was_asked_before(fake: FakeServer, url: str) ->
 
 def test_peers_that_need_no_setup_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("peers-setup", "peft") == 2
-    assert "known ones: llama.cpp, vllm" in capsys.readouterr().err
+    assert "choose from: llama.cpp, vllm" in capsys.readouterr().err
 
 
 def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,10 +129,10 @@ def test_a_failed_request_is_an_exit_code(url: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--base-url", "http://127.0.0.1:9", "--peers", "peft"], "leave --base-url out"),
-        (["--base-url", "http://127.0.0.1:9", "--", "--max-loras", "3"], "leave --base-url out"),
+        (["--base-url", "http://127.0.0.1:9", "--peers", "peft"], "remove --base-url"),
+        (["--base-url", "http://127.0.0.1:9", "--", "--max-loras", "3"], "remove --base-url"),
         (["--base-url", "http://127.0.0.1:9"], "does not list models"),
-        (["--model", "x"], "go with --base-url"),
+        (["--model", "x"], "need --base-url"),
         (["--random-token-range", "5", "5"], "is empty"),
         (["--peers", "llama.cpp", "--home", "nowhere"], "run: manylora bench peers-setup llama.cpp --home"),
         (["--cold", "--repeats", "2"], "without warm-up"),

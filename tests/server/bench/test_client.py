@@ -102,10 +102,10 @@ def test_which_chunks_hold_tokens() -> None:
         (answer(TOKEN, {"error": {"message": "boom"}}), "boom"),
         (answer(TOKEN, {"unknown": 1}), "not a completion chunk"),
         (answer(TOKEN, ["list"]), "not a completion chunk"),
-        (answer(USAGE), "2 tokens came in 0 chunks"),
+        (answer(USAGE), "2 tokens arrived in 0 chunks"),
         (
             answer(TOKEN, {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}),
-            "1 tokens came",
+            "1 tokens arrived",
         ),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_model_that_transformers_loads_and_can_say_every_token(tiny_base: Tiny
     text = "tea <unused599> time"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer("tea time")["input_ids"] == original("tea time")["input_ids"]
-    with pytest.raises(BenchError, match="is there already"):
+    with pytest.raises(BenchError, match="exists already"):
         make_model(SMALL, source, tmp_path / "model", seed=1)
 
 
