@@ -1,7 +1,7 @@
-"""``manylora bench roofline``: the model of a decode step on a device that is not at hand. No measurement.
+"""``manylora bench roofline``: models a decode step on a device, without measuring anything.
 
-Bytes and operations as in ``roofline.py``; the last line adds the launches, at 2 and at 3 microseconds each,
-which is what kernels in a CUDA graph take besides.
+Bytes and operations are counted as in ``roofline.py``. The last line adds 2 and 3 us for each launch, which
+is the overhead of a kernel in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,30 +22,37 @@ from server.bench.roofline import (
 )
 from server.bench.shapes import SHAPES
 from server.bench.table import align
+from server.config.values import argument, integer
 
 _LAUNCH_S = (2e-6, 3e-6)
 
 
 def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the kind ``roofline`` to ``manylora bench``."""
-    parser = kinds.add_parser("roofline", help="the model of a decode step on a GPU", description=__doc__)
+    """Add ``manylora bench roofline``."""
+    parser = kinds.add_parser("roofline", help="model a decode step on a GPU", description=__doc__)
     parser.add_argument("--device", choices=DEVICES, default="h100", help="(default: %(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="(default: %(default)s)")
     parser.add_argument(
         "--weights", choices=WEIGHT_BYTES, default="nf4, scales in float32", help="(default: %(default)s)"
     )
-    for flag, default, metavar in (
-        ("--sequences", 64, "N"),
-        ("--adapters", 64, "N"),
-        ("--rank", 16, "R"),
-        ("--context", 256, "TOKENS"),
+    for flag, least, default, metavar in (
+        ("--sequences", 1, 64, "N"),
+        ("--adapters", 0, 64, "N"),
+        ("--rank", 1, 16, "R"),
+        ("--context", 1, 256, "TOKENS"),
     ):
-        parser.add_argument(flag, type=int, default=default, metavar=metavar, help="(default: %(default)s)")
+        parser.add_argument(
+            flag,
+            type=argument(integer(least)),
+            default=default,
+            metavar=metavar,
+            help="(default: %(default)s)",
+        )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table. Exit code 0."""
+    """Print the table. Returns exit code 0."""
     stack, machine = llama_stack(SHAPES[arguments.shape]), DEVICES[arguments.device]
     distinct = min(arguments.adapters, arguments.sequences)
     step = Step(

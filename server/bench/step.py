@@ -1,7 +1,7 @@
-"""``manylora bench step``: where a decoding step's time goes, part by part, beside what the machine allows.
+"""``manylora bench step``: the time of each part of a decode step, and the least time the machine allows.
 
-What it allows is in ``roofline.py``, with the machine's own bandwidth and rate, which are measured first. The
-model runs in this process, without HTTP.
+The least time is that of ``roofline.py``, with the machine's bandwidth and rate, which are measured first.
+The model runs in this process, without HTTP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.bench.roofline import WEIGHT_BYTES, Machine, Stack, Step, Work, works
+from server.config.values import argument, integer
 
 if TYPE_CHECKING:
     from server.engine.build import Parts
@@ -25,8 +26,8 @@ PARTS = ("linears", "lora", "attention", "rows", "head", "sampling", "rest")
 
 
 def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the kind ``step`` to ``manylora bench``."""
-    step = kinds.add_parser("step", help="where a decoding step's time goes", description=__doc__)
+    """Add ``manylora bench step``."""
+    step = kinds.add_parser("step", help="measure the parts of a decode step", description=__doc__)
     step.add_argument("--base", default="smollm2-135m", metavar="MODEL", help="(default: %(default)s)")
     step.add_argument(
         "--home", type=Path, default=Path(".manylora"), metavar="DIR", help="(default: %(default)s)"
@@ -34,11 +35,18 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     step.add_argument(
         "--head-quantization", choices=("nf4", "none"), default="none", help="(default: %(default)s)"
     )
-    step.add_argument("--num-seqs", type=int, nargs="+", default=[1, 16], metavar="N", help="(default: 1 16)")
-    step.add_argument("--num-adapters", type=int, default=16, metavar="N", help="(default: %(default)s)")
-    step.add_argument("--adapter-rank", type=int, default=16, metavar="R", help="(default: %(default)s)")
-    step.add_argument("--context", type=int, default=200, metavar="TOKENS", help="(default: %(default)s)")
-    step.add_argument("--steps", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    positive = argument(integer(1))
+    step.add_argument(
+        "--num-seqs", type=positive, nargs="+", default=[1, 16], metavar="N", help="(default: 1 16)"
+    )
+    step.add_argument(
+        "--num-adapters", type=argument(integer(0)), default=16, metavar="N", help="(default: %(default)s)"
+    )
+    step.add_argument("--adapter-rank", type=positive, default=16, metavar="R", help="(default: %(default)s)")
+    step.add_argument(
+        "--context", type=positive, default=200, metavar="TOKENS", help="(default: %(default)s)"
+    )
+    step.add_argument("--steps", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     step.set_defaults(run=run)
 
 
@@ -74,12 +82,14 @@ def _build(arguments: argparse.Namespace, scratch: Path) -> Parts:
     for name, folder in adapters.items():
         parts.registry.register(name, folder, replace=True)
     if parts.model.name != "fused":
-        raise BenchError("only the fused step can be taken apart, and this base or machine does not run it")
+        raise BenchError(
+            "only the parts of the fused CPU model can be measured, and this base or machine does not run it"
+        )
     return parts
 
 
 def measure_machine() -> Machine:
-    """Copy half a gigabyte; multiply two matrices that fit no cache. The best of several tries."""
+    """Copy half a gigabyte, and multiply two matrices that no cache holds. The best of several tries."""
     import torch
 
     source, target = torch.ones(1 << 28, dtype=torch.uint8), torch.empty(1 << 28, dtype=torch.uint8)
@@ -98,7 +108,7 @@ def _timed(call: Any) -> float:
 def _measure(
     parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]
 ) -> tuple[Seconds, float]:
-    """Seconds of a step, by part, and tokens of a sequence: means over steps in which all of them decode."""
+    """Seconds of a step by part, and tokens of a sequence: means over steps in which all sequences decode."""
     from adapters.kernels.cpu.structs import STACK_PARTS
 
     model: Any = parts.model
@@ -123,7 +133,7 @@ def _measure(
 
 
 def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: list[str]) -> list[str]:
-    """Add the requests, and step until all of them decode; their names."""
+    """Add the requests and step until all of them decode. Returns their ids."""
     from server.engine.interface import GenerationRequest
     from server.engine.sampling_params import SamplingParams
 
@@ -136,12 +146,12 @@ def _start(parts: Parts, arguments: argparse.Namespace, count: int, adapters: li
         parts.engine.add(GenerationRequest(name, prompt, None, sampling), version, seed=0)
     while parts.engine.scheduler.num_decoding < count:
         if not parts.engine.step():
-            time.sleep(0.001)  # nothing was ready: leave the processor to whoever loads the adapters
+            time.sleep(0.001)  # nothing was ready: let the adapter loader run
     return names
 
 
 class Stopwatch:
-    """Adds up the time spent in one attribute of an object."""
+    """Adds up the seconds spent in one function of an object."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable
@@ -110,12 +111,13 @@ def flag(value: str) -> bool:
     return words[value.lower()]
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
+def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
     """A whole number from ``low`` to ``high``, both included."""
+    bounds = f", at least {low}" if high == math.inf else f" from {low} to {high}"
 
     def parse(value: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", value) or not low <= int(value) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
+            raise ValueError(f"must be a whole number{bounds}")
         return int(value)
 
     return parse
@@ -196,3 +198,15 @@ def auto_or(parse: Callable[[str], T]) -> Callable[[str], T | None]:
             raise ValueError(f"{error}, or auto") from None
 
     return parse_auto
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """``parse`` as the ``type`` of an argparse option, whose error then names the value."""
+
+    def parse_argument(value: str) -> T:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{value!r} {error}") from None
+
+    return parse_argument

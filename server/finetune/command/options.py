@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.training.recipe import TrainConfig
-from server.config.values import auto_or, choice, integer, size
+from server.config.values import argument, auto_or, choice, integer, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(
                     option.flag,
                     dest=option.field,
-                    type=_typed(option.parse),
+                    type=argument(option.parse),
                     default=defaults[option.field],
                     metavar=option.metavar,
                     help=text,
@@ -125,15 +125,3 @@ def _shown(default: Any) -> str:
     if default is None or default is False:
         return ""
     return f" (default: {','.join(default) if isinstance(default, tuple) else default})"
-
-
-def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``parse`` with errors whose text argparse shows."""
-
-    def typed(value: str) -> Any:
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{value!r} {error}") from None
-
-    return typed

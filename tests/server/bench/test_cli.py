@@ -166,6 +166,23 @@ def test_wrong_values_are_refused(arguments: list[str]) -> None:
         bench(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serving", "--repeats", "x"], "'x' must be a whole number, at least 1"),
+        (["step", "--steps", "0"], "'0' must be a whole number, at least 1"),
+        (["step", "--num-adapters", "-1"], "'-1' must be a whole number, at least 0"),
+        (["roofline", "--rank", "0"], "'0' must be a whole number, at least 1"),
+    ],
+)
+def test_numbers_that_are_too_small_are_refused_by_name(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert f"argument {arguments[1]}: {message}" in capsys.readouterr().err
+
+
 def test_measuring_imports_no_torch() -> None:
     code = "import sys, server.bench.cli, server.bench.peers.peft; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
