@@ -78,6 +78,13 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def missing(self, table: BlockTable, num_tokens: int, spare: int) -> int:
+        """How many blocks are missing to hold ``num_tokens`` in ``table`` and leave ``spare`` blocks free.
+
+        Zero or negative if there are enough.
+        """
+        return self.blocks_for(num_tokens) - len(table.blocks) + spare - self.num_free
+
     def match(self, table: BlockTable, tokens: Sequence[int]) -> int:
         """Add the cached blocks of the longest known prefix of ``tokens`` to ``table``; returns its length.
 

@@ -36,19 +36,10 @@ def find_victims(
     return victims if enough else []
 
 
-def missing_blocks(sequence: Sequence, table: BlockTable, blocks: BlockManager, num_running: int) -> int:
-    """How many blocks are missing for the whole sequence and for one more block of each running one.
-
-    The blocks of ``table`` count as allocated.
-    """
-    wanted = blocks.blocks_for(len(sequence.tokens) + 1) - len(table.blocks)
-    return wanted + num_running - blocks.num_free
-
-
 def _missing_to_start(sequence: Sequence, blocks: BlockManager, num_running: int) -> int:
-    """``missing_blocks`` for a sequence that has only what the prefix cache holds."""
+    """Blocks that are missing for a sequence that has only what the prefix cache holds."""
     table = BlockTable(chain_root(sequence.digest))
     blocks.match(table, sequence.tokens)
-    missing = missing_blocks(sequence, table, blocks, num_running)
+    missing = blocks.missing(table, len(sequence.tokens) + 1, spare=num_running)
     blocks.release(table)
     return missing

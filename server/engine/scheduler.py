@@ -21,7 +21,7 @@ from server.engine.fairness import Fairness, RoundRobin
 from server.engine.interface import FinishReason
 from server.engine.kv_cache import BlockManager, BlockTable, chain_root
 from server.engine.lanes import Lane, Lanes, insert_by_age
-from server.engine.preemption import find_victims, missing_blocks
+from server.engine.preemption import find_victims
 from server.engine.sequence import Chunk, Sequence
 from server.engine.step import Step
 
@@ -283,11 +283,11 @@ class Scheduler:
         return length
 
     def _start(self, sequence: Sequence, step: Step, limit: int) -> int:
-        """Allocate blocks for the first chunk, if there is room for all tokens that the sequence has now."""
+        """Allocate blocks for the first chunk, if all tokens and one more block of each running one fit."""
         table = BlockTable(chain_root(sequence.digest))
         cached = self.blocks.match(table, sequence.tokens)
         length = min(len(sequence.tokens) - cached, step.budget, limit)
-        missing = missing_blocks(sequence, table, self.blocks, len(self.running))
+        missing = self.blocks.missing(table, len(sequence.tokens) + 1, spare=len(self.running))
         if (self.running and missing > 0) or not self.blocks.grow(table, cached + length):
             self.blocks.release(table)
             return 0

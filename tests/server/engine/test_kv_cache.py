@@ -51,6 +51,16 @@ def test_growing_past_the_end_changes_nothing() -> None:
     assert manager.grow(table, 8)
 
 
+@pytest.mark.parametrize(("num_tokens", "spare", "missing"), [(8, 0, -2), (9, 0, -1), (16, 0, 0), (16, 3, 3)])
+def test_missing_counts_the_blocks_of_the_table_and_the_free_ones(
+    num_tokens: int, spare: int, missing: int
+) -> None:
+    manager = BlockManager(num_blocks=4, block_size=4)
+    table = BlockTable(chain_root(None))
+    assert manager.grow(table, 5)
+    assert manager.missing(table, num_tokens, spare) == missing
+
+
 def test_without_prefix_caching_nothing_is_named() -> None:
     manager = BlockManager(4, 4, prefix_caching=False)
     manager.release(_filled(manager, chain_root(None), list(range(8))))
