@@ -100,13 +100,15 @@ class AttentionHost:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        _attention_mask: Tensor | None,
+        attention_mask: Tensor | None,
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+        if attention_mask is not None:  # transformers makes no causal mask for us, so this is another one
+            raise BaseModelError("This model's attention adds a mask of its own, which is not supported.")
         for name in ("s_aux", "head_mask", "position_bias"):
             if others.get(name) is not None:
                 raise BaseModelError(f"This model's attention needs {name!r}, which is not supported yet.")
@@ -140,5 +142,23 @@ def uninstall(model: nn.Module) -> None:
     """Unregister ``model``'s host, so that transformers does not keep its pages alive."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = model.config._attn_implementation  # type: ignore[union-attr]
-    ALL_ATTENTION_FUNCTIONS.register(name, None)
+    for name in names_in(implementations_of(model.config)):
+        if name.startswith(f"{NAME}-"):
+            ALL_ATTENTION_FUNCTIONS.register(name, None)
+
+
+def implementations_of(config: Any) -> dict[str, Any]:
+    """A model's attention implementations as transformers' ``set_attn_implementation`` takes them.
+
+    The implementation of ``config`` itself is at "". Each sub-config has a dict of its own, by its field.
+    They differ: the vision model of a base keeps its own implementation if it cannot have another.
+    """
+    subs = {field: sub for field in config.sub_configs if (sub := getattr(config, field, None)) is not None}
+    own = {"": config._attn_implementation}
+    return own | {field: implementations_of(sub) for field, sub in subs.items()}
+
+
+def names_in(implementations: Mapping[str, Any]) -> set[str]:
+    """All implementations in the result of ``implementations_of``."""
+    nested = [value for value in implementations.values() if isinstance(value, Mapping)]
+    return {implementations[""]}.union(*map(names_in, nested))

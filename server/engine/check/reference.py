@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.engine.attention import implementations_of
+
 
 @torch.inference_mode()
 def uncached_logits(model: Any, tokens: Sequence[int]) -> Tensor:
@@ -19,9 +21,13 @@ def uncached_logits(model: Any, tokens: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def attending_with(model: Any, implementation: str) -> Iterator[None]:
-    """While it lasts, the model attends with an implementation of transformers, not with the server's."""
-    before = model.config._attn_implementation
+def attending_with(model: Any, implementation: str | dict[str, Any]) -> Iterator[None]:
+    """While it lasts, the model attends with an implementation of transformers, not with the server's.
+
+    Args:
+        implementation: one for all parts of the model, or what ``implementations_of`` returned.
+    """
+    before = implementations_of(model.config)
     model.set_attn_implementation(implementation)
     try:
         yield

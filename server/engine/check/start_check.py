@@ -23,6 +23,7 @@ from adapters.base import LoadedBase
 from adapters.errors import BaseModelError
 from adapters.kernels.cpu import isa
 from adapters.pool.rank_pool import RankPool
+from server.engine.attention import names_in
 from server.engine.check.causes import BESIDE_ADAPTER, WITH_ADAPTER, cause_of
 from server.engine.check.deviation import deviations, spread
 from server.engine.check.low_rank import applied, measuring, random_adapter
@@ -137,7 +138,7 @@ class StartCheck:
         own = self._found.own_attention
         _use_no_adapter(model)
         try:
-            with attending_with(self._model, "sdpa" if own == "eager" else "eager"):
+            with attending_with(self._model, "eager" if "sdpa" in names_in(own) else "sdpa"):
                 other = [uncached_logits(self._model, prompt) for prompt in self._prompts]
         except (ValueError, RuntimeError, TypeError):  # it has one implementation only
             return BOUND

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters.base import LoadedBase
 from adapters.errors import BaseModelError
-from server.engine.attention import AttentionHost, AttentionSpec, KvShape, install
+from server.engine.attention import AttentionHost, AttentionSpec, KvShape, implementations_of, install
 from server.engine.model.supported import check_config, check_layers, naming
 
 log = logging.getLogger("manylora.engine")
@@ -40,14 +40,15 @@ class Probe:
         host: receives the model's attention calls from now on.
         shapes, specs: the shape of keys and values, and the attention spec, by layer.
         calls: by linear, what its calls looked like; empty = it was not called.
-        own_attention: transformers' attention implementation that the model was loaded with.
+        own_attention: transformers' attention implementations that the model was loaded with, as
+            ``implementations_of`` gives them.
     """
 
     host: AttentionHost
     shapes: Mapping[int, KvShape]
     specs: Mapping[int, AttentionSpec]
     calls: Mapping[str, frozenset[Call]]
-    own_attention: str
+    own_attention: dict[str, Any]
 
 
 @torch.inference_mode()
@@ -70,7 +71,7 @@ def probe(base: LoadedBase) -> Probe:
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
     calls: dict[str, set[Call]] = {name: set() for name in base.layout.sites}
-    own_attention: str = config._attn_implementation
+    own_attention = implementations_of(config)
     with naming(config, _PASS), _noting(model, calls):
         host = install(model)
         host.handler = attend

@@ -44,8 +44,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "roberta": ("roberta", {"is_decoder": True}, "wrong even alone"),
     "xlm-roberta": ("xlm-roberta", {"is_decoder": True}, "wrong even alone"),
     "phi3 with LongRoPE": ("phi3", PHI3, "in chunks"),
-    "doge": ("doge", {}, "forward pass"),
-    "afmoe": ("afmoe", {"num_experts": 4, "moe_intermediate_size": 64}, "forward pass"),
+    "doge": ("doge", {}, "a mask of its own"),
     "granitemoehybrid": (
         "granitemoehybrid",
         {"layer_types": ["mamba", "attention"], "num_local_experts": 4},
