@@ -26,10 +26,10 @@ def check_name(name: str) -> str:
     if folder.endswith(UNFINISHED_SUFFIXES):
         raise AdapterNameInvalid(
             f"{name!r:.140} cannot name an adapter: folders that end in '.tmp' or '.partial' are unfinished "
-            "ones, which are never served."
+            "and are never served."
         )
     if served_name(name) != name:
-        raise AdapterNameInvalid(f"{name!r} is the folder of {served_name(name)!r}; call it that.")
+        raise AdapterNameInvalid(f"{name!r} is the folder of adapter {served_name(name)!r}; use that name.")
     return name
 
 

@@ -82,4 +82,4 @@ def _read_safely(read: Callable[[T], None], folder: T) -> None:
     try:
         read(folder)
     except Exception:
-        logger.exception("Reading an adapter's folder failed.")
+        logger.exception("reading an adapter's folder failed")

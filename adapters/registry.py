@@ -1,4 +1,4 @@
-"""Names → versions of adapters: which version each name serves, and which requests use an older version.
+"""Names → versions of adapters: the version that each name serves, and the requests on older versions.
 
 This is bookkeeping under one lock, without torch. The caller gives ``inspect``, which reads a folder and runs
 outside the lock. The pool keeps track of what is resident on the device.
@@ -53,8 +53,8 @@ class Version:
 class Entry:
     """One line of the list of adapters.
 
-    A ``ready`` entry with a ``reason`` serves on, but the newest content of its folder was refused. A
-    ``waiting`` one will be read once its files are finished.
+    A ``ready`` entry with a ``reason`` is still served, but the newest content of its folder was refused. A
+    ``waiting`` one will be read when its files are finished.
     ``last_used`` and ``created`` are seconds of Unix time.
     """
 
@@ -83,22 +83,25 @@ class _Unserved:
 
 
 class Registry:
-    """Thread-safe; every method but ``register`` returns at once.
+    """Thread-safe. Every method except ``register`` and ``register_outside`` returns at once.
 
     Subscribers are called outside the lock, in the thread that caused the event:
 
     Attributes:
         on_idle: called with a replaced or unregistered version when its last request has ended.
-        on_retired: called with a version when neither a name nor a request uses its digest any more, so that
-            its memory can go. The same content may be registered anew at any moment.
+        on_retired: called with a version when neither a name nor a request uses its digest any more, so its
+            memory can be freed. The same content may be registered again at any moment.
     """
 
     def __init__(
         self, root: Path, inspect: Callable[[Path], AdapterInfo], reserved: frozenset[str] = frozenset()
     ) -> None:
-        """``root`` holds all adapters' folders; ``reserved`` are the names that mean the base.
-
-        ``inspect`` reads and checks a folder, wherever it is; also an attribute, for versions without a name.
+        """
+        Args:
+            root: the folder of all adapters' folders.
+            inspect: reads and checks a folder, which may be outside ``root``. It is also an attribute, for
+                versions without a name.
+            reserved: the names of the base.
         """
         self.root = root.absolute()
         self.on_idle: list[Callable[[Version], None]] = []
@@ -111,25 +114,25 @@ class Registry:
         self._unserved: dict[str, _Unserved] = {}
 
     def check(self, name: str, path: str | Path) -> Path:
-        """The folder, absolute, if it may be served under the name; it is not looked at.
+        """The absolute path of the folder, if it may be served under the name. It does not read the folder.
 
-        Raises AdapterNameInvalid, or AdapterExists if the name means the base.
+        Raises AdapterNameInvalid, or AdapterExists if the name is the base's.
         """
         self._check_name(name)
         return resolve_under(self.root, path)
 
     def register(self, name: str, path: str | Path, replace: bool) -> Version:
-        """Reads the folder and points the name at it; the same content again changes nothing.
+        """Reads the folder and points the name at it. Registering the same content again changes nothing.
 
         Raises:
             AdapterNameInvalid: the name or the path is not allowed.
-            AdapterExists: the name means the base, or is taken by another content and not ``replace``.
-            AdapterError: what ``inspect`` raises. A version already served under the name goes on.
+            AdapterExists: the name is the base's, or it serves another content and ``replace`` is false.
+            AdapterError: raised by ``inspect``. A version that the name already serves is still served.
         """
         return self._read(name, self.check(name, path), replace)
 
     def register_outside(self, name: str, folder: Path, replace: bool) -> Version:
-        """As ``register``, of a folder anywhere: for the program's own paths, never for a client's."""
+        """Like ``register``, for a folder anywhere. Never call it with a client's path."""
         self._check_name(name)
         return self._read(name, folder.resolve(), replace)
 
@@ -143,7 +146,7 @@ class Registry:
         return self._point(Version(name, info.digest, folder, info, time.time()), replace)
 
     def unregister(self, name: str) -> None:
-        """Forgets the name; requests under way end on their version. Raises AdapterNotFound."""
+        """Forgets the name. Running requests end on their version. Raises AdapterNotFound."""
         with self._lock:
             old = self._current.pop(name, None)
             unserved = self._unserved.pop(name, None)
@@ -169,7 +172,10 @@ class Registry:
         return version
 
     def checkout(self, name: str) -> Version:
-        """``resolve`` and ``acquire`` in one, so that no replacement comes between. Raises as ``resolve``."""
+        """``resolve`` and ``acquire`` in one step, so no replacement happens in between.
+
+        Raises like ``resolve``.
+        """
         with self._lock:
             version = self._current.get(name)
             if version is not None:
@@ -180,31 +186,34 @@ class Registry:
     def acquire(self, version: Version) -> None:
         """A request begins on the version, which stays at least until its ``release``.
 
-        That holds for a version replaced since ``resolve`` too: it is then draining, and told of again.
+        The version may have been replaced since ``resolve``. Then it is draining.
         """
         with self._lock:
             self._begin(version)
 
     def release(self, version: Version) -> None:
-        """A request on the version has ended. Raises ValueError when none was under way."""
+        """A request on the version has ended. Raises ValueError if none was running."""
         with self._lock:
             use = self._uses.get(version)
             if use is None or use.in_flight == 0:
-                raise ValueError(f"No request is under way on adapter {version.name!r} ({version.digest}).")
+                raise ValueError(f"No request is running on adapter {version.name!r} ({version.digest}).")
             use.in_flight -= 1
             use.last_used = time.time()
             gone = self._forget_if_idle(version)
         self._tell(gone)
 
     def fail(self, name: str, path: Path, reason: str) -> None:
-        """Lists the folder as not served; a name that serves goes on, the reason beside it. Logged once."""
+        """Lists the folder as not served, with the reason, and logs that once.
+
+        A version that the name already serves is still served.
+        """
         if self._list_unserved(name, _Unserved("failed", path, reason)):
             current = self._current.get(name)
             event = "adapter not served" if current is None else "adapter not replaced"
             logger.warning(event, extra=_log_fields(name, current, reason=reason))
 
     def wait(self, name: str, path: Path, reason: str) -> None:
-        """Lists the folder as one that will be read later; a name that serves goes on."""
+        """Lists the folder as one that will be read later, unless the name already serves a version."""
         self._list_unserved(name, _Unserved("waiting", path, reason))
 
     def entries(self) -> list[Entry]:
@@ -225,7 +234,7 @@ class Registry:
         return list(self._current)
 
     def entry(self, name: str) -> Entry | None:
-        """What the name means: the version that new requests get, or the reason why they get none."""
+        """The version that new requests for the name get, or the reason why they get none."""
         with self._lock:
             version, unserved = self._current.get(name), self._unserved.get(name)
             if version is None and unserved is None:
@@ -235,7 +244,7 @@ class Registry:
             return _unserved_entry(name, unserved) if unserved is not None else None
 
     def names_by_path(self) -> dict[Path, set[str]]:
-        """Folder → the names that are served from it, or wait for it, or failed because of it."""
+        """For each folder, the names that are served from it, wait for it, or failed because of it."""
         with self._lock:
             pairs = [(version.path, name) for name, version in self._current.items()]
             pairs += [(each.path, name) for name, each in self._unserved.items() if name not in self._current]
@@ -247,13 +256,13 @@ class Registry:
     def _check_name(self, name: str) -> None:
         check_name(name)
         if name in self._reserved:
-            raise AdapterExists(f"{name!r} is the base's own name; call the adapter something else.")
+            raise AdapterExists(f"{name!r} is the base's own name; choose another name for the adapter.")
 
     def _point(self, new: Version, replace: bool) -> Version:
         with self._lock:
             old = self._current.get(new.name)
             if old is not None and old.digest != new.digest and not replace:
-                raise AdapterExists(f"{new.name!r} is served already, and replacing was not asked for.")
+                raise AdapterExists(f"{new.name!r} is already served; unload it first, or ask to replace it.")
             self._unserved.pop(new.name, None)
             if old is not None and (old.digest, old.path) == (new.digest, new.path):
                 return old
@@ -275,7 +284,7 @@ class Registry:
             return True
 
     def _forget_if_idle(self, version: Version | None) -> tuple[Version, bool] | None:
-        """The version and whether its digest is retired too, if it has gone now. Needs the lock."""
+        """The version and whether its digest is retired, if it is gone now. The caller holds the lock."""
         if version is None or self._is_current(version) or self._uses[version].in_flight:
             return None
         del self._uses[version]

@@ -40,7 +40,7 @@ def why_not_finished(folder: Path, signature: Signature) -> str:
     """A sentence that says why the folder is not read yet."""
     missing = [name for name, file in zip(FILES, signature, strict=False) if file is None]
     if not missing:
-        return "Its files may still be written to; they are read once they stand still."
+        return "Its files may still be written to. They are read when they have stopped changing."
     try:
         with os.scandir(folder):
             return f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not there yet."

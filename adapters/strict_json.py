@@ -19,8 +19,7 @@ MAX_DEPTH = 128
 
 MAX_NUMBER_LENGTH = 64
 """The most characters of a number. Converting an integer takes quadratic time. A double needs 24 characters.
-The
-length of a tokenizer without a limit has 31 digits: transformers writes ``int(1e30)``."""
+For a tokenizer without a length limit, transformers writes ``int(1e30)``, which has 31 digits."""
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
@@ -73,12 +72,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise JsonInvalid(f"is not JSON with one meaning: the key {twice!r:.60} occurs twice")
+        raise JsonInvalid(f"is ambiguous JSON: the key {twice!r:.60} occurs twice")
     return result
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise JsonInvalid(f"is not JSON ({text} is no number that JSON has)")
+    raise JsonInvalid(f"is not JSON ({text} is not a JSON number)")
 
 
 def _integer(text: str) -> int:
@@ -131,7 +130,9 @@ def _check_text(value: Any, data: bytes | bytearray) -> None:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            raise JsonInvalid(f"has {half} in a string, half of a surrogate pair, which is no text") from None
+            raise JsonInvalid(
+                f"has {half} in a string, half of a surrogate pair, which is not valid text"
+            ) from None
 
 
 def _texts(value: Any) -> Iterator[str]:

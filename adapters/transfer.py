@@ -83,4 +83,4 @@ def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @cache
 def say_pageable(reason: str) -> None:
     """Log each reason once."""
-    log.warning("host memory cannot be pinned, so that adapters come to the device more slowly: %s", reason)
+    log.warning("host memory cannot be pinned, so adapters are loaded more slowly: %s", reason)

@@ -170,7 +170,7 @@ class Watcher:
             try:
                 self.scan_once(budget=SCAN_BUDGET)
             except Exception:
-                logger.exception("Looking at the adapter folder failed; trying again.")
+                logger.exception("scanning the adapter folder failed; it is tried again")
 
     def _settled(self, path: str) -> tuple[Signature, bool]:
         """The folder's signature, and whether its files are finished. Waits for files that are written to."""
@@ -221,7 +221,9 @@ class Watcher:
                 inodes = {entry.name: entry.inode() for entry in entries if _is_candidate(entry)}
         except OSError as error:
             if not self._unreadable:
-                logger.warning("The adapter folder cannot be listed (%s); adapters stay.", error.strerror)
+                logger.warning(
+                    "the adapter folder cannot be listed (%s); adapters stay served", error.strerror
+                )
             self._unreadable = True
             return None
         self._unreadable = False
@@ -320,7 +322,9 @@ class Watcher:
             self._registry.fail(name, path, str(error))
         except OutOfPatience:
             self._registry.wait(
-                name, path, "It is slow to read (its patterns, its chat template), so others are first."
+                name,
+                path,
+                "It is slow to read (its patterns or its chat template), so other folders are read first.",
             )
             raise
         except Exception as error:

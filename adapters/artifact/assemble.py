@@ -93,9 +93,9 @@ def without_copies(
     if layout.head_apart and len({entry.name for entry in matrices.values()}) < len(matrices):
         tensor = next(iter(matrices.values())).name
         raise AdapterUnsupported(
-            f"Tensor {tensor!r} takes the place of the matrix that embedding and head "
-            "share, but --head-quantization nf4 has parted them, and the adapter does not say whether the "
-            "head changes too; serve it with --head-quantization none, or train it with modules_to_save."
+            f"Tensor {tensor!r} replaces the matrix that embedding and head share, "
+            "but --head-quantization nf4 separates them, and the adapter does not say whether the head "
+            "changes too; serve it with --head-quantization none, or train it with modules_to_save."
         )
     return replace(plan, replaced=replace(plan.replaced, matrices=matrices))
 
@@ -149,7 +149,10 @@ def _dora_scale(pair: SitePlan, weight: Tensor, a: Tensor, b: Tensor, magnitude:
         norms[rows] = torch.linalg.vector_norm(adapted, dim=1).cpu()
     scale = magnitude / norms
     if not bool(torch.isfinite(scale).all()):
-        raise AdapterInvalid(f"DoRA at {pair.site.name} divides by the length of a row that is zero.")
+        raise AdapterInvalid(
+            f"DoRA at {pair.site.name} divides by zero, because a row of the adapted "
+            "weight is zero; train the adapter again."
+        )
     return scale
 
 

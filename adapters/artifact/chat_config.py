@@ -22,7 +22,7 @@ _TEMPLATE, _TOKENIZER, _TEMPLATE_JSON = "chat_template.jinja", "tokenizer_config
 _SPECIAL, _GENERATION, _FAST = "special_tokens_map.json", "generation_config.json", "tokenizer.json"
 CHAT_CONFIG_FILES = (_TEMPLATE, _TOKENIZER, _TEMPLATE_JSON, _SPECIAL, _GENERATION, _FAST)
 _FAST_HEAD_BYTES = 1 << 20
-"""Of ``tokenizer.json``, which may have tens of megabytes: its added tokens come before its vocabulary."""
+"""Bytes of ``tokenizer.json`` that are read. Its added tokens come before its vocabulary, which is large."""
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -87,13 +87,14 @@ def _default(value: Any, name: str) -> str | None:
         return None
     if not isinstance(value, str) or len(value.encode()) > MAX_TEMPLATE_BYTES:
         raise AdapterInvalid(
-            f"{name}: chat_template must be a text, or texts by name, of at most {MAX_TEMPLATE_BYTES} bytes."
+            f"{name}: chat_template must be a string or a list of named templates, of at most "
+            f"{MAX_TEMPLATE_BYTES} bytes."
         )
     return value
 
 
 def _token(tokenizer: Mapping[str, Any], special: Mapping[str, Any], name: str) -> str | None:
-    """A special token, given as a text or as an added token's object."""
+    """A special token. The value is a string or an object with ``content``."""
     value = tokenizer.get(name, special.get(name))
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
@@ -103,7 +104,7 @@ def _eos_ids(generation: Mapping[str, Any]) -> tuple[int, ...]:
     value = generation.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id_) is int for id_ in ids):
-        raise AdapterInvalid(f"{_GENERATION}: eos_token_id must be a token id, or a list of such.")
+        raise AdapterInvalid(f"{_GENERATION}: eos_token_id must be a token id or a list of token ids.")
     return tuple(ids)
 
 
@@ -118,7 +119,7 @@ def _added(tokenizer: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
 
 
 def _added_of_fast(folder: int) -> tuple[tuple[int, str], ...]:
-    """Of ``tokenizer.json``: since version 5 transformers lists them there alone."""
+    """The added tokens in ``tokenizer.json``. Since version 5 transformers lists them only there."""
     with suppress(AdapterError), open_file(folder, _FAST, 2**63) as (stream, size):
         text = read_exactly(stream, min(size, _FAST_HEAD_BYTES), _FAST).decode("utf-8", "replace")
         start = text.find("[", text.find('"added_tokens"'))

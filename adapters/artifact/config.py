@@ -83,12 +83,12 @@ def _check_together(config: Mapping[str, Any]) -> None:
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     if isinstance(config.get("target_modules"), str) and (layers is not None or pattern is not None):
         raise AdapterInvalid(
-            "layers_to_transform and layers_pattern need target_modules to be a list of names."
+            "layers_to_transform and layers_pattern need target_modules to be a list of names, not a pattern."
         )
     if pattern and layers is None:
-        raise AdapterInvalid("layers_pattern needs layers_to_transform.")
+        raise AdapterInvalid("layers_pattern needs layers_to_transform; set both or neither.")
     if config.get("use_dora") and config.get("lora_bias"):
-        raise AdapterInvalid("use_dora and lora_bias exclude each other.")
+        raise AdapterInvalid("use_dora and lora_bias cannot both be true; train with one of them.")
 
 
 class _Malformed(Exception):

@@ -33,25 +33,27 @@ LABELS = {
     *("megatron_core", "qalora_group_size"),
 }
 
+_ALORA = "aLoRA acts only after its invocation tokens, which is not served yet; train plain LoRA"
+
 REFUSED = {
     "trainable_token_indices": "trained embedding rows would replace the shared base's; train without them",
     "layer_replication": "it changes the shared base's layers; train on the base as it is",
     "target_parameters": "LoRA on bare parameters (fused experts) is not served yet; target linear modules",
-    "alora_invocation_tokens": "aLoRA acts only behind its invocation tokens, which is not served yet",
+    "alora_invocation_tokens": _ALORA,
     "use_qalora": "QALoRA pools the input before lora_A; train with use_qalora=false",
     "use_bdlora": "BD-LoRA's block-diagonal factors are not served yet; train plain LoRA",
-    "arrow_config": "Arrow's routing between adapters is not served yet; serve the experts singly",
+    "arrow_config": "Arrow's routing is not served yet; serve each expert as an adapter",
     "kasa_config": "KaSA truncates the base's own weights; train plain LoRA",
     "monteclora_config": "MonteCLoRA samples its weights; train plain LoRA",
     "velora_config": "VeLoRA is not served yet; train plain LoRA",
-    "megatron_config": "Megatron's parallel layers name their tensors otherwise; export with plain PEFT",
+    "megatron_config": "Megatron's parallel layers name their tensors differently; export with plain PEFT",
 }
 
 # Fields of other tools and of early releases that change what is computed.
 REFUSED_ELSEWHERE = {
     "enable_lora": "PEFT 0.2's fused layers adapt a part of a linear only; train again with a newer PEFT",
-    "invocation_string": "aLoRA acts only behind its invocation tokens, which is not served yet",
-    "alora_invocation_string": "aLoRA acts only behind its invocation tokens, which is not served yet",
+    "invocation_string": _ALORA,
+    "alora_invocation_string": _ALORA,
     "use_mora": "MoRA's square matrices are not LoRA's pair; train plain LoRA",
 }
 
@@ -94,7 +96,8 @@ def _check_init(init: Any) -> None:
             "peft.replace_lora_weights_loftq instead, which leaves the base as it is."
         )
     raise AdapterUnsupported(
-        f"init_lora_weights is {init!r:.100}, which is not known to leave the base as it is."
+        f"init_lora_weights is {init!r:.100}, which may have changed the base's weights in "
+        "training; train with init_lora_weights=true."
     )
 
 

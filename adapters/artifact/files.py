@@ -41,7 +41,7 @@ def open_file(folder: int, name: str, max_bytes: int) -> Iterator[tuple[BinaryIO
     """One regular file and its size in bytes.
 
     Raises:
-        AdapterInvalid: it is missing, a link, or no regular file.
+        AdapterInvalid: it is missing, a link, or not a regular file.
         AdapterTooLarge: it has more than ``max_bytes``; nothing was read.
         AdapterChanged: it was written to while it was read.
     """
@@ -65,7 +65,7 @@ def open_file(folder: int, name: str, max_bytes: int) -> Iterator[tuple[BinaryIO
 
 
 def read_exactly(stream: BinaryIO, size: int, name: str) -> bytearray:
-    """``size`` bytes from the stream; raises AdapterInvalid when the file ends before."""
+    """``size`` bytes from the stream. Raises AdapterInvalid if the file ends earlier."""
     data = bytearray(size)
     view, filled = memoryview(data), 0
     while filled < size:
@@ -83,7 +83,7 @@ def read_file(folder: int, name: str, max_bytes: int) -> bytes:
 
 
 def parse_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
-    """The JSON object in ``data``; raises AdapterInvalid naming ``what``."""
+    """The JSON object in ``data``. Raises AdapterInvalid, which names ``what``."""
     try:
         return parse_json_object(data)
     except JsonInvalid as error:
@@ -92,17 +92,17 @@ def parse_object(data: bytes | bytearray, what: str) -> dict[str, Any]:
 
 def _check_file(name: str, status: os.stat_result, max_bytes: int) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise AdapterInvalid(f"{name} is not a regular file.")
+        raise AdapterInvalid(f"{name} is not a regular file; copy a real file there.")
     if status.st_size > max_bytes:
-        raise AdapterTooLarge(f"{name} has {status.st_size} bytes; at most {max_bytes} are read.")
+        raise AdapterTooLarge(f"{name} has {status.st_size} bytes; at most {max_bytes} are allowed.")
 
 
 def _cannot_open(name: str, error: OSError) -> AdapterInvalid:
     if isinstance(error, FileNotFoundError):
         return AdapterInvalid(f"{name} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}.")
     return AdapterInvalid(
-        f"{name} cannot be opened ({_reason(error)}); it must be a regular file, not a link. Copy what links "
-        "point to (cp -rL), or fetch it with 'hf download … --local-dir <folder>'."
+        f"{name} cannot be opened ({_reason(error)}); it must be a regular file, not a link. Copy the "
+        "files that the links point to (cp -rL), or fetch it with 'hf download … --local-dir <folder>'."
     )
 
 

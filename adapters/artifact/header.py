@@ -92,8 +92,8 @@ def read_header(stream: BinaryIO, file_size: int, limits: HeaderLimits) -> Heade
     objects = text.count(b"[") + text.count(b"{")
     if objects > limits.objects or text.count(b",") > _COMMAS * limits.objects:
         raise AdapterInvalid(
-            f"The header of {WEIGHTS_FILE} describes more tensors than this base has modules for, or is no "
-            "header; save the adapter's own tensors only."
+            f"The header of {WEIGHTS_FILE} describes more tensors than this base has modules for, or is "
+            "not a header; save the adapter's own tensors only."
         )
     fields = parse_object(text, f"The header of {WEIGHTS_FILE}")
     fields.pop("__metadata__", None)
@@ -130,18 +130,19 @@ def _check_size(entry: TensorEntry) -> TensorEntry:
     expected = math.prod(entry.shape) * FLOAT_BYTES[entry.dtype]
     if entry.end - entry.begin != expected:
         raise AdapterInvalid(
-            f"Tensor {entry.name!r} needs {expected} bytes but has {entry.end - entry.begin}."
+            f"Tensor {entry.name!r} needs {expected} bytes but has {entry.end - entry.begin}; "
+            "save the adapter again."
         )
     return entry
 
 
 def _check_coverage(entries: list[TensorEntry], size: int) -> None:
     if not entries:
-        raise AdapterInvalid(f"{WEIGHTS_FILE} holds no tensors.")
+        raise AdapterInvalid(f"{WEIGHTS_FILE} contains no tensors; save the adapter again.")
     seams = [0, *(edge for entry in entries for edge in (entry.begin, entry.end)), size]
     for left, right in list(pairwise(seams))[::2]:
         if left != right:
             raise AdapterInvalid(
-                f"{WEIGHTS_FILE} has {size} bytes of tensors, which its header does not "
-                "describe without holes or overlaps; it is truncated or damaged."
+                f"{WEIGHTS_FILE} has {size} bytes of tensors, but the tensors in its header "
+                "leave holes or overlap; the file is truncated or damaged, so copy or save it again."
             )

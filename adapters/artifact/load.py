@@ -165,8 +165,13 @@ def _as_served(entry: TensorEntry, data: bytearray, scale: float | None, dtype: 
         return served
     if _all_finite(raw):
         short = str(dtype).removeprefix("torch.")
-        raise AdapterInvalid(f"Tensor {entry.name!r} overflows {short} once scaled.")
-    raise AdapterInvalid(f"Tensor {entry.name!r} has NaN or infinity in it; the training diverged.")
+        raise AdapterInvalid(
+            f"Tensor {entry.name!r} overflows {short} after scaling; train with a smaller lora_alpha."
+        )
+    raise AdapterInvalid(
+        f"Tensor {entry.name!r} contains NaN or infinity; training diverged, "
+        "so train again with a lower learning rate."
+    )
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -178,7 +183,7 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse an untrained adapter: it would be the base under another name."""
+    """Refuse an untrained adapter, because it would be the base under another name."""
     replaced = plan.replaced.matrices or plan.replaced.norms or plan.replaced.biases
     if replaced or any(
         pair.magnitude or (pair.bias and tensors[pair.bias.name].any()) for pair in plan.pairs
@@ -186,7 +191,8 @@ def _check_not_base(plan: AdapterPlan, tensors: Mapping[str, torch.Tensor]) -> N
         return
     if not any(_changes(tensors[pair.a.name], tensors[pair.b.name]) for pair in plan.pairs):
         raise AdapterInvalid(
-            "At every site lora_B (times the scale) times lora_A is zero: it would be the base, untrained."
+            "The adapter is untrained: lora_B times lora_A is zero at every site, so it would answer "
+            "like the base. Train it first."
         )
 
 

@@ -44,12 +44,12 @@ _REPLACED: dict[re.Pattern[str], Role] = {
 _FOREIGN = {
     re.compile(
         r"\.lora_[ab]$"
-    ): "mlx-lm, which keeps its pairs turned round; convert the adapter to PEFT's format",
+    ): "mlx-lm, which stores its pairs transposed; convert the adapter to PEFT's format",
     re.compile(
         r"lora_(?:down|up|unet|te\d?)"
     ): "a diffusion model's LoRA; this server serves language models",
     re.compile(r"^(?:base_model\.model\.)?(?:score|classifier|qa_outputs|v_head)\."): (
-        "the head of a classifier or a reward model, which a causal language model has no place for"
+        "the head of a classifier or a reward model, which a causal language model does not have"
     ),
     re.compile(r"token_adapter|trainable_tokens"): "trained rows of an embedding (trainable_token_indices)",
     re.compile(r"lora_[A-Za-z_]+"): "a kind of LoRA that this server does not know",
@@ -76,7 +76,10 @@ def parse_name(name: str, layout: BaseLayout) -> TensorName:
                 raise AdapterUnsupported(f"Tensor {name!r} cannot be served: it belongs to {kind}.")
         parsed = _match(bare, _REPLACED)
     if parsed is None:
-        raise AdapterInvalid(f"Tensor {name!r} is none that PEFT's LoRA writes.")
+        raise AdapterInvalid(
+            f"Tensor {name!r} has a name that PEFT's LoRA never writes; save the adapter with "
+            "PEFT's save_pretrained."
+        )
     _check_module(name, parsed, layout)
     return parsed
 
@@ -111,7 +114,7 @@ def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
     if parsed.module in layout.modules:
         raise AdapterUnsupported(
             f"Tensor {name!r} would replace a part of the base that is neither a norm, a bias, the embedding "
-            "nor the output head."
+            "nor the output head; train that part with LoRA."
             if replaces
             else not_adaptable(parsed.module, layout)
         )

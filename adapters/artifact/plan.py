@@ -112,9 +112,10 @@ def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_byt
     if rows + extras > limits.max_bytes:
         raise AdapterTooLarge(
             f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes} "
-            "(--max-lora-bytes). Whole embeddings in it are left out by save_embedding_layers=False."
+            "(--max-lora-bytes). Save it with save_embedding_layers=False to leave out whole embeddings."
             if plan.replaced.matrices
-            else f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes}."
+            else f"The adapter takes {rows + extras} bytes as served; this server allows {limits.max_bytes} "
+            "(--max-lora-bytes)."
         )
     return rows + extras, extras
 
@@ -155,12 +156,13 @@ def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, 
         tensors = (wrapped if name.copy == "wrapped" else found).setdefault(name.module, {})
         if name.role in tensors:
             raise AdapterInvalid(
-                f"{entry.name!r} and {tensors[name.role].name!r} are the same tensor's names."
+                f"{entry.name!r} and {tensors[name.role].name!r} name the same tensor; remove one of them."
             )
         tensors[name.role] = entry
     if len(adapter_names) > 1:
         raise AdapterInvalid(
-            f"The file mixes the tensors of several adapters: {_some(sorted(adapter_names))}."
+            f"The file mixes the tensors of several adapters ({_some(sorted(adapter_names))}); save each one "
+            "in its own folder."
         )
     for module, tensors in wrapped.items():  # a copy, which PEFT ignores too
         found[module] = {**tensors, **found.get(module, {})}
@@ -172,7 +174,8 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
     targeted = targeted_modules(settings, layout.modules | places, layout.sites)
     if not targeted:
         raise AdapterInvalid(
-            f"target_modules {settings.target_modules!r:.200} matches no module of the base."
+            f"target_modules {settings.target_modules!r:.200} matches no module of the base; the adapter "
+            "seems to be for another base."
         )
     tie = settings.ensure_weight_tying and layout.tied
     if tie and layout.embedding and layout.head and layout.embedding.name in targeted:
@@ -187,15 +190,17 @@ def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, obje
     """A warning about modules without tensors. PEFT warns too, and leaves their lora_B at zero."""
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
-            f"{len(extra)} modules have tensors, but target_modules does not name them: {_some(extra)}."
+            f"{len(extra)} modules have tensors, but target_modules does not select them: {_some(extra)}."
         )
     missing = [name for name in targeted if name not in pairs]
     if len(missing) == len(targeted):
-        raise AdapterInvalid(f"None of the modules that target_modules names has tensors: {_some(missing)}.")
+        raise AdapterInvalid(
+            f"None of the modules that target_modules selects has tensors: {_some(missing)}."
+        )
     if not missing:
         return ()
     return (
-        f"{len(missing)} of the modules that target_modules names have no tensors and stay as in the base: "
+        f"{len(missing)} of the modules that target_modules selects have no tensors and stay as in the base: "
         f"{_some(missing)}.",
     )
 
@@ -218,7 +223,7 @@ def _plan_pair(
     if extra := given - wanted:
         role = sorted(extra)[0]
         option = "use_dora" if role == "magnitude" else "lora_bias"
-        raise AdapterInvalid(f"{tensors[role].name!r} is there, but {option} is false in the config.")
+        raise AdapterInvalid(f"{tensors[role].name!r} is in the file, but {option} is false in the config.")
     _check_shapes(site, tensors, target.rank, layout)
     return SitePlan(
         site, tensors["lora_A"], tensors["lora_B"], target.scale,
@@ -238,9 +243,9 @@ def _check_shapes(site: Site, tensors: Tensors, rank: int, layout: BaseLayout) -
         if role in tensors and tensors[role].shape != shape:
             check_vocabulary(tensors[role], shape, site, layout)
             raise AdapterInvalid(
-                f"Tensor {tensors[role].name!r} has shape {list(tensors[role].shape)}; rank {rank} of the "
-                f"config and the base's {site.name} ({site.in_features} → {site.out_features}) make it "
-                f"{list(shape)}."
+                f"Tensor {tensors[role].name!r} has shape {list(tensors[role].shape)}; it must be "
+                f"{list(shape)}, for rank {rank} of the config and the base's {site.name} "
+                f"({site.in_features} → {site.out_features})."
             )
 
 
@@ -249,7 +254,7 @@ def _check_gathered(tensors: Tensors) -> None:
     for entry in (tensors["lora_A"], tensors["lora_B"]):
         if len(entry.shape) < 2 or 0 in entry.shape:
             raise AdapterInvalid(
-                f"Tensor {entry.name!r} has shape {list(entry.shape)}, a shard or nothing of it: DeepSpeed "
-                "ZeRO-3 or FSDP did not gather the weights before they were saved (GatheredParameters, "
-                "summon_full_params)."
+                f"Tensor {entry.name!r} has shape {list(entry.shape)}, so it is empty or a shard: DeepSpeed "
+                "ZeRO-3 or FSDP did not gather the weights before they were saved; use GatheredParameters or "
+                "summon_full_params."
             )

@@ -1,7 +1,7 @@
 """Says what a folder is if it is not a PEFT adapter, and what to do about it.
 
-It looks at file names and first bytes only. It is called when a folder cannot be read or lacks a file. It
-opens no link and reads a few bytes of each file.
+It reads only file names and the first bytes of files, and follows no links. It is called when a folder cannot
+be read or lacks a file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from adapters.errors import AdapterError, AdapterInvalid, AdapterTooLarge, Adapt
 from adapters.strict_json import JsonInvalid, parse_json
 
 MAX_ENTRIES = 2000
-"""How many entries of a folder are looked at."""
+"""The most entries of a folder that are checked."""
 
 _HEAD_BYTES = 512
 _CONFIG_BYTES = 2**20
 
 _CONVERT = (
-    "which can run code when it is read, so it never is; convert it where you trust it: "
+    "which can run code when it is read, so it is never read; convert it where you trust it: "
     f'safetensors.torch.save_file(torch.load({{}}, weights_only=True), "{WEIGHTS_FILE}")'
 )
 _BY_BYTES: dict[re.Pattern[bytes], str] = {
@@ -42,9 +42,9 @@ _BY_BYTES: dict[re.Pattern[bytes], str] = {
         "(…/resolve/…, not …/blob/…); fetch it again with 'hf download'"
     ),
     re.compile(rb"GGUF"): (
-        "is a GGUF file of llama.cpp; deploy the PEFT folder that it was made of, or train one"
+        "is a GGUF file of llama.cpp; deploy the PEFT folder that it was made from, or train one"
     ),
-    re.compile(rb"PK\x03\x04"): f"is a ZIP archive, and if torch.save wrote it a pickle, {_CONVERT}",
+    re.compile(rb"PK\x03\x04"): f"is a ZIP archive, probably a pickle from torch.save, {_CONVERT}",
     re.compile(rb"\x80[\x02-\x05]"): f"is a pickle, {_CONVERT}",
     re.compile(rb"\x1f\x8b|BZh\d|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd|Rar!|(?s:.{257})ustar"): (
         "is a compressed file or an archive; unpack it"
@@ -66,7 +66,8 @@ _BY_NAMES: dict[re.Pattern[str], str] = {
         "an adapter saved as a pickle ({0}), " + _CONVERT.replace("{}", "{0}")
     ),
     re.compile(r"(?s:.+)\.gguf"): (
-        "a GGUF adapter or model of llama.cpp ({}). Deploy the PEFT folder that it was made of, or train one"
+        "a GGUF adapter or model of llama.cpp ({}). Deploy the PEFT folder that it was made from, or train "
+        "one"
     ),
     re.compile(r"pytorch_model_fsdp.*|.+\.distcp|global_step\d+|zero_to_fp32\.py|mp_rank_.+"): (
         "a checkpoint of FSDP or DeepSpeed ({}). Gather its shards (accelerate merge-weights or "
@@ -141,13 +142,13 @@ def _by_names(folder: int) -> AdapterError | None:
 def _one_deeper(folders: list[str]) -> AdapterInvalid:
     if len(folders) == 1:
         return AdapterInvalid(
-            f"The adapter is one folder deeper, in {folders[0]!r:.100}; put that folder itself into the "
+            f"The adapter is one folder deeper, in {folders[0]!r:.100}; move that folder into the "
             "adapter folder."
         )
     shown = ", ".join(f"{name!r:.100}" for name in folders[-3:])
     return AdapterInvalid(
-        f"The folder is no adapter but holds {len(folders)}, one folder deeper ({'…, ' * (len(folders) > 3)}"
-        f"{shown}); put the one that is to be served itself into the adapter folder."
+        f"The folder is not an adapter, but contains {len(folders)} of them "
+        f"({'…, ' * (len(folders) > 3)}{shown}); move the one to serve into the adapter folder."
     )
 
 
@@ -165,7 +166,7 @@ def _kind_of(folder: int, name: str) -> str | None:
             return kind.format(repr(name))
     if _TEXT.fullmatch(head[:64]) and (name == WEIGHTS_FILE or not _JSON.match(head)):
         what = "tensors" if name == WEIGHTS_FILE else "JSON"
-        return f"is text, not {what}; perhaps it is the error of a download, so fetch it again"
+        return f"is text, not {what}; it may be the error page of a failed download, so fetch it again"
     return None
 
 

@@ -46,12 +46,12 @@ def _by_ending(endings: Iterable[str], names: Iterable[str]) -> dict[str, list[s
 
     The time grows with the sum of endings and names, not with their product.
     """
-    turned = sorted(name[::-1] for name in names)
+    reverse = sorted(name[::-1] for name in names)
     found: dict[str, list[str]] = {}
     for ending in dict.fromkeys(endings):
-        begin = bisect_left(turned, ending[::-1])
-        end = bisect_right(turned, ending[::-1], begin, key=lambda name: name[: len(ending)])
-        found[ending] = [name[::-1] for name in turned[begin:end]]
+        begin = bisect_left(reverse, ending[::-1])
+        end = bisect_right(reverse, ending[::-1], begin, key=lambda name: name[: len(ending)])
+        found[ending] = [name[::-1] for name in reverse[begin:end]]
     return found
 
 
@@ -94,11 +94,11 @@ def _check_saved(
     for module in sorted(saved - layout.norms.keys() - layout.ends.keys()):
         raise AdapterUnsupported(
             f"modules_to_save: {module!r} of the base is neither a norm nor the embedding nor the output "
-            "head; train the others as LoRA."
+            "head; train other modules with LoRA."
         )
     missing = sorted(module for module in saved if "weight" not in found.get(module, {}))
     if missing:
-        raise AdapterInvalid(f"modules_to_save names {missing[0]}, but the file has no weight of it.")
+        raise AdapterInvalid(f"modules_to_save names {missing[0]}, but the file does not contain its weight.")
 
 
 def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
@@ -134,12 +134,12 @@ def _check_biases(
     expected = layout.biases & (trained | saved)
     if extra := sorted(biases.keys() - expected):
         raise AdapterInvalid(
-            f"Tensor {biases[extra[0]].name!r} is there, but bias={settings.bias!r} of the config and the "
-            "base do not make it one of the trained biases."
+            f"Tensor {biases[extra[0]].name!r} is in the file, but with bias={settings.bias!r} in the config "
+            "it is not one of the trained biases of this base."
         )
     missing = sorted(expected - biases.keys())
     if lost := sorted(saved.intersection(missing)):
-        raise AdapterInvalid(f"modules_to_save names {lost[0]}, but the file has no bias of it.")
+        raise AdapterInvalid(f"modules_to_save names {lost[0]}, but the file does not contain its bias.")
     if not missing:
         return ()
     return (

@@ -90,8 +90,8 @@ def prepare_base(
         raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
     if head_quantization != "none" and quantization == "none":
         raise BaseModelError(
-            f"--head-quantization {head_quantization} with --quantization none would leave the head alone in "
-            "4 bits; leave out one of them."
+            f"--head-quantization {head_quantization} with --quantization none would quantise only the "
+            "head; leave out one of the two options."
         )
     how = quantization if head_quantization == "none" else f"{quantization}\nhead {head_quantization}"
     digest = hashlib.sha256(f"{source.digest}\n{how}\n{_FORMAT}".encode()).hexdigest()
@@ -209,8 +209,8 @@ def reading(path: Path) -> Iterator[None]:
         if isinstance(error, _OF_THE_CODE):
             raise BaseModelError(
                 f"{path}, a {_architecture(path)}, cannot be loaded: {type(error).__name__} ({reason}). "
-                "transformers or bitsandbytes cannot do this architecture here; give --base another model, "
-                "or try --quantization none."
+                "transformers or bitsandbytes do not support this architecture here; give --base another "
+                "model, or try --quantization none."
             ) from error
         if "Unrecognized configuration class" in reason:
             raise BaseModelError(

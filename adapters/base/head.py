@@ -19,8 +19,8 @@ def quantize_head(model: Any) -> None:
     head: Any = model.get_output_embeddings()
     if head.out_features % PANEL:
         raise BaseModelError(
-            f"--head-quantization nf4: the vocabulary of {head.out_features} words is no multiple of "
-            f"{PANEL}, as 4-bit kernels for CPUs need it; leave the head at none."
+            f"--head-quantization nf4 needs a vocabulary that is a multiple of {PANEL}, but this base has "
+            f"{head.out_features} tokens; use --head-quantization none."
         )
     model.config.tied_before_quantization = head.weight is model.get_input_embeddings().weight
     model.config.tie_word_embeddings = False

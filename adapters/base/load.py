@@ -69,8 +69,8 @@ def _check_head(prepared: PreparedBase, model: Any) -> None:
     found = "nf4" if has_4bit_head(model) else "none"
     if found != prepared.head_quantization:
         raise BaseModelError(
-            f"{prepared.name} came quantised, with its head as --head-quantization {found} has it and not "
-            f"{prepared.head_quantization}; give that, or an unquantised base."
+            f"{prepared.name} is already quantised with --head-quantization {found}, not "
+            f"{prepared.head_quantization}; use --head-quantization {found}, or give an unquantised base."
         )
 
 

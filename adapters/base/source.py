@@ -76,7 +76,7 @@ def resolve(base: str, cache_dir: Path, progress: bool) -> Source:
     if _HUB_ID.fullmatch(base):
         return _folder(_snapshot(base, progress), name_of(base), base, memo)
     raise BaseNotFound(
-        f"--base {base} is no file or folder here; "
+        f"--base {base} is not a file or folder here; "
         f"give {DEFAULT_BASE}, a transformers folder, a .gguf file, or a hub id such as {_DEFAULT_HUB_ID}."
     )
 
@@ -102,7 +102,7 @@ def _refuse_adapter(folder: Path) -> None:
     # transformers would silently load the base that the adapter names, and apply the adapter to it.
     if (folder / "adapter_config.json").exists():
         raise BaseNotFound(
-            f"{folder} holds an adapter (adapter_config.json); give a folder with nothing but the base, "
+            f"{folder} contains an adapter (adapter_config.json); give a folder that contains only the base, "
             "and put the adapter into the adapter folder."
         )
 
@@ -183,6 +183,6 @@ def _snapshot(hub_id: str, progress: bool) -> Path:
         ) from error
     except (HFValidationError, OSError) as error:
         raise BaseNotFound(
-            f"{hub_id} is no path here and the hub cannot be reached for it; "
+            f"{hub_id} is not a path here, and the hub cannot be reached; "
             "check the spelling and the network, or give --base a local folder."
         ) from error

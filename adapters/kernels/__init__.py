@@ -74,7 +74,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
         reason = _against_triton(device, dtype)
         if reason is None:
             return TritonLora(device)
-        log.warning("Adapters are computed without Triton, several times slower: %s.", reason)
+        log.warning("LoRA runs without Triton, which is several times slower: %s", reason)
     return segmented_lora
 
 

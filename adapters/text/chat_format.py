@@ -114,7 +114,7 @@ class ChatFormats:
         if wrong is not None:
             raise AdapterUnsupported(
                 f"Its generation_config.json ends answers with token {wrong}, but the base's vocabulary has "
-                f"{self.vocab_size}; it was trained with another tokenizer."
+                f"{self.vocab_size} tokens; it was trained with another tokenizer."
             )
         text = dict(config.tokens).get("eos_token")
         ids |= {self.fast.eos_token_id} if text is None else {self._id_of(text, "eos_token")}
@@ -124,8 +124,8 @@ class ChatFormats:
         id_: int | None = self.fast.backend_tokenizer.token_to_id(text)
         if id_ is None:
             raise AdapterUnsupported(
-                f"Its {name} is {text!r:.80}, which is no token of the base; it was trained with another "
-                "tokenizer. If the base's own will do, serve with --ignore-adapter-templates."
+                f"Its {name} is {text!r:.80}, which is not a token of the base; it was trained with "
+                "another tokenizer. Serve with --ignore-adapter-templates to use the base's own."
             )
         return id_
 
@@ -134,14 +134,14 @@ class ChatFormats:
         for id_, text in _written(config.added, source):
             if self.fast.backend_tokenizer.token_to_id(text) != id_:
                 raise AdapterUnsupported(
-                    f"Its chat template writes {text!r:.80}, which its tokenizer has as token {id_} and the "
-                    "base has not; it was trained with another vocabulary."
+                    f"Its chat template writes {text!r:.80}, which is token {id_} of its tokenizer but not "
+                    "of the base's; it was trained with another vocabulary."
                 )
 
 
 def _unusable(reason: str) -> AdapterUnsupported:
     return AdapterUnsupported(
-        f"Its own chat template cannot be used: {reason.rstrip('.')}. Mend it, or serve with "
+        f"Its own chat template cannot be used: {reason.rstrip('.')}. Repair it, or serve with "
         "--ignore-adapter-templates."
     )
 

@@ -66,7 +66,7 @@ class ChatRenderer:
         prompt = self.template.render(messages[:-1], add_generation_prompt=True)
         whole = self.template.render(messages, add_generation_prompt=False).rstrip("\n")
         if not whole.startswith(prompt):
-            raise TemplateRefused("it renders the conversation so that the answer has no place")
+            raise TemplateRefused("it does not render the answer directly after the prompt")
         answer = whole[len(prompt) :]
         try:
             head = self.special.encode(prompt, marked)

@@ -72,7 +72,7 @@ class SpecialTokens:
             found = self._encode_marked(text, divide)
             if found is not None:
                 return found
-        raise ValueError("a message has a special token that plain text cannot be told from")
+        raise ValueError("a message contains a special token that cannot be encoded as plain text")
 
     def encode_after(self, before: str, head: list[int], text: str, marked: bool) -> list[int]:
         """Token ids of ``text`` where it follows ``before``, whose ids are ``head``. Raises ValueError."""

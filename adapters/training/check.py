@@ -52,4 +52,6 @@ def _check_rows(
     rows = {row.line: row for row in (*kinds_of_rows(data), *doubtful_rows(data, longest))}
     doubtful = replace(data, rows=[rows[line] for line in sorted(rows)])
     cut = encode_dataset(doubtful, renderer, outline.eos, longest).truncated
-    return [f"{data.path.name}: examples over {longest} tokens, which are cut there: {cut}."] if cut else []
+    if not cut:
+        return []
+    return [f"{data.path.name}: examples longer than {longest} tokens are truncated ({cut} of them)."]

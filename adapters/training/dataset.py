@@ -121,7 +121,9 @@ def read_dataset(path: Path) -> Dataset:
     except OSError as error:
         raise DatasetUnreadable(path.name, unreadable(error, path)) from error
     if reading.count == 0 and not reading.rows:
-        raise DatasetUnreadable(path.name, f"has no rows; give one JSON object a line, such as {EXAMPLE}.")
+        raise DatasetUnreadable(
+            path.name, f"has no rows; give one JSON object on each line, such as {EXAMPLE}."
+        )
     if reading.problems or reading.format is None:
         raise DatasetInvalid(path.name, reading.problems, reading.count)
     unused = dict(sorted(reading.unused.items()))

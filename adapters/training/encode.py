@@ -118,7 +118,7 @@ def _checked(examples: Iterator[Example], max_length: int) -> Iterator[Example]:
         if not any(example.learnt[:max_length]):
             begins = example.learnt.index(True)
             raise _Unrenderable(
-                f"has {begins} tokens before the first that is learnt, more than --max-seq-len {max_length}"
+                f"has {begins} tokens before the first learnt token, more than --max-seq-len {max_length}"
             )
         yield example
 

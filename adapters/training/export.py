@@ -135,7 +135,7 @@ def _tensors(pairs: Mapping[str, Pair], nominal: Nominal) -> dict[str, torch.Ten
 
 def _saved(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not torch.isfinite(tensor).all():
-        raise TrainingDiverged(f"The adapter's weights of {name} are no numbers any more; nothing was saved.")
+        raise TrainingDiverged(f"The adapter's weights of {name} became NaN or infinite; nothing was saved.")
     return tensor.to(torch.bfloat16).contiguous()
 
 

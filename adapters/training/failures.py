@@ -42,7 +42,7 @@ def _memory_ran_out(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _GPU):
         return (
             "The GPU's memory ran out; lower --batch-size (and raise --accumulation) or --max-seq-len, set "
-            "--gradient-checkpointing on, or let the run have more (--gpu-memory, or another GPU)."
+            "--gradient-checkpointing on, or give the run more memory (--gpu-memory, or another GPU)."
         )
     return (
         "Memory ran out; lower --batch-size or --max-seq-len, or set --gradient-checkpointing on "
@@ -64,4 +64,4 @@ def _last_good(run: RunFolder) -> str:
     last = run.last_checkpoint()
     if last is None:
         return "No checkpoint was saved yet."
-    return f"The last good checkpoint is {last}; --resume goes on from it."
+    return f"The last good checkpoint is {last}; --resume continues from it."

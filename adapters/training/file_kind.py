@@ -9,14 +9,14 @@ from pathlib import Path
 HEAD_BYTES = 4096
 """Bytes of the file that are read."""
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
-_ROWS = f"give one JSON object a line, such as {EXAMPLE}"
+_ROWS = f"give one JSON object on each line, such as {EXAMPLE}"
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x1f\x8b", "compressed with gzip; unpack it first (gunzip)"),
     (b"BZh", "compressed with bzip2; unpack it first (bunzip2)"),
     (b"\xfd7zXZ", "compressed with xz; unpack it first (unxz)"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first (unzstd)"),
-    (b"PK\x03\x04", f"a ZIP archive, or an Excel file, which is one; {_ROWS}"),
+    (b"PK\x03\x04", f"a ZIP archive or an Excel file; {_ROWS}"),
     (b"PAR1", f"a Parquet file; write it as JSON lines: pandas.read_parquet(…).to_json(…, "
               f'orient="records", lines=True); {_ROWS}'),
     (b"ARROW1", f'an Arrow file; write it as JSON lines (datasets: to_json); {_ROWS}'),
@@ -49,7 +49,7 @@ def not_json(head: bytes) -> str | None:
     if first.startswith("<"):
         return f"HTML or XML; {_ROWS}"
     if line_ends and first.startswith("{") and first.endswith(("{", "[", ",")):
-        return f"JSON that is spread over several lines; {_ROWS} (jq -c . FILE writes it so)"
+        return f"JSON that is spread over several lines; {_ROWS} (convert it with: jq -c . FILE)"
     return f"CSV; {_ROWS}" if _is_table(first) else None
 
 
@@ -58,7 +58,7 @@ def unreadable(error: OSError, path: Path) -> str:
     if isinstance(error, FileNotFoundError):
         return f"does not exist ({path}); check the path."
     if isinstance(error, IsADirectoryError):
-        return f"is a folder; {_ROWS}, in a file of its own."
+        return f"is a folder; give a file. In it, {_ROWS}."
     return f"cannot be read ({error.strerror}); check the file."
 
 

@@ -46,7 +46,11 @@ def check_questions(
         if is_asked(row.messages[-1]["content"])
     }
     problems = [
-        LineProblem(line, f"asks with {size} tokens at its end; the base's context holds {context}")
+        LineProblem(
+            line,
+            f"has a question of {size} tokens, which leaves no room for an answer in "
+            f"the context of {context}",
+        )
         for line, size in sizes.items()
         if size >= context
     ]

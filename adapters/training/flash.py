@@ -43,7 +43,7 @@ def use_flash_attention(model: Any, capability: tuple[int, int]) -> str:
         model.set_attn_implementation(TORCH)
         return "Attention: FlashAttention-2 (torch's own), example by example."
     chosen = model.config.get_text_config()._attn_implementation
-    return f"Attention: transformers' {chosen} with a mask between examples, since {package}, and {own}."
+    return f"Attention: transformers' {chosen} with a mask between examples, because {package}, and {own}."
 
 
 def varlen_attention(
@@ -92,7 +92,7 @@ def _against_package(model: Any, capability: tuple[int, int]) -> str | None:
         return f"flash-attn cannot be imported ({error})"
     allowed = getattr(model, "_compatible_flash_implementations", None)
     if not getattr(model, "_supports_flash_attn", False) or (allowed and PACKAGE not in allowed):
-        return f"transformers' {type(model).__name__} takes no FlashAttention-2"
+        return f"transformers' {type(model).__name__} does not support FlashAttention-2"
     return _against_kernel(model, capability, PACKAGE)
 
 
@@ -102,7 +102,7 @@ def _against_torch(model: Any, capability: tuple[int, int]) -> str | None:
     if "window_size" not in _VARLEN_OPTIONS:
         return f"torch {torch.__version__} has no FlashAttention-2 for rows of examples"
     if text._attn_implementation != "sdpa" or getattr(text, "attention_dropout", 0.0):
-        return f"{type(model).__name__}'s attention is more than torch's FlashAttention-2 does"
+        return f"{type(model).__name__}'s attention uses features that torch's FlashAttention-2 lacks"
     if getattr(text, "v_head_dim", None) not in (None, _head_dim(text)):
         return "its keys and values have different dimensions"
     return _against_kernel(model, capability, TORCH)
@@ -115,7 +115,8 @@ def _against_kernel(model: Any, capability: tuple[int, int], name: str) -> str |
         return f"FlashAttention-2 needs compute capability 8.0, and this GPU has {has}"
     if dim % 8 or dim > _MOST_DIM[name]:
         return (
-            f"FlashAttention-2 takes heads of a multiple of 8 up to {_MOST_DIM[name]}, and these have {dim}"
+            f"FlashAttention-2 needs a head dimension that is a multiple of 8 up to {_MOST_DIM[name]}, and "
+            f"this base has {dim}"
         )
     return None
 

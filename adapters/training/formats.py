@@ -74,7 +74,7 @@ def detect(row: Mapping[str, Any]) -> Format:
 def read_conversation(row: Mapping[str, Any], format_: Format) -> Conversation:
     """The row's conversation, complete and in a valid order of roles. Raises RowInvalid."""
     if refused := [field for field in _UNLEARNABLE if row.get(field)]:
-        raise RowInvalid(f"has {refused[0]!r}, which cannot be trained on; give rows of text alone")
+        raise RowInvalid(f"has {refused[0]!r}, which cannot be trained on; give rows that contain only text")
     turns = Turns(set(given(row)) - format_.required - format_.optional - set(_UNLEARNABLE))
     format_.read(row, turns)
     conversation = Conversation(turns.messages, frozenset(turns.unlearnt), frozenset(turns.unused))

@@ -33,7 +33,7 @@ def optimizer_for(device: str) -> tuple[str, str]:
         return CPU_OPTIMIZER, "Optimiser: AdamW."
     if (obstacle := _against_paged()) is None:
         return PAGED_OPTIMIZER, "Optimiser: AdamW in 8 bits, paged out of the GPU when memory is short."
-    return FUSED_OPTIMIZER, f"Optimiser: AdamW in 32 bits, since {obstacle}."
+    return FUSED_OPTIMIZER, f"Optimiser: AdamW in 32 bits, because {obstacle}."
 
 
 def _against_paged() -> str | None:
@@ -66,7 +66,7 @@ def claim_memory(device: str, wanted: int | None, base: Path) -> str:
     need = int(_LEAST_TIMES * _weights_in(base)) + _LEAST_MORE
     if need > limit:
         raise TrainingOutOfResources(
-            f"Training on this base takes {_gib(need)} of a GPU at the very least, and this run may take "
+            f"Training on this base needs at least {_gib(need)} of GPU memory, and this run may take "
             f"{_gib(limit)} ({_gib(free)} of {_gib(total)} are free). {_REMEDY}"
         )
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
@@ -74,8 +74,8 @@ def claim_memory(device: str, wanted: int | None, base: Path) -> str:
 
 
 _REMEDY = (
-    "A server on the same GPU must leave room (its --gpu-memory-utilization), or train on another GPU "
-    "(CUDA_VISIBLE_DEVICES; the server's --train-gpu) or with --device cpu."
+    "Lower --gpu-memory-utilization of a server on the same GPU, train on another GPU (CUDA_VISIBLE_DEVICES, "
+    "or the server's --train-gpu), or use --device cpu."
 )
 
 

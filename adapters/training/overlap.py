@@ -18,13 +18,13 @@ def repetitions(data: Dataset, held_out: Dataset | None) -> list[str]:
     found = []
     if (repeated := len(digests) - len(known)) and repeated >= _MANY * len(digests):
         found.append(
-            f"{data.path.name}: {repeated} of {len(digests)} rows repeat an earlier row word for word; "
-            "they weigh that much more."
+            f"{data.path.name}: {repeated} of {len(digests)} rows repeat an earlier row word for word, "
+            "so they count several times."
         )
     if held_out is not None and (shared := sum(_digest(row) in known for row in held_out.rows)):
         found.append(
-            f"{held_out.path.name}: {shared} of {len(held_out.rows)} rows are training rows too, so it "
-            "measures what was learnt by heart; take other rows to validate on."
+            f"{held_out.path.name}: {shared} of {len(held_out.rows)} rows are also training rows, so the "
+            "held-out loss measures memorised rows; validate on other rows."
         )
     return found
 

@@ -45,7 +45,7 @@ def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
     """Whether to keep the 4-bit weights unpacked in bf16 during the run."""
     linears = four_bit_linears(model)
     if not linears:
-        return Decision(False, "The base is not quantised: nothing is unpacked.")
+        return Decision(False, "The base is not quantised, so nothing is unpacked.")
     need = 2 * sum(module.in_features * module.out_features for module in linears.values())
     if config.cache_dequantized != "auto":
         return _as_asked("--cache-dequantized", config.cache_dequantized)
@@ -53,7 +53,7 @@ def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
         return Decision(False, "Weights stay in 4 bits: a GPU unpacks them as fast as it reads them.")
     free = free_memory()
     fits = need <= _SHARE * free
-    how = "are kept unpacked in bf16 (same numbers, faster)" if fits else "are unpacked anew in each pass"
+    how = "are kept unpacked in bf16 (same numbers, faster)" if fits else "are unpacked again in each pass"
     return Decision(fits, f"4-bit weights {how}: {_mib(need)} of {_mib(free)} free.")
 
 
@@ -73,7 +73,7 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
     if need <= share * free:
         return Decision(
             False,
-            "Activations are kept, for recomputing them would take a third more time: "
+            "Activations are kept, because recomputing them would take a third more time: "
             f"about {_mib(need)} of {_mib(free)} free.",
         )
     return Decision(

@@ -264,7 +264,7 @@ def _finish(
     """The last checkpoint's adapter, pruned if requested, with its model card."""
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
-        raise RecipeInvalid("No step was trained; give --epochs or --max-steps more.")
+        raise RecipeInvalid("No step was trained; raise --epochs or --max-steps.")
     making = run.path / ".adapter.partial"
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()

@@ -47,7 +47,9 @@ class RunFolder:
         self.path = path
         self.writes = writes
         if writes and (path / "config.json").exists() and not resume:
-            raise RunFolderInvalid(f"{path} holds a run already; go on with --resume, or name another one.")
+            raise RunFolderInvalid(
+                f"{path} already contains a run; continue it with --resume, or choose another --run-dir."
+            )
         self._events: TextIO | None = None
         if writes:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunFolderInvalid(f"Another process is at work in {self.path}; wait for its end.") from None
+            raise RunFolderInvalid(f"Another process uses {self.path}; wait until it ends.") from None
         return lock
 
     def close(self) -> None:
@@ -117,8 +119,8 @@ class RunFolder:
         differ = sorted(key for key in keys if _differs(config.get(key), known, key))
         if differ:
             raise RunFolderInvalid(
-                f"{self.path} holds a run with another {', '.join(differ)}; "
-                "resume it with what it was begun with, or name another --run-dir."
+                f"{self.path} contains a run with another {', '.join(differ)}; "
+                "resume it with the options it was started with, or choose another --run-dir."
             )
 
     def read(self, name: str) -> dict[str, Any] | None:

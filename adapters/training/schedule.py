@@ -38,8 +38,8 @@ def steps_for(places: int, config: TrainConfig) -> int:
     steps = config.max_steps or math.ceil(epochs_for(places, config) * _steps_of_epoch(places, config))
     if config.method == "adalora" and steps < ADALORA_LEAST_STEPS:
         raise RecipeInvalid(
-            f"--method adalora needs at least {ADALORA_LEAST_STEPS} optimiser steps to move ranks, and this "
-            f"run has {steps}; raise --epochs or --max-steps, or lower --batch-size."
+            f"--method adalora needs at least {ADALORA_LEAST_STEPS} optimiser steps to reallocate ranks, and "
+            f"this run has {steps}; raise --epochs or --max-steps, or lower --batch-size."
         )
     return steps
 

@@ -60,8 +60,8 @@ def target_sites(names: tuple[str, ...], layout: BaseLayout) -> list[Site]:
             )
         if other := sorted(set(found) - trainable.keys()):
             raise RecipeInvalid(
-                f"--target-modules {name!r:.100} is {other[0]}, which is no linear, so it cannot be trained; "
-                f"its linears are called {', '.join(_endings(layout))}."
+                f"--target-modules {name!r:.100} is {other[0]}, which is not a linear and cannot be trained; "
+                f"the base's linears are called {', '.join(_endings(layout))}."
             )
         chosen |= {module: trainable[module] for module in found}
     return list(chosen.values())
@@ -99,8 +99,8 @@ def _check_size(config: TrainConfig, sites: list[Site], layout: BaseLayout, serv
         ) from error
     if extras > serving.extra_bytes:
         raise RecipeInvalid(
-            f"--method {config.method} with these --target-modules makes {extras} bytes besides rank rows; "
-            f"the server holds {serving.extra_bytes} of such (--lora-extra-memory)."
+            f"--method {config.method} with these --target-modules needs {extras} bytes besides rank rows, "
+            f"but the server has {serving.extra_bytes} bytes for them; raise --lora-extra-memory."
         )
 
 

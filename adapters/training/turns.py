@@ -111,7 +111,7 @@ def text_of(value: Any, where: str) -> str:
 
 def _unicode(text: str, where: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RowInvalid(f"{where} has half of a surrogate pair, which is no Unicode text")
+        raise RowInvalid(f"{where} has half of a surrogate pair, which is not valid Unicode")
     return text
 
 
@@ -119,7 +119,7 @@ def _text_of_part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = f"type {part.get('type')!r:.60}" if isinstance(part, dict) else _kind(part)
-    raise RowInvalid(f"{where} must be a text part, not {kind}; rows are learnt from text alone")
+    raise RowInvalid(f"{where} must be a text part, not {kind}; training uses only text")
 
 
 def _unused_in_parts(content: Any) -> set[str]:

@@ -82,7 +82,7 @@ def test_the_same_content_elsewhere_moves_the_path_but_retires_nothing(world: Wo
 
 def test_another_content_needs_replace(world: World) -> None:
     first = world.register("a", "one")
-    with pytest.raises(AdapterExists, match="'a' is served already, and replacing was not asked for"):
+    with pytest.raises(AdapterExists, match="'a' is already served; unload it first, or ask to replace it"):
         world.register("a", "two", replace=False)
     assert world.registry.resolve("a") is first
 
@@ -148,10 +148,10 @@ def test_a_version_replaced_between_resolve_and_acquire_is_told_of_again(world: 
 
 def test_releasing_more_than_was_acquired_is_a_bug(world: World) -> None:
     version = world.register("a", "one")
-    with pytest.raises(ValueError, match="No request is under way on adapter 'a'"):
+    with pytest.raises(ValueError, match="No request is running on adapter 'a'"):
         world.registry.release(version)
     world.registry.unregister("a")
-    with pytest.raises(ValueError, match="No request is under way"):
+    with pytest.raises(ValueError, match="No request is running"):
         world.registry.release(version)
 
 

@@ -23,12 +23,14 @@ def library() -> ctypes.CDLL | None:
     """
     built = sorted(Path(__file__).parent.glob("kernels*.so"))
     if not built:
-        log.warning("the native kernels were not built (no C++ compiler?); torch's are used, which is slower")
+        log.warning(
+            "the native kernels were not built (install a C++ compiler); torch's slower kernels are used"
+        )
         return None
     try:
         loaded = ctypes.CDLL(str(built[0]))
     except OSError as error:
-        log.warning("the native kernels cannot be loaded (%s); torch's are used, which is slower", error)
+        log.warning("the native kernels cannot be loaded (%s); torch's slower kernels are used", error)
         return None
     loaded.manylora_isa.restype = ctypes.c_char_p
     loaded.manylora_choose.argtypes = [ctypes.c_char_p]

@@ -37,7 +37,7 @@ def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> N
     """
     name = check_name(arguments.name)
     if arguments.job is None and name == name_of(server.model.name):
-        raise AdapterNameInvalid(f"{name!r} is the base's own name; call the adapter something else.")
+        raise AdapterNameInvalid(f"{name!r} is the base's own name; choose another name for the adapter.")
 
 
 def serving_of(server: ServerConfig) -> Serving:

@@ -107,7 +107,7 @@ def test_the_watcher_sees_it_change(tmp_path: Path) -> None:
             {"tokenizer_config__json": {"chat_template": "x" * (MAX_TEMPLATE_BYTES + 1)}},
             "at most 262144 bytes",
         ),
-        ({"tokenizer_config__json": {"chat_template": 3}}, "chat_template must be a text"),
+        ({"tokenizer_config__json": {"chat_template": 3}}, "chat_template must be a string"),
         ({"tokenizer_config__json": "{"}, "tokenizer_config.json is not JSON"),
         ({"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id must be a token id"),
     ],
@@ -165,7 +165,7 @@ def test_ends_are_the_folders_where_it_names_them_and_else_the_bases() -> None:
     [
         (
             config(tokens=(("eos_token", "<|eot|>"),)),
-            r"eos_token is '<\|eot\|>', which is no token of the base",
+            r"eos_token is '<\|eot\|>', which is not a token of the base",
         ),
         (config(eos_ids=(512,)), "token 512, but the base's vocabulary has 512"),
         (config("<|eot|>{{ 1 }}", added=((600, "<|eot|>"),)), r"writes '<\|eot\|>', .* another vocabulary"),
@@ -219,8 +219,8 @@ def test_tokens_that_the_template_does_not_write_do_no_harm() -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("", "it renders nothing. Mend it"),
-        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate. Mend it"),
+        ("", "it renders nothing. Repair it"),
+        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate. Repair it"),
     ],
 )
 def test_a_template_that_cannot_render_a_greeting_is_refused(template: str, reason: str) -> None:

@@ -65,7 +65,7 @@ def test_a_missing_or_linked_folder_is_refused(folder: Path, tmp_path: Path) -> 
     [
         ("{", "adapter_config.json is not JSON"),
         ("[1]", "adapter_config.json must hold one JSON object, not a list"),
-        ('{"r": NaN}', "NaN is no number that JSON has"),
+        ('{"r": NaN}', "NaN is not a JSON number"),
         ('{"r": 4, "r": 8}', "the key 'r' occurs twice"),
         ("[" * 100_000, "adapter_config.json is nested too deep; at most 128 levels"),
         ('{"r": ' + "1" * 401 + "}", "adapter_config.json has a number of 401 digits in 'r'; at most 64"),
@@ -99,7 +99,7 @@ def _entry(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("header", "body", "message"),
     [
-        ({}, 0, "holds no tensors"),
+        ({}, 0, "contains no tensors"),
         ({"t": {"dtype": "F32"}}, 128, "the header's entry of tensor 't' is malformed"),
         ({"t": _entry(shape=[-4, -8])}, 128, "is malformed"),
         ({"t": _entry(shape=[4.0, 8])}, 128, "is malformed"),
@@ -112,10 +112,10 @@ def _entry(**changes: Any) -> dict[str, Any]:
         ({"t": _entry(shape=[10**80])}, 128, r"has a number of 81 digits; at most 64 are read"),
         ({"t" * 513: _entry()}, 128, "is malformed"),
         ({"t": _entry(data_offsets=[0, 64])}, 64, "needs 128 bytes but has 64"),
-        ({"t": _entry(data_offsets=[8, 136])}, 136, "without holes or overlaps"),
-        ({"t": _entry()}, 200, "without holes or overlaps"),
+        ({"t": _entry(data_offsets=[8, 136])}, 136, "leave holes or overlap"),
+        ({"t": _entry()}, 200, "leave holes or overlap"),
         ({"t": _entry()}, 100, "truncated or damaged"),
-        ({"t": _entry(), "u": _entry()}, 256, "without holes or overlaps"),
+        ({"t": _entry(), "u": _entry()}, 256, "leave holes or overlap"),
     ],
 )
 def test_headers_that_lie(folder: Path, header: dict[str, Any], body: int, message: str) -> None:

@@ -123,7 +123,9 @@ def test_layers_without_tensors_stay_as_in_the_base(
     assert set(adapter.info.ranks) == {name for name in layout.sites if ".layers.1." in name}
     assert adapter.extras.adjustments.keys() <= adapter.info.ranks.keys()
     (warning,) = adapter.info.warnings
-    assert warning.startswith("7 of the modules that target_modules names have no tensors and stay as in the")
+    assert warning.startswith(
+        "7 of the modules that target_modules selects have no tensors and stay as in the"
+    )
     theirs = PeftModel.from_pretrained(copy.deepcopy(model), folder).eval().base_model.model
     with torch.inference_mode():
         for name, site in layout.sites.items():

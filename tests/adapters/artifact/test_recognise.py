@@ -53,7 +53,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "tar": (_tar(), "is a compressed file or an archive; unpack it"),
     "the hub's error": (
         b"Invalid username or password.",
-        r"is text, not (tensors|JSON); perhaps it is the error",
+        r"is text, not (tensors|JSON); it may be the error page",
     ),
 }
 
@@ -138,12 +138,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], type[AdapterError], str]] = {
     "one deeper": (
         _deeper("checkpoint-628"),
         AdapterInvalid,
-        r"one folder deeper, in 'checkpoint-628'; put that folder itself into",
+        r"one folder deeper, in 'checkpoint-628'; move that folder into",
     ),
     "several deeper": (
         _deeper("checkpoint-1000", "checkpoint-200", "checkpoint-80", "checkpoint-9"),
         AdapterInvalid,
-        r"holds 4, one folder deeper \(…, 'checkpoint-80', 'checkpoint-200', 'checkpoint-1000'\)",
+        r"contains 4 of them \(…, 'checkpoint-80', 'checkpoint-200', 'checkpoint-1000'\)",
     ),
     "the hub's cache": (
         _holding("blobs/x", "snapshots/y/z"),
@@ -257,4 +257,6 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         (tmp_path / "a" / name).symlink_to(tmp_path / "real")
     (tmp_path / "a" / "deeper").symlink_to(write_folder(tmp_path / "b"))
     assert recognise(tmp_path / "a") is None
-    assert "must be a regular file, not a link. Copy what links point to" in str(_refused(tmp_path / "a"))
+    assert "must be a regular file, not a link. Copy the files that the links point to" in str(
+        _refused(tmp_path / "a")
+    )

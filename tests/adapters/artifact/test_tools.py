@@ -185,7 +185,7 @@ SERVED: dict[str, Folder] = _VERSIONS | {
         as_peft_writes("0.18", target_modules=ALL),
         _LINEARS,
         _without("layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj"),
-        ("2 of the modules that target_modules names have no tensors and stay as in the base",),
+        ("2 of the modules that target_modules selects have no tensors and stay as in the base",),
     ),
     "TRL": Folder(as_peft_writes("0.18", target_modules="all-linear", lora_dropout=0.1), _LINEARS),
     "TRL, no task_type": Folder(as_peft_writes("0.18", task_type=None)),
@@ -200,7 +200,7 @@ SERVED: dict[str, Folder] = _VERSIONS | {
         as_peft_writes("0.18", target_modules="all-linear", lora_alpha=32, r=8),
         {**_LINEARS, "lora_alpha": 32},
         _attention,
-        ("6 of the modules that target_modules names have no tensors",),
+        ("6 of the modules that target_modules selects have no tensors",),
     ),
     "ms-swift": Folder(
         as_peft_writes("0.14", lora_dtype=None, lorap_lr_ratio=None, lorap_emb_lr=1e-6, use_qa_lora=False),
@@ -215,7 +215,7 @@ SERVED: dict[str, Folder] = _VERSIONS | {
         tensors=_last_layer,
         says=(
             "they are ignored: fine_tune_type, lora_parameters, model, num_layers.",
-            "2 of the modules that target_modules names have no tensors and stay as in the base",
+            "2 of the modules that target_modules selects have no tensors and stay as in the base",
         ),
     ),
     "task_type of a sequence-to-sequence model": Folder(
@@ -277,12 +277,12 @@ REFUSED: dict[str, Folder] = {
     "DeepSpeed ZeRO-3, not gathered": Folder(
         as_peft_writes("0.10"),
         tensors=lambda tensors: dict.fromkeys(tensors, torch.ones(0)),
-        says=("has shape .0., a shard or nothing of it: DeepSpeed",),
+        says=("has shape .0., so it is empty or a shard: DeepSpeed",),
     ),
     "FSDP, flat": Folder(
         as_peft_writes("0.10"),
         tensors=lambda tensors: {name: tensor.flatten() for name, tensor in tensors.items()},
-        says=(r"has shape \[256\], a shard or nothing of it: .* or FSDP",),
+        says=(r"has shape \[256\], so it is empty or a shard: .* or FSDP",),
     ),
     "another base": Folder(
         as_peft_writes("0.10"),
@@ -316,7 +316,7 @@ REFUSED: dict[str, Folder] = {
             .replace("B.weight", "b"): tensor.t()
             for name, tensor in tensors.items()
         },
-        says=("belongs to mlx-lm, which keeps its pairs turned round",),
+        says=("belongs to mlx-lm, which stores its pairs transposed",),
     ),
 }
 

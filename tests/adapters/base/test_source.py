@@ -29,7 +29,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("base", ["no/such/folder/at/all", "./typo", "typo.gguf", "/nowhere/model"])
 def test_a_mistyped_path(base: str, tmp_path: Path) -> None:
-    with pytest.raises(BaseNotFound, match=r"is no file or folder here; give smollm2-135m, .*hub id"):
+    with pytest.raises(BaseNotFound, match=r"is not a file or folder here; give smollm2-135m, .*hub id"):
         resolve(base, tmp_path, progress=False)
 
 
@@ -61,7 +61,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 def test_an_adapter_given_as_base(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(BaseNotFound, match=r"holds an adapter \(adapter_config\.json\)"):
+    with pytest.raises(BaseNotFound, match=r"contains an adapter \(adapter_config\.json\)"):
         resolve(str(tmp_path), tmp_path, progress=False)
 
 

@@ -34,7 +34,7 @@ def test_they_are_chosen_on_a_gpu_where_triton_is_installed_and_does_right(
     assert choose(cpu, torch.float32) is segmented_lora
     monkeypatch.setattr(kernels, "_against_triton", lambda *_: "it fails: Failed to find C compiler")
     assert choose(gpu, torch.bfloat16) is segmented_lora
-    assert "without Triton, several times slower: it fails: Failed to find C compiler." in caplog.text
+    assert "without Triton, which is several times slower: it fails: Failed to find C compiler" in caplog.text
     monkeypatch.setattr(kernels, "find_spec", {}.get)
     assert choose(gpu, torch.bfloat16) is segmented_lora
 

@@ -55,9 +55,9 @@ REFUSALS: list[tuple[dict[str, Any], Serving, str]] = [
     ({"r": 65, "prune_rank": 0.1}, SERVING, "--r 65 is too large"),
     ({"target_modules": ("qproj",)}, SERVING, "'qproj' matches no module .*down_proj, .*q_proj"),
     ({"target_modules": ("q_proj", "typo")}, SERVING, "'typo' matches no module"),
-    ({"target_modules": ("self_attn",)}, SERVING, "which is no linear"),
-    ({"target_modules": ("embed_tokens",)}, SERVING, "which is no linear"),
-    ({"target_modules": ("norm",)}, SERVING, "which is no linear"),
+    ({"target_modules": ("self_attn",)}, SERVING, "which is not a linear"),
+    ({"target_modules": ("embed_tokens",)}, SERVING, "which is not a linear"),
+    ({"target_modules": ("norm",)}, SERVING, "which is not a linear"),
     ({"r": 32}, Serving(Limits(64, 10_000), 1 << 20), "cannot be served: The adapter takes"),
     ({"method": "dora"}, Serving(Limits(64, 1 << 29), 100), r"--lora-extra-memory"),
     ({"method": "adalora", "epochs": 1.0}, SERVING, "at least 10 optimiser steps"),
@@ -89,7 +89,7 @@ def test_a_recipe_that_would_fail_later_is_refused(
 )
 def test_what_can_be_trained_and_served_passes(task: dict[str, Any], fields: dict[str, Any]) -> None:
     warnings = check_run(TrainConfig(**{**task, **fields}), SERVING)
-    assert all("word for word" in warning or "training rows too" in warning for warning in warnings)
+    assert all("word for word" in warning or "also training rows" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("which", ["data", "eval_data"])
@@ -108,12 +108,14 @@ def test_a_last_question_that_fills_the_context_is_named(
     config = TrainConfig(**{**task, "eval_data": path})
     serving = replace(SERVING, is_asked=lambda _: is_asked)
     if not is_asked:
-        assert "held.jsonl: examples over 512 tokens, which are cut there: 1." in check_run(config, serving)
+        assert "held.jsonl: examples longer than 512 tokens are truncated (1 of them)." in check_run(
+            config, serving
+        )
         return
-    with pytest.raises(DatasetInvalid, match=r"held\.jsonl .* line 2 asks with \d+ tokens at its end"):
+    with pytest.raises(DatasetInvalid, match=r"held\.jsonl .* line 2 has a question of \d+ tokens"):
         check_run(config, serving)
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(DatasetInvalid, match="line 2 asks with"):
+    with pytest.raises(DatasetInvalid, match="line 2 has a question of"):
         train(config, run, serving=serving)
     run.close()
 
@@ -122,7 +124,7 @@ def test_rows_that_are_cut_are_counted(task: dict[str, Any], tmp_path: Path) -> 
     long = {"messages": [*row(1)["messages"][:1], {"role": "assistant", "content": "ab " * 400}]}
     path = write(tmp_path, row(1), long, long, row(2))
     warnings = check_run(TrainConfig(**{**task, "data": path, "max_seq_len": 128, "eval_data": None}))
-    assert "rows.jsonl: examples over 128 tokens, which are cut there: 2." in warnings
+    assert "rows.jsonl: examples longer than 128 tokens are truncated (2 of them)." in warnings
 
 
 def test_only_rows_that_may_be_too_long_become_tokens(
@@ -148,5 +150,5 @@ def test_repeated_and_shared_rows_are_counted(task: dict[str, Any], tmp_path: Pa
     warnings = check_run(TrainConfig(**{**task, "data": data, "eval_data": held_out}))
     assert [warning.partition(";")[0].partition(",")[0] for warning in warnings] == [
         "rows.jsonl: 2 of 6 rows repeat an earlier row word for word",
-        "held.jsonl: 1 of 2 rows are training rows too",
+        "held.jsonl: 1 of 2 rows are also training rows",
     ]

@@ -162,7 +162,7 @@ def test_a_long_first_row_is_not_taken_for_several_lines(tmp_path: Path) -> None
         (ROW_BYTES.decode().encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         (ROW_BYTES.decode().encode("utf-16-le"), "UTF-16 text; save it as UTF-8"),
         (ROW_BYTES.decode().encode("utf-32"), "UTF-32 text; save it as UTF-8"),
-        (b"prompt,completion\nHello?,Hi.\n", 'CSV; give one JSON object a line, such as {"messages"'),
+        (b"prompt,completion\nHello?,Hi.\n", 'CSV; give one JSON object on each line, such as {"messages"'),
         (b'\xef\xbb\xbf"Question";"Answer"\n', "CSV; "),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html>\n", "HTML"),

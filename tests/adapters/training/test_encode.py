@@ -105,7 +105,7 @@ def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
 
 def test_a_row_whose_answer_lies_behind_the_cut_is_a_problem(tokenizer: Any) -> None:
     late = [{"role": "user", "content": "so " * 100}, CONVERSATION[2]]
-    with pytest.raises(DatasetInvalid, match=r"line 7 has \d+ tokens before the first that is learnt"):
+    with pytest.raises(DatasetInvalid, match=r"line 7 has \d+ tokens before the first learnt token"):
         encode(tokenizer, 40, Row(7, late))
 
 

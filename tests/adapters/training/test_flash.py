@@ -75,10 +75,10 @@ def test_a_package_built_for_another_torch_is_found_out(monkeypatch: pytest.Monk
     ("made", "capability", "reason"),
     [
         (model(), (7, 5), "compute capability 8.0, and this GPU has 7.5"),
-        (model(head_dim=100), A100, "heads of a multiple of 8 up to 192, and these have 100"),
-        (model(head_dim=256), A100, "these have 256"),
-        (model("eager"), A100, "flash-attn is not installed, and .* attention is more than"),
-        (model(attention_dropout=0.1), A100, "is more than torch's"),
+        (model(head_dim=100), A100, "a multiple of 8 up to 192, and this base has 100"),
+        (model(head_dim=256), A100, "this base has 256"),
+        (model("eager"), A100, "flash-attn is not installed, and .* attention uses features that"),
+        (model(attention_dropout=0.1), A100, "features that torch's FlashAttention-2 lacks"),
         (model(v_head_dim=64), A100, "different dimensions"),
     ],
 )

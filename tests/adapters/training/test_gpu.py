@@ -144,8 +144,8 @@ def test_a_run_never_takes_more_than_is_free(
 @pytest.mark.parametrize(
     ("free", "wanted", "reason"),
     [
-        (4 * GIB, None, "takes 7.5 GiB .* may take 3.6 GiB .*--train-gpu"),
-        (20 * GIB, 7 * GIB, "takes 7.5 GiB .* may take 7.0 GiB"),
+        (4 * GIB, None, "needs at least 7.5 GiB .* may take 3.6 GiB .*--train-gpu"),
+        (20 * GIB, 7 * GIB, "needs at least 7.5 GiB .* may take 7.0 GiB"),
         (20 * GIB, 24 * GIB, "--gpu-memory 24.0 GiB: 20.0 GiB of the GPU's 80.0 GiB are free"),
     ],
 )

@@ -181,7 +181,7 @@ def test_check_tells_before_anything_is_trained(
     assert cli.main([*words, *options, "--check"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["error"] is None
-    assert "4 of 4 rows are training rows too" in told["warnings"][-1]
+    assert "4 of 4 rows are also training rows" in told["warnings"][-1]
     assert cli.main([*words, *options, "--check", "--max-lora-rank", "3"]) == 2
     refused = capsys.readouterr()
     assert "--r 4 is too large to be served" in json.loads(refused.out)["error"]
