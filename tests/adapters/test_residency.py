@@ -57,7 +57,7 @@ def test_bytes_of_extras_are_room_like_rows() -> None:
     world.pin(small)
     assert world.residency.pin(large) is None
     world.settled()
-    assert world.residency.pin(small) is None, "closed, so that it drains"
+    assert world.residency.pin(small) is None, "it drains"
     assert world.pin(plain) is not None, "which has no extras, and is in nobody's way"
     world.residency.unpin(small.digest)
     world.pin(large)
@@ -83,7 +83,7 @@ def test_a_pinned_adapter_stays_whatever_comes() -> None:
     assert world.residency.pin(a) == slot
 
 
-def test_a_newly_loaded_one_is_kept_for_its_asker() -> None:
+def test_a_newly_loaded_one_is_kept_for_its_requester() -> None:
     world = World(rows=4)
     a, b = make_version("a"), make_version("b")
     world.residency.pin(a)
@@ -93,7 +93,7 @@ def test_a_newly_loaded_one_is_kept_for_its_asker() -> None:
     assert world.residency.pin(a) is not None, "b must not take a's rows before a was used once"
 
 
-def test_a_claim_closes_the_door_for_the_least_pinned_until_it_is_served() -> None:
+def test_the_least_pinned_ones_drain_until_the_first_in_the_queue_is_served() -> None:
     world = World(rows=8)
     popular, quiet, cold = make_version("popular"), make_version("quiet"), make_version("cold")
     world.pin(popular)
@@ -103,22 +103,22 @@ def test_a_claim_closes_the_door_for_the_least_pinned_until_it_is_served() -> No
     world.settled()
     assert world.residency.pin(cold) is None
     assert world.residency.pin(popular) is not None, "two pins: not the one to close"
-    assert world.residency.pin(quiet) is None, "closed, so that it drains"
+    assert world.residency.pin(quiet) is None, "it drains"
     world.residency.unpin(quiet.digest)
     assert world.pin(cold) is not None
     assert world.residency.tier(quiet.digest) == "host"
 
 
-def test_a_claim_lives_as_long_as_somebody_waits_with_it() -> None:
+def test_an_adapter_is_queued_as_long_as_it_has_requesters() -> None:
     world = World(rows=4)
     a, cold = make_version("a"), make_version("cold")
     world.pin(a)
-    for asker in ("first", "second"):
-        assert world.residency.pin(cold, asker) is None
+    for requester in ("first", "second"):
+        assert world.residency.pin(cold, requester) is None
     world.settled()
     world.now += 3600
     world.residency.cancel(cold.digest, "first")
-    assert world.residency.pin(a) is None, "closed, so that it drains"
+    assert world.residency.pin(a) is None, "it drains"
     world.residency.cancel(cold.digest, "second")
     assert world.residency.pin(a) is not None
 
@@ -142,8 +142,8 @@ def test_nothing_is_loaded_for_those_who_have_gone() -> None:
     world = World(rows=4)
     world.gate.clear()
     for name in "ab":
-        world.residency.prepare(make_version(name), "asker")
-        world.residency.cancel(f"digest-{name}", "asker")
+        world.residency.prepare(make_version(name), "requester")
+        world.residency.cancel(f"digest-{name}", "requester")
     world.gate.set()
     world.settled()
     assert world.reads in ([], ["a"]), "one load may have begun"
@@ -159,7 +159,7 @@ def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_fo
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_out_of_memory_fails_who_asked_and_nobody_else(fault: BaseException) -> None:
+def test_out_of_memory_fails_only_the_requesters(fault: BaseException) -> None:
     world = World(like_gpu=True)
     assert isinstance(world.pool, Pool)
     a, b = make_version("a"), make_version("b")
@@ -206,17 +206,17 @@ def test_why_it_failed_is_told_to_all_who_waited_and_to_nobody_who_came_later() 
     world = World()
     version = make_version("a")
     world.broken["a"] = AdapterInvalid("it is broken")
-    for asker in ("first", "second", "leaves"):
-        world.residency.pin(version, asker)
+    for requester in ("first", "second", "leaves"):
+        world.residency.pin(version, requester)
     world.settled()
     world.residency.cancel(version.digest, "leaves")
     del world.broken["a"]
     assert world.residency.pin(version, "later") is None
     world.settled()
     assert world.residency.pin(version, "later") is not None
-    for asker in ("first", "second"):
+    for requester in ("first", "second"):
         with pytest.raises(AdapterInvalid, match="broken"):
-            world.residency.pin(version, asker)
+            world.residency.pin(version, requester)
     assert world.reads == ["a", "a"]
 
 
@@ -272,7 +272,7 @@ def test_forgetting_while_it_loads_leaves_nothing() -> None:
 @pytest.mark.parametrize("like_gpu", [False, True])
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5), st.booleans()), max_size=30))
-def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
+def test_every_requester_is_served_and_nothing_leaks(
     like_gpu: bool, history: list[tuple[int, int, bool]]
 ) -> None:
     """Of many more adapters than fit."""
@@ -280,7 +280,7 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
     pinned: list[str] = []
     for number, rank, keep in history:
         version = make_version(f"{number}-{rank}", rank, extra_bytes=20 * (number % 3))
-        slot = world.residency.pin(version, asker=number)
+        slot = world.residency.pin(version, requester=number)
         if slot is not None:
             pinned.append(version.digest)
             site = world.pool.sites["q"]
@@ -302,13 +302,13 @@ def test_whatever_is_asked_everything_is_served_and_nothing_leaks(
         world.pinned.check_integrity()
 
 
-def test_many_threads_asking_at_once() -> None:
+def test_many_threads_request_at_once() -> None:
     world = World(rows=8)
 
     def ask(seed: int) -> None:
         for i in range(60):
             version = make_version(f"v{(seed * 7 + i) % 5}")
-            if world.residency.pin(version, asker=seed) is not None:
+            if world.residency.pin(version, requester=seed) is not None:
                 world.residency.unpin(version.digest)
             world.residency.cancel(version.digest, seed)
 
