@@ -15,14 +15,14 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from adapters.artifact.regex import Patience
+from adapters.artifact.regex import SharedBudget
 
 logger = logging.getLogger("manylora.adapters")
 
 READERS = 2
 MAX_LATE = 4
 """How many folders may still be read after their scan. At this number a scan starts no other folder."""
-PATTERNS_TOGETHER = 0.5
+PATTERNS_TOTAL = 0.5
 """Seconds that all patterns of one scan may take. A folder that needs longer is slow."""
 PATTERNS_EACH = 0.25
 
@@ -42,17 +42,17 @@ class Readers:
         """Calls ``read`` for each folder in order, until ``budget`` seconds have passed.
 
         A read that takes longer continues in the background. With an infinite budget all reads are awaited.
-        If patterns or chat templates are slow, ``read`` gets OutOfPatience.
+        If patterns or chat templates are slow, ``read`` gets BudgetExceeded.
         """
         self._late = {late for late in self._late if not late.done()}
         if len(self._late) >= MAX_LATE:
             return
         deadline = time.monotonic() + budget
-        patience = Patience(PATTERNS_TOGETHER, PATTERNS_EACH)
+        patterns = SharedBudget(PATTERNS_TOTAL, PATTERNS_EACH)
 
         def read_in_time(folder: T) -> None:
             if time.monotonic() < deadline:
-                with patience.applied():
+                with patterns.applied():
                     _read_safely(read, folder)
 
         readers = ThreadPoolExecutor(READERS, "adapter-reader")

@@ -54,6 +54,6 @@ class BaseLayout:
     unservable: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def ends(self) -> dict[str, Site]:
+    def embedding_and_head(self) -> dict[str, Site]:
         """The embedding and the output head, by name."""
         return {site.name: site for site in (self.embedding, self.head) if site is not None}

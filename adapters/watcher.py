@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.artifact.recognise import recognise
-from adapters.artifact.regex import OutOfPatience
+from adapters.artifact.regex import BudgetExceeded
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
 from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, name_of_folder
 from adapters.printable import printable, shown_name
@@ -302,7 +302,7 @@ class Watcher:
         try:
             for name in served | ({folder.name} - taken.keys()):
                 self._register(name, folder.path)
-        except OutOfPatience:
+        except BudgetExceeded:
             folder.slow, folder.done = True, False
             return
         self._read.append(folder)
@@ -310,7 +310,7 @@ class Watcher:
     def _register(self, name: str, path: Path, replace: bool = True) -> None:
         """Assigns the folder to the name, or lists the reason why not. A bad folder does not affect others.
 
-        Raises AdapterExists if the name means another folder, unless ``replace``; and OutOfPatience.
+        Raises AdapterExists if the name means another folder, unless ``replace``; and BudgetExceeded.
         """
         if self._is_suppressed(name):
             return
@@ -320,7 +320,7 @@ class Watcher:
             if isinstance(error, AdapterExists) and not replace:
                 raise
             self._registry.fail(name, path, str(error))
-        except OutOfPatience:
+        except BudgetExceeded:
             self._registry.wait(
                 name,
                 path,

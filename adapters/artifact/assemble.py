@@ -123,10 +123,11 @@ def _embedding_or_head(
     adjustments: Mapping[str, Adjustment],
 ) -> EmbeddingOrHead | None:
     entry = plan.replaced.matrices.get(name)
-    end = EmbeddingOrHead(
+    replacement = EmbeddingOrHead(
         None if entry is None else tensors[entry.name], pairs.get(name), adjustments.get(name)
     )
-    return end if end.matrix is not None or end.lora or end.adjustment else None
+    changed = replacement.matrix is not None or replacement.lora or replacement.adjustment
+    return replacement if changed else None
 
 
 def _weight(

@@ -67,7 +67,7 @@ class HeaderLimits:
 
 def header_limits(layout: BaseLayout) -> HeaderLimits:
     """1 MiB, and six tensors for each module of the base: a pair, DoRA's vector, biases and PEFT's copies."""
-    tensors = _MODULE_TENSORS * (len(layout.sites) + len(layout.ends) + len(layout.norms))
+    tensors = _MODULE_TENSORS * (len(layout.sites) + len(layout.embedding_and_head) + len(layout.norms))
     return HeaderLimits(
         min(_MAX_HEADER_BYTES, _METADATA_BYTES + tensors * _TENSOR_BYTES),
         _METADATA_OBJECTS + tensors * _TENSOR_OBJECTS,

@@ -107,7 +107,7 @@ def not_adaptable(module: str, layout: BaseLayout) -> str:
 
 def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
     replaces = parsed.role in ("weight", "bias")
-    if parsed.module in layout.sites or parsed.module in layout.ends:
+    if parsed.module in layout.sites or parsed.module in layout.embedding_and_head:
         return
     if replaces and parsed.module in layout.norms:
         return
@@ -130,7 +130,7 @@ def _near(module: str, layout: BaseLayout) -> list[str]:
 
     Of very many modules only those with the same ending are compared, to save time.
     """
-    places = [*layout.sites, *layout.ends]
+    places = [*layout.sites, *layout.embedding_and_head]
     if len(places) > MAX_COMPARED:
         last = module.rpartition(".")[2]
         places = [place for place in places if place.rpartition(".")[2] == last]

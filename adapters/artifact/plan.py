@@ -12,7 +12,7 @@ from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.names import Role, not_adaptable, parse_name
-from adapters.artifact.regex import one_budget
+from adapters.artifact.regex import config_budget
 from adapters.artifact.replaced import ReplacedPlan, check_vocabulary, plan_replaced, saved_modules
 from adapters.artifact.targets import Target, resolve_targets, targeted_modules
 from adapters.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
@@ -52,19 +52,19 @@ class AdapterPlan:
 
     Attributes:
         sites: the pairs at linears inside the blocks, in the layout's order.
-        ends: the pairs at the embedding and the output head, by name.
+        embedding_and_head: the pairs at the embedding and the output head, by name.
         replaced: what replaces parts of the base.
         warnings: whole sentences about what the config names and the file lacks.
     """
 
     sites: tuple[SitePlan, ...]
-    ends: Mapping[str, SitePlan]
+    embedding_and_head: Mapping[str, SitePlan]
     replaced: ReplacedPlan
     warnings: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[SitePlan, ...]:
-        return (*self.sites, *self.ends.values())
+        return (*self.sites, *self.embedding_and_head.values())
 
     @property
     def used(self) -> frozenset[str]:
@@ -78,11 +78,11 @@ class AdapterPlan:
 def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout: BaseLayout) -> AdapterPlan:
     """Raises AdapterInvalid (tensors, config and base disagree) or AdapterUnsupported."""
     found = _by_module(entries, layout)
-    with one_budget():
+    with config_budget():
         targeted = _targets(settings, layout)
     pairs = {module: tensors for module, tensors in found.items() if tensors.keys() - {"weight", "bias"}}
     absent = _check_same_modules(pairs, targeted)
-    places = {**layout.sites, **layout.ends}
+    places = {**layout.sites, **layout.embedding_and_head}
     plans = {
         name: _plan_pair(places[name], pairs[name], targeted[name], settings, layout)
         for name in places
@@ -91,7 +91,7 @@ def plan_adapter(entries: Iterable[TensorEntry], settings: LoraSettings, layout:
     replaced = plan_replaced(found, frozenset(pairs), settings, layout)
     return AdapterPlan(
         tuple(plan for name, plan in plans.items() if name in layout.sites),
-        {name: plan for name, plan in plans.items() if name in layout.ends},
+        {name: plan for name, plan in plans.items() if name in layout.embedding_and_head},
         replaced,
         (*absent, *replaced.warnings),
     )
@@ -122,13 +122,13 @@ def check_limits(plan: AdapterPlan, limits: Limits, layout: BaseLayout, item_byt
 
 def extra_bytes(plan: AdapterPlan, layout: BaseLayout, item_bytes: int) -> int:
     """Bytes of the ``Extras`` that this plan produces."""
-    ends = sum(_pair_size(pair) for pair in plan.ends.values())
+    pairs = sum(_pair_size(pair) for pair in plan.embedding_and_head.values())
     matrices = sum(entry.shape[0] * entry.shape[1] for entry in plan.replaced.matrices.values())
     vectors = sum(size for norm in plan.replaced.norms for size in layout.norms[norm].values())
     vectors += sum(pair.site.out_features for pair in plan.pairs if pair.magnitude is not None)
-    places = {**layout.sites, **layout.ends}
+    places = {**layout.sites, **layout.embedding_and_head}
     vectors += sum(places[name].out_features for name in shifted(plan, layout))
-    return (ends + matrices) * item_bytes + vectors * _FLOAT32
+    return (pairs + matrices) * item_bytes + vectors * _FLOAT32
 
 
 def shifted(plan: AdapterPlan, layout: BaseLayout) -> set[str]:
@@ -170,7 +170,7 @@ def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, 
 
 
 def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
-    places = layout.sites.keys() | layout.ends.keys()
+    places = layout.sites.keys() | layout.embedding_and_head.keys()
     targeted = targeted_modules(settings, layout.modules | places, layout.sites)
     if not targeted:
         raise AdapterInvalid(
@@ -180,7 +180,7 @@ def _targets(settings: LoraSettings, layout: BaseLayout) -> dict[str, Target]:
     tie = settings.ensure_weight_tying and layout.tied
     if tie and layout.embedding and layout.head and layout.embedding.name in targeted:
         targeted |= {layout.head.name}  # PEFT gives the head the same pair with A and B swapped
-    targeted -= saved_modules(settings, layout.ends)
+    targeted -= saved_modules(settings, layout.embedding_and_head)
     for module in sorted(targeted - places):
         raise AdapterUnsupported(f"target_modules: {not_adaptable(module, layout)}")
     return resolve_targets(settings, targeted)

@@ -44,36 +44,36 @@ class Pattern(NamedTuple):
     full: bool
 
 
-class OutOfPatience(Exception):
-    """The time that ``Patience`` allowed was too short. The patterns may still be fine."""
+class BudgetExceeded(Exception):
+    """The time that ``SharedBudget`` allowed was too short. The patterns may still be fine."""
 
 
-class Patience:
+class SharedBudget:
     """A time budget below ``TIMEOUT`` that the patterns of several configs share. Thread-safe."""
 
-    def __init__(self, together: float, each: float) -> None:
+    def __init__(self, total: float, each: float) -> None:
         """Seconds in total, and for one call."""
-        self._left = together
+        self._left = total
         self._each = each
         self._lock = threading.Lock()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, in this thread, ``match_names`` may raise OutOfPatience."""
-        token = _patience.set(self)
+        """Inside, in this thread, ``match_names`` may raise BudgetExceeded."""
+        token = _shared_budget.set(self)
         try:
             yield
         finally:
-            _patience.reset(token)
+            _shared_budget.reset(token)
 
     @contextmanager
     def taken(self) -> Iterator[float]:
-        """Seconds for one call; unused time is returned. Raises OutOfPatience if nothing is left."""
+        """Seconds for one call; unused time is returned. Raises BudgetExceeded if nothing is left."""
         with self._lock:
             seconds = min(self._each, self._left)
             self._left -= seconds
         if seconds <= 0:
-            raise OutOfPatience
+            raise BudgetExceeded
         began = time.monotonic()
         try:
             yield seconds
@@ -84,15 +84,15 @@ class Patience:
 
 @contextmanager
 def time_for(most: float) -> Iterator[float]:
-    """Seconds for other slow work on a folder, taken from this thread's ``Patience``.
+    """Seconds for other slow work on a folder, taken from this thread's ``SharedBudget``.
 
-    Raises OutOfPatience if nothing is left.
+    Raises BudgetExceeded if nothing is left.
     """
-    patience = _patience.get()
-    if patience is None:
+    budget = _shared_budget.get()
+    if budget is None:
         yield most
         return
-    with patience.taken() as seconds:
+    with budget.taken() as seconds:
         yield min(seconds, most)
 
 
@@ -101,21 +101,21 @@ class _Budget:
     seconds: float
 
 
-_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
-_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
+_shared_budget: ContextVar[SharedBudget | None] = ContextVar("shared_budget", default=None)
+_config_budget: ContextVar[_Budget | None] = ContextVar("config_budget", default=None)
 
 
 @contextmanager
-def one_budget() -> Iterator[None]:
+def config_budget() -> Iterator[None]:
     """Inside, all calls of ``match_names`` in this thread share one ``TIMEOUT``.
 
     They belong to one config.
     """
-    token = _budget.set(_Budget(TIMEOUT))
+    token = _config_budget.set(_Budget(TIMEOUT))
     try:
         yield
     finally:
-        _budget.reset(token)
+        _config_budget.reset(token)
 
 
 @lru_cache(maxsize=256)
@@ -140,14 +140,14 @@ def _hits(text: str, full: bool, names: Sequence[str]) -> Hits:
 
 def _in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Hits]:
     """Raises like ``match_names``."""
-    patience = _patience.get()
-    if patience is None:
-        return _in_budget(patterns, names, _budget.get() or _Budget(TIMEOUT))
-    with patience.taken() as seconds:
+    budget = _shared_budget.get()
+    if budget is None:
+        return _in_budget(patterns, names, _config_budget.get() or _Budget(TIMEOUT))
+    with budget.taken() as seconds:
         try:
             return _asked(patterns, names, seconds)
         except subprocess.TimeoutExpired:
-            raise OutOfPatience from None
+            raise BudgetExceeded from None
 
 
 def _in_budget(patterns: Sequence[Pattern], names: Sequence[str], budget: _Budget) -> list[Hits]:

@@ -77,7 +77,7 @@ def plan_replaced(
         if norm in weights or norm in biases
     }
     _check_sizes(weights, norms, biases, layout)
-    matrices = {name: entry for name, entry in weights.items() if name in layout.ends}
+    matrices = {name: entry for name, entry in weights.items() if name in layout.embedding_and_head}
     return ReplacedPlan(
         _both_if_shared(matrices, saved, layout),
         norms,
@@ -91,7 +91,7 @@ def _check_saved(
     found: Mapping[str, Mapping[Role, TensorEntry]],
     layout: BaseLayout,
 ) -> None:
-    for module in sorted(saved - layout.norms.keys() - layout.ends.keys()):
+    for module in sorted(saved - layout.norms.keys() - layout.embedding_and_head.keys()):
         raise AdapterUnsupported(
             f"modules_to_save: {module!r} of the base is neither a norm nor the embedding nor the output "
             "head; train other modules with LoRA."
@@ -115,7 +115,7 @@ def _not_there(settings: LoraSettings, layout: BaseLayout) -> tuple[str, ...]:
 
 
 def _check_weights(weights: Mapping[str, TensorEntry], saved: frozenset[str], layout: BaseLayout) -> None:
-    for name in sorted(weights.keys() - saved - layout.ends.keys()):
+    for name in sorted(weights.keys() - saved - layout.embedding_and_head.keys()):
         raise AdapterUnsupported(
             f"Tensor {weights[name].name!r} would replace the base's {name}, "
             "which modules_to_save does not name."
@@ -155,20 +155,23 @@ def _check_sizes(
     layout: BaseLayout,
 ) -> None:
     expected: dict[str, tuple[TensorEntry, tuple[int, ...]]] = {}
-    for name, end in layout.ends.items():
+    for name, module in layout.embedding_and_head.items():
         if name in weights:
-            embeds = end is layout.embedding
-            size = (end.in_features, end.out_features) if embeds else (end.out_features, end.in_features)
+            embeds = module is layout.embedding
+            size = (module.in_features, module.out_features)
+            size = size if embeds else size[::-1]
             expected[f"{name}.weight"] = weights[name], size
     for norm, parameters in norms.items():
         for role, entry in parameters.items():
             expected[f"{norm}.{role}"] = entry, (layout.norms[norm][role],)
     for name in biases.keys() - layout.norms.keys():
-        place = layout.sites.get(name) or layout.ends[name]
+        place = layout.sites.get(name) or layout.embedding_and_head[name]
         expected[f"{name}.bias"] = biases[name], (place.out_features,)
     for parameter, (entry, shape) in expected.items():
         if entry.shape != shape:
-            check_vocabulary(entry, shape, layout.ends.get(parameter.removesuffix(".weight")), layout)
+            check_vocabulary(
+                entry, shape, layout.embedding_and_head.get(parameter.removesuffix(".weight")), layout
+            )
             raise AdapterInvalid(
                 f"Tensor {entry.name!r} has shape {list(entry.shape)}, but the base's {parameter} has "
                 f"{list(shape)}; the adapter was trained on another base."
@@ -179,10 +182,10 @@ def check_vocabulary(
     entry: TensorEntry, shape: tuple[int, ...], place: Site | None, layout: BaseLayout
 ) -> None:
     """Raises AdapterUnsupported if the shape differs from ``shape`` only in the vocabulary."""
-    end = layout.ends.get(place.name) if place is not None else None
-    if end is None or len(entry.shape) != len(shape):
+    module = layout.embedding_and_head.get(place.name) if place is not None else None
+    if module is None or len(entry.shape) != len(shape):
         return
-    size = end.in_features if end is layout.embedding else end.out_features
+    size = module.in_features if module is layout.embedding else module.out_features
     match [(there, wanted) for there, wanted in zip(entry.shape, shape, strict=True) if there != wanted]:
         case [(there, wanted)] if wanted == size:
             raise AdapterUnsupported(
@@ -197,7 +200,7 @@ def _both_if_shared(
 ) -> dict[str, TensorEntry]:
     in_place = [entry for name, entry in matrices.items() if name not in saved]
     if layout.tied and in_place:
-        return {name: matrices.get(name, in_place[0]) for name in layout.ends if name not in saved} | {
-            name: matrices[name] for name in layout.ends if name in saved
-        }
+        return {
+            name: matrices.get(name, in_place[0]) for name in layout.embedding_and_head if name not in saved
+        } | {name: matrices[name] for name in layout.embedding_and_head if name in saved}
     return matrices

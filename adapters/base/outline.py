@@ -39,15 +39,14 @@ def outline_of(prepared: PreparedBase) -> BaseOutline:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.tie_weights()
         tokenizer = load_tokenizer(prepared.path)
-        eos = _ends(prepared, model)
-    ends = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
+        eos = _eos_of(prepared, model)
+    ids = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
     context = int(model.config.get_text_config().max_position_embeddings)
-    return BaseOutline(layout_of(model, prepared.source), tokenizer, frozenset(ends), context)
+    return BaseOutline(layout_of(model, prepared.source), tokenizer, frozenset(ids), context)
 
 
-def _ends(prepared: PreparedBase, model: Any) -> Any:
-    """The end tokens as ``from_pretrained`` finds them: in ``generation_config.json``, else in the model's
-    config."""
+def _eos_of(prepared: PreparedBase, model: Any) -> Any:
+    """The end-of-answer tokens in ``generation_config.json``, or else in the model's config."""
     try:
         return GenerationConfig.from_pretrained(prepared.path, local_files_only=True).eos_token_id
     except OSError:

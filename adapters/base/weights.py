@@ -25,7 +25,7 @@ class BaseWeights:
 
     def __init__(self, model: Any, layout: BaseLayout) -> None:
         self._modules: dict[str, Any] = {
-            name: model.get_submodule(name) for name in (*layout.sites, *layout.ends)
+            name: model.get_submodule(name) for name in (*layout.sites, *layout.embedding_and_head)
         }
 
     def dense(self, name: str) -> Tensor:

@@ -47,9 +47,9 @@ def attach(model: nn.Module, layout: BaseLayout, pool: RankPool, kernel: LoraKer
         _swap(model, name, LoraLinear(model.get_submodule(name), site_pool, state, kernel))
     for name in pool.extras.norms:
         _swap(model, name, ReplacedNorm(model.get_submodule(name), name, state))
-    for end, wrapper in ((layout.embedding, ReplacedEmbedding), (layout.head, ReplacedHead)):
-        if end is not None:
-            _swap(model, end.name, wrapper(model.get_submodule(end.name), state, kernel))
+    for site, wrapper in ((layout.embedding, ReplacedEmbedding), (layout.head, ReplacedHead)):
+        if site is not None:
+            _swap(model, site.name, wrapper(model.get_submodule(site.name), state, kernel))
     return state
 
 

@@ -63,12 +63,12 @@ class ReplacedEmbedding(Wrapped):
                 rows[start:stop] = self._replaced(flat[start:stop], extras.embedding)
         return y
 
-    def _replaced(self, ids: Tensor, end: ResidentEmbeddingOrHead) -> Tensor:
-        weight: Any = self.base.weight if end.matrix is None else end.matrix
+    def _replaced(self, ids: Tensor, replacement: ResidentEmbeddingOrHead) -> Tensor:
+        weight: Any = self.base.weight if replacement.matrix is None else replacement.matrix
         rows = embedding(ids, weight)
-        if end.pool is not None:
-            x = rows[:, :0] if end.table is None else embedding(ids, end.table)
-            self._kernel(rows, x, end.pool, [Segment(0, 0, len(ids))])
+        if replacement.pool is not None:
+            x = rows[:, :0] if replacement.table is None else embedding(ids, replacement.table)
+            self._kernel(rows, x, replacement.pool, [Segment(0, 0, len(ids))])
         scale: Tensor | None = getattr(self.base, "embed_scale", None)  # Gemma's embeddings have one
         return rows if scale is None else rows * scale.to(rows.dtype)
 
@@ -87,9 +87,9 @@ class ReplacedHead(Wrapped):
                 self._replaced(y[0, start:stop], x[0, start:stop], extras.head)
         return y
 
-    def _replaced(self, y: Tensor, x: Tensor, end: ResidentEmbeddingOrHead) -> None:
-        if end.matrix is not None:
+    def _replaced(self, y: Tensor, x: Tensor, replacement: ResidentEmbeddingOrHead) -> None:
+        if replacement.matrix is not None:
             bias: Any = self.base.bias
-            y.copy_(linear(x, end.matrix, bias))
-        if end.pool is not None:
-            self._kernel(y, x, end.pool, [Segment(0, 0, len(x))])
+            y.copy_(linear(x, replacement.matrix, bias))
+        if replacement.pool is not None:
+            self._kernel(y, x, replacement.pool, [Segment(0, 0, len(x))])

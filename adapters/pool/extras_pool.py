@@ -110,30 +110,32 @@ class ExtrasPool:
         for name, table in self.norms.items():
             assert table.slots <= self._resident.keys(), f"{name} has weights of a slot that is gone"
 
-    def _embedding_or_head(self, end: EmbeddingOrHead | None, embeds: bool) -> ResidentEmbeddingOrHead | None:
-        if end is None:
+    def _embedding_or_head(
+        self, replacement: EmbeddingOrHead | None, embeds: bool
+    ) -> ResidentEmbeddingOrHead | None:
+        if replacement is None:
             return None
-        lora, matrix, table = end.lora, end.matrix, None
+        lora, matrix, table = replacement.lora, replacement.matrix, None
         if matrix is not None:
             matrix = matrix.to(self._device) if embeds else self.pack_head(matrix.to(self._device))
         if embeds and lora is not None:
             table = lora.a.t().contiguous().to(self._device)
             lora = LoraWeights(torch.eye(len(lora.a), dtype=lora.a.dtype), lora.b)
-        return ResidentEmbeddingOrHead(matrix, table, self._pool(lora, end))
+        return ResidentEmbeddingOrHead(matrix, table, self._pool(lora, replacement.adjustment))
 
-    def _pool(self, lora: LoraWeights | None, end: EmbeddingOrHead) -> SitePool | None:
-        vectors = (end.adjustment.scale, end.adjustment.shift) if end.adjustment is not None else ()
+    def _pool(self, lora: LoraWeights | None, adjustment: Adjustment | None) -> SitePool | None:
+        vectors = (adjustment.scale, adjustment.shift) if adjustment is not None else ()
         outputs = [len(vector) for vector in vectors if vector is not None]
         if lora is None:
             if not outputs:
                 return None
             lora = LoraWeights(torch.empty(0, 0), torch.empty(0, outputs[0]))
         rank = len(lora.a)
-        pool = lone_pool(Site("end", lora.a.shape[1], lora.b.shape[1]), rank, self._dtype, self._device)
+        pool = lone_pool(Site("", lora.a.shape[1], lora.b.shape[1]), rank, self._dtype, self._device)
         if rank:
             pool.write(0, list(range(rank)), lora)
-        if end.adjustment is not None:
-            pool.adjust(0, moved_adjustments({"end": end.adjustment}, self._device)["end"])
+        if adjustment is not None:
+            pool.adjust(0, moved_adjustments({"": adjustment}, self._device)[""])
         pool.send(0)
         return pool
 

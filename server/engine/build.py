@@ -14,7 +14,7 @@ import torch
 
 from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, load_adapter
 from adapters.artifact.chat_config import ChatConfig
-from adapters.artifact.regex import OutOfPatience, time_for
+from adapters.artifact.regex import BudgetExceeded, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.weights import BaseWeights
 from adapters.kernels.cpu import isa
@@ -250,7 +250,7 @@ def _check_text(chat_formats: ChatFormats, chat_config: ChatConfig, seconds: flo
     try:
         chat_formats.check(chat_config, seconds)
     except TemplateTooSlow:
-        raise OutOfPatience from None
+        raise BudgetExceeded from None
 
 
 def _tokenizer(base: LoadedBase, allow_special_tokens: bool, context: int) -> Tokenizer:

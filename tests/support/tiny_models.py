@@ -93,7 +93,7 @@ def make_peft_adapter(
     r: int = 8,
     target_modules: list[str] | str = "all-linear",
     seed: int = 0,
-    own_embedding: bool = False,
+    replaced_embedding: bool = False,
     save_embedding_layers: bool = False,
     **lora_config: Any,
 ) -> Path:
@@ -102,7 +102,7 @@ def make_peft_adapter(
     Args:
         base: the base's folder, or the model (4-bit or not), which is left as it was.
         path: the adapter's folder.
-        own_embedding: change the base's embedding too, and save it beside the adapter.
+        replaced_embedding: change the base's embedding too, and save it beside the adapter.
         save_embedding_layers: as PEFT's ``save_pretrained`` means it.
         lora_config: more fields of ``peft.LoraConfig``; ``lora_alpha`` is ``2 * r`` unless given.
     """
@@ -111,7 +111,7 @@ def make_peft_adapter(
     adapted = get_peft_model(model, LoraConfig(r=r, target_modules=target_modules, **fields))
     generator = torch.Generator().manual_seed(seed)
     trained = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
-    if own_embedding:
+    if replaced_embedding:
         trained.append(("embed_tokens", adapted.get_input_embeddings().weight))
     before = [parameter.data for _, parameter in trained]
     for name, parameter in trained:
@@ -125,7 +125,7 @@ def make_peft_adapter(
             std = 0.05 if "_B" in name else parameter.shape[-1] ** -0.5
             parameter.data = (noise * std).to(parameter)
     # PEFT would otherwise ask the hub for the base's config.
-    adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers or own_embedding)
+    adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers or replaced_embedding)
     for (_, parameter), data in zip(trained, before, strict=True):
         parameter.data = data
     adapted.unload()

@@ -148,7 +148,7 @@ def test_a_header_of_more_objects_than_the_base_has_room_for_is_not_parsed(
 
 
 def test_a_header_of_all_that_peft_can_write_has_room() -> None:
-    names = [*LAYOUT.sites, *LAYOUT.ends, *LAYOUT.norms]
+    names = [*LAYOUT.sites, *LAYOUT.embedding_and_head, *LAYOUT.norms]
     wrapped = "base_model.model._orig_mod._fsdp_wrapped_module._checkpoint_wrapped_module." + "x" * 150
     entries = {
         f"{wrapped}.{name}.{role}": _entry(data_offsets=[128 * i, 128 * i + 128])

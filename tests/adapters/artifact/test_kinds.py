@@ -81,7 +81,7 @@ def _check_module(name: str, base: Any, theirs: Any, adapter: Adapter) -> None:
         matrix = module.weight if end is None or end.matrix is None else end.matrix
         x, y, expected = torch.eye(40), matrix[ids], theirs(ids)
     else:
-        width = (layout.sites.get(name) or layout.ends[name]).in_features
+        width = (layout.sites.get(name) or layout.embedding_and_head[name]).in_features
         x, end = torch.randn(3, width), extras.head if name == HEAD else None
         y = module(x) if end is None or end.matrix is None else x @ end.matrix.t()
         expected = theirs(x)
@@ -101,7 +101,7 @@ def test_every_module_computes_what_pefts_does(kind: str, tmp_path: Path) -> Non
     peft = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval().base_model.model
     layout = layout_of(base)
     with torch.inference_mode():
-        for name in (*layout.sites, *layout.ends, *layout.norms):
+        for name in (*layout.sites, *layout.embedding_and_head, *layout.norms):
             _check_module(name, base, peft.get_submodule(name), adapter)
 
 
@@ -132,7 +132,7 @@ def test_bytes_are_known_from_the_header_and_capped(kind: str, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_bases_own_embedding_saved_beside_its_lora_costs_nothing(tmp_path: Path) -> None:
+def test_the_bases_replaced_embedding_saved_beside_its_lora_costs_nothing(tmp_path: Path) -> None:
     base = _model()
     fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", EMBED, HEAD]}
     lean = _load(base, make_peft_adapter(base, tmp_path / "lean", **fields))
@@ -151,7 +151,7 @@ def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of
     tmp_path: Path,
 ) -> None:
     base = _model(tied=True)
-    folder = make_peft_adapter(base, tmp_path / "a", 3, ["q_proj", "embed_tokens"], own_embedding=True)
+    folder = make_peft_adapter(base, tmp_path / "a", 3, ["q_proj", "embed_tokens"], replaced_embedding=True)
     assert not any(HEAD in name for name in load_file(folder / WEIGHTS_FILE))
     put_back = _load(base, folder).extras
     assert put_back.embedding is not None
@@ -247,7 +247,7 @@ def test_on_a_base_whose_head_is_apart_a_changed_shared_matrix_is_refused_and_mo
 ) -> None:
     tied = _model(tied=True)
     apart = _with_head_apart(tied)
-    folder = make_peft_adapter(tied, tmp_path / "a", 3, ["q_proj", "embed_tokens"], own_embedding=True)
+    folder = make_peft_adapter(tied, tmp_path / "a", 3, ["q_proj", "embed_tokens"], replaced_embedding=True)
     with pytest.raises(AdapterUnsupported, match=r"separates them.*--head-quantization none"):
         _load(apart, folder)
     own = _load(apart, make_peft_adapter(tied, tmp_path / "b", 3, ["q_proj"], modules_to_save=[EMBED]))

@@ -137,7 +137,7 @@ def test_very_many_plain_patterns_are_matched_elsewhere(monkeypatch: pytest.Monk
     )
 
 
-def test_all_patterns_of_a_config_have_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_patterns_of_a_config_have_config_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     clock = itertools.count(0.0, 0.75)
 
@@ -149,11 +149,11 @@ def test_all_patterns_of_a_config_have_one_budget(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(regex, "_asked", asked)
     monkeypatch.setattr(regex, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with regex.one_budget():
+    with regex.config_budget():
         for name in ("a+", "b+"):
-            regex.match_names((regex.Pattern(name, name, full=True),), ("one_budget",))
+            regex.match_names((regex.Pattern(name, name, full=True),), ("config_budget",))
         with pytest.raises(ValueError, match="patterns of the config take longer than 2 seconds"):
-            regex.match_names((regex.Pattern("c+", "c+", full=True),), ("one_budget",))
+            regex.match_names((regex.Pattern("c+", "c+", full=True),), ("config_budget",))
     assert given == [2.0, 1.25, 0.5]
 
 

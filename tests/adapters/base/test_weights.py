@@ -63,7 +63,7 @@ def test_every_weight_is_had_as_output_rows() -> None:
     model = GPT2LMHeadModel(GPT2Config(**sizes))
     layout = layout_of(model, "gpt2")
     weights = BaseWeights(model, layout)
-    for name, site in {**layout.sites, **layout.ends}.items():
+    for name, site in {**layout.sites, **layout.embedding_and_head}.items():
         assert weights.dense(name).shape == (site.out_features, site.in_features)
     assert layout.tied
     assert layout.norms["transformer.ln_f"] == {"weight": 8, "bias": 8}

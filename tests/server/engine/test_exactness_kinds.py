@@ -66,7 +66,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "ensure_weight_tying": True,
     },
     "tied-lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-    "saved-by-the-way": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "own_embedding": True},
+    "saved-by-the-way": {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "replaced_embedding": True},
 }
 TYING = frozenset({"tied", "tied-lora"})
 AT_SITES = ["plain", "dora", "dora-attention", "bias-all", "bias-lora-only", "dora-bias", "lora-bias"]
