@@ -208,7 +208,7 @@ class LLM:
             return None
         parts = self._open
         if self._watches and not parts.registry.serves(name):
-            parts.watcher.look_at(name)
+            parts.watcher.scan_folder(name)
         version = parts.registry.checkout(name)
         held.callback(parts.registry.release, version)
         return version

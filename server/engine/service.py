@@ -69,7 +69,7 @@ class EngineService:
         self._engine = engine
         self._registry = registry
         self._watcher = watcher
-        self._lookup = AdapterLookup(watcher.look_at)
+        self._lookup = AdapterLookup(watcher.scan_folder)
         self._tokenizer = tokenizer
         self._checks = RequestChecks(base.max_model_len, tokenizer.vocab_size)
         self._listing = listing

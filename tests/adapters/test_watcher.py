@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters import signature
-from adapters import watcher as module
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, inspect_adapter
 from adapters.errors import AdapterInvalid, AdapterNameInvalid, AdapterNotFound
+from adapters.watcher import folder as folder_module
+from adapters.watcher import signature
+from adapters.watcher import watcher as module
 from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, write_folder
 from tests.adapters.watched import Room
 
@@ -171,7 +172,7 @@ def test_an_incomplete_folder_is_waited_for_then_listed(room: Room, monkeypatch:
     room.look()
     assert room.states() == {"a": "waiting"}
     assert room.reason("a") == f"{WEIGHTS_FILE} is not there yet."
-    monkeypatch.setattr(module, "INCOMPLETE_AFTER", 0.0)
+    monkeypatch.setattr(folder_module, "INCOMPLETE_AFTER", 0.0)
     room.look()
     assert (
         room.reason("a") == f"{WEIGHTS_FILE} is missing; a PEFT folder has {CONFIG_FILE} and {WEIGHTS_FILE}."
@@ -318,7 +319,7 @@ def test_the_thread_does_it_all_and_outlives_errors(room: Room, monkeypatch: pyt
             raise error
         return scandir(path)
 
-    monkeypatch.setattr("adapters.watcher.os.scandir", flaky)
+    monkeypatch.setattr("adapters.watcher.folder.os.scandir", flaky)
     room.watcher.start()
     room.write("a")
     _wait_for(lambda: room.states() == {"a": "ready"})

@@ -11,9 +11,9 @@ import pytest
 from adapters.artifact import AdapterInfo, inspect_adapter
 from adapters.artifact.chat_config import MAX_TEMPLATE_BYTES, ChatConfig
 from adapters.errors import AdapterError, AdapterUnsupported
-from adapters.signature import signature_of
 from adapters.text.chat_format import ChatFormat, ChatFormats
 from adapters.text.renderer import base_renderer
+from adapters.watcher.signature import signature_of
 from tests.adapters.artifact.folders import LAYOUT, LIMITS, write_folder
 from tests.support.tiny_models import tiny_tokenizer
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters import readers, signature
-from adapters import watcher as module
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo
 from adapters.printable import printable, shown_name
+from adapters.watcher import folder as folder_module
+from adapters.watcher import readers, signature
+from adapters.watcher import watcher as module
 from tests.adapters.artifact.folders import config, write_folder
 from tests.adapters.watched import Room
 
@@ -53,7 +54,7 @@ def test_an_entry_that_cannot_be_judged_is_listed() -> None:
         def is_dir(self) -> bool:
             raise OSError(errno.EIO, "the disk has a scratch")
 
-    assert module._is_candidate(Broken())  # type: ignore[arg-type]
+    assert folder_module.is_candidate(Broken())  # type: ignore[arg-type]
 
 
 NAMES = {
@@ -102,7 +103,7 @@ def test_shown_names_are_no_two_alike() -> None:
 def test_special_files_are_refused_without_waiting(
     room: Room, file: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "INCOMPLETE_AFTER", 0.0)
+    monkeypatch.setattr(folder_module, "INCOMPLETE_AFTER", 0.0)
     path = room.write("a") / file
     path.unlink()
     if kind == "fifo":
@@ -241,13 +242,13 @@ def test_a_folder_that_cannot_be_opened_says_so_at_once(
     def refuse(_: object) -> object:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("adapters.signature.os.scandir", refuse)
+    monkeypatch.setattr("adapters.watcher.signature.os.scandir", refuse)
     why = signature.why_not_finished(tmp_path, (None, None))
     assert why == "The folder cannot be opened (Permission denied)."
 
 
 def test_listing_a_huge_folder_takes_a_share_of_the_time(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr("adapters.watcher.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("adapters.watcher.watcher.time.monotonic", lambda: float(next(clock)))
     room.look(1)
-    assert room.watcher._pause == 10 * module.REST
+    assert room.watcher._pause == 10 * module.SLEEP_FACTOR

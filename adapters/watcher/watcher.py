@@ -1,4 +1,4 @@
-"""Keeps the registry in sync with the adapter folder, which has one sub-folder for each adapter, by name.
+"""Scans the adapter folder, which has one sub-folder for each adapter, by name.
 
 A thread scans the folder every ``INTERVAL`` seconds. It compares the signatures of a sub-folder's files and
 reads it only when the signature was the same in two scans. So half-written files are never read. Renaming a
@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.artifact.recognise import recognise
 from adapters.artifact.regex import BudgetExceeded
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
-from adapters.paths import UNFINISHED_SUFFIXES, check_name, folder_name, name_of_folder
+from adapters.paths import check_name, folder_name, name_of_folder
 from adapters.printable import printable, shown_name
-from adapters.readers import Readers
 from adapters.registry import Registry
-from adapters.signature import (
+from adapters.watcher.folder import WatchedFolder, ignores_case, list_folders
+from adapters.watcher.readers import Readers
+from adapters.watcher.signature import (
     FILES,
     Signature,
     is_settled,
@@ -35,53 +34,20 @@ from adapters.signature import (
     was_renamed,
     why_not_finished,
 )
+from adapters.watcher.suppressed import SuppressedFolders
 
 logger = logging.getLogger("manylora.adapters")
 
 INTERVAL = 0.4
-REST = 4
+SLEEP_FACTOR = 4
 """The thread sleeps at least this many times as long as listing the folder took."""
 SCAN_BUDGET = 0.8
 """Seconds after which a scan starts no further folder, so that the next scan sees removals soon."""
-INCOMPLETE_AFTER = 30.0
-"""Seconds after which a folder that lacks a file is listed as failed."""
-MOST_LOOKS = 3
-"""How often ``look_at`` checks files that may still be written to, every ``INTERVAL`` seconds."""
-ROUNDS = 2
+MAX_CHECKS = 3
+"""How often ``scan_folder`` checks files that may still be written to, every ``INTERVAL`` seconds."""
+IDLE_SCANS = 2
 """Idle folders are checked in this many scans, so that thousands cost little. A renamed folder is not
 idle."""
-
-
-@dataclass(slots=True)
-class _Folder:
-    """One folder as of the last scan.
-
-    Attributes:
-        name: the adapter's name.
-        since: when this signature was first seen (monotonic seconds).
-        still: whether it was seen twice, or was already old in the first scan.
-        done: whether this signature was read, with success or not, or need not be read.
-        slow: whether reading it took longer than a scan allows.
-        refused: whether it cannot be served whatever its files contain.
-    """
-
-    name: str
-    path: Path
-    inode: int
-    signature: Signature
-    since: float
-    still: bool
-    done: bool = False
-    slow: bool = False
-    refused: bool = False
-
-    def is_due(self, now: float) -> bool:
-        """Whether to read it now.
-
-        A folder that lacks a file is read later, to find the reason for the list.
-        """
-        complete = None not in self.signature
-        return self.still and not self.done and (complete or now - self.since >= INCOMPLETE_AFTER)
 
 
 class Watcher:
@@ -90,12 +56,11 @@ class Watcher:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._root = registry.root
-        self._folders: dict[str, _Folder] = {}
-        self._suppressed: dict[str, Signature] = {}
-        self._suppressing = threading.Lock()
+        self._folders: dict[str, WatchedFolder] = {}
+        self._suppressed = SuppressedFolders()
         self._readers = Readers()
-        self._read: deque[_Folder] = deque()
-        self._looks = 0
+        self._read: deque[WatchedFolder] = deque()
+        self._scans = 0
         self._unreadable = False
         self._pause = INTERVAL
         self._stop = threading.Event()
@@ -120,10 +85,9 @@ class Watcher:
         folder = folder_name(check_name(name))
         signature = signature_of(f"{self._root}/{folder}")
         if any(signature):
-            with self._suppressing:
-                self._suppressed[folder] = signature
+            self._suppressed.add(folder, signature)
 
-    def look_at(self, name: str) -> None:
+    def scan_folder(self, name: str) -> None:
         """Registers the folder of that name now if it is complete, so a request for it need not wait for a
         scan.
 
@@ -132,18 +96,20 @@ class Watcher:
         """
         folder = folder_name(check_name(name))
         path = self._root / folder
-        signature, finished = self._settled(str(path))
-        if self._registry.serves(name) or _has_other_case(path):
+        signature, finished = self._wait_until_settled(str(path))
+        if self._registry.serves(name) or ignores_case(path):
             return
         if not finished:
             self._list_waiting(name, path, signature)
             return
-        self._heed_changes(folder, signature)
+        self._suppressed.remove_if_changed(folder, signature)
         if self._is_suppressed(name) or self._was_read(folder, signature):
             return
         with suppress(AdapterExists):  # it was loaded through the API meanwhile
             self._register(name, path, replace=False)
-            self._read.append(_Folder(name, path, -1, signature, time.monotonic(), still=True, done=True))
+            self._read.append(
+                WatchedFolder(name, path, -1, signature, time.monotonic(), stable=True, done=True)
+            )
 
     def scan_once(self, progress: bool = False, budget: float = math.inf) -> None:
         """One scan: registers, replaces and unregisters what has changed.
@@ -152,16 +118,16 @@ class Watcher:
         not wait for those in progress. It never waits for slow folders.
         """
         began = time.monotonic()
-        self._take_over_read()  # before listing, so a name that is not listed was removed
+        self._collect_read()  # before listing, so a name that is not listed was removed
         inodes = self._list()
         if inodes is None:
             return
         self._drop_removed(inodes.keys())
-        folders = [self._look(name, inode) for name, inode in inodes.items()]
+        folders = [self._check(name, inode) for name, inode in inodes.items()]
         now = time.monotonic()
-        self._pause = max(INTERVAL, REST * (now - began))
+        self._pause = max(INTERVAL, SLEEP_FACTOR * (now - began))
         due = [folder for folder in folders if folder.is_due(now)]
-        self._looks += 1
+        self._scans += 1
         if due:
             self._read_all(due, progress, budget)
 
@@ -172,10 +138,10 @@ class Watcher:
             except Exception:
                 logger.exception("scanning the adapter folder failed; it is tried again")
 
-    def _settled(self, path: str) -> tuple[Signature, bool]:
+    def _wait_until_settled(self, path: str) -> tuple[Signature, bool]:
         """The folder's signature, and whether its files are finished. Waits for files that are written to."""
         before = None
-        for _ in range(MOST_LOOKS):
+        for _ in range(MAX_CHECKS):
             signature = signature_of(path)
             if None in signature[: len(FILES)]:
                 return signature, False
@@ -193,19 +159,13 @@ class Watcher:
             return  # the watcher has listed it
         if path.is_dir() and not path.is_symlink() and not self._is_suppressed(name):
             self._registry.wait(name, path, why_not_finished(path, signature))
-            self._read.append(_Folder(name, path, -1, signature, time.monotonic(), still=False))
+            self._read.append(WatchedFolder(name, path, -1, signature, time.monotonic(), stable=False))
 
     def _was_read(self, folder: str, signature: Signature) -> bool:
         known = self._folders.get(folder)
         return known is not None and known.done and known.signature == signature
 
-    def _heed_changes(self, folder: str, signature: Signature) -> None:
-        """Allows an unloaded folder to be read again if its files have changed."""
-        with self._suppressing:
-            if self._suppressed.get(folder, signature) != signature:
-                del self._suppressed[folder]
-
-    def _take_over_read(self) -> None:
+    def _collect_read(self) -> None:
         """Adds the folders that were read since the last scan. They are not read again until they change."""
         while self._read:
             folder = self._read.popleft()
@@ -217,8 +177,7 @@ class Watcher:
         None while the folder cannot be listed; then nothing is removed.
         """
         try:
-            with os.scandir(self._root) as entries:
-                inodes = {entry.name: entry.inode() for entry in entries if _is_candidate(entry)}
+            inodes = list_folders(self._root)
         except OSError as error:
             if not self._unreadable:
                 logger.warning(
@@ -237,24 +196,28 @@ class Watcher:
         for folder in removed:
             for name in served.get(self._folders.pop(folder).path, ()):
                 self._unregister(name)
-            with self._suppressing:
-                self._suppressed.pop(folder, None)
+            self._suppressed.remove(folder)
 
-    def _look(self, name: str, inode: int) -> _Folder:
+    def _check(self, name: str, inode: int) -> WatchedFolder:
         """The current state of the folder. A changed signature resets it."""
         known = self._folders.get(name)
-        if known is not None and known.done and known.inode == inode and (hash(name) + self._looks) % ROUNDS:
+        if (
+            known is not None
+            and known.done
+            and known.inode == inode
+            and (hash(name) + self._scans) % IDLE_SCANS
+        ):
             return known
         signature = signature_of(f"{self._root}/{name}")
         if known is not None and known.signature == signature and not known.refused:
-            known.still, known.inode = True, inode
+            known.stable, known.inode = True, inode
             self._recognise(known)
             return known
-        self._heed_changes(name, signature)
+        self._suppressed.remove_if_changed(name, signature)
         self._folders[name] = self._first_seen(name, inode, signature)
         return self._folders[name]
 
-    def _first_seen(self, folder: str, inode: int, signature: Signature) -> _Folder:
+    def _first_seen(self, folder: str, inode: int, signature: Signature) -> WatchedFolder:
         """Lists a folder with a new signature as waiting, or as failed if nothing in it can be served."""
         path, refusal = self._root / folder, None
         try:
@@ -262,8 +225,8 @@ class Watcher:
             self._registry.check(name, folder)
         except AdapterError as error:
             name, refusal = shown_name(folder), str(error)
-        still = self._looks == 0 and is_settled(signature)
-        seen = _Folder(name, path, inode, signature, time.monotonic(), still)
+        stable = self._scans == 0 and is_settled(signature)
+        seen = WatchedFolder(name, path, inode, signature, time.monotonic(), stable)
         if refusal is not None:
             seen.done = seen.refused = True
             self._registry.fail(name, path, refusal)
@@ -271,7 +234,7 @@ class Watcher:
             self._registry.wait(name, path, why_not_finished(path, signature))
         return seen
 
-    def _recognise(self, folder: _Folder) -> None:
+    def _recognise(self, folder: WatchedFolder) -> None:
         """Lists a folder that lacks a file as failed at once if it is clearly something else."""
         if folder.done or None not in folder.signature or self._is_suppressed(folder.name):
             return
@@ -280,11 +243,11 @@ class Watcher:
             folder.done = True
             self._registry.fail(folder.name, folder.path, str(something_else))
 
-    def _read_all(self, due: list[_Folder], progress: bool, budget: float) -> None:
+    def _read_all(self, due: list[WatchedFolder], progress: bool, budget: float) -> None:
         served = self._registry.names_by_path()
         taken = {name: path for path, names in served.items() for name in names}
 
-        def read(folder: _Folder) -> None:
+        def read(folder: WatchedFolder) -> None:
             if not self._stop.is_set():
                 self._load(folder, served.get(folder.path, set()), taken)
 
@@ -294,7 +257,7 @@ class Watcher:
         if slow:
             self._readers.read_behind(slow[0], read)
 
-    def _load(self, folder: _Folder, served: set[str], taken: dict[str, Path]) -> None:
+    def _load(self, folder: WatchedFolder, served: set[str], taken: dict[str, Path]) -> None:
         """Reads the folder for each of its names, and records that for the next scan."""
         folder.done = True
         if taken.get(folder.name, folder.path) != folder.path:
@@ -338,26 +301,4 @@ class Watcher:
             self._registry.unregister(name)
 
     def _is_suppressed(self, name: str) -> bool:
-        with self._suppressing:
-            return folder_name(name) in self._suppressed
-
-
-def _is_candidate(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry may be meant as an adapter. If it cannot be served, it is listed with the reason.
-
-    Links to folders count too, also broken and circular ones.
-    """
-    if entry.name.startswith(".") or entry.name.endswith(UNFINISHED_SUFFIXES):
-        return False
-    try:
-        return entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:
-        return True
-
-
-def _has_other_case(path: Path) -> bool:
-    """Whether the file system ignores case. Then only a listing shows the real name of the folder."""
-    try:
-        return path.name != path.name.swapcase() and path.with_name(path.name.swapcase()).samefile(path)
-    except OSError:
-        return False
+        return folder_name(name) in self._suppressed

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from adapters import signature
-from adapters import watcher as module
 from adapters.artifact import WEIGHTS_FILE, AdapterInfo
 from adapters.errors import AdapterNameInvalid
-from adapters.signature import signature_of, was_renamed
+from adapters.watcher import signature
+from adapters.watcher import watcher as module
+from adapters.watcher.signature import signature_of, was_renamed
 from tests.adapters.artifact.folders import config, write_folder
 from tests.adapters.watched import Room
 
@@ -30,13 +30,13 @@ def put(room: Room, name: str, seed: int = 0) -> Path:
 
 def test_a_folder_renamed_into_place_is_served_at_once(room: Room) -> None:
     put(room, "a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {"a": "ready"}
 
 
 def test_it_is_not_read_again_and_is_replaced_and_removed_as_any(room: Room) -> None:
     put(room, "a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     room.look()
     assert room.reads == ["a"]
     first = room.digest("a")
@@ -50,10 +50,10 @@ def test_it_is_not_read_again_and_is_replaced_and_removed_as_any(room: Room) -> 
 
 def test_one_that_goes_before_the_watcher_has_seen_it_is_forgotten(room: Room) -> None:
     shutil.rmtree(put(room, "a"))
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {}
     put(room, "a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     shutil.rmtree(room.root / "a")
     room.look(1)
     assert room.states() == {}
@@ -65,7 +65,7 @@ def test_one_that_comes_while_the_watcher_lists_stays(room: Room, monkeypatch: p
     def come_after() -> object:
         listed = list_folder()
         put(room, "a")
-        room.watcher.look_at("a")
+        room.watcher.scan_folder("a")
         return listed
 
     monkeypatch.setattr(room.watcher, "_list", come_after)
@@ -75,7 +75,7 @@ def test_one_that_comes_while_the_watcher_lists_stays(room: Room, monkeypatch: p
 
 def test_a_fine_tuned_model_is_looked_for_in_its_folder(room: Room) -> None:
     put(room, "ft_3abase_3aacme_3a1")
-    room.watcher.look_at("ft:base:acme:1")
+    room.watcher.scan_folder("ft:base:acme:1")
     assert room.states() == {"ft:base:acme:1": "ready"}
 
 
@@ -83,7 +83,7 @@ def test_half_a_folder_is_waited_for(room: Room) -> None:
     folder = put(room, "a")
     weights = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).unlink()
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.reads == []
     assert room.states() == {"a": "waiting"}
     (folder / WEIGHTS_FILE).write_bytes(weights)
@@ -94,7 +94,7 @@ def test_half_a_folder_is_waited_for(room: Room) -> None:
 def test_half_a_folder_that_goes_is_forgotten(room: Room) -> None:
     folder = put(room, "a")
     (folder / WEIGHTS_FILE).unlink()
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     shutil.rmtree(folder)
     room.look(1)
     assert room.states() == {}
@@ -112,21 +112,21 @@ def test_files_that_still_grow_are_not_read(room: Room, monkeypatch: pytest.Monk
         return signature_of(path)
 
     monkeypatch.setattr(module, "signature_of", grow)
-    room.watcher.look_at("a")
-    assert len(looks) == module.MOST_LOOKS
+    room.watcher.scan_folder("a")
+    assert len(looks) == module.MAX_CHECKS
     assert room.reads == []
 
 
 def test_a_bad_folder_is_listed_at_once_and_read_again_only_when_it_changes(room: Room) -> None:
     write_folder(room.root / ".a", config(trainable_token_indices=[1])).rename(room.root / "a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {"a": "failed"}
     room.look()
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.reads == ["a"]
     shutil.rmtree(room.root / "a")
     put(room, "a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {"a": "ready"}
 
 
@@ -135,11 +135,11 @@ def test_unloaded_by_hand_it_stays_so_until_its_files_change(room: Room) -> None
     room.look()
     room.watcher.suppress("a")
     room.registry.unregister("a")
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {}
     shutil.rmtree(room.root / "a")
     put(room, "a", seed=1)
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {"a": "ready"}
     room.look()
     assert room.states() == {"a": "ready"}
@@ -159,7 +159,7 @@ def test_a_name_that_means_another_folder_meanwhile_keeps_it(
     monkeypatch.setattr(room.registry, "inspect", slowly)
     put(room, "a")
     put(room, "b", seed=1)
-    looking = threading.Thread(target=room.watcher.look_at, args=("a",))
+    looking = threading.Thread(target=room.watcher.scan_folder, args=("a",))
     looking.start()
     assert reading.wait(10)
     room.registry.register("a", "b", replace=False)
@@ -171,13 +171,13 @@ def test_a_name_that_means_another_folder_meanwhile_keeps_it(
 @pytest.mark.parametrize("name", ["../a", ".hidden", "a.tmp", "a.partial", "a\n", ""])
 def test_names_that_no_adapter_has_are_not_looked_for(room: Room, name: str) -> None:
     with pytest.raises(AdapterNameInvalid):
-        room.watcher.look_at(name)
+        room.watcher.scan_folder(name)
 
 
 def test_a_link_is_refused(room: Room, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = write_folder(tmp_path_factory.mktemp("elsewhere") / "a")
     (room.root / "link").symlink_to(elsewhere)
-    room.watcher.look_at("link")
+    room.watcher.scan_folder("link")
     assert room.reads == []
     assert room.states().get("link") != "ready"
 
@@ -187,7 +187,7 @@ def test_where_case_does_not_count_only_the_watcher_knows_the_spelling(
 ) -> None:
     put(room, "a").joinpath("x").touch()
     monkeypatch.setattr(Path, "samefile", lambda one, other: one.name.lower() == other.name.lower())
-    room.watcher.look_at("A")
+    room.watcher.scan_folder("A")
     assert room.states() == {}
 
 
@@ -196,7 +196,7 @@ def test_a_rename_is_told_from_writing(room: Room, monkeypatch: pytest.MonkeyPat
     folder = room.write("a")
     os.utime(folder, ns=(1, 1))  # its last new file is long ago, as after a rename
     assert was_renamed(str(folder), signature_of(str(folder)))
-    room.watcher.look_at("a")
+    room.watcher.scan_folder("a")
     assert room.states() == {"a": "ready"}
     later = signature_of(str(folder))[1]
     assert later is not None
