@@ -22,6 +22,7 @@ from adapters.errors import (
     AdapterNotFound,
     AdapterNotReady,
 )
+from adapters.events import Tier, event_fields
 from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Registry:
         on_idle: called with a replaced or unregistered version when its last request has ended.
         on_retired: called with a version when neither a name nor a request uses its digest any more, so its
             memory can be freed. The same content may be registered again at any moment.
+        tier: where the weights with a digest are, for log events.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Registry:
         self.on_idle: list[Callable[[Version], None]] = []
         self.on_retired: list[Callable[[Version], None]] = []
         self.inspect = inspect
+        self.tier: Callable[[str], Tier] = lambda _: "disk"
         self._reserved = reserved
         self._lock = threading.Lock()
         self._current: dict[str, Version] = {}
@@ -154,7 +157,7 @@ class Registry:
         if old is None and unserved is None:
             raise self._not_found(name)
         if old is not None:
-            logger.info("adapter unregistered", extra=_log_fields(name, old))
+            logger.info("adapter unregistered", extra=self._event(name, old))
         self._tell(gone)
 
     def serves(self, name: str) -> bool:
@@ -210,7 +213,7 @@ class Registry:
         if self._list_unserved(name, _Unserved("failed", path, reason)):
             current = self._current.get(name)
             event = "adapter not served" if current is None else "adapter not replaced"
-            logger.warning(event, extra=_log_fields(name, current, reason=reason))
+            logger.warning(event, extra=self._event(name, current, reason=reason))
 
     def wait(self, name: str, path: Path, reason: str) -> None:
         """Lists the folder as one that will be read later, unless the name already serves a version."""
@@ -269,9 +272,9 @@ class Registry:
             self._current[new.name] = new
             self._uses[new] = _Use()
             gone = self._forget_if_idle(old)
-        logger.info("adapter served", extra=_log_fields(new.name, new, rank=new.info.rank))
+        logger.info("adapter served", extra=self._event(new.name, new, rank=new.info.rank))
         for warning in new.info.warnings:
-            logger.warning("adapter warning", extra=_log_fields(new.name, new, reason=warning))
+            logger.warning("adapter warning", extra=self._event(new.name, new, reason=warning))
         self._tell(gone)
         return new
 
@@ -319,6 +322,10 @@ class Registry:
         use.in_flight += 1
         use.last_used = time.time()
 
+    def _event(self, name: str, version: Version | None, **more: object) -> dict[str, object]:
+        tier = None if version is None else self.tier(version.digest)
+        return event_fields(name, version, tier, **more)
+
     def _why_not(self, name: str) -> AdapterError:
         known = self._unserved.get(name)
         if known is not None and known.state == "waiting":
@@ -333,14 +340,6 @@ class Registry:
         near = _near(name, names)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         return AdapterNotFound(f"There is no adapter {name!r:.140}{hint}")
-
-
-def _log_fields(name: str, version: Version | None, **more: object) -> dict[str, object]:
-    """The fields of a log event: ``version`` is when the version was registered, in seconds of Unix time."""
-    fields: dict[str, object] = {"name": name}
-    if version is not None:
-        fields |= {"digest": version.digest[:12], "version": round(version.created, 3)}
-    return {"fields": fields | more}
 
 
 def _unserved_entry(name: str, each: _Unserved) -> Entry:

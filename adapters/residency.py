@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from adapters.artifact import Adapter
 from adapters.errors import AdapterError, AdapterInvalid, AdapterOutOfMemory, AdapterTooLarge
+from adapters.events import Tier, event_fields
 from adapters.pool.host_tier import HostTier
 from adapters.pool.pinned_buffer import pinned_buffer
 from adapters.pool.rank_pool import EXTRAS, RankPool, needs_of
@@ -34,8 +34,6 @@ from adapters.registry import Version
 from adapters.transfer import Copying, copying_for
 
 log = logging.getLogger("manylora.adapters")
-
-Tier = Literal["device", "host", "disk"]
 
 MAX_LOADS = 4
 """How many loads may be running or queued. More would only evict each other from the host tier."""
@@ -214,10 +212,10 @@ class Residency:
         except AdapterError as error:
             self._fail(version, error)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            log.warning("memory ran out while adapter %s was loaded: %s", version.name, error)
+            log.warning("adapter not loaded: memory ran out", extra=self._event(version, reason=str(error)))
             self._fail(version, _out_of_memory(version))
         except Exception as error:
-            log.exception("loading adapter %s raised", version.name)
+            log.exception("adapter not loaded", extra=self._event(version))
             self._fail(version, AdapterInvalid(f"Adapter {version.name!r} could not be loaded: {error}"))
         finally:
             with self._lock:
@@ -226,6 +224,9 @@ class Residency:
                     self._unwanted.discard(version.digest)
                     self.forget(version.digest)
             self.on_change()
+
+    def _event(self, version: Version, **more: object) -> dict[str, object]:
+        return event_fields(version.name, version, self.tier(version.digest), **more)
 
     def _fail(self, version: Version, error: AdapterError) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from pathlib import Path
 from adapters.artifact.recognise import recognise
 from adapters.artifact.regex import BudgetExceeded
 from adapters.errors import AdapterError, AdapterExists, AdapterNotFound
+from adapters.events import event_fields
 from adapters.paths import check_name, folder_name, name_of_folder
 from adapters.printable import printable, shown_name
 from adapters.registry import Registry
@@ -261,7 +262,8 @@ class Watcher:
         """Reads the folder for each of its names, and records that for the next scan."""
         folder.done = True
         if taken.get(folder.name, folder.path) != folder.path:
-            logger.warning("Folder %s is not served: %s goes by its name.", folder.name, taken[folder.name])
+            reason = f"The name is served from {taken[folder.name]}."
+            logger.warning("adapter folder not served", extra=event_fields(folder.name, reason=reason))
         try:
             for name in served | ({folder.name} - taken.keys()):
                 self._register(name, folder.path)
@@ -291,7 +293,7 @@ class Watcher:
             )
             raise
         except Exception as error:
-            logger.exception("Reading adapter %s failed.", name)
+            logger.exception("adapter not read", extra=event_fields(name))
             self._registry.fail(name, path, printable(f"Reading it failed: {type(error).__name__}: {error}."))
         if self._is_suppressed(name):  # unloaded while it was read
             self._unregister(name)

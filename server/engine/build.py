@@ -242,6 +242,7 @@ def _adapters(
         return load_adapter(version.path, base.layout, limits, dtype, version.digest, weights, ignored)
 
     residency = Residency(pool, load or from_folder, config.host_memory)
+    registry.tier = residency.tier
     registry.on_retired.append(lambda version: residency.forget(version.digest))
     return registry, residency
 

@@ -201,7 +201,7 @@ def test_a_bad_replacement_leaves_the_old_one_serving(world: World, caplog: pyte
     (entry,) = world.registry.entries()
     assert (entry.state, entry.reason, entry.version) == ("ready", "It has NaN.", first)
     assert world.registry.checkout("a") is first
-    version = {"name": "a", "digest": "one", "version": round(first.created, 3)}
+    version = {"name": "a", "digest": "one", "version": round(first.created, 3), "tier": "disk"}
     assert logged(caplog, logging.WARNING)[1:] == [
         ("adapter not replaced", version | {"reason": "It has NaN."})
     ]
@@ -216,7 +216,7 @@ def test_a_bad_new_adapter_is_the_callers_alone(world: World) -> None:
 def test_warnings_are_logged_with_the_name(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "manylora.adapters")
     created = world.register("a", "one").created
-    version = {"name": "a", "digest": "one", "version": round(created, 3)}
+    version = {"name": "a", "digest": "one", "version": round(created, 3), "tier": "disk"}
     assert logged(caplog) == [
         ("adapter served", version | {"rank": 8}),
         ("adapter warning", version | {"reason": "Mind the gap."}),

@@ -159,7 +159,9 @@ def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_fo
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_out_of_memory_fails_only_the_requesters(fault: BaseException) -> None:
+def test_out_of_memory_fails_only_the_requesters(
+    fault: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(like_gpu=True)
     assert isinstance(world.pool, Pool)
     a, b = make_version("a"), make_version("b")
@@ -169,6 +171,13 @@ def test_out_of_memory_fails_only_the_requesters(fault: BaseException) -> None:
     world.settled()
     with pytest.raises(AdapterOutOfMemory, match=r"'b'.*--gpu-memory-utilization"):
         world.residency.pin(b)
+    assert vars(caplog.records[0])["fields"] == {
+        "name": "b",
+        "digest": "digest-b",
+        "version": 0.0,
+        "tier": "host",
+        "reason": str(fault),
+    }
     assert world.pool.rows_used == 4, "b's rows are free again"
     world.residency.check_integrity()
     world.pool.fault = None

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from adapters.registry import Registry
 from server.logs import JsonFormatter, TextFormatter
 
 
@@ -54,3 +60,19 @@ def test_no_name_forges_a_line_of_text() -> None:
     first, *rest = TextFormatter().format(made).splitlines()
     assert first.endswith("Adapter a\\n2026-01-01 ERROR forged\\x1b[2K is not served")
     assert all(line.startswith("    ") for line in rest)
+
+
+def test_an_adapters_event_names_its_version_and_tier(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "manylora.adapters")
+    content: Any = SimpleNamespace(digest="0123456789abcdef", rank=8, warnings=())
+    registry = Registry(Path("/adapters"), lambda _: content)
+    registry.tier = {content.digest: "host"}.__getitem__  # type: ignore[assignment]
+    version = registry.register("pirate", "pirate", replace=False)
+    entry = json.loads(JsonFormatter().format(caplog.records[-1]))
+    assert entry["message"] == "adapter served"
+    assert {name: entry[name] for name in ("name", "digest", "version", "tier")} == {
+        "name": "pirate",
+        "digest": "0123456789ab",
+        "version": round(version.created, 3),
+        "tier": "host",
+    }
