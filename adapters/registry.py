@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +22,8 @@ from adapters.errors import (
     AdapterNotReady,
 )
 from adapters.events import Tier, event_fields
-from adapters.paths import MAX_NAME_LENGTH, check_name, resolve_under
+from adapters.paths import check_name, resolve_under
+from adapters.suggest import did_you_mean, near_names
 
 if TYPE_CHECKING:
     from adapters.artifact import AdapterInfo
@@ -337,15 +337,8 @@ class Registry:
     def _not_found(self, name: str) -> AdapterNotFound:
         with self._lock:
             names = list(self._current)
-        near = _near(name, names)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-        return AdapterNotFound(f"There is no adapter {name!r:.140}{hint}")
+        return AdapterNotFound(f"There is no adapter {name!r:.140}{did_you_mean(near_names(name, names))}")
 
 
 def _unserved_entry(name: str, each: _Unserved) -> Entry:
     return Entry(name, each.state, None, 0, None, each.path, each.reason, each.created)
-
-
-def _near(name: str, names: Iterable[str]) -> list[str]:
-    """Names close to ``name``. A long name gets none, because the cost of comparing grows with its length."""
-    return get_close_matches(name, names, n=3) if len(name) <= MAX_NAME_LENGTH else []

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 from adapters.errors import AdapterInvalid, AdapterUnsupported
 from adapters.sites import BaseLayout
+from adapters.suggest import near_names
 
 Role = Literal["lora_A", "lora_B", "lora_B.bias", "magnitude", "weight", "bias"]
 """``lora_A`` and ``lora_B`` also stand for the embedding's pair. ``weight`` and ``bias`` replace the
@@ -134,4 +134,4 @@ def _near(module: str, layout: BaseLayout) -> list[str]:
     if len(places) > MAX_COMPARED:
         last = module.rpartition(".")[2]
         places = [place for place in places if place.rpartition(".")[2] == last]
-    return get_close_matches(module, places[:MAX_COMPARED], n=3)
+    return near_names(module, places, neighbours=MAX_COMPARED // 2)

@@ -10,10 +10,10 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from adapters.suggest import did_you_mean, near_names
 from server.config.options import HEADINGS, OPTIONS, USAGE, OneLineParser, Option, add_options
 from server.config.values import key, keys_in
 
@@ -236,8 +236,7 @@ def from_options(options: Mapping[str, object], environ: Mapping[str, str] = os.
     """
     names = [option.dest for option in OPTIONS]
     for name in options.keys() - names:
-        near = get_close_matches(name, names, n=1)
-        raise ConfigError(f"There is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        raise ConfigError(f"There is no option {name!r}{did_you_mean(near_names(name, names, count=1))}")
     texts = {name: _as_text(value) for name, value in options.items()}
     return resolve(argparse.Namespace(**(dict.fromkeys(names) | texts)), environ)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from bisect import bisect
-from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -12,13 +9,11 @@ from starlette.requests import Request
 
 from adapters.errors import AdapterNotReady, ManyloraError
 from adapters.paths import served_name
+from adapters.suggest import did_you_mean, near_names
 from server.engine.interface import AdapterStatus, ModelInfo, Service
 from server.http.context import context_of
 from server.http.errors import ModelNotFound, ModelUnavailable
 from server.http.json_response import JSONResponse
-
-NEIGHBOURS = 50
-"""How many names before and after an unknown name, in alphabetical order, are compared with it."""
 
 
 def base_names(base: ModelInfo) -> tuple[str, ...]:
@@ -88,20 +83,9 @@ def _behind_base(base: ModelInfo, model: str) -> list[str]:
 def _not_found(service: Service, model: str) -> ModelNotFound:
     behind, names = _behind_base(service.base, model), service.adapter_names()
     wanted = behind[0] if behind else model
-    near = difflib.get_close_matches(
-        wanted, _neighbours(wanted, names if behind else [*base_names(service.base), *names]), cutoff=0.5
-    )
-    hint = (
-        f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "GET /v1/models lists them."
-    )
-    return ModelNotFound(f"The model {model!r} does not exist. {hint}", "model")
-
-
-def _neighbours(model: str, names: Sequence[str]) -> list[str]:
-    """The names nearest to ``model`` in alphabetical order. Comparing all of thousands would be slow."""
-    ordered = sorted(names)
-    place = bisect(ordered, model)
-    return ordered[max(0, place - NEIGHBOURS) : place + NEIGHBOURS]
+    near = near_names(wanted, names if behind else [*base_names(service.base), *names], cutoff=0.5)
+    hint = did_you_mean(near, otherwise=". GET /v1/models lists them.")
+    return ModelNotFound(f"The model {model!r} does not exist{hint}", "model")
 
 
 def _cards(service: Service) -> list[dict[str, Any]]:

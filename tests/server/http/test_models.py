@@ -116,7 +116,7 @@ def test_an_adapter_may_be_named_behind_its_base(client: TestClient, service: Fa
         response = client.post("/v1/completions", json={"model": unknown, "prompt": "a"})
         assert (response.status_code, response.json()["error"]["code"]) == (404, code)
     hint = client.get("/v1/models/gpt:pot").json()["error"]["message"]
-    assert hint == "The model 'gpt:pot' does not exist. Did you mean 'poet'?"
+    assert hint == "The model 'gpt:pot' does not exist; did you mean 'poet'?"
 
 
 def test_a_whole_name_goes_before_one_behind_the_base(client: TestClient, service: FakeService) -> None:
@@ -135,5 +135,5 @@ def test_an_unknown_name_costs_little_among_thousands(client: TestClient, servic
     service.known |= {f"a{number}": adapter(f"a{number}") for number in range(5000)}
     service.adapters = None  # type: ignore[method-assign, assignment]  # nobody lists them all for it
     message = client.get("/v1/models/a499x").json()["error"]["message"]
-    assert "Did you mean 'a499" in message
+    assert "did you mean 'a499" in message
     assert client.get("/v1/models/a4999").json()["id"] == "a4999"
