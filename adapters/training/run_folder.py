@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from adapters.errors import RunFolderInvalid
+from adapters.fsync import sync_folder
 
 EventKind = Literal[
     "start", "step", "eval", "checkpoint", "pruned", "end", "note", "warning", "evaluating", "evaluated"
@@ -175,21 +176,6 @@ class RunFolder:
         finally:
             if self.writes:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the folder's files are on disk, so that a rename is never visible before them."""
-    for path in (*folder.iterdir(), folder):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes or a folder's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differs(value: Any, known: dict[str, Any], key: str) -> bool:

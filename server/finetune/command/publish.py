@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from adapters.errors import AdapterExists
+from adapters.fsync import sync_folder, sync_path
 from adapters.paths import check_name, folder_name
-from adapters.training.run_folder import sync, sync_folder
 from server.finetune.command.provenance import Producer
 
 _AT_FDCWD = -100
@@ -50,7 +50,7 @@ def publish(folder: Path, output_dir: Path, name: str, by: Producer | None = Non
         sync_folder(staged)
         if not _move(staged, target, partial(_may_replace, name=name, by=by)):
             raise _not_ours(name)
-        sync(output_dir)
+        sync_path(output_dir)
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # the old version, or a partial copy after an error
     return target

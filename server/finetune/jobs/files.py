@@ -19,7 +19,7 @@ from pathlib import Path
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from adapters.training.run_folder import sync
+from adapters.fsync import sync_path
 from server.errors import InvalidRequest
 from server.finetune.jobs.check import Checked, check
 from server.finetune.jobs.database import UNFINISHED, Database, Job, StoredFile
@@ -117,7 +117,7 @@ class Files:
             unused_fields=checked.unused_fields if checked else {},
         )
         upload.path.rename(self.path(file.id))
-        sync(self._folder)
+        sync_path(self._folder)
         with self._database.write() as session:
             session.add(file)
         for name, count in file.unused_fields.items():

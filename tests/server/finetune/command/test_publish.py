@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters import fsync
 from adapters.errors import AdapterExists, AdapterNameInvalid
-from adapters.training import run_folder
 from server.finetune.command import publish as module
 from server.finetune.command.provenance import Producer, Provenance
 from server.finetune.command.publish import publish
@@ -108,7 +108,7 @@ def test_a_folder_that_comes_at_the_last_moment_is_left(
     out = tmp_path / "adapters"
     if before == "a job's":
         publish(made(tmp_path / "first", "first"), out, "acme", by)
-    sync = run_folder.sync_folder
+    sync = fsync.sync_folder
 
     def come(staged: Path) -> None:
         sync(staged)
