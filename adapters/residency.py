@@ -196,11 +196,11 @@ class Residency:
         elif len(self._loading) + self._residents.queued >= MAX_LOADS:
             return
         self._loading.add(digest)
-        self._loader.submit(self._bring, version)
+        self._loader.submit(self._run_load, version)
 
     # -- the loader's thread ----------------------------------------------------------------------
 
-    def _bring(self, version: Version) -> None:
+    def _run_load(self, version: Version) -> None:
         """Loads from disk to host to device. Otherwise queues the adapter or records an error."""
         began = self._clock()
         try:
@@ -243,7 +243,7 @@ class Residency:
         with self._copying():  # DoRA reads the base's weights on the device
             adapter = self._load(version)
         self._check_size(version, adapter)
-        return self._keep(adapter)
+        return self._add_to_host(adapter)
 
     def _check_size(self, version: Version, adapter: Adapter) -> None:
         """Raises AdapterTooLarge if the adapter does not fit into an empty pool."""
@@ -259,7 +259,7 @@ class Residency:
                 f"{self.pool.num_rows} rows; raise --lora-pool-rows."
             )
 
-    def _keep(self, adapter: Adapter) -> Adapter:
+    def _add_to_host(self, adapter: Adapter) -> Adapter:
         """Puts it into the host tier if there is room.
 
         The copy is made outside the lock: it takes milliseconds.

@@ -91,7 +91,7 @@ class World:
             b = torch.randn(rank, self.outputs[site]) / max(rank, 1) ** 0.5
             vectors = [torch.randn(self.outputs[site]) if has else None for has in (scaled, shifted)]
             for pool in (self.pools[site], self.references[site]):
-                pool.hold(slot)
+                pool.ensure_slot(slot)
                 if rank:
                     pool.write(slot, rows, LoraWeights(a.to(self.dtype), b.to(self.dtype)))
                 if scaled or shifted:

@@ -78,7 +78,7 @@ class ExtrasPool:
         """Reserve bytes. The caller has checked that they are free."""
         self._bytes[slot] = nbytes
         for table in self.norms.values():
-            table.hold(slot)
+            table.ensure_slot(slot)
 
     def write(self, slot: int, extras: Extras) -> None:
         if not (extras.norms or extras.embedding or extras.head):

@@ -13,13 +13,13 @@ class FreeRuns:
     """All numbers are free at first.
 
     Attributes:
-        free: how many are free.
+        num_free: how many are free.
         runs: (start, stop), ascending, never adjacent and never empty.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self.free = size
+        self.num_free = size
         self.runs = [(0, size)] if size else []
 
     def take_run(self, count: int) -> int | None:
@@ -35,7 +35,7 @@ class FreeRuns:
 
     def take_lowest(self, count: int) -> list[int]:
         """Take the lowest ``count`` free numbers, ascending. There must be enough."""
-        assert count <= self.free
+        assert count <= self.num_free
         taken: list[int] = []
         while len(taken) < count:
             start, stop = self.runs[0]
@@ -44,11 +44,11 @@ class FreeRuns:
             self._shorten(0, part)
         return taken
 
-    def give(self, start: int, stop: int) -> None:
+    def free(self, start: int, stop: int) -> None:
         """Free the numbers [start, stop)."""
         if start == stop:
             return
-        self.free += stop - start
+        self.num_free += stop - start
         i = bisect(self.runs, (start, stop))
         after = self.runs[i : i + 1]
         before = self.runs[i - 1 : i] if i else []
@@ -62,13 +62,13 @@ class FreeRuns:
         ends = [0, *(stop for _, stop in runs)]
         assert [start for start, _ in runs] == ends[:-1], "numbers leaked or were given twice"
         assert ends[-1] == self._size, "the last numbers leaked"
-        assert self.free == sum(stop - start for start, stop in self.runs), "the free ones are miscounted"
+        assert self.num_free == sum(stop - start for start, stop in self.runs), "the free ones are miscounted"
         assert all(a[1] < b[0] for a, b in zip(self.runs, self.runs[1:], strict=False)), "runs are in pieces"
 
     def _shorten(self, i: int, count: int) -> None:
         start, stop = self.runs[i]
         self.runs[i : i + 1] = [(start + count, stop)] if stop - start > count else []
-        self.free -= count
+        self.num_free -= count
 
 
 def runs_of(numbers: list[int]) -> list[tuple[int, int]]:

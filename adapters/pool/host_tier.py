@@ -63,10 +63,10 @@ class HostTier:
         self._adapters.pop(digest, None)
         self.nbytes -= self._reserved.pop(digest, 0)
         if self._pinned is not None:
-            self._pinned.give(digest)
+            self._pinned.free(digest)
 
     def _take(self, pinned: PinnedBuffer, digest: str, nbytes: int) -> Tensor | None:
-        while (memory := pinned.take(digest, nbytes)) is None and self._adapters:
+        while (memory := pinned.allocate(digest, nbytes)) is None and self._adapters:
             self._drop_oldest()
         return memory
 

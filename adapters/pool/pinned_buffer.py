@@ -33,7 +33,7 @@ class PinnedBuffer:
         self._runs = FreeRuns(len(memory) // _UNIT)
         self._taken: dict[str, tuple[int, int]] = {}  # in units
 
-    def take(self, owner: str, nbytes: int) -> Tensor | None:
+    def allocate(self, owner: str, nbytes: int) -> Tensor | None:
         """uint8 [nbytes] for a new ``owner``; None if no free range is that large."""
         units = -(-nbytes // _UNIT)
         start = self._runs.take_run(units) if units else 0
@@ -42,9 +42,9 @@ class PinnedBuffer:
         self._taken[owner] = start, start + units
         return self._memory[start * _UNIT :][:nbytes]
 
-    def give(self, owner: str) -> None:
+    def free(self, owner: str) -> None:
         """Free the range of ``owner``, if it has one."""
-        self._runs.give(*self._taken.pop(owner, (0, 0)))
+        self._runs.free(*self._taken.pop(owner, (0, 0)))
 
     def check_integrity(self) -> None:
         """Assert that every byte is either free or in one range (for tests)."""

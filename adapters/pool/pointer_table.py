@@ -26,7 +26,7 @@ class PointerTable:
     def cell(self) -> int:
         return addressof(self._cell)
 
-    def hold(self, slot: int) -> None:
+    def ensure_slot(self, slot: int) -> None:
         """Make room for ``slot``."""
         while slot >= len(self._tables[-1]):
             self._append(2 * len(self._tables[-1]))

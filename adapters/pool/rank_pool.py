@@ -92,10 +92,10 @@ class RankPool:
             return None
         slot = next(i for i in range(len(self._owned) + 1) if i not in self._owned)
         for pool in self.sites.values():
-            pool.hold(slot)
+            pool.ensure_slot(slot)
         owned: dict[str, list[int]] = {}
         for name in needs.keys() - {EXTRAS}:
-            rows = self.sites[name].allocator.take(needs[name])
+            rows = self.sites[name].allocator.allocate(needs[name])
             assert rows is not None
             owned[name] = rows
         self.extras.reserve(slot, needs.get(EXTRAS, 0))

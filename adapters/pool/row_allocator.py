@@ -18,23 +18,23 @@ class RowAllocator:
 
     @property
     def num_free(self) -> int:
-        return self._runs.free
+        return self._runs.num_free
 
-    def take(self, count: int) -> list[int] | None:
+    def allocate(self, count: int) -> list[int] | None:
         """Take ``count`` rows, ascending: the lowest run that is long enough, else the lowest free rows.
 
         Returns None and changes nothing if fewer rows are free.
         """
-        if count > self._runs.free:
+        if count > self._runs.num_free:
             return None
         if count == 0:
             return []
         start = self._runs.take_run(count)
         return self._runs.take_lowest(count) if start is None else list(range(start, start + count))
 
-    def give(self, rows: list[int]) -> None:
+    def free(self, rows: list[int]) -> None:
         for start, stop in runs_of(rows):
-            self._runs.give(start, stop)
+            self._runs.free(start, stop)
 
     def check_integrity(self, owned: list[list[int]]) -> None:
         """Assert that ``owned`` (one list for each live adapter) and the free rows are the whole pool."""

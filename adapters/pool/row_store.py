@@ -1,4 +1,4 @@
-"""The memory of all sites' A and B. Matrices with the same row width share one tensor, a *shelf*.
+"""The memory of all sites' A and B. Matrices with the same row width share one tensor.
 
 An adapter is copied to a GPU with one copy and one scatter for each width (three for Llama), not with one or
 two copies for each matrix. An 8B Llama would need 420 copies. Launching those takes the loader's thread over
@@ -26,7 +26,7 @@ STAGING = 32 << 20
 
 
 class RowStore:
-    """The shelves [matrices * rows, width], not initialised.
+    """The tensors [matrices * rows, width], not initialised.
 
     Args:
         num_rows: rows of each matrix.
@@ -36,13 +36,13 @@ class RowStore:
         self, sites: Mapping[str, Site], num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._num_rows, self._device = num_rows, device
-        self._first: dict[Side, int] = {}  # the first row of each matrix in its shelf
+        self._first: dict[Side, int] = {}  # the first row of each matrix in its tensor
         lengths: dict[int, int] = {}
         for name, site in sites.items():
             for side, width in enumerate((site.in_features, site.out_features)):
                 self._first[name, side] = lengths.get(width, 0)
                 lengths[width] = self._first[name, side] + -(-num_rows // _MULTIPLE) * _MULTIPLE
-        self._shelves = {
+        self._stacked = {
             width: torch.empty(length, width, dtype=dtype, device=device) for width, length in lengths.items()
         }
         widest = max(lengths, default=0)
@@ -52,7 +52,7 @@ class RowStore:
     def pair(self, name: str, site: Site) -> tuple[Tensor, Tensor]:
         """A [num_rows, in_features] and B [num_rows, out_features] of a site."""
         a, b = (
-            self._shelves[width][self._first[name, side] :][: self._num_rows]
+            self._stacked[width][self._first[name, side] :][: self._num_rows]
             for side, width in enumerate((site.in_features, site.out_features))
         )
         return a, b
@@ -63,14 +63,14 @@ class RowStore:
             arrays = [rows[name] for name, _ in sides]
             firsts = np.array([self._first[side] for side in sides], np.int64)
             places = np.concatenate(arrays) + np.repeat(firsts, [len(array) for array in arrays])
-            self._scatter(self._shelves[width], torch.from_numpy(places), weights.rows[width])
+            self._scatter(self._stacked[width], torch.from_numpy(places), weights.rows[width])
 
-    def _scatter(self, shelf: Tensor, places: Tensor, rows: Tensor) -> None:
-        """Copy ``rows`` to ``places`` of the shelf, through the staging buffer if there is one."""
+    def _scatter(self, stacked: Tensor, places: Tensor, rows: Tensor) -> None:
+        """Copy ``rows`` to ``places`` of ``stacked``, through the staging buffer if there is one."""
         (index,) = send_coalesced([places], self._device)
-        step = len(self._staging) // shelf.shape[1] or len(rows)
+        step = len(self._staging) // stacked.shape[1] or len(rows)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             if len(self._staging):
                 part = self._staging[: part.numel()].view(part.shape).copy_(part, non_blocking=True)
-            shelf.index_copy_(0, index[start : start + step], part)
+            stacked.index_copy_(0, index[start : start + step], part)

@@ -73,8 +73,8 @@ class SitePool:
     def assign(self, slot: int, rows: IntArray, index: Tensor) -> None:
         """Assign ``rows`` (int32) to the slot. ``index`` is the same array on the device."""
         assert len(rows) <= self.max_rank
-        neighbours = rows[-1] - rows[0] + 1 == len(rows)
-        self.rows[slot] = slice(int(rows[0]), int(rows[-1]) + 1) if neighbours else index
+        adjacent = rows[-1] - rows[0] + 1 == len(rows)
+        self.rows[slot] = slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else index
         self._index[slot], self._lists[slot] = index, rows
         addresses, ranks, _ = self._tables[-1]
         addresses[slot] = rows.ctypes.data
@@ -94,7 +94,7 @@ class SitePool:
         """
         self._records.write(slot, [self.record(slot)])
 
-    def hold(self, slot: int) -> None:
+    def ensure_slot(self, slot: int) -> None:
         """Make room for ``slot`` in the kernels' tables. Kernels look up every slot at every site."""
         while slot >= len(self._tables[-1][1]):
             self._make_tables(slots=2 * len(self._tables[-1][1]))
@@ -106,7 +106,7 @@ class SitePool:
         self._tables[-1][2][slot] = 0
         self._lists.pop(slot, None)
         self._index.pop(slot, None)
-        self.allocator.give(rows)
+        self.allocator.free(rows)
 
     def _make_tables(self, slots: int) -> None:
         """Make larger tables. Old tables are kept, because a kernel may be reading them."""

@@ -2,7 +2,7 @@
 
 Such strings in messages get marks around them before rendering, so the rendered text shows where each one
 comes from. The text is then encoded in one piece by a copy of the tokenizer in which every added token is
-text. A stand-in replaces each real special token, so merges and spaces are the same as around the token
+text. A placeholder replaces each real special token, so merges and spaces are the same as around the token
 itself. transformers' ``sanitize_control_tokens`` marks in the same way, but encodes the pieces separately.
 """
 
@@ -18,13 +18,13 @@ from adapters.text.messages import Message
 
 # Unicode's noncharacters: reserved for internal use, so no exchanged text contains them.
 _START, _END, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-_STAND_INS = {
+_PLACEHOLDERS = {
     (False, False): "\ufdd3",
     (False, True): "\ufdd4",
     (True, False): "\ufdd5",
     (True, True): "\ufdd6",
 }
-"""One stand-in for each combination of an added token's lstrip and rstrip."""
+"""One placeholder for each combination of an added token's lstrip and rstrip."""
 _OWN = re.compile("[\ufdd0-\ufdef]")
 _MARK = re.compile(f"[{_START}{_END}]")
 
@@ -49,7 +49,7 @@ class SpecialTokens:
         special_ids = {id_ for id_, token in self._added.values() if token.special}
         self._special_ids = special_ids - {fast.unk_token_id}  # text outside the vocabulary is text anyway
         self._plain = _plain_copy(fast.backend_tokenizer)
-        self._stand_in_ids = frozenset(self._plain.token_to_id(text) for text in _STAND_INS.values())
+        self._placeholder_ids = frozenset(self._plain.token_to_id(text) for text in _PLACEHOLDERS.values())
         self._break_id = self._plain.token_to_id(_BREAK)
 
     def marker(self, literals: str) -> Marker:
@@ -88,15 +88,15 @@ class SpecialTokens:
         """None if plain text became a special token. ``divide`` splits marked text to prevent that."""
         meant: list[int] = []
 
-        def stand_in(match: re.Match[str]) -> str:
+        def placeholder(match: re.Match[str]) -> str:
             id_, token = self._added[match[0]]
             meant.append(id_)
-            return _STAND_INS[token.lstrip, token.rstrip]
+            return _PLACEHOLDERS[token.lstrip, token.rstrip]
 
         pieces = []
         for piece, marked in self._pieces(text):
             if not marked:
-                pieces.append(self._any.sub(stand_in, piece))
+                pieces.append(self._any.sub(placeholder, piece))
             else:
                 pieces.append(_BREAK.join(piece) if divide else piece)
         return self._ids("".join(pieces), iter(meant))
@@ -116,7 +116,7 @@ class SpecialTokens:
     def _ids(self, text: str, meant: Iterator[int]) -> list[int] | None:
         ids: list[int] = []
         for id_ in self._plain.encode(text, add_special_tokens=False).ids:
-            if id_ in self._stand_in_ids:
+            if id_ in self._placeholder_ids:
                 ids.append(next(meant))
             elif id_ in self._special_ids:
                 return None
@@ -184,7 +184,7 @@ def _texts(message: Message) -> Message:
 
 
 def _plain_copy(backend: Any) -> Tokenizer:
-    """A copy of the tokenizer in which every added token is text, with stand-ins."""
+    """A copy of the tokenizer in which every added token is text, with placeholders."""
     plain = Tokenizer.from_str(backend.to_str())
     plain.no_truncation()
     plain.no_padding()
@@ -196,7 +196,7 @@ def _plain_copy(backend: Any) -> Tokenizer:
     plain.add_tokens(
         [
             AddedToken(text, lstrip=lstrip, rstrip=rstrip, normalized=False)
-            for (lstrip, rstrip), text in _STAND_INS.items()
+            for (lstrip, rstrip), text in _PLACEHOLDERS.items()
         ]
     )
     return plain

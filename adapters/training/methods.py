@@ -19,7 +19,7 @@ ADAPTER = "default"
 _UNTOUCHED, _FINAL = 0.1, 0.3
 
 
-def put_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
+def add_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
     """``model`` with a new adapter. Only the adapter is trained.
 
     Args:
@@ -80,8 +80,8 @@ def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
     state = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     allocator = getattr(model.base_model, "rankallocator", None)
     if allocator is not None:
-        for book in _BOOKS:
-            state |= {f"{book}:{name}": value for name, value in getattr(allocator, book).items()}
+        for kind in _STATISTICS:
+            state |= {f"{kind}:{name}": value for name, value in getattr(allocator, kind).items()}
         pattern = model.peft_config[ADAPTER].rank_pattern or {}
         state |= {f"rank_pattern:{name}": torch.tensor(kept) for name, kept in pattern.items()}
     return {name: value.contiguous().cpu() for name, value in state.items()}
@@ -90,21 +90,21 @@ def trained_state(model: PeftModel) -> dict[str, torch.Tensor]:
 def restore_state(model: PeftModel, state: dict[str, torch.Tensor]) -> None:
     """Restore the result of ``trained_state``."""
     parameters = dict(model.named_parameters())
-    books: dict[str, dict[str, Any]] = {book: {} for book in (*_BOOKS, "rank_pattern")}
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in (*_STATISTICS, "rank_pattern")}
     with torch.no_grad():
         for name, value in state.items():
-            book, _, inner = name.partition(":")
-            if book in books:
-                books[book][inner] = value
+            kind, _, inner = name.partition(":")
+            if kind in found:
+                found[kind][inner] = value
             else:
                 parameters[name].copy_(value)
     allocator = getattr(model.base_model, "rankallocator", None)
     if allocator is not None:
-        for book in _BOOKS:
+        for kind in _STATISTICS:
             device = next(iter(parameters.values())).device
-            setattr(allocator, book, {name: value.to(device) for name, value in books[book].items()})
-        pattern = {name: kept.tolist() for name, kept in books["rank_pattern"].items()}
+            setattr(allocator, kind, {name: value.to(device) for name, value in found[kind].items()})
+        pattern = {name: kept.tolist() for name, kept in found["rank_pattern"].items()}
         model.peft_config[ADAPTER].rank_pattern = pattern or None
 
 
-_BOOKS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_STATISTICS = ("ipt", "exp_avg_ipt", "exp_avg_unc")

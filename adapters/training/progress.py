@@ -13,7 +13,7 @@ LINE_SECONDS = 10.0
 """Seconds between two lines, if there is no terminal for a bar."""
 
 
-class Pace:
+class LineTimer:
     """Decides when another line is due: at once, and then every ``LINE_SECONDS``."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Progress:
             total=total_steps, initial=done, desc="Training", unit="step", disable=None if show else True
         )
         self._lines = show and not sys.stderr.isatty()
-        self._pace = Pace()
+        self._timer = LineTimer()
         self.tokens = 0
 
     def step(self, step: int, loss: float) -> tuple[float, float]:
@@ -63,7 +63,7 @@ class Progress:
         self._bar.update(step - self._done)
         self._done = step
         left = (self._total - step) * seconds / (len(self._recent) - 1)
-        if self._lines and (self._pace.is_due() or step == self._total):
+        if self._lines and (self._timer.is_due() or step == self._total):
             text = f"Step {step} of {self._total}: loss {loss:.3f}, {speed:.0f} tokens/s, {left:.0f} s left."
             print(text, file=sys.stderr, flush=True)
         return speed, left

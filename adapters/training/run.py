@@ -33,7 +33,7 @@ from adapters.training.failures import explained
 from adapters.training.fit import check_questions
 from adapters.training.flash import use_flash_attention
 from adapters.training.gpu import claim_memory, optimizer_for
-from adapters.training.methods import RankAllocation, put_adapter
+from adapters.training.methods import RankAllocation, add_adapter
 from adapters.training.overlap import repetitions
 from adapters.training.packing import Pack, collate, pack
 from adapters.training.plot import draw_losses
@@ -45,7 +45,7 @@ from adapters.training.run_folder import RunFolder
 from adapters.training.schedule import epochs_for, steps_for
 from adapters.training.servable import Serving, check_servable
 from adapters.training.stop import Stop
-from adapters.training.trainer import Moments, QloraTrainer
+from adapters.training.trainer import CheckpointSchedule, QloraTrainer
 
 # These are places, not what a run computes; the digests of base and data identify that.
 _PLACES = (*EXECUTION, "data", "eval_data")
@@ -65,7 +65,7 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True)
-class _Material:
+class _Inputs:
     """Everything that is read before training begins."""
 
     base: LoadedBase
@@ -100,8 +100,8 @@ def train(
         warnings.simplefilter("ignore", FutureWarning)  # PEFT uses transformers' older names
         if config.threads:
             torch.set_num_threads(config.threads)
-        material = _read(config, run, show, serving)
-        trainer = _trainer(config, run, material, stop, show)
+        inputs = _read(config, run, show, serving)
+        trainer = _trainer(config, run, inputs, stop, show)
         begin = time.monotonic()
         with stop.graceful():
             last = run.last_checkpoint()
@@ -109,14 +109,14 @@ def train(
             trainer.finish()
         if not run.writes:
             return Trained(None, {})
-        metrics = _metrics(run, trainer, material, time.monotonic() - begin)
+        metrics = _metrics(run, trainer, inputs, time.monotonic() - begin)
         draw_losses(run.path / "loss.png", run.curve("step"), run.curve("eval"))
         if stop.requested:
             return Trained(None, metrics)
-        return _finish(config, run, material, trainer, metrics)
+        return _finish(config, run, inputs, trainer, metrics)
 
 
-def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | None) -> _Material:
+def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | None) -> _Inputs:
     """Reads base and data, and checks them and the run to resume before weights are loaded."""
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
@@ -147,7 +147,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
     base = load_base(prepared, device, progress=bars)
-    return _Material(base, data, encoded[0], encoded[1] if held_out else None, device)
+    return _Inputs(base, data, encoded[0], encoded[1] if held_out else None, device)
 
 
 def _encode(
@@ -167,15 +167,13 @@ def _encode(
     return encoded
 
 
-def _trainer(
-    config: TrainConfig, run: RunFolder, material: _Material, stop: Stop, show: bool
-) -> QloraTrainer:
-    model = material.base.model
-    packs = _packs(material.train, config)
+def _trainer(config: TrainConfig, run: RunFolder, inputs: _Inputs, stop: Stop, show: bool) -> QloraTrainer:
+    model = inputs.base.model
+    packs = _packs(inputs.train, config)
     steps = steps_for(len(packs), config)
-    _choose(config, run, material, _largest(packs, config.batch_size), show)
+    _choose(config, run, inputs, _largest(packs, config.batch_size), show)
     set_seed(config.seed)
-    adapted = put_adapter(model, config, steps)
+    adapted = add_adapter(model, config, steps)
     trained, all_ = adapted.get_nb_trainable_parameters()
     rate = (config.learning_rate or learning_rate_for(all_)) * config.lr_multiplier
     text = (
@@ -183,39 +181,39 @@ def _trainer(
     )
     passes = "" if config.max_steps else f"{epochs_for(len(packs), config):g} epochs, "
     _note(run, f"{text}, learning rate {rate:g}, {passes}{steps} steps.", show)
-    held_out = _packs(material.held_out, config) if material.held_out else []
+    held_out = _packs(inputs.held_out, config) if inputs.held_out else []
     throttle = Throttle(config.duty)
     trainer = QloraTrainer(
         adapted,
-        training_arguments(config, run.checkpoints, material.device, steps, rate),
+        training_arguments(config, run.checkpoints, inputs.device, steps, rate),
         train_dataset=packs,
         data_collator=collate,
         callbacks=[RankAllocation()] if config.method == "adalora" else [],
         run=run,
-        nominal=nominal_of(config, material.base.prepared.source),
-        sites=sorted(material.base.layout.sites),
+        nominal=nominal_of(config, inputs.base.prepared.source),
+        sites=sorted(inputs.base.layout.sites),
         held_out=held_out,
         throttle=throttle,
         keep=config.keep_checkpoints,
         show=show,
         stop=stop,
     )
-    trainer.add_callback(Moments(stop, config.checkpoint_steps, bool(held_out)))
-    run.event("start", total_steps=steps, rows=material.train.rows, trained_parameters=trained)
+    trainer.add_callback(CheckpointSchedule(stop, config.checkpoint_steps, bool(held_out)))
+    run.event("start", total_steps=steps, rows=inputs.train.rows, trained_parameters=trained)
     return trainer
 
 
-def _choose(config: TrainConfig, run: RunFolder, material: _Material, tokens: int, show: bool) -> None:
+def _choose(config: TrainConfig, run: RunFolder, inputs: _Inputs, tokens: int, show: bool) -> None:
     """Trade memory for speed if there is enough memory, and report the choices."""
-    model = material.base.model
-    unpacking = decide_unpacking(model, config, material.device)
-    recomputing = decide_recomputing(model, config, material.device, tokens)
+    model = inputs.base.model
+    unpacking = decide_unpacking(model, config, inputs.device)
+    recomputing = decide_recomputing(model, config, inputs.device, tokens)
     _note(run, f"{unpacking.reason} {recomputing.reason}", show)
-    if material.device == "cpu":
+    if inputs.device == "cpu":
         use_packed_attention(model)
     else:
-        attention = use_flash_attention(model, torch.cuda.get_device_capability(material.device))
-        _note(run, f"{optimizer_for(material.device)[1]} {attention}", show)
+        attention = use_flash_attention(model, torch.cuda.get_device_capability(inputs.device))
+        _note(run, f"{optimizer_for(inputs.device)[1]} {attention}", show)
     if unpacking.on:
         unpack_linears(model)
     if recomputing.on:
@@ -240,7 +238,7 @@ def _largest(packs: Sequence[Pack], batch_size: int) -> int:
     return sum(sizes[:batch_size])
 
 
-def _metrics(run: RunFolder, trainer: QloraTrainer, material: _Material, seconds: float) -> dict[str, Any]:
+def _metrics(run: RunFolder, trainer: QloraTrainer, inputs: _Inputs, seconds: float) -> dict[str, Any]:
     losses, held_out = run.curve("step"), run.curve("eval")
     steps = sorted(losses)
     last = steps[-max(1, len(steps) // 10) :]
@@ -250,16 +248,16 @@ def _metrics(run: RunFolder, trainer: QloraTrainer, material: _Material, seconds
         "eval_loss": held_out[max(held_out)] if held_out else None,
         "steps": trainer.state.global_step,
         "epochs": round(passed, 3),
-        "rows": material.train.rows,
-        "tokens": material.train.tokens,
-        "trained_tokens": material.train.trained_tokens,
-        "truncated": material.train.truncated,
+        "rows": inputs.train.rows,
+        "tokens": inputs.train.tokens,
+        "trained_tokens": inputs.train.trained_tokens,
+        "truncated": inputs.train.truncated,
         "seconds": round(seconds, 1),
     }
 
 
 def _finish(
-    config: TrainConfig, run: RunFolder, material: _Material, trainer: QloraTrainer, metrics: dict[str, Any]
+    config: TrainConfig, run: RunFolder, inputs: _Inputs, trainer: QloraTrainer, metrics: dict[str, Any]
 ) -> Trained:
     """The last checkpoint's adapter, pruned if requested, with its model card."""
     checkpoint = run.last_checkpoint()
@@ -270,14 +268,14 @@ def _finish(
     making.mkdir()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(checkpoint / name, making / name)
-    if config.prune_rank is not None and material.held_out:
-        packs = _packs(material.held_out, config)
+    if config.prune_rank is not None and inputs.held_out:
+        packs = _packs(inputs.held_out, config)
         base = trainer.model.unload()
-        sites = sorted(material.base.layout.sites)
-        pruned = prune(making, base, packs, config, nominal_of(config, material.base.prepared.source), sites)
+        sites = sorted(inputs.base.layout.sites)
+        pruned = prune(making, base, packs, config, nominal_of(config, inputs.base.prepared.source), sites)
         run.event("pruned", **pruned.as_json(), message=pruned.summary())
         metrics = {**metrics, "pruned": pruned.as_json(), "eval_loss": pruned.loss_after}
-    write_card(making, config, material.base.prepared, material.data.sha256, metrics)
+    write_card(making, config, inputs.base.prepared, inputs.data.sha256, metrics)
     shutil.rmtree(run.adapter, ignore_errors=True)
     os.replace(making, run.adapter)
     run.event("end", message=f"The adapter is in {run.adapter}.", path=run.adapter)

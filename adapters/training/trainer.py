@@ -156,7 +156,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-class Moments(TrainerCallback):  # type: ignore[misc]
+class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]
     """Decides when to save, to evaluate and to stop."""
 
     def __init__(self, stop: Stop, every: int, evaluates: bool) -> None:

@@ -88,7 +88,7 @@ class TritonLora:
         self, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePool], segments: list[Segment]
     ) -> None:
         """The operation at several sites that share the input x; ys [tokens, out_features] by site."""
-        assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must be neighbours"
+        assert all(tensor.stride(1) == 1 for tensor in (x, *ys)), "columns must be adjacent"
         for y, pool in zip(ys, pools, strict=True):
             check_extents(y, x, pool, segments)
         if segments is not self._segments:

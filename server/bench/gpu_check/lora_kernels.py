@@ -124,7 +124,7 @@ class _Block:
     def _pool(self, device: torch.device, inputs: int, outputs: int, adapters: int) -> SitePool:
         pool = lone_pool(Site("site", inputs, outputs), adapters * _RANK, torch.bfloat16, device, _RANK)
         for slot in range(adapters):
-            pool.hold(slot)
+            pool.ensure_slot(slot)
             rows = list(range(slot * _RANK, (slot + 1) * _RANK))
             a, b = (0.01 * torch.randn(_RANK, width, device=device) for width in (inputs, outputs))
             pool.write(slot, rows, LoraWeights(a.to(torch.bfloat16), b.to(torch.bfloat16)))

@@ -14,7 +14,7 @@ from adapters.paths import folder_name
 from adapters.training import RunFolder, Stop, TrainConfig, train
 from adapters.training.dataset import read_dataset
 from adapters.training.gpu import release_memory
-from adapters.training.progress import Pace
+from adapters.training.progress import LineTimer
 from adapters.training.run import Trained
 from adapters.training.run_folder import EventKind
 from adapters.training.stop import on_signals
@@ -127,10 +127,10 @@ class Command:
 
     def _ticking(self, run: RunFolder) -> Tick:
         """A function that reports the progress of the evaluation from time to time."""
-        pace = Pace()
+        timer = LineTimer()
 
         def tick(done: int, total: int) -> None:
-            if pace.is_due():
+            if timer.is_due():
                 self._report(run, "evaluating", f"Evaluating: {done} of {total} requests are done.")
 
         return tick

@@ -75,7 +75,7 @@ class Setup:
         pool.a.fill_(torch.nan)
         pool.b.fill_(torch.nan)
         for slot, rank in enumerate(ranks):
-            pool.hold(slot)
+            pool.ensure_slot(slot)
             if rank:
                 rows = sorted(free.pop() for _ in range(rank))
                 a, b = torch.randn(rank, case.inputs), torch.randn(rank, case.outputs[site])

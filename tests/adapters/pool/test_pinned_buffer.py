@@ -19,9 +19,9 @@ def test_ranges_never_overlap_and_all_come_back(history: list[tuple[bool, int]])
     for i, (give, size) in enumerate(history):
         if give and live:
             owner = sorted(live)[size % len(live)]
-            pinned.give(owner)
+            pinned.free(owner)
             del live[owner]
-        elif (memory := pinned.take(str(i), size)) is not None:
+        elif (memory := pinned.allocate(str(i), size)) is not None:
             assert memory.nbytes == size
             memory.fill_(i)
             live[str(i)] = memory
@@ -30,21 +30,21 @@ def test_ranges_never_overlap_and_all_come_back(history: list[tuple[bool, int]])
         "somebody wrote over another's"
     )
     for owner in live:
-        pinned.give(owner)
+        pinned.free(owner)
     pinned.check_integrity()
-    assert pinned.take("everything", 16 * 256) is not None
+    assert pinned.allocate("everything", 16 * 256) is not None
 
 
 def test_what_does_not_fit_in_one_piece_is_not_given() -> None:
     pinned = _pinned(3)
     for owner in "abc":
-        pinned.take(owner, 256)
+        pinned.allocate(owner, 256)
     for owner in "ac":
-        pinned.give(owner)
-    assert pinned.take("d", 257) is None
-    pinned.give("b")
-    assert pinned.take("d", 768) is not None
-    pinned.give("nobody")
+        pinned.free(owner)
+    assert pinned.allocate("d", 257) is None
+    pinned.free("b")
+    assert pinned.allocate("d", 768) is not None
+    pinned.free("nobody")
     pinned.check_integrity()
 
 

@@ -59,13 +59,13 @@ def _insert(pool: RankPool, adapter: Adapter) -> int:
 
 def test_neighbouring_rows_are_preferred() -> None:
     rows = RowAllocator(8)
-    first = rows.take(2)
-    rows.take(1)
+    first = rows.allocate(2)
+    rows.allocate(1)
     assert first is not None
-    rows.give(first)
-    assert rows.take(3) == [3, 4, 5]
-    assert rows.take(4) == [0, 1, 6, 7]
-    assert rows.take(1) is None
+    rows.free(first)
+    assert rows.allocate(3) == [3, 4, 5]
+    assert rows.allocate(4) == [0, 1, 6, 7]
+    assert rows.allocate(1) is None
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=40))
@@ -74,8 +74,8 @@ def test_rows_never_leak(history: list[tuple[bool, int]]) -> None:
     owned: list[list[int]] = []
     for give, number in history:
         if give and owned:
-            rows.give(owned.pop(number % len(owned)))
-        elif (taken := rows.take(number)) is not None:
+            rows.free(owned.pop(number % len(owned)))
+        elif (taken := rows.allocate(number)) is not None:
             assert len(taken) == number
             owned.append(taken)
         rows.check_integrity(owned)
