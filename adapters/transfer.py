@@ -76,11 +76,11 @@ def host_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         try:
             return torch.empty(size, dtype=dtype, pin_memory=True)
         except RuntimeError as error:
-            say_pageable(str(error).partition("\n")[0])
+            warn_pageable(str(error).partition("\n")[0])
     return torch.empty(size, dtype=dtype)
 
 
 @cache
-def say_pageable(reason: str) -> None:
+def warn_pageable(reason: str) -> None:
     """Log each reason once."""
     log.warning("host memory cannot be pinned, so adapters are loaded more slowly: %s", reason)

@@ -1,6 +1,6 @@
 """A PEFT folder on disk → a validated, immutable ``Adapter`` that is identified by its content.
 
-Nothing here knows of registries, pools or models: the base is seen through ``BaseLayout`` alone.
+This package knows no registries, pools or models. It knows the base only as a ``BaseLayout``.
 Reading order: ``adapter.py`` (the data types), ``load.py`` (the whole path), then its steps ``files.py``,
 ``config.py`` (``fields.py``), ``header.py``, ``plan.py`` (``names.py``, ``targets.py``, ``replaced.py``) and
 ``assemble.py``. ``recognise.py`` says what a folder is if it is not an adapter.

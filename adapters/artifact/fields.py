@@ -65,7 +65,7 @@ def check_fields(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Warnings, as whole sentences. Raises AdapterUnsupported for the first field that cannot be served."""
     _check_kind(config.get("peft_type"))
     for key, reason in {**REFUSED, **REFUSED_ELSEWHERE}.items():
-        if _says_something(config.get(key)):
+        if _is_set(config.get(key)):
             raise AdapterUnsupported(f"{key} is set in adapter_config.json: {reason}.")
     _check_init(config.get("init_lora_weights"))
     return (*_task_warning(config.get("task_type")), *_unknown_warning(config))
@@ -109,7 +109,7 @@ def _task_warning(task: Any) -> tuple[str, ...]:
 
 def _unknown_warning(config: Mapping[str, Any]) -> tuple[str, ...]:
     known = DECIDES | LABELS | REFUSED.keys() | REFUSED_ELSEWHERE.keys()
-    unknown = sorted(key for key in config.keys() - known if _says_something(config[key]))
+    unknown = sorted(key for key in config.keys() - known if _is_set(config[key]))
     if unknown and _is_newer(config.get("peft_version")):
         raise AdapterUnsupported(
             f"{unknown[0]:.100} is set in adapter_config.json, which PEFT {config['peft_version']!s:.20} "
@@ -127,5 +127,5 @@ def _is_newer(version: Any) -> bool:
     return found is not None and (int(found[1]), int(found[2])) > KNOWN_PEFT
 
 
-def _says_something(value: Any) -> bool:
+def _is_set(value: Any) -> bool:
     return value not in (None, False, "", 0) and value != [] and value != {}

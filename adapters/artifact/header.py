@@ -66,7 +66,10 @@ class HeaderLimits:
 
 
 def header_limits(layout: BaseLayout) -> HeaderLimits:
-    """1 MiB, and six tensors for each module of the base: a pair, DoRA's vector, biases and PEFT's copies."""
+    """Room for 1 MiB of metadata, and for six tensors of each module of the base.
+
+    A module may have a pair, DoRA's vector, biases and PEFT's copies.
+    """
     tensors = _MODULE_TENSORS * (len(layout.sites) + len(layout.embedding_and_head) + len(layout.norms))
     return HeaderLimits(
         min(_MAX_HEADER_BYTES, _METADATA_BYTES + tensors * _TENSOR_BYTES),

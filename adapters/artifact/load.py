@@ -20,7 +20,7 @@ from adapters.artifact.config import MAX_CONFIG_BYTES, LoraSettings, parse_confi
 from adapters.artifact.files import CONFIG_FILE, WEIGHTS_FILE, open_file, open_folder, read_exactly, read_file
 from adapters.artifact.header import Header, TensorEntry, header_limits, read_header
 from adapters.artifact.plan import AdapterPlan, check_limits, plan_adapter
-from adapters.artifact.recognise import naming_what_it_is
+from adapters.artifact.recognise import recognise_on_error
 from adapters.base_names import same_base
 from adapters.errors import AdapterChanged, AdapterInvalid
 from adapters.sites import BaseLayout
@@ -91,7 +91,7 @@ def _read(
 ) -> _Read:
     header_limit = header_limits(layout)
     max_file = _COPIES * limits.max_bytes * _WIDEST_BYTES // dtype.itemsize + header_limit.length
-    with open_folder(folder) as descriptor, naming_what_it_is(descriptor):
+    with open_folder(folder) as descriptor, recognise_on_error(descriptor):
         settings = parse_config(read_file(descriptor, CONFIG_FILE, MAX_CONFIG_BYTES))
         with open_file(descriptor, WEIGHTS_FILE, max_file) as (stream, size):
             header = read_header(stream, size, header_limit)

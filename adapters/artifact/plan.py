@@ -161,8 +161,8 @@ def _by_module(entries: Iterable[TensorEntry], layout: BaseLayout) -> dict[str, 
         tensors[name.role] = entry
     if len(adapter_names) > 1:
         raise AdapterInvalid(
-            f"The file mixes the tensors of several adapters ({_some(sorted(adapter_names))}); save each one "
-            "in its own folder."
+            f"The file mixes the tensors of several adapters ({_first_names(sorted(adapter_names))}); save "
+            "each one in its own folder."
         )
     for module, tensors in wrapped.items():  # a copy, which PEFT ignores too
         found[module] = {**tensors, **found.get(module, {})}
@@ -190,22 +190,23 @@ def _check_same_modules(pairs: Mapping[str, object], targeted: Mapping[str, obje
     """A warning about modules without tensors. PEFT warns too, and leaves their lora_B at zero."""
     if extra := [name for name in pairs if name not in targeted]:
         raise AdapterInvalid(
-            f"{len(extra)} modules have tensors, but target_modules does not select them: {_some(extra)}."
+            f"{len(extra)} modules have tensors, but target_modules does not select them: "
+            f"{_first_names(extra)}."
         )
     missing = [name for name in targeted if name not in pairs]
     if len(missing) == len(targeted):
         raise AdapterInvalid(
-            f"None of the modules that target_modules selects has tensors: {_some(missing)}."
+            f"None of the modules that target_modules selects has tensors: {_first_names(missing)}."
         )
     if not missing:
         return ()
     return (
         f"{len(missing)} of the modules that target_modules selects have no tensors and stay as in the base: "
-        f"{_some(missing)}.",
+        f"{_first_names(missing)}.",
     )
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 

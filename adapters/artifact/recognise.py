@@ -94,9 +94,8 @@ def recognise(folder: Path) -> AdapterError | None:
 
 
 @contextmanager
-def naming_what_it_is(folder: int) -> Iterator[None]:
-    """Replaces an error raised inside by what ``recognise`` says about the opened folder, if it says
-    anything."""
+def recognise_on_error(folder: int) -> Iterator[None]:
+    """Replaces an error raised inside by what ``recognise`` finds in the opened folder, if anything."""
     try:
         yield
     except (AdapterInvalid, AdapterUnsupported, AdapterTooLarge) as error:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 
 
-_OF_THE_CODE = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
+_UNSUPPORTED_ERRORS = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
 """Errors that mean an unsupported model, not damaged files."""
 
 
@@ -101,7 +101,7 @@ def prepare_base(
 
 
 def _config_of(folder: Path) -> Any:
-    with reading(folder):
+    with convert_read_errors(folder):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -116,7 +116,7 @@ def _checkpoint(
         files = source.fetch()
         if files.is_dir() and (source.prequantized or quantization == "none"):
             return files  # it is served in place: a copy would only cost disk space
-        with _appearing(target) as partial:
+        with _atomic_folder(target) as partial:
             logger.info("Preparing %s (%s); this happens once.", source.name, quantization)
             _convert(files, quantization, head, partial, progress)
     return target
@@ -141,7 +141,7 @@ def _convert(
 def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
     # transformers' switch for progress bars does not affect its bar for GGUF files.
     bar = nullcontext() if progress else redirect_stderr(io.StringIO())
-    with reading(gguf), bar:
+    with convert_read_errors(gguf), bar:
         model = load_whole(gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True))
         tokenizer = load_tokenizer(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(target)
@@ -156,7 +156,7 @@ def _quantize(folder: Path, head: Quantization, target: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    with reading(folder):
+    with convert_read_errors(folder):
         model = load_whole(folder, quantization_config=nf4, device_map={"": device})
         if head == "nf4":
             quantize_head(model)
@@ -198,7 +198,7 @@ def load_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def convert_read_errors(path: Path) -> Iterator[None]:
     """Converts the libraries' errors about unreadable files, which have many types, to ours."""
     try:
         yield
@@ -206,7 +206,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, _OF_THE_CODE):
+        if isinstance(error, _UNSUPPORTED_ERRORS):
             raise BaseModelError(
                 f"{path}, a {_architecture(path)}, cannot be loaded: {type(error).__name__} ({reason}). "
                 "transformers or bitsandbytes do not support this architecture here; give --base another "
@@ -233,7 +233,7 @@ def _architecture(path: Path) -> str:
 
 
 @contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
+def _atomic_folder(target: Path) -> Iterator[Path]:
     """A folder that becomes ``target`` at the end, or is removed on an error. The caller holds the lock."""
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

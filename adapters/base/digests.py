@@ -15,7 +15,7 @@ _CHUNK = 1 << 22
 
 
 def sha256_of(path: Path, progress: bool = False) -> str:
-    """The file's sha256 in hex; with ``progress``, a bar on stderr while a big file is read."""
+    """The file's sha256 in hex. ``progress`` shows a bar on stderr while a large file is read."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     bar = tqdm(

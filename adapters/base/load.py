@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base.checkpoint import PreparedBase, load_tokenizer, load_whole, reading
+from adapters.base.checkpoint import PreparedBase, convert_read_errors, load_tokenizer, load_whole
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
 from adapters.base.unpack import check_quantized, unpack_odd_linears
@@ -53,7 +53,7 @@ def load_base(
         BaseModelError: a base that was already quantised has another head than requested, or transformers
             cannot load this architecture in 4 bits.
     """
-    with quiet_libraries(progress), reading(prepared.path):
+    with quiet_libraries(progress), convert_read_errors(prepared.path):
         model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
         tokenizer = load_tokenizer(prepared.path)
     _check_head(prepared, model)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from adapters.base.checkpoint import PreparedBase, load_tokenizer, reading
+from adapters.base.checkpoint import PreparedBase, convert_read_errors, load_tokenizer
 from adapters.base.load import layout_of
 from adapters.base.quiet import quiet_libraries
 from adapters.sites import BaseLayout
@@ -33,7 +33,7 @@ class BaseOutline:
 
 def outline_of(prepared: PreparedBase) -> BaseOutline:
     """Raises BaseCorrupt if it cannot be read."""
-    with quiet_libraries(progress=False), reading(prepared.path):
+    with quiet_libraries(progress=False), convert_read_errors(prepared.path):
         config = AutoConfig.from_pretrained(prepared.path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)

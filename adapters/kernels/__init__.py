@@ -71,7 +71,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
     if device.type == "cuda" and find_spec("triton") is not None:
         from adapters.kernels.triton import TritonLora
 
-        reason = _against_triton(device, dtype)
+        reason = _why_not_triton(device, dtype)
         if reason is None:
             return TritonLora(device)
         log.warning("LoRA runs without Triton, which is several times slower: %s", reason)
@@ -79,7 +79,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> LoraKernel:
 
 
 @cache
-def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with the Triton kernel on this device; None = nothing. It is tried once."""
     from adapters.kernels.trial import what_is_wrong
     from adapters.kernels.triton import TILE, TritonLora

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters.pool.free_runs import FreeRuns
-from adapters.transfer import say_pageable
+from adapters.transfer import warn_pageable
 
 _UNIT = 256
 """Alignment of ranges, in bytes."""
@@ -62,7 +62,7 @@ def pinned_buffer(nbytes: int, device: torch.device) -> PinnedBuffer | None:
         memory = torch.empty(nbytes, dtype=torch.uint8)
         _check(_cudart().cudaHostRegister(memory.data_ptr(), nbytes, _PORTABLE))
     except RuntimeError as error:
-        say_pageable(str(error).partition("\n")[0])
+        warn_pageable(str(error).partition("\n")[0])
         return None
     buffer = PinnedBuffer(memory)
     weakref.finalize(buffer, _unpin, memory).atexit = False

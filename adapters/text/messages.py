@@ -14,7 +14,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 def make_message(role: str, texts: Iterable[str], reasoning: str | None = None) -> Message:
-    """A message as chat templates take it; only an assistant's has reasoning.
+    """A message as chat templates take it. Only an assistant's message has reasoning.
 
     Args:
         role: one of ``ROLES``.

@@ -60,23 +60,23 @@ def packed_attention(
     parts = []
     for begin, end in pairwise(ends):
         q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
-        seen = _seen(end - begin, sliding_window, query.device)
+        visible = _visible(end - begin, sliding_window, query.device)
         if end - begin < _LONG and not dropout:
-            parts.append(_ShortAttention.apply(q, k, v, seen, scale))  # type: ignore[no-untyped-call]
+            parts.append(_ShortAttention.apply(q, k, v, visible, scale))  # type: ignore[no-untyped-call]
         else:
             grouped = query.shape[1] != key.shape[1]
             parts.append(
-                scaled_dot_product_attention(q, k, v, seen, dropout, scale=scale, enable_gqa=grouped)
+                scaled_dot_product_attention(q, k, v, visible, dropout, scale=scale, enable_gqa=grouped)
             )
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
 @lru_cache(maxsize=256)
-def _seen(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[length, length], True for visible positions: the latest ``window`` ones, including the token
     itself."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return seen if window is None or window >= length else seen.triu_(1 - window)
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return visible if window is None or window >= length else visible.triu_(1 - window)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -87,20 +87,20 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """q [1, heads, length, dim]; k, v [1, kv_heads, length, dim]; seen [length, length]."""
+        """q [1, heads, length, dim]; k, v [1, kv_heads, length, dim]; visible [length, length]."""
         rows = q.reshape(1, k.shape[1], -1, q.shape[3])
-        out = _weights(rows, k, seen, scale).to(v.dtype) @ v
-        ctx.save_for_backward(rows, k, v, seen)
+        out = _weights(rows, k, visible, scale).to(v.dtype) @ v
+        ctx.save_for_backward(rows, k, v, visible)
         ctx.scale = scale
         return out.view(*q.shape[:3], v.shape[3])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, k, v, seen = ctx.saved_tensors
+        rows, k, v, visible = ctx.saved_tensors
         grad_rows = grad.reshape(*rows.shape[:3], v.shape[3])
-        weights = _weights(rows, k, seen, ctx.scale)
+        weights = _weights(rows, k, visible, ctx.scale)
         of_weights = (grad_rows @ v.transpose(-1, -2)).float() * weights
         of_scores = (of_weights - weights * of_weights.sum(-1, keepdim=True)) * ctx.scale
         low = of_scores.to(k.dtype)
@@ -108,8 +108,8 @@ class _ShortAttention(torch.autograd.Function):
         return (low @ k).view(*grad.shape[:3], -1), low.transpose(-1, -2) @ rows, grad_v, None, None
 
 
-def _weights(rows: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+def _weights(rows: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, scale: float) -> torch.Tensor:
     """[1, kv_heads, group * length, length], float32."""
     scores = (rows @ k.transpose(-1, -2)).float() * scale
-    by_head = scores.view(1, k.shape[1], -1, *seen.shape).masked_fill_(~seen, -math.inf)
+    by_head = scores.view(1, k.shape[1], -1, *visible.shape).masked_fill_(~visible, -math.inf)
     return torch.softmax(by_head, -1).view(scores.shape)

@@ -13,7 +13,7 @@ from adapters.base.outline import BaseOutline, outline_of
 from adapters.text.renderer import ChatRenderer, base_renderer
 from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import encode_dataset
-from adapters.training.fit import check_questions, doubtful_rows, kinds_of_rows
+from adapters.training.fit import check_questions, one_row_per_role_order, rows_that_may_not_fit
 from adapters.training.overlap import repetitions
 from adapters.training.recipe import TrainConfig
 from adapters.training.schedule import steps_for
@@ -49,7 +49,7 @@ def _check_rows(
     data: Dataset, config: TrainConfig, renderer: ChatRenderer | None, outline: BaseOutline
 ) -> list[str]:
     longest = min(config.max_seq_len, outline.context)
-    rows = {row.line: row for row in (*kinds_of_rows(data), *doubtful_rows(data, longest))}
+    rows = {row.line: row for row in (*one_row_per_role_order(data), *rows_that_may_not_fit(data, longest))}
     doubtful = replace(data, rows=[rows[line] for line in sorted(rows)])
     cut = encode_dataset(doubtful, renderer, outline.eos, longest).truncated
     if not cut:

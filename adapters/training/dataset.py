@@ -35,12 +35,12 @@ class Row:
     Attributes:
         line: the line where it begins, from 1.
         messages: ``role`` (system, user, assistant) and ``content``; the last is the assistant's.
-        unlearnt: indices of the assistant's messages that are only context (OpenAI's ``weight`` 0).
+        context_only: indices of the assistant's messages that are only context (OpenAI's ``weight`` 0).
     """
 
     line: int
     messages: list[Message]
-    unlearnt: frozenset[int] = frozenset()
+    context_only: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class _Reading:
         if found.name != self.format.name:
             raise RowInvalid(f"is a {found.name} row, but the file began with {self.format.name}")
         conversation = read_conversation(row, found)
-        self.rows.append(Row(line, conversation.messages, conversation.unlearnt))
+        self.rows.append(Row(line, conversation.messages, conversation.context_only))
         self.unused.update(conversation.unused)
         self.reasoning += conversation.reasons
 

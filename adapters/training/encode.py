@@ -139,7 +139,7 @@ def encode_row(row: Row, renderer: ChatRenderer, eos: frozenset[int]) -> Iterato
                 yield example
             example = Example()
         example.add(turn.prompt[len(example.ids) :], False)
-        example.add(_answer(turn, eos), place not in row.unlearnt)
+        example.add(_answer(turn, eos), place not in row.context_only)
     if any(example.learnt):
         yield example
 

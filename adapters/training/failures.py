@@ -18,7 +18,7 @@ _DISK_FULL = os.strerror(errno.ENOSPC)
 
 
 @contextmanager
-def explained(run: RunFolder) -> Iterator[None]:
+def explain_failures(run: RunFolder) -> Iterator[None]:
     """Raises TrainingOutOfResources or TrainingDiverged instead of torch's and the system's errors."""
     try:
         yield

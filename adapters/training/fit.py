@@ -12,7 +12,7 @@ _BYTES_OF_TEMPLATE, _BYTES_OF_MESSAGE = 2048, 64
 """Upper bounds of what a chat template adds to a conversation, and to one message."""
 
 
-def doubtful_rows(data: Dataset, longest: int) -> Iterator[Row]:
+def rows_that_may_not_fit(data: Dataset, longest: int) -> Iterator[Row]:
     """Rows that may have more than ``longest`` tokens. Each token has at least one byte."""
     for row in data.rows:
         texts = [text for message in row.messages for text in message.values()]
@@ -21,7 +21,7 @@ def doubtful_rows(data: Dataset, longest: int) -> Iterator[Row]:
             yield row
 
 
-def kinds_of_rows(data: Dataset) -> Iterator[Row]:
+def one_row_per_role_order(data: Dataset) -> Iterator[Row]:
     """One row for each order of roles. A template that refuses one row refuses all of its order."""
     known: set[tuple[str, ...]] = set()
     for row in data.rows:
@@ -42,7 +42,7 @@ def check_questions(
     """
     sizes = {
         row.line: len(renderer.prompt(row.messages[:-1]))
-        for row in doubtful_rows(held_out, context)
+        for row in rows_that_may_not_fit(held_out, context)
         if is_asked(row.messages[-1]["content"])
     }
     problems = [

@@ -34,7 +34,7 @@ def use_flash_attention(model: Any, capability: tuple[int, int]) -> str:
     Returns:
         The choice and its reason, as a sentence.
     """
-    package, own = _against_package(model, capability), _against_torch(model, capability)
+    package, own = _why_not_package(model, capability), _why_not_torch(model, capability)
     if package is None:
         model.set_attn_implementation(PACKAGE)
         return "Attention: FlashAttention-2 (flash-attn), example by example."
@@ -82,7 +82,7 @@ def varlen_attention(
     return cast(torch.Tensor, out).unsqueeze(0), None
 
 
-def _against_package(model: Any, capability: tuple[int, int]) -> str | None:
+def _why_not_package(model: Any, capability: tuple[int, int]) -> str | None:
     """The reason why the package cannot be used; None = it can."""
     if not is_flash_attn_2_available():
         return "flash-attn is not installed"
@@ -93,10 +93,10 @@ def _against_package(model: Any, capability: tuple[int, int]) -> str | None:
     allowed = getattr(model, "_compatible_flash_implementations", None)
     if not getattr(model, "_supports_flash_attn", False) or (allowed and PACKAGE not in allowed):
         return f"transformers' {type(model).__name__} does not support FlashAttention-2"
-    return _against_kernel(model, capability, PACKAGE)
+    return _why_not_kernel(model, capability, PACKAGE)
 
 
-def _against_torch(model: Any, capability: tuple[int, int]) -> str | None:
+def _why_not_torch(model: Any, capability: tuple[int, int]) -> str | None:
     """The same for torch's kernel, which supports no softcap, no sinks and no dropout."""
     text = model.config.get_text_config()
     if "window_size" not in _VARLEN_OPTIONS:
@@ -105,10 +105,10 @@ def _against_torch(model: Any, capability: tuple[int, int]) -> str | None:
         return f"{type(model).__name__}'s attention uses features that torch's FlashAttention-2 lacks"
     if getattr(text, "v_head_dim", None) not in (None, _head_dim(text)):
         return "its keys and values have different dimensions"
-    return _against_kernel(model, capability, TORCH)
+    return _why_not_kernel(model, capability, TORCH)
 
 
-def _against_kernel(model: Any, capability: tuple[int, int], name: str) -> str | None:
+def _why_not_kernel(model: Any, capability: tuple[int, int], name: str) -> str | None:
     dim = _head_dim(model.config.get_text_config())
     if capability < _LEAST_CAPABILITY:
         has = ".".join(map(str, capability))

@@ -21,12 +21,12 @@ class Conversation:
     """One row.
 
     Attributes:
-        unlearnt: indices of the assistant's messages that are only context.
+        context_only: indices of the assistant's messages that are only context.
         unused: fields that the model does not see, with their path (``messages[].name``).
     """
 
     messages: list[Message]
-    unlearnt: frozenset[int] = frozenset()
+    context_only: frozenset[int] = frozenset()
     unused: frozenset[str] = frozenset()
 
     @property
@@ -77,7 +77,7 @@ def read_conversation(row: Mapping[str, Any], format_: Format) -> Conversation:
         raise RowInvalid(f"has {refused[0]!r}, which cannot be trained on; give rows that contain only text")
     turns = Turns(set(given(row)) - format_.required - format_.optional - set(_UNLEARNABLE))
     format_.read(row, turns)
-    conversation = Conversation(turns.messages, frozenset(turns.unlearnt), frozenset(turns.unused))
+    conversation = Conversation(turns.messages, frozenset(turns.context_only), frozenset(turns.unused))
     _check_order(conversation)
     return conversation
 
@@ -92,7 +92,7 @@ def _check_order(conversation: Conversation) -> None:
         raise RowInvalid("has an assistant message before any user message")
     if roles[-1] != "assistant":
         raise RowInvalid(f"ends with a {roles[-1]} message; the last must be the assistant's")
-    if conversation.unlearnt >= {turn for turn, role in enumerate(roles) if role == "assistant"}:
+    if conversation.context_only >= {turn for turn, role in enumerate(roles) if role == "assistant"}:
         raise RowInvalid("gives every assistant message weight 0, so there is nothing to learn from")
 
 
@@ -111,7 +111,7 @@ def _prompt_completion(row: Mapping[str, Any], turns: Turns) -> None:
         if isinstance(row[field], list):
             turns.read(row[field], field, learnt=field == "completion")
         else:
-            turns.say(role, text_of(row[field], field))
+            turns.append(role, text_of(row[field], field))
 
 
 def _alpaca(row: Mapping[str, Any], turns: Turns) -> None:
@@ -119,18 +119,18 @@ def _alpaca(row: Mapping[str, Any], turns: Turns) -> None:
     for place, pair in enumerate(list_of(row.get("history") or [], "history")):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowInvalid(f"history[{place}] must be a pair [instruction, answer]")
-        turns.say("user", text_of(pair[0], f"history[{place}][0]"))
-        turns.say("assistant", text_of(pair[1], f"history[{place}][1]"))
+        turns.append("user", text_of(pair[0], f"history[{place}][0]"))
+        turns.append("assistant", text_of(pair[1], f"history[{place}][1]"))
     question = text_of(row["instruction"], "instruction")
     if row.get("input"):
         question += "\n" + text_of(row["input"], "input")
-    turns.say("user", question)
-    turns.say("assistant", text_of(row["output"], "output"))
+    turns.append("user", question)
+    turns.append("assistant", text_of(row["output"], "output"))
 
 
 def _system(row: Mapping[str, Any], turns: Turns) -> None:
     if row.get("system"):
-        turns.say("system", text_of(row["system"], "system"))
+        turns.append("system", text_of(row["system"], "system"))
 
 
 def _has_roles(row: Mapping[str, Any]) -> bool:

@@ -31,12 +31,12 @@ def optimizer_for(device: str) -> tuple[str, str]:
     """transformers' name of the optimiser for ``device``, and the choice as a sentence."""
     if device == "cpu":
         return CPU_OPTIMIZER, "Optimiser: AdamW."
-    if (obstacle := _against_paged()) is None:
+    if (obstacle := _why_not_paged()) is None:
         return PAGED_OPTIMIZER, "Optimiser: AdamW in 8 bits, paged out of the GPU when memory is short."
     return FUSED_OPTIMIZER, f"Optimiser: AdamW in 32 bits, because {obstacle}."
 
 
-def _against_paged() -> str | None:
+def _why_not_paged() -> str | None:
     """The reason why bitsandbytes' optimiser cannot run on this GPU; None = it can."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed"

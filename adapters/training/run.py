@@ -29,7 +29,7 @@ from adapters.training.card import write_card
 from adapters.training.dataset import Dataset, read_dataset
 from adapters.training.encode import Encoded, encode_dataset
 from adapters.training.export import Nominal
-from adapters.training.failures import explained
+from adapters.training.failures import explain_failures
 from adapters.training.fit import check_questions
 from adapters.training.flash import use_flash_attention
 from adapters.training.gpu import claim_memory, optimizer_for
@@ -96,7 +96,7 @@ def train(
     """
     stop = stop or Stop()
     bars = show and sys.stderr.isatty()
-    with explained(run), quiet_libraries(bars), warnings.catch_warnings():
+    with explain_failures(run), quiet_libraries(bars), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT uses transformers' older names
         if config.threads:
             torch.set_num_threads(config.threads)

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from adapters.base.unpack import four_bit_linears
 from adapters.errors import TrainingDiverged
 from adapters.training.export import Nominal, pairs_of, write_adapter
-from adapters.training.failures import explained
+from adapters.training.failures import explain_failures
 from adapters.training.methods import restore_state, trained_state
 from adapters.training.packing import Pack, collate
 from adapters.training.progress import Progress, Throttle
@@ -35,11 +35,12 @@ _SAVE_AFTER = 120.0
 
 
 class QloraTrainer(Trainer):  # type: ignore[misc]
-    """Args:
+    """The Trainer for LoRA on a 4-bit base.
 
-    run: the folder for checkpoints and events.
-    nominal, sites: arguments of ``write_adapter``.
-    held_out: packs for the evaluation; may be empty.
+    Args:
+        run: the folder for checkpoints and events.
+        nominal, sites: arguments of ``write_adapter``.
+        held_out: packs for the evaluation; may be empty.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
-        with explained(self._run), self._run.new_checkpoint(name, self._keep) as folder:
+        with explain_failures(self._run), self._run.new_checkpoint(name, self._keep) as folder:
             self._saving_to = folder
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()

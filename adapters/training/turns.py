@@ -28,14 +28,14 @@ class Turns:
 
     Attributes:
         unused: fields that the model does not see, with their path (``messages[].name``).
-        unlearnt: indices of the assistant's messages that are only context.
+        context_only: indices of the assistant's messages that are only context.
     """
 
     unused: set[str]
     messages: list[Message] = field(default_factory=list)
-    unlearnt: set[int] = field(default_factory=set)
+    context_only: set[int] = field(default_factory=set)
 
-    def say(self, role: str, text: str) -> None:
+    def append(self, role: str, text: str) -> None:
         """Append one message."""
         self.messages.append({"role": role, "content": text})
 
@@ -54,7 +54,7 @@ class Turns:
             raise RowInvalid(f"{where}.{role_key} must be one of {', '.join(roles)}, not {role!r:.60}")
         if calls := [key for key in _CALLS if message.get(key)]:
             raise RowInvalid(f"{where} has {calls[0]}, which cannot be trained on; give messages of text")
-        self.say(roles[role], text_of(message.get(text_key), f"{where}.{text_key}"))
+        self.append(roles[role], text_of(message.get(text_key), f"{where}.{text_key}"))
         self._weigh(message.get("weight"), where, learnt)
         understood = {role_key, text_key, "weight", *_CALLS} | self._reason(message, where)
         self.unused |= {f"{anywhere}.{key}" for key in given(message) if key not in understood}
@@ -75,7 +75,7 @@ class Turns:
         if weight not in (None, 0, 1) or (weight is not None and not answers):
             raise RowInvalid(f"{where}.weight must be 0 or 1, on an assistant message")
         if answers and (weight == 0 or not learnt):
-            self.unlearnt.add(len(self.messages) - 1)
+            self.context_only.add(len(self.messages) - 1)
 
 
 def is_chat(message: Mapping[str, Any]) -> bool:

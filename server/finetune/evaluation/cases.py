@@ -73,7 +73,7 @@ def make_questions(
     asked = [
         row
         for row in rows
-        if is_short(row.messages[-1]["content"]) and len(row.messages) - 1 not in row.unlearnt
+        if is_short(row.messages[-1]["content"]) and len(row.messages) - 1 not in row.context_only
     ]
     if chat_format.renderer is None:
         raise EvaluationFailed("The base has no chat template; evaluate its instruction-tuned version.")

@@ -29,10 +29,10 @@ def test_they_are_chosen_on_a_gpu_where_triton_is_installed_and_does_right(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(kernels, "_against_triton", lambda *_: None)
+    monkeypatch.setattr(kernels, "_why_not_triton", lambda *_: None)
     assert type(choose(gpu, torch.bfloat16)).__name__ == "TritonLora"
     assert choose(cpu, torch.float32) is segmented_lora
-    monkeypatch.setattr(kernels, "_against_triton", lambda *_: "it fails: Failed to find C compiler")
+    monkeypatch.setattr(kernels, "_why_not_triton", lambda *_: "it fails: Failed to find C compiler")
     assert choose(gpu, torch.bfloat16) is segmented_lora
     assert "without Triton, which is several times slower: it fails: Failed to find C compiler" in caplog.text
     monkeypatch.setattr(kernels, "find_spec", {}.get)

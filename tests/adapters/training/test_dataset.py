@@ -204,7 +204,7 @@ def test_a_broken_array_is_refused_whole(tmp_path: Path) -> None:
 def test_weight_zero_is_context_only(tmp_path: Path) -> None:
     row = {"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]}
     (read,) = read_dataset(written(tmp_path, row)).rows
-    assert read.unlearnt == {1}
+    assert read.context_only == {1}
 
 
 def test_what_is_not_used_is_said_and_the_bytes_are_named(tmp_path: Path) -> None:
@@ -257,12 +257,12 @@ def test_messages_are_told_by_their_own_fields(
 @pytest.mark.parametrize("field", ["messages", "conversations"])
 def test_a_weight_of_zero_is_context_wherever_messages_are(tmp_path: Path, field: str) -> None:
     turns = [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]
-    assert read_dataset(written(tmp_path, {field: turns})).rows[0].unlearnt == {1}
+    assert read_dataset(written(tmp_path, {field: turns})).rows[0].context_only == {1}
 
 
 def test_what_the_assistant_says_in_a_prompt_is_context(tmp_path: Path) -> None:
     row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
-    assert read_dataset(written(tmp_path, row)).rows[0].unlearnt == {1}
+    assert read_dataset(written(tmp_path, row)).rows[0].context_only == {1}
 
 
 def test_unused_fields_are_counted_at_every_level(tmp_path: Path) -> None:

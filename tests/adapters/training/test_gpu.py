@@ -19,7 +19,7 @@ from adapters.base.unpack import four_bit_linears
 from adapters.errors import RecipeInvalid, TrainingOutOfResources
 from adapters.training import RunFolder, TrainConfig, arguments
 from adapters.training.card import _version
-from adapters.training.failures import explained
+from adapters.training.failures import explain_failures
 from adapters.training.gpu import claim_memory, free_gpu_memory, optimizer_for, release_memory
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from tests.support.tiny_models import TinyBase
@@ -194,7 +194,7 @@ def test_a_gpu_that_runs_full_ends_the_run_with_a_remedy(tmp_path: Path, error: 
     run = RunFolder(tmp_path / "run")
     with (
         pytest.raises(TrainingOutOfResources, match="GPU's memory ran out; lower --batch-size"),
-        explained(run),
+        explain_failures(run),
     ):
         raise error
     run.close()
