@@ -37,6 +37,7 @@ from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
 from server.engine.model.probe import Probe, probe, servable
+from server.engine.model.rope import settle_rope
 from server.engine.model.supported import check_config, naming
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -183,8 +184,12 @@ def _load(config: ServerConfig) -> LoadedBase:
 
 
 def _start_check(config: ServerConfig, base: LoadedBase, found: Probe, sizes: Sizes) -> StartCheck:
-    eager = config.engine.enforce_eager
-    return StartCheck(config.home, base, found, f"block size {sizes.block_size}, enforce eager {eager}")
+    longest = sizes.longest(found.shapes)
+    with naming(base.model.config, "the start"):
+        is_settled = settle_rope(base.model, longest)
+    rope = f", rotary frequencies for {longest} tokens" if is_settled else ""
+    options = f"block size {sizes.block_size}, enforce eager {config.engine.enforce_eager}{rope}"
+    return StartCheck(config.home, base, found, longest, options)
 
 
 def _rank_pool(config: AdapterConfig, base: LoadedBase, num_rows: int) -> RankPool:

@@ -37,6 +37,16 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 3},
 }
 
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [4.0 + i for i in range(8)],
+    "original_max_position_embeddings": 32,
+}
+PHI3: dict[str, Any] = {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}
+"""Fields of a Phi-3 that was trained for 32 tokens and then for longer sequences."""
+
 
 def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any) -> Path:
     """Save a random model (2 or 3 layers, 4 heads on 2 KV heads) and its tokenizer.

@@ -41,7 +41,6 @@ from server.engine.check.verdicts import Verdict, Verdicts
 from server.engine.model import StepModel
 from server.engine.model.probe import Probe
 from server.engine.model.supported import naming
-from server.engine.sizes import own_length
 from server.version import VERSION
 
 log = logging.getLogger("manylora.engine")
@@ -59,8 +58,6 @@ _SPREAD = 3.0
 So a base that magnifies rounding is not refused for it.
 """
 
-_NO_LIMIT = 1 << 30
-
 _FORMAT = "1"
 """Increase this when the check finds more. All bases are then checked again."""
 
@@ -71,12 +68,14 @@ class StartCheck:
     Args:
         home: the folder of all state.
         found: what ``probe`` returned for ``base``.
+        longest: most tokens of a sequence.
         options: what else decides which kernels run; for the verdict's facts.
     """
 
-    def __init__(self, home: Path, base: LoadedBase, found: Probe, options: str) -> None:
+    def __init__(self, home: Path, base: LoadedBase, found: Probe, longest: int, options: str) -> None:
         self._model, self._sites, self._found = base.model, base.layout.sites, found
         self._config: Any = base.model.config
+        self._longest = longest
         self._verdicts = Verdicts(home, base.prepared.digest)
         self._facts = _facts(base, options)
         self._prompts: list[tuple[int, ...]] = []
@@ -122,8 +121,7 @@ class StartCheck:
     # -- what is expected -------------------------------------------------------------------------
 
     def _expect(self, pool: RankPool) -> None:
-        longest = own_length(self._config.get_text_config()) or _NO_LIMIT
-        self._prompts = made_up_prompts(self._config, self._found.specs.values(), longest)
+        self._prompts = made_up_prompts(self._config, self._found.specs.values(), self._longest)
         own = self._found.own_attention
         with naming(self._config, "transformers' own forward pass"), attending_with(self._model, own):
             with measuring(self._model, self._sites) as gains:

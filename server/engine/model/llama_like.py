@@ -64,7 +64,7 @@ def check_llama_like(model: Any) -> Unsupported | None:
     if model.config.model_type not in MODEL_TYPES:
         return Unsupported(f"there is no fused step for {model.config.model_type}")
     if model.model.rotary_emb.rope_type not in STATIC_ROPE:
-        return Unsupported(f"rope type {model.model.rotary_emb.rope_type!r} depends on the length")
+        return Unsupported(f"the fused step does not know rope type {model.model.rotary_emb.rope_type!r}")
     activation = type(model.model.layers[0].mlp.act_fn)
     if activation not in ACTIVATIONS:
         return Unsupported(f"there is no fused {activation.__name__}")

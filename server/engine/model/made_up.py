@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapters.base.context import own_length
 from server.engine.kv_cache import BlockTable, chain_root
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk, Sequence
@@ -15,11 +16,12 @@ def made_up_prompt(config: Any, length: int, block_size: int, slot: int = -1) ->
     """A whole prompt in the first KV blocks. Use it only while no sequence owns them.
 
     Args:
-        config: the model's config; it limits the length.
+        config: the model's config; its text model limits the length.
         slot: an adapter slot. A free slot has no rank rows, so the kernels run and add nothing.
     """
-    length = min(length, config.max_position_embeddings)
-    prompt = tuple((37 * i + 11) % config.vocab_size for i in range(length))
+    text = config.get_text_config()
+    length = min(length, own_length(text) or length)
+    prompt = tuple((37 * i + 11) % text.vocab_size for i in range(length))
     sequence = Sequence("made-up", 0, prompt, None, SamplingParams(max_tokens=1), 0, 0, frozenset())
     sequence.slot = slot
     sequence.table = BlockTable(chain_root(None))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.base import LoadedBase
+from adapters.base.context import own_length
 from adapters.kernels import choose as choose_lora
 from adapters.layers.lora import attach
 from adapters.pool.rank_pool import RankPool
@@ -58,14 +59,13 @@ class TransformersModel:
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._host.handler = self.attention = None  # free the old pages before allocating new ones
-        own_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.attention = choose_attention(
             self.shapes,
             self.specs,
             block_size,
             self.device,
             self.dtype,
-            max_length=own_length or num_blocks * block_size,
+            max_length=own_length(self.model.config.get_text_config()) or num_blocks * block_size,
         )
         self.attention.allocate(self.shapes, num_blocks)
         self._sizes = num_blocks, block_size

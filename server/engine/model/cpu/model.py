@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.base.context import own_length
 from adapters.kernels.cpu import isa, library
 from adapters.kernels.cpu.structs import STACK_PARTS, Scratch, StackCall
 from adapters.pool.rank_pool import RankPool
@@ -111,7 +112,8 @@ class CpuModel:
         return self.head.size
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        positions = min(num_blocks * block_size, self._config.max_position_embeddings)
+        positions = num_blocks * block_size
+        positions = min(positions, own_length(self._config) or positions)
         self._tokens = NativeTokens(block_size)
         self._pages = NativePages(self.shapes, num_blocks * block_size)
         for layer, pages in self._pages.layers.items():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.base.context import own_length
 from adapters.kernels.triton import TritonLora
 from adapters.pool.rank_pool import RankPool
 from adapters.transfer import send
@@ -134,7 +135,8 @@ class CudaModel:
     def allocate(self, num_blocks: int, block_size: int) -> None:
         self._sizes = num_blocks, block_size
         self._unfused.allocate(num_blocks, block_size)
-        positions = min(num_blocks * block_size, self._config.max_position_embeddings)
+        positions = num_blocks * block_size
+        positions = min(positions, own_length(self._config) or positions)
         self._angles = rotary_angles(self._model, positions)
 
     def warm_up(self) -> None:

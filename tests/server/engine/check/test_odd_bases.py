@@ -9,17 +9,36 @@ from typing import Any
 import pytest
 
 from adapters.errors import AdapterUnsupported, BaseModelError
+from server.engine.model.made_up import warming_steps
 from tests.support.running_engine import Asked, Driver, build
-from tests.support.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import PHI3, make_peft_adapter, make_tiny_model
 
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 32,
+GEMMA3 = {
+    "text_config": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_index": 500,
 }
-PHI3 = {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}
+"""A config of several models, as Gemma 3 has from 4B on."""
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
     "minimax": (
@@ -43,7 +62,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "hrm_text": ("hrm_text", {}, "layer 0 attends twice"),
     "roberta": ("roberta", {"is_decoder": True}, "wrong even alone"),
     "xlm-roberta": ("xlm-roberta", {"is_decoder": True}, "wrong even alone"),
-    "phi3 with LongRoPE": ("phi3", PHI3, "in chunks"),
     "doge": ("doge", {}, "a mask of its own"),
     "granitemoehybrid": (
         "granitemoehybrid",
@@ -82,6 +100,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "gemma3 with images": ("gemma3", GEMMA3),
+    "phi3 with LongRoPE": ("phi3", PHI3),
     "gpt2": ("gpt2", {}),
 }
 
@@ -122,4 +142,12 @@ def test_an_adapter_on_a_router_is_refused_when_it_is_registered(case: str, tmp_
     driver.run(asked, Asked([9, 10]))
     assert asked.error is None
     assert asked.tokens
+    parts.close()
+
+
+def test_a_config_of_several_models_is_warmed_up(tmp_path: Path) -> None:
+    """Only a GPU warms up. The steps are those of its text model."""
+    parts = build(_model("gemma3", GEMMA3, tmp_path), tmp_path, "--quantization", "none")
+    for step in warming_steps(parts.base.model.config, 8, 16):
+        assert parts.model(step).isfinite().all()
     parts.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from adapters.base import load_base, prepare_base
 from adapters.kernels import LoraKernel, Segment
@@ -71,7 +72,7 @@ def test_attention(shapes: dict[str, tuple[int, ...]]) -> None:
     assert loaded is not None
     paged = NativePaged(loaded, 16)
     paged.allocate({0: KvShape(2, 16, 16)}, 2)
-    paged.begin([made_up_prompt(_Config, 5, 16)])
+    paged.begin([made_up_prompt(CONFIG, 5, 16)])
     right = {"q": (5, 4, 16), "k": (5, 2, 16), "v": (5, 2, 16)}
 
     def attend(shapes: dict[str, tuple[int, ...]]) -> Tensor:
@@ -83,16 +84,14 @@ def test_attention(shapes: dict[str, tuple[int, ...]]) -> None:
         attend(shapes)
 
 
-class _Config:
-    max_position_embeddings = 64
-    vocab_size = 100
+CONFIG = AutoConfig.for_model("llama", max_position_embeddings=64, vocab_size=100)
 
 
 @NATIVE
 def test_a_sequence_longer_than_its_blocks() -> None:
     loaded = library()
     assert loaded is not None
-    prompt = made_up_prompt(_Config, 20, 16)
+    prompt = made_up_prompt(CONFIG, 20, 16)
     assert prompt.sequence.table is not None
     prompt.sequence.table.blocks.pop()
     with pytest.raises(ValueError, match="20 tokens has KV blocks for 16"):

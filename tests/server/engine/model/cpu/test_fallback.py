@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fuse
 TOLERANCE = 0.1
 """Largest difference of a logit, as a share of their standard deviation; other sums round differently."""
 
-LONGER = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "head dimension": (
         "llama",
@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "multiples of 16",
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "no fused GELUActivation"),
-    "rope": ("llama", {"rope_parameters": LONGER}, "depends on the length"),
+    "rope": ("llama", {"rope_parameters": PROPORTIONAL}, "does not know rope type"),
     "gpt2": ("gpt2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512}, "no fused step for gpt2"),
     "partial rotary": (
         "phi",
