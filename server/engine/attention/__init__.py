@@ -8,9 +8,10 @@ The model's own attention modules call the function that ``install`` registers w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from adapters.errors import BaseModelError
 from server.engine.sequence import Chunk
 
+if TYPE_CHECKING:
+    from server.engine.attention.masks import MaskReader
+
 NAME = "manylora"
 """The name under which the function is registered with transformers."""
+
+OWN_MASK = "This model's attention adds a mask of its own, which is not supported."
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +95,17 @@ class AttentionBackend(Protocol):
 
 
 class AttentionHost:
-    """Receives the model's attention calls and passes them to ``handler``, which the runner sets."""
+    """Receives the model's attention calls and passes them to ``handler``, which the runner sets.
+
+    Attributes:
+        masks: reads the masks that the model passes, during its probe only. Later steps have none.
+        windows: by layer, the window that the mask was found to have.
+    """
 
     def __init__(self) -> None:
         self.handler: Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor] | None = None
+        self.masks: MaskReader | None = None
+        self.windows: dict[int, int | None] = {}
 
     def __call__(
         self,
@@ -107,16 +120,19 @@ class AttentionHost:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
-        if attention_mask is not None:  # transformers makes no causal mask for us, so this is another one
-            raise BaseModelError("This model's attention adds a mask of its own, which is not supported.")
         for name in ("s_aux", "head_mask", "position_bias"):
             if others.get(name) is not None:
                 raise BaseModelError(f"This model's attention needs {name!r}, which is not supported yet.")
         assert self.handler is not None
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if self.masks is not None:
+            self.windows[layer] = self.masks.window(attention_mask, sliding_window)
+        elif attention_mask is not None:  # transformers makes none for us
+            raise BaseModelError(OWN_MASK)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        layer = AttentionSpec(scale, sliding_window, softcap)
+        spec = AttentionSpec(scale, self.windows.get(layer, sliding_window), softcap)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return self.handler(int(module.layer_idx), q, k, v, layer).unsqueeze(0), None  # type: ignore[arg-type]
+        return self.handler(layer, q, k, v, spec).unsqueeze(0), None
 
 
 def install(model: nn.Module) -> AttentionHost:
@@ -125,26 +141,56 @@ def install(model: nn.Module) -> AttentionHost:
     Raises:
         BaseModelError: if the model does not use transformers' attention interface.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if not getattr(model, "_supports_attention_backend", False):
         raise BaseModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so it cannot be served."
         )
     host = AttentionHost()
-    name = f"{NAME}-{id(host):x}"
-    ALL_ATTENTION_FUNCTIONS.register(name, host)
-    model.set_attn_implementation(name)  # type: ignore[operator]
+    _attend_with(model, f"{NAME}-{id(host):x}", host)
     return host
+
+
+@contextmanager
+def reading_masks(model: nn.Module, host: AttentionHost, longest: int) -> Iterator[None]:
+    """While it lasts, transformers makes masks, and ``host`` reads them.
+
+    Args:
+        longest: tokens of the longest sequence.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    from server.engine.attention.masks import MaskReader
+
+    before = implementations_of(model.config)
+    name = f"{NAME}-masks-{id(host):x}"
+    host.masks = MaskReader(longest)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, host.masks)
+    _attend_with(model, name, host)
+    try:
+        yield
+    finally:
+        host.masks = None
+        model.set_attn_implementation(before)  # type: ignore[operator]
+        for registry in (ALL_MASK_ATTENTION_FUNCTIONS, _attention_functions()):
+            registry.register(name, None)
+
+
+def _attend_with(model: nn.Module, name: str, host: AttentionHost) -> None:
+    _attention_functions().register(name, host)
+    model.set_attn_implementation(name)  # type: ignore[operator]
+
+
+def _attention_functions() -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 def uninstall(model: nn.Module) -> None:
     """Unregister ``model``'s host, so that transformers does not keep its pages alive."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     for name in names_in(implementations_of(model.config)):
         if name.startswith(f"{NAME}-"):
-            ALL_ATTENTION_FUNCTIONS.register(name, None)
+            _attention_functions().register(name, None)
 
 
 def implementations_of(config: Any) -> dict[str, Any]:

@@ -14,13 +14,24 @@ import torch
 from torch import Tensor
 
 from adapters.base import LoadedBase
+from adapters.base.context import own_length
 from adapters.errors import BaseModelError
-from server.engine.attention import AttentionHost, AttentionSpec, KvShape, implementations_of, install
+from server.engine.attention import (
+    AttentionHost,
+    AttentionSpec,
+    KvShape,
+    implementations_of,
+    install,
+    reading_masks,
+)
 from server.engine.model.supported import check_config, check_layers, naming
 
 log = logging.getLogger("manylora.engine")
 
 _TOKENS = 5
+
+_LONGEST = 1 << 20
+"""Masks are read for sequences up to this length."""
 
 _PASS = "its forward pass over a step's tokens, without a cache of its own,"
 
@@ -76,7 +87,9 @@ def probe(base: LoadedBase) -> Probe:
         host = install(model)
         host.handler = attend
         tokens = torch.arange(_TOKENS, device=model.device)
-        forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
+        longest = min(own_length(config.get_text_config()) or _LONGEST, _LONGEST)
+        with reading_masks(model, host, longest):
+            forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
     check_layers(config, shapes)
     return Probe(host, shapes, specs, {name: frozenset(some) for name, some in calls.items()}, own_attention)
 

@@ -56,7 +56,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 16},
         "layers of the kind chunked_attention",
     ),
-    "phimoe with a window": ("phimoe", {"num_local_experts": 4, "sliding_window": 16}, "wrong even alone"),
     "diffllama": ("diffllama", {}, "layer 0 attends twice"),
     "zaya": ("zaya", {}, "layers of the kind hybrid"),
     "hrm_text": ("hrm_text", {}, "layer 0 attends twice"),
@@ -68,26 +67,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["mamba", "attention"], "num_local_experts": 4},
         "layers of the kind linear_attention",
     ),
-    "longcat_flash": (
-        "longcat_flash",
-        {
-            "num_layers": 2,
-            "ffn_hidden_size": 128,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "expert_ffn_hidden_size": 64,
-            "n_routed_experts": 4,
-            "zero_expert_num": 2,
-            "moe_topk": 2,
-        },
-        "forward pass",
-    ),
 }
 SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", {"num_local_experts": 4}),
+    "phimoe with a window": ("phimoe", {"num_local_experts": 4, "sliding_window": 16}),
+    "afmoe": (
+        "afmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "llama4": (
         "llama4_text",
         {"num_local_experts": 4, "head_dim": 16, "layer_types": ["full_attention", "full_attention"]},
@@ -102,6 +96,24 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3 with images": ("gemma3", GEMMA3),
     "phi3 with LongRoPE": ("phi3", PHI3),
+    "longcat_flash": (
+        "longcat_flash",
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 4,
+            "num_layers": 2,
+            "ffn_hidden_size": 128,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "expert_ffn_hidden_size": 64,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+    ),
     "gpt2": ("gpt2", {}),
 }
 
