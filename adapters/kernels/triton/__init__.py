@@ -35,11 +35,12 @@ _PROGRAMS = 1024
 
 @dataclass(frozen=True)
 class Form:
-    """A pair of kernels and its constants, for 16-bit types, four warps and 48 KB of shared memory.
+    """A pair of kernels and its constants, for 16-bit types and 48 KB of shared memory.
 
     Attributes:
         rows: rank rows of a chunk.
         most_workers: the most programs that share one tile's A.
+        warps: of a program.
         of_shrink, of_expand: further constants of each kernel.
     """
 
@@ -47,12 +48,16 @@ class Form:
     expand: Any
     rows: int
     most_workers: int
+    warps: int
     of_shrink: Mapping[str, int]
     of_expand: Mapping[str, int]
 
 
-GATHER = Form(gather_shrink, gather_expand, 16, 32, {"BLOCK_K": 256}, {"BLOCK_N": 256, "PARTS": 32})
-GROUPED = Form(grouped_shrink, grouped_expand, 32, 8, {"BLOCK_K": 64, "M": TILE}, {"BLOCK_N": 64, "M": TILE})
+# With one warp, sums over rank rows and over parts never leave its registers: no barriers.
+GATHER = Form(gather_shrink, gather_expand, 16, 32, 1, {"BLOCK_K": 128}, {"BLOCK_N": 256})
+GROUPED = Form(
+    grouped_shrink, grouped_expand, 32, 8, 4, {"BLOCK_K": 64, "M": TILE}, {"BLOCK_N": 64, "M": TILE}
+)
 
 
 class TritonLora:
@@ -108,12 +113,18 @@ def _launch(form: Form, ys: Sequence[Tensor], x: Tensor, pools: Sequence[SitePoo
     types = types_of(form, pools[0].a.dtype)
     if inputs:
         form.shrink[len(tiles), workers, len(pools)](
-            h, x, x.stride(0), *where, inputs, **types, **form.of_shrink
+            h, x, x.stride(0), *where, inputs, **types, **form.of_shrink, num_warps=form.warps
         )
     outputs = tuple(y.shape[1] for y in ys)
     form.expand[len(tiles), triton.cdiv(max(outputs), form.of_expand["BLOCK_N"]), len(pools)](
-        tuple(ys), tuple(y.stride(0) for y in ys), outputs, h, *where, **types, **form.of_expand
-    )
+        tuple(ys), tuple(y.stride(0) for y in ys), outputs, h, *where,
+        **types, **expand_constants(form, workers), num_warps=form.warps,
+    )  # fmt: skip
+
+
+def expand_constants(form: Form, workers: int) -> dict[str, int]:
+    """The constants of ``form.expand``. Gathering reads the parts of all workers at once."""
+    return {**form.of_expand, "PARTS": workers} if form is GATHER else dict(form.of_expand)
 
 
 def _workers(form: Form, tiles: int) -> int:

@@ -87,7 +87,7 @@ def gather_expand(
         outputs: by site, N.
         h, tiles, sites: as for ``gather_shrink``.
         TYPE: of B.
-        PARTS: a power of two, at least ``workers``.
+        PARTS: ``workers``, a power of two.
     """
     tile = tiles + tl.program_id(0) * 3
     number = tl.program_id(2)

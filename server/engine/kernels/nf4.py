@@ -6,8 +6,10 @@ code[nibble] * scale in float32, rounded to x's type. Sums are in float32.
 
 A program computes an N tile of W's rows with all rows of x, so each weight is decoded once. It never
 interleaves the two weights of a byte. Instead it multiplies the high nibbles with the even columns of x and
-the low nibbles with the odd columns, which are the halves of x's 32-bit words. The product is W x^T, and not
-x W^T: tensor cores need 64 rows on the left, and the left operand may stay in registers.
+the low nibbles with the odd columns. A first launch writes these columns apart, so that the loop copies both
+to shared memory asynchronously. Splitting x in the loop, through registers, takes a fifth longer for up to 32
+rows (H200, Triton 3.6). The product is W x^T, and not x W^T: tensor cores need 64 rows on the
+left, and the left operand may stay in registers.
 
 Such a product is bound by decoding and by memory: at an H100's bandwidth a multiprocessor receives 26 weights
 in each cycle and issues 128 instructions. So the code book is in the registers of a warp's lanes, and one
@@ -15,7 +17,8 @@ shuffle instruction looks up an exact float32. Its index needs no mask, because 
 lane number has five bits, and the fifth may belong to the next nibble. Triton's own lookups take two address
 computations for each weight (``tl.load``) or a barrier for each tile (``tl.gather``). Selecting bytes
 (PRMT) runs at half rate and cannot give float32. In total it is about 5 instructions for each weight on
-compute capability 9.0.
+compute capability 9.0. On an H200 it decodes 7 weights in each cycle of a multiprocessor: Triton decodes in
+the layout of the load and moves the decoded weights to the layout of the product through shared memory.
 
 If there are few N tiles, K is split, and a second launch adds up the parts in order: without atomics, with
 the same bits every time. Launches depend on shapes alone, so they may run in a CUDA graph. The first call
@@ -45,9 +48,6 @@ _MOST_PARTS = 8
 _FEWEST_TILES = 4
 """Least tiles of K in a part: a shorter loop never fills its stages."""
 
-_WARPS_PER_SM = 8
-"""K is split until there are this many; more do not fit with the registers that 64 rows need."""
-
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -57,18 +57,25 @@ class Form:
 
     Attributes:
         n: outputs of a program. x is read from the cache once for each N tile, so more rows need wider tiles.
-        stages: of the loop. At least 16 KB of weights in flight for each multiprocessor hide the memory's
-            latency. The tiles of x limit the number of stages that fit.
+        stages: of the loop. The tiles of x limit the number of stages that fit.
+        warps_per_sm: K is split until each multiprocessor has this many.
     """
 
     rows: int
     n: int
     warps: int
     stages: int
+    warps_per_sm: int
 
 
-FORMS = Form(16, 128, 4, 6), Form(32, 128, 4, 5), Form(64, 256, 8, 4), Form(MOST_ROWS, 128, 8, 3)
-"""They use at most 91 KB of shared memory; a program may use 99 KB from compute capability 8.0 on."""
+FORMS = (
+    Form(16, 128, 4, 4, 32),
+    Form(32, 64, 4, 5, 32),
+    Form(64, 128, 8, 4, 16),
+    Form(MOST_ROWS, 128, 8, 3, 16),
+)
+"""The fastest over an 8B model's four products on an H200, of 17 forms with several splits. They use at most
+75 KB of shared memory; a program may use 99 KB from compute capability 8.0 on."""
 
 
 def check_weight(inputs: int, blocksize: int, quant_type: str) -> Unsupported | None:
@@ -96,12 +103,17 @@ def product(
     rows, inputs = x.shape
     form = next(form for form in FORMS if rows <= form.rows)
     tiles = triton.cdiv(outputs, form.n)
-    parts, part_tiles = split(inputs // TILE_K, tiles * form.warps, _multiprocessors(x.device))
+    parts, part_tiles = split(
+        inputs // TILE_K, tiles * form.warps, form.warps_per_sm * _multiprocessors(x.device)
+    )
+    columns = x.new_empty(2, rows, inputs // 2)
+    words = columns[0].numel()
+    _split_columns[triton.cdiv(words, _WORDS),](columns, x.view(torch.int32), words, _WORDS, num_warps=4)
     y = x.new_empty(rows, outputs)
     sums = y if parts == 1 else x.new_empty(parts, rows, outputs, dtype=torch.float32)
     blocksize = outputs * inputs // scales.numel()
     _multiply[tiles, parts](
-        sums, x.view(torch.int32), packed, scales, code, bias if parts == 1 else None, rows, outputs, inputs,
+        sums, columns, packed, scales, code, bias if parts == 1 else None, rows, outputs, inputs,
         part_tiles, **constants(form, x.dtype, blocksize), num_warps=form.warps,
     )  # fmt: skip
     if parts > 1:
@@ -111,14 +123,15 @@ def product(
     return y
 
 
-def split(tiles: int, warps: int, multiprocessors: int) -> tuple[int, int]:
+def split(tiles: int, warps: int, wanted_warps: int) -> tuple[int, int]:
     """The number of parts that K is split into, and the number of tiles in each part.
 
     Args:
         tiles: tiles of K.
         warps: warps of all programs without a split.
+        wanted_warps: warps that keep the device busy.
     """
-    wanted = min(_WARPS_PER_SM * multiprocessors // warps, tiles // _FEWEST_TILES, _MOST_PARTS)
+    wanted = min(wanted_warps // warps, tiles // _FEWEST_TILES, _MOST_PARTS)
     part = triton.cdiv(tiles, max(wanted, 1))
     return triton.cdiv(tiles, part), part
 
@@ -172,6 +185,9 @@ ld.global.nc.f32 $0, [at];
 }""")
 """Loads the lane's entry of the code book at address $1. Triton sees a scalar, but each lane has its own."""
 
+_WORDS = 1024
+"""Words of x of a program that splits columns: eight for each thread."""
+
 _ADDED = 512
 """Outputs of a program that adds up parts: four for each thread, which reads all parts of them."""
 
@@ -193,7 +209,7 @@ def _multiply(
 
     Args:
         sums: float32 [parts, M, N], or y itself.
-        x: int32 [M, K / 2], each word an even column (low half) and the odd column after it.
+        x: [2, M, K / 2], the even columns and then the odd ones.
         part_tiles: tiles of BLOCK_K in a part.
         PTX: decode with ``decode_ptx``; else in Triton, with the same result.
     """
@@ -204,7 +220,8 @@ def _multiply(
     row = tl.minimum(n, N - 1).to(tl.int64)
     width = K // BLOCK_K * HALF  # tells the compiler that rows begin at multiples of 16 bytes
     of_w = packed + row[:, None] * width + pair[None, :]
-    of_x = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * width + pair[:, None]
+    of_even = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * width + pair[:, None]
+    of_odd = of_even + M.to(tl.int64) * width
     of_scale = scales + row * (K // BLOCKSIZE)
     lane_code = 0.0
     if PTX:
@@ -216,12 +233,11 @@ def _multiply(
     first = tl.program_id(1) * part_tiles
     for tile in tl.range(first, tl.minimum(first + part_tiles, K // BLOCK_K), num_stages=STAGES):
         weights = tl.load(of_w + tile * HALF)
-        values = tl.load(of_x + tile * HALF)
+        even = tl.load(of_even + tile * HALF)
+        odd = tl.load(of_odd + tile * HALF)
         scale = tl.load(of_scale + tile * BLOCK_K // BLOCKSIZE)[:, None]
         scale = tl.broadcast_to(scale, (BLOCK_N, HALF))
         high, low = _decode(weights, scale, codes, lane_code, TYPE, PTX)
-        even = (values & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
-        odd = (values >> 16).to(tl.int16).to(TYPE, bitcast=True)
         total = tl.dot(high.to(DOT), even.to(DOT), total, input_precision="ieee")
         total = tl.dot(low.to(DOT), odd.to(DOT), total, input_precision="ieee")
 
@@ -244,6 +260,20 @@ def _decode(weights, scale, codes, lane_code, TYPE: tl.constexpr, PTX: tl.conste
         high = (tl.load(codes + (weights >> 4)) * scale).to(TYPE)
         low = (tl.load(codes + (weights & 15)) * scale).to(TYPE)
     return high, low
+
+
+@triton.jit(do_not_specialize=["words"])
+def _split_columns(columns, x, words, BLOCK: tl.constexpr):
+    """Write x's even columns to columns[0] and its odd ones to columns[1]. Grid: (blocks of words,).
+
+    Args:
+        x: int32 [words], each an even column (low half) and the odd column after it.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + i, mask=i < words, other=0)
+    kind = columns.dtype.element_ty
+    tl.store(columns + i, (values & 0xFFFF).to(tl.int16).to(kind, bitcast=True), mask=i < words)
+    tl.store(columns + words + i, (values >> 16).to(tl.int16).to(kind, bitcast=True), mask=i < words)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])

@@ -55,11 +55,13 @@ def test_compiled_for_a_gpu_weights_are_read_in_16_bytes_and_dots_use_tensor_cor
 def compiled_kernel(capability: int, kernel: str, dtype: torch.dtype) -> Any:
     """For sizes and addresses that are multiples of 16, as a large model's are."""
     pytest.importorskip("triton")
-    from adapters.kernels.triton import GATHER, GROUPED, types_of
+    from adapters.kernels.triton import GATHER, GROUPED, expand_constants, types_of
 
     form = GATHER if kernel.startswith("gather") else GROUPED
     function, constants = (
-        (form.shrink, form.of_shrink) if kernel.endswith("shrink") else (form.expand, form.of_expand)
+        (form.shrink, form.of_shrink)
+        if kernel.endswith("shrink")
+        else (form.expand, expand_constants(form, 8))
     )
     values = f"*{'bf16' if dtype == torch.bfloat16 else 'fp16'}"
     types: dict[str, str | tuple[str, ...]] = {
@@ -67,4 +69,4 @@ def compiled_kernel(capability: int, kernel: str, dtype: torch.dtype) -> Any:
         "y_strides": ("i32",) * SITES, "outputs": ("i32",) * SITES,
     }  # fmt: skip
     free = ("tokens", "width", "workers")
-    return compile_for(capability, function, types_of(form, dtype) | dict(constants), types, free)
+    return compile_for(capability, function, types_of(form, dtype) | dict(constants), types, free, form.warps)

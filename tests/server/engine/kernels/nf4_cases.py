@@ -64,7 +64,7 @@ def test_the_parts_of_k_are_added_up(
 ) -> None:
     """13 tiles in parts of 5, 5 and 3; 33 in 8 of 5, of which 7 are enough."""
     monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 132)
-    assert nf4.split(blocks, nf4.FORMS[0].warps, 132)[0] == {8: 2, 13: 3, 33: 7}[blocks]
+    assert nf4.split(blocks, nf4.FORMS[0].warps, 132 * 8)[0] == {8: 2, 13: 3, 33: 7}[blocks]
     for with_bias in (True, False):
         check(rows, outputs, blocks, torch.float16, with_bias)
 
