@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,9 @@ import pytest
 from server.cli import _parser
 from server.config import from_args
 from server.config.options import OPTIONS
-from server.http import app, fields
+from server.http import app
 from server.http.errors import SHAPES
+from tests.api_docs import PAGE, with_tables
 from tests.support.project import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,38 +134,9 @@ def test_the_routes_are_the_apps() -> None:
     assert [row[:2] for row in rows_below("Endpoints")] == routes
 
 
-@pytest.mark.parametrize(
-    ("heading", "rules"),
-    [
-        ("Chat completions", fields.CHAT),
-        ("Completions", fields.COMPLETION),
-        ("Messages", fields.MESSAGE),
-        ("Parts of a message", fields.PART),
-        ("stream_options", fields.STREAM_OPTIONS),
-    ],
-)
-def test_the_fields_are_those_of_the_code(heading: str, rules: fields.Rules) -> None:
-    assert rows_below(heading) == field_table(rules)
-
-
-def field_table(rules: fields.Rules) -> list[list[str]]:
-    """The rows that a table of these fields has."""
-    by_kind = {
-        kind: [field for field, rule in rules.items() if rule.kind == kind]
-        for kind in ("served", "no effect", "neutral", "refused")
-    }
-    shown = {
-        "neutral": [f"`{field}` ({_values(rules[field])})" for field in by_kind["neutral"]],
-    }
-    return [
-        [kind, ", ".join(shown.get(kind, [f"`{field}`" for field in names]))]
-        for kind, names in by_kind.items()
-        if names
-    ]
-
-
-def _values(rule: fields.Rule) -> str:
-    return " or ".join(f"`{json.dumps(value)}`" for value in rule.neutral)
+def test_the_fields_are_those_of_the_code() -> None:
+    page = text_of(PAGE)
+    assert with_tables(page) == page, "run python -m tests.api_docs"
 
 
 def test_the_errors_are_those_of_the_code() -> None:

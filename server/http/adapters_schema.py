@@ -7,11 +7,13 @@ from typing import Annotated
 from pydantic import Field
 
 from server.http import fields
-from server.http.schema import Body, Name
+from server.http.body import Body, Name
 
 
 class LoadAdapter(Body):
     """``POST /v1/load_lora_adapter``."""
+
+    rules = fields.LOAD
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]

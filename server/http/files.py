@@ -17,6 +17,7 @@ from server.errors import InvalidRequest
 from server.finetune.jobs.database import StoredFile
 from server.finetune.jobs.files import TRAINING, Upload
 from server.finetune.jobs.training import Training
+from server.http import fields
 from server.http.context import training_of
 from server.http.errors import BodyTooLarge
 from server.http.json_response import JSONResponse
@@ -35,7 +36,7 @@ _LIST = {
 async def upload_file(request: Request) -> JSONResponse:
     """Write a training file to the disk while it arrives, then check each of its rows."""
     training = training_of(request)
-    form = form_of(request, frozenset({PURPOSE}))
+    form = form_of(request, fields.FILE)
     most = training.config.max_file_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:18]) > most + MAX_OTHER_BYTES:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from server.errors import InvalidRequest
 from server.finetune.jobs.store import JobRequest
 from server.http import fields
-from server.http.schema import Body, Name
+from server.http.body import Body, Name
 
 MAX_TAGS = 16
 """Most keys of a job's ``metadata``. The limit is OpenAI's."""
@@ -30,6 +30,8 @@ Value = Annotated[str, Field(max_length=512)]
 class Hyperparameters(Body):
     """OpenAI's three hyperparameters. ``"auto"`` becomes None: the training command chooses the value."""
 
+    rules = fields.HYPERPARAMETERS
+
     n_epochs: AutoOrCount = None
     batch_size: AutoOrCount = None
     learning_rate_multiplier: AutoOrFactor = None
@@ -42,11 +44,15 @@ class Hyperparameters(Body):
 class Supervised(Body):
     """OpenAI's settings for supervised fine-tuning."""
 
+    rules = fields.SUPERVISED
+
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
 class Method(Body):
     """OpenAI's ``method``. Only supervised fine-tuning is available."""
+
+    rules = fields.METHOD
 
     type: Literal["supervised"]
     supervised: Supervised = Supervised()
@@ -54,6 +60,8 @@ class Method(Body):
 
 class Recipe(Body):
     """Our fields. ``manylora train --help`` explains each of them."""
+
+    rules = fields.JOB
 
     adapter_method: Literal["lora", "rslora", "dora", "adalora"] | None = None
     r: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -75,7 +83,6 @@ class CreateJob(Recipe):
     name replaces the adapter.
     """
 
-    rules = fields.JOB
     longest: ClassVar = {"metadata": MAX_TAGS, "target_modules": 64}
 
     model: Name

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from server.errors import InvalidRequest
+from server.http.body import MAX_NAMES, MAX_VALUES
 from server.http.context import context_of
 from server.http.errors import BodyNotJson, BodyTooLarge, ClientDisconnected
-from server.http.schema import MAX_NAMES, MAX_VALUES
 
 SMALL_BODY = 64 << 10
 """Largest body, in bytes, that is parsed on the event loop. It takes a millisecond or two."""

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from server.errors import InvalidRequest
 from server.http.errors import BodyNotMultipart, ClientDisconnected
+from server.http.fields import Rules
 
 FILE: Final = "file"
 MAX_FIELD_BYTES = 1024
@@ -33,12 +34,12 @@ class Form:
         complete: whether the last boundary was read.
     """
 
-    def __init__(self, boundary: bytes, allowed: frozenset[str]) -> None:
-        """``allowed`` has the names of text fields. Any other field is refused by name."""
+    def __init__(self, boundary: bytes, rules: Rules) -> None:
+        """``rules`` has the form's fields. A field that is not served is refused by name."""
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.complete = False
-        self._allowed = allowed
+        self._rules = rules
         self._name = ""
         self._header = bytearray()
         self._value = bytearray()
@@ -97,8 +98,14 @@ class Form:
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         if self._name == FILE:
             self._begin_file(options.get(b"filename", b""))
-        elif self._name not in self._allowed:
-            message = f"{self._name[:100]!r} is not supported; leave it out."
+        else:
+            self._refuse_unless_served()
+
+    def _refuse_unless_served(self) -> None:
+        rule = self._rules.get(self._name.partition("[")[0])  # clients write nested fields as ``a[b]``
+        if rule is None or rule.kind != "served":
+            remedy = "leave it out" if rule is None else rule.remedy
+            message = f"{self._name[:100]!r} is not supported; {remedy}."
             raise InvalidRequest(message, self._name[:100], "unsupported_parameter")
 
     def _begin_file(self, filename: bytes) -> None:
@@ -123,7 +130,7 @@ class Form:
         self.complete = True
 
 
-def form_of(request: Request, allowed: frozenset[str]) -> Form:
+def form_of(request: Request, rules: Rules) -> Form:
     """An empty form for the request's body.
 
     Raises:
@@ -134,7 +141,7 @@ def form_of(request: Request, allowed: frozenset[str]) -> Form:
     if media_type != b"multipart/form-data" or not options.get(b"boundary"):
         raise BodyNotMultipart("Send a file as 'multipart/form-data', as OpenAI's clients do.")
     try:
-        return Form(options[b"boundary"], allowed)
+        return Form(options[b"boundary"], rules)
     except FormParserError as error:
         raise InvalidRequest(f"The body is not a valid multipart form: {error}.") from None
 

@@ -1,44 +1,21 @@
-"""The request bodies of chat and completions as strict models. An undeclared field is refused by name.
-
-``fields.py`` has the fields that are accepted although they are not declared here. Sizes are checked before
-contents. Checking stops at the first error, so a million wrong items cost no more than one.
-"""
+"""The request bodies of chat and completions, as strict models."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    PlainValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, FailFast, Field, PlainValidator, model_validator
 
-from adapters.text.messages import Message as Conversed
-from adapters.text.messages import make_message
 from server.engine.sampling_params import SAMPLING_RANGES, SamplingDefaults, SamplingParams
 from server.errors import InvalidRequest
 from server.http import fields
-from server.http.fields import Rules
+from server.http.body import MAX_VALUES, Body, Name
+from server.http.messages_schema import Message, few_parts
 
-MAX_CHOICES = 64
+MAX_CHOICES = 128
+"""Most answers to one request; OpenAI's limit of ``n``."""
 MAX_TOKEN_ID = (1 << 31) - 1
-MAX_ITEMS = 2048
-"""Most items of a list or an object, unless a field declares another limit. It is OpenAI's for messages."""
-MAX_PARTS = 8192
-"""Most parts in all messages together."""
 MAX_BIASES = 1024
-MAX_VALUES = 1 << 19
-"""Most values (numbers, strings, lists, …) in a whole body. Only token ids can be that many."""
-MAX_NAMES = 1 << 16
-"""Most names of fields in a whole body, at all levels together. Parts and tools need far fewer."""
-
-Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Count = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -47,70 +24,8 @@ Prompt = str | tuple[int, ...]
 UsageInStream = Literal["none", "at the end", "every chunk"]
 
 
-class Body(BaseModel):
-    """A JSON object. It may have the declared fields, and those that its ``rules`` accept.
-
-    Attributes:
-        rules: the rule of each field. A field that is neither here nor declared is refused.
-        longest: the most items of a field, if it is not ``MAX_ITEMS``.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-    rules: ClassVar[Rules] = {}
-    longest: ClassVar[dict[str, int]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_what_is_declared(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        if len(data) > MAX_ITEMS:
-            raise PydanticCustomError("too_many", f"has {len(data)} fields; at most {MAX_ITEMS} are allowed")
-        cls._prepare(data)
-        declared, kept = cls.model_fields, {}
-        for key, value in data.items():
-            if value is None:
-                continue
-            if key not in declared:
-                cls._refuse_unless_harmless(key, value)
-                continue
-            if isinstance(value, (list, dict)) and len(value) > (most := cls.longest.get(key, MAX_ITEMS)):
-                raise _too_long(key, value, most)
-            kept[key] = value
-        return kept
-
-    @classmethod
-    def _prepare(cls, data: dict[str, Any]) -> None:
-        """Change ``data`` in place before it is checked."""
-
-    @classmethod
-    def _refuse_unless_harmless(cls, key: str, value: object) -> None:
-        rule = cls.rules.get(key)
-        if rule is None or not rule.accepts(value):
-            remedy = "leave it out" if rule is None else rule.remedy
-            raise PydanticCustomError("unsupported", "{remedy}", {"field": key, "remedy": remedy})
-
-
-def _too_long(field: str, value: list[Any] | dict[str, Any], most: int) -> PydanticCustomError:
-    kind = "array" if isinstance(value, list) else "object"
-    message = (  # OpenAI's words
-        f"{kind} too long. Expected an {kind} with maximum length {most}, "
-        f"but got an {kind} with length {len(value)} instead"
-    )
-    context = {"field": field, "message": message}
-    return PydanticCustomError(f"{kind}_above_max_length", "{message}", context)
-
-
 def _one_as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _text_as_parts(value: object) -> object:
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list) or not value:
-        raise ValueError("must be a string, or a list of parts such as {'type': 'text', 'text': 'Hi'}")
-    return value
 
 
 def _biases(value: object) -> dict[int, float]:
@@ -189,7 +104,7 @@ class Generate(Body):
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] = 0
     skip_special_tokens: bool = True
-    n: Annotated[int, Field(ge=1, le=16)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -255,61 +170,12 @@ class Generate(Body):
         )
 
 
-class TextPart(Body):
-    """A text part of a message."""
-
-    rules = fields.PART
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One message of a conversation. ``content`` is always a list of parts here.
-
-    Servers return an assistant's reasoning under one of two names. Templates that use it get it from either.
-    """
-
-    rules = fields.MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_text_as_parts)]
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    @classmethod
-    def _prepare(cls, data: dict[str, Any]) -> None:
-        """Clients send an assistant's message without text as ``"content": null``."""
-        if data.get("role") == "assistant" and data.get("content", "") is None:
-            data["content"] = ""
-
-    def rendered(self) -> Conversed:
-        """The message as chat templates take it."""
-        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
-        return make_message(self.role, (part.text for part in self.content), reasoning)
-
-
-def _few_parts(messages: object) -> object:
-    """Check the number of parts and the type of each message, before any message is checked in full."""
-    if not isinstance(messages, list):
-        return messages
-    parts = 0
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"item {number} is not an object with 'role' and 'content'")
-        content = message.get("content")
-        parts += len(content) if isinstance(content, list) else 1
-    if parts > MAX_PARTS:
-        raise ValueError(f"the messages have {parts} parts together; at most {MAX_PARTS} are allowed")
-    return messages
-
-
 class ChatBody(Generate):
     """``POST /v1/chat/completions``."""
 
     rules = fields.CHAT
 
-    messages: Annotated[list[Message], FailFast(), BeforeValidator(_few_parts), Field(min_length=1)]
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(few_parts), Field(min_length=1)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

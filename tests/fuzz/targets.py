@@ -23,6 +23,7 @@ from adapters.artifact.plan import plan_adapter
 from adapters.errors import ManyloraError
 from adapters.sites import BaseLayout, Site
 from adapters.training.dataset import read_dataset
+from server.http import fields
 from server.http.multipart import body_blocks, form_of
 
 MAX_MESSAGE = 4000
@@ -95,7 +96,7 @@ async def _receive(body: bytes, size: int) -> None:
 
     headers = [(b"content-type", b"multipart/form-data; boundary=" + BOUNDARY)]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    form = form_of(request, frozenset({"purpose"}))
+    form = form_of(request, fields.FILE)
     received = sum([len(form.feed(block)) async for block in body_blocks(request)])
     form.finish()
     assert received <= len(body)

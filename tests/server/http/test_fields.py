@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion
 from starlette.testclient import TestClient
 
-from server.http import fields
-from server.http.fields import Rules
-from server.http.schema import Body, ChatBody, CompletionBody, Message, StreamOptions, TextPart
+from server.http import app, fields
+from server.http.body import Body
 from tests.support.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
-BODIES: list[tuple[type[Body], Rules]] = [
-    (ChatBody, fields.CHAT),
-    (CompletionBody, fields.COMPLETION),
-    (StreamOptions, fields.STREAM_OPTIONS),
-    (Message, fields.MESSAGE),
-    (TextPart, fields.PART),
-]
 
 
-@pytest.mark.parametrize(("body", "rules"), BODIES, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_table_and_the_models_say_the_same(body: type[Body], rules: Rules) -> None:
-    assert body.rules is rules
-    served = {field for field, rule in rules.items() if rule.kind == "served"}
-    assert served == set(body.model_fields)
+def bodies(kind: type[Body] = Body) -> Iterator[type[Body]]:
+    """Every model that reads a body or a level of one."""
+    for each in kind.__subclasses__():
+        if not each.__subclasses__():
+            yield each
+        yield from bodies(each)
+
+
+@pytest.mark.parametrize("body", list(bodies()), ids=lambda body: body.__name__)
+def test_the_table_and_the_models_say_the_same(body: type[Body]) -> None:
+    assert body.rules in fields.LEVELS.values()
+    kinds = {field: rule.kind for field, rule in body.rules.items()}
+    served = {field for field, kind in kinds.items() if kind == "served"}
+    assert served <= set(body.model_fields)
+    assert all(kinds[field] in ("served", "no effect") for field in body.model_fields)
+
+
+def test_every_level_has_a_model() -> None:
+    """The form of an upload is the one body that is no JSON."""
+    modelled = [body.rules for body in bodies()]
+    assert [name for name, rules in fields.LEVELS.items() if rules not in modelled] == ["Upload a file"]
+    assert app.CLIENT_ROUTES  # it imports every model
 
 
 @pytest.mark.parametrize(("url", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
@@ -37,11 +47,9 @@ def test_every_row_is_kept(client: TestClient, url: str, body: dict[str, Any]) -
     for field, rule in rules.items():
         if rule.kind == "served":
             continue
-        for value in (
-            *rule.neutral,
-            None,
-            *(["any", {"thing": [1]}, True] if rule.kind == "no effect" else []),
-        ):
+        checked = field in ("user", "metadata")  # their types are checked
+        anything = ["any", {"thing": [1]}, True] if rule.kind == "no effect" and not checked else []
+        for value in (*rule.neutral, None, *anything):
             response = client.post(url, json=body | {field: value})
             assert response.status_code == 200, (field, value, response.text)
         if rule.kind != "no effect":
@@ -54,9 +62,9 @@ def test_every_row_is_kept(client: TestClient, url: str, body: dict[str, Any]) -
     "asked",
     [
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
-        {"prompt_cache_key": "k", "safety_identifier": "s"},
+        {"prompt_cache_key": "k", "safety_identifier": "s", "user": "u", "metadata": {"a": "b"}},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
-        {"reasoning_effort": "none", "service_tier": "default", "store": True},
+        {"reasoning_effort": "none", "service_tier": "flex", "store": False, "verbosity": "low"},
         {"top_logprobs": 0, "logprobs": False},
     ],
     ids=lambda asked: next(iter(asked)),
@@ -73,7 +81,7 @@ def test_an_answer_goes_back_as_it_was_dumped(client: TestClient, service: FakeS
     kept = [
         {"role": "user", "content": "hi", "name": "bob"},
         dumped,
-        {"role": "assistant", "content": None, "tool_calls": [], "annotations": []},
+        {"role": "assistant", "content": None, "tool_calls": [], "annotations": [], "mood": {}, "x": ""},
         {"role": "user", "content": "again"},
     ]
     assert client.post("/v1/chat/completions", json=CHAT | {"messages": kept}).status_code == 200
@@ -86,10 +94,38 @@ def test_tool_calls_are_named_as_the_cause(client: TestClient, content: dict[str
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]} | content]
     error = client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()["error"]
     assert error["param"] == "messages.1.tool_calls"
-    assert error["message"].startswith("'messages.1.tool_calls' is not supported; this server reads no tool")
+    assert error["message"].startswith("'messages.1.tool_calls' is not supported; this server does not read")
 
 
 def test_only_an_assistant_may_have_said_nothing(client: TestClient) -> None:
     messages = [{"role": "user", "content": None}]
     error = client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()["error"]
     assert (error["param"], error["code"]) == ("messages.0.content", "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": None, "refusal": "No."},
+        {"refusal": "No."},
+        {"content": [{"type": "refusal", "refusal": "No."}]},
+        {"content": "No.", "refusal": None},
+    ],
+)
+def test_a_refusal_is_what_the_assistant_said(
+    client: TestClient, service: FakeService, answer: dict[str, Any]
+) -> None:
+    messages = [*CHAT["messages"], {"role": "assistant"} | answer, {"role": "user", "content": "Why?"}]
+    assert client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).status_code == 200
+    assert [message["content"] for message in service.conversations[-1]] == ["hi", "No.", "Why?"]
+
+
+def test_a_refusal_beside_content_is_not_lost(client: TestClient) -> None:
+    messages = [{"role": "assistant", "content": "Well.", "refusal": "No."}]
+    error = client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()["error"]
+    assert (error["param"], error["code"]) == ("messages.0.refusal", "unsupported_parameter")
+
+
+def test_as_many_answers_as_at_openai(client: TestClient) -> None:
+    answer = client.post("/v1/chat/completions", json=CHAT | {"n": 128}).json()
+    assert len(answer["choices"]) == 128

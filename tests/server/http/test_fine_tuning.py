@@ -243,6 +243,7 @@ def test_a_job_may_name_its_model_and_replace_it(openai_client: openai.OpenAI) -
         ({"require_improvement": True}, "require_improvement"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"),
         ({"method": {"type": "dpo"}}, "method.type"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta"),
         ({"method": {"type": "supervised"}, "hyperparameters": {"n_epochs": 1}}, "hyperparameters"),

@@ -23,16 +23,11 @@ from server.http import context as context_module
 from server.http import limits
 from server.http.adapters_schema import LoadAdapter
 from server.http.app import create_app
+from server.http.body import MAX_ITEMS, MAX_NAMES, MAX_VALUES
 from server.http.fine_tuning_schema import CreateJob
 from server.http.limits import SMALL_BODY, parse_body
-from server.http.schema import (
-    MAX_ITEMS,
-    MAX_NAMES,
-    MAX_PARTS,
-    MAX_VALUES,
-    ChatBody,
-    CompletionBody,
-)
+from server.http.messages_schema import MAX_PARTS
+from server.http.schema import ChatBody, CompletionBody
 from tests.server.http.live_server import live_server
 from tests.support.fake_service import FakeService
 from tests.support.waiting import wait_until

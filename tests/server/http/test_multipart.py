@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
+from server.http import fields
 from server.http.multipart import MAX_FIELD_BYTES, MAX_OTHER_BYTES, Form
 
 BOUNDARY = "frontier"
@@ -24,7 +25,7 @@ def body(*parts: bytes) -> bytes:
 
 
 def read(data: bytes, cuts: list[int] | None = None) -> tuple[Form, bytes]:
-    form, file = Form(BOUNDARY.encode(), frozenset({"purpose"})), b""
+    form, file = Form(BOUNDARY.encode(), fields.FILE), b""
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts or []), len(data)]
     for start, end in pairwise(edges):
         file += form.feed(data[start:end])
@@ -90,6 +91,12 @@ def test_what_is_around_the_file_is_bounded(parts: list[bytes]) -> None:
     data = body(*parts) if parts[-1].startswith(b"--") else body(*parts[:-1]) + parts[-1]
     with pytest.raises(InvalidRequest, match="outside its file"):
         read(data, list(range(0, len(data), 4096)))
+
+
+def test_a_field_that_is_not_served_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InvalidRequest, match="files are stored until they are deleted") as caught:
+        read(body(part('name="expires_after[anchor]"', b"created_at")), [])
+    assert caught.value.param == "expires_after[anchor]"
 
 
 def test_a_large_file_is_no_matter() -> None:

@@ -47,7 +47,7 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
     ({"n": 0}, "n"),
-    ({"n": 17}, "n"),
+    ({"n": 129}, "n"),
     ({"n": True}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
@@ -59,7 +59,9 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"functions": [{}]}, "functions"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"service_tier": "flex"}, "service_tier"),
+    ({"temprature": ""}, "temprature"),
+    ({"lora_path": "poet"}, "lora_path"),
+    ({"extra_body": {"top_k": 1}}, "extra_body"),
     ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
     ({"best_of": True}, "best_of"),
     ({"audio": {}}, "audio"),
@@ -93,6 +95,16 @@ def test_a_wrong_field_is_named(
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "sad"}]}, "messages.0.mood"),
+        ({"messages": [{"role": "user", "content": "x", "mood": False}]}, "messages.0.mood"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "text": "x"}]}]},
+            "messages.0.content.0.refusal",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "refusal": "y"}]}]},
+            "messages.0.content.0.refusal",
+        ),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -122,8 +134,8 @@ def test_a_wrong_field_of_chat_is_named(client: TestClient, fields: dict[str, An
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": ["a", [1]]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
-        ({"prompt": ["a"] * 65}, "prompt"),
-        ({"prompt": ["a"] * 5, "n": 16}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 5, "n": 26}, "n"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"messages": []}, "messages"),
@@ -149,7 +161,7 @@ def test_a_wrong_field_of_completions_is_named(
         ),
         (
             {"content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
-            "'messages.0.content.0.image_url' is not supported; conversations are text here",
+            "'messages.0.content.0.image_url' is not supported; conversations are text, so",
         ),
     ],
 )
@@ -167,10 +179,12 @@ def test_unsupported_is_said_plainly(client: TestClient) -> None:
     _, error = post(client, "/v1/chat/completions", CHAT | {"temprature": 1})
     assert error["code"] == "unsupported_parameter"
     assert error["message"] == "'temprature' is not supported; leave it out."
-    _, error = post(client, "/v1/chat/completions", CHAT | {"service_tier": "flex"})
+    _, error = post(client, "/v1/chat/completions", CHAT | {"tool_choice": "required"})
     assert error["message"] == (
-        '\'service_tier\' is not supported; leave it out, or send "auto" or "default".'
+        "'tool_choice' is not supported; this server does not call tools, so leave it out."
     )
+    _, error = post(client, "/v1/chat/completions", CHAT | {"best_of": 2})
+    assert error["message"] == "'best_of' is not supported; leave it out, or send 1."
 
 
 class TestTheContext:
