@@ -34,7 +34,7 @@ _IN_A_ROW = 32
 """Calls in a graph, since starting a graph takes longer than one of them."""
 
 Result = Callable[[BlockOps, bool], tuple[Tensor, ...]]
-"""``fresh``: on copies of what is changed in place; not when it is timed."""
+"""``fresh``: on copies of what it changes in place. Timing changes others, which may overflow."""
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -78,13 +78,14 @@ def _operations(context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype
         random(tokens, sizes.hidden),
         random(tokens, 2 * sizes.inner),
     )
+    timed_x = x.clone()
     weight, other = (random(sizes.hidden, kind=torch.float32) for _ in range(2))
     turn = _Turn(context, sizes, tokens, dtype, random)
 
     def fused_add_rms_norm(
         ops: BlockOps, fresh: bool, delta_weight: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        own = x.clone() if fresh else x
+        own = x.clone() if fresh else timed_x
         return ops.fused_add_rms_norm(own, delta, weight, _EPS, delta_weight), own
 
     return {
@@ -113,11 +114,11 @@ class _Turn:
         self._slots = slots[:tokens].to(context.device)
         shape = _BLOCKS, _BLOCK_SIZE, sizes.kv_heads, sizes.dim
         self._keys, self._values = torch.zeros(2, *shape, dtype=dtype, device=context.device)
+        self._timed = self._qkv.clone(), self._keys.clone(), self._values.clone()
 
     def __call__(self, ops: BlockOps, fresh: bool, normed: bool = False) -> tuple[Tensor, ...]:
-        qkv, keys, values = (
-            kept.clone() if fresh else kept for kept in (self._qkv, self._keys, self._values)
-        )
+        given = self._qkv, self._keys, self._values
+        qkv, keys, values = (tensor.clone() for tensor in given) if fresh else self._timed
         cos, sin = self._angles
         q_norm, k_norm = self._norms if normed else (None, None)
         step = qkv, cos, sin, self._positions, self._slots

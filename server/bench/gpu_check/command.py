@@ -12,7 +12,7 @@ from pathlib import Path
 from server.bench.errors import BenchError
 from server.bench.gpu_check import report
 from server.bench.gpu_check.rows import Result
-from server.bench.gpu_check.sections import SECTIONS
+from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.supervisor import run as run_sections
 
 _DESCRIPTION = """\
@@ -38,6 +38,13 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--budget", type=_seconds, default=540.0, metavar="SECONDS", help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--sections",
+        type=_sections,
+        default=SECTIONS,
+        metavar="NAMES",
+        help=f"run only these, separated by commas: {', '.join(section.name for section in SECTIONS)}",
+    )
     parser.set_defaults(run=run)
 
 
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(report.section_text(result), flush=True)
         _write(arguments, results, time.monotonic() - began)
 
-    run_sections(SECTIONS, arguments.budget, done, arguments.log)
+    run_sections(arguments.sections, arguments.budget, done, arguments.log)
     print(report.targets_text(results))
     if arguments.plot:
         print(_plot(results, arguments.plot))
@@ -81,6 +88,18 @@ def _plot(results: Sequence[Result], file: Path) -> str:
     found = [row for result in results if result.name == "device" for row in result.table("gpu")]
     title = str(found[0]["name"]) if found else "no GPU: a tiny model on the CPU"
     return f"plot: {file}" if draw(results, title, file) else "no plot: no decode step was measured"
+
+
+def _sections(text: str) -> tuple[Section, ...]:
+    """The named sections, in the order in which all of them run."""
+    known = {section.name for section in SECTIONS}
+    names = {name.strip() for name in text.split(",")}
+    if not names <= known:
+        unknown = ", ".join(sorted(names - known))
+        raise argparse.ArgumentTypeError(
+            f"there is no section {unknown!r}; sections: {', '.join(sorted(known))}"
+        )
+    return tuple(section for section in SECTIONS if section.name in names)
 
 
 def _seconds(text: str) -> float:

@@ -74,6 +74,7 @@ def _most_adapters(shape: str, free: float) -> int:
 
 def run(context: Context) -> Iterator[Row]:
     """By adapters and sequences, one row; mixed ranks last."""
+    context.check_time(10.0 if context.gpu else 0.0)
     plan = plan_for(context)
     base = random_base(plan.shape, plan.quantization, context.device)
     adapters = RandomAdapters(base.layout.sites, max(_MIXED))

@@ -22,6 +22,7 @@ _TOKENS = 24
 
 def run(context: Context) -> Iterator[Row]:
     """How long a load takes from either tier; then time to first token, half of the adapters being away."""
+    context.check_time(10.0 if context.gpu else 0.0)
     plan = plan_for(context)
     fitting, requests = (16, 96) if context.gpu else (3, 8)
     in_flight, prompt = (_IN_FLIGHT, _PROMPT) if context.gpu else (2, 16)

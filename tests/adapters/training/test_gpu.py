@@ -174,6 +174,7 @@ def test_activations_are_kept_only_in_memory_that_is_the_runs_own(
 
 
 def test_cuda_is_refused_where_torch_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("cpu", 0) == choose_device("auto", 1) == "cpu"
     with pytest.raises(RecipeInvalid, match="--device cpu"):
         choose_device("cuda", 0)

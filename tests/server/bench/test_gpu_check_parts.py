@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from server.bench.gpu_check import child, nf4_products, supervisor
 from server.bench.gpu_check.agreement import ALLOWED, compare
 from server.bench.gpu_check.bases import SHAPES_BY_SIZE, bytes_of, random_base
+from server.bench.gpu_check.command import _sections
 from server.bench.gpu_check.context import Context, Gpu
 from server.bench.gpu_check.decode import run as run_decode
 from server.bench.gpu_check.exactness import run as run_exactness
@@ -96,6 +98,12 @@ def test_a_process_that_never_starts_fails_each_section() -> None:
 
 def test_the_shares_are_all_of_the_time_but_for_starting() -> None:
     assert 0.9 < sum(section.share for section in SECTIONS) <= 1
+
+
+def test_sections_are_chosen_by_name_and_keep_their_order() -> None:
+    assert [section.name for section in _sections("decode, device")] == ["device", "decode"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"no section 'speed'.*lora_kernels"):
+        _sections("decode,speed")
 
 
 def answers(tokens: Sequence[int], margin: float) -> dict[str, Answer]:
