@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 from openai.types.chat import ChatCompletion
 from starlette.testclient import TestClient
 
+from server.errors import InvalidRequest
 from server.http import app, fields
 from server.http.body import Body
+from server.http.fields import Rule
+from server.http.limits import parse_body
 from tests.support.fake_service import FakeService
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -23,6 +28,12 @@ def bodies(kind: type[Body] = Body) -> Iterator[type[Body]]:
         if not each.__subclasses__():
             yield each
         yield from bodies(each)
+
+
+def accepted(rule: Rule) -> list[object]:
+    """Values that a field with this rule may have, if the model does not declare it."""
+    anything = ["any", {"thing": [1]}, True] if rule.kind == "no effect" else []
+    return [None, *rule.neutral, *anything]
 
 
 @pytest.mark.parametrize("body", list(bodies()), ids=lambda body: body.__name__)
@@ -48,14 +59,58 @@ def test_every_row_is_kept(client: TestClient, url: str, body: dict[str, Any]) -
         if rule.kind == "served":
             continue
         checked = field in ("user", "metadata")  # their types are checked
-        anything = ["any", {"thing": [1]}, True] if rule.kind == "no effect" and not checked else []
-        for value in (*rule.neutral, None, *anything):
+        for value in [None] if checked else accepted(rule):
             response = client.post(url, json=body | {field: value})
             assert response.status_code == 200, (field, value, response.text)
         if rule.kind != "no effect":
             error = client.post(url, json=body | {field: "something else"}).json()["error"]
             assert (error["param"], error["code"]) == (field, "unsupported_parameter")
             assert rule.remedy in error["message"]
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "StreamOptions": {},
+    "Message": {"role": "assistant", "content": "hi"},
+    "Part": {"type": "text", "text": "hi"},
+    "LoadAdapter": {"lora_name": "a", "lora_path": "a"},
+    "UnloadAdapter": {"lora_name": "a"},
+    "CreateJob": {"model": "tiny", "training_file": "file-1"},
+    "Method": {"type": "supervised"},
+    "Supervised": {},
+    "Hyperparameters": {},
+}
+WHOLE = ("ChatBody", "CompletionBody")
+
+
+def test_every_level_below_has_an_example() -> None:
+    assert {body.__name__ for body in bodies()} == {*EXAMPLES, *WHOLE}
+
+
+@pytest.mark.parametrize(
+    "body", [each for each in bodies() if each.__name__ not in WHOLE], ids=lambda body: body.__name__
+)
+def test_every_row_of_the_levels_below_is_kept(body: type[Body]) -> None:
+    example = EXAMPLES[body.__name__]
+    for field, rule in body.rules.items():
+        if rule.kind == "served":
+            continue
+        for value in accepted(rule):
+            parse_body(json.dumps(example | {field: value}).encode(), body)
+        if rule.kind != "no effect":
+            with pytest.raises(InvalidRequest, match=re.escape(rule.remedy)) as caught:
+                parse_body(json.dumps(example | {field: "something else"}).encode(), body)
+            assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("empty", ["", [], {}])
+def test_only_messages_and_their_parts_drop_empty_fields(empty: object) -> None:
+    for body in bodies():
+        data = json.dumps(EXAMPLES.get(body.__name__, {}) | {"mood": empty}).encode()
+        if body.__name__ in ("Message", "Part"):
+            parse_body(data, body)
+        else:
+            with pytest.raises(InvalidRequest, match="'mood' is not supported"):
+                parse_body(data, body)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +137,19 @@ def test_an_answer_goes_back_as_it_was_dumped(client: TestClient, service: FakeS
         {"role": "user", "content": "hi", "name": "bob"},
         dumped,
         {"role": "assistant", "content": None, "tool_calls": [], "annotations": [], "mood": {}, "x": ""},
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "a", "provider_specific_fields": {"refusal": None}},  # litellm's
         {"role": "user", "content": "again"},
     ]
     assert client.post("/v1/chat/completions", json=CHAT | {"messages": kept}).status_code == 200
-    assert [message["content"] for message in service.conversations[-1]] == ["hi", " a b", "", "again"]
+    assert [message["content"] for message in service.conversations[-1]] == [
+        "hi",
+        " a b",
+        "",
+        "go on",
+        "a",
+        "again",
+    ]
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}])
