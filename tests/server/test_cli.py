@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one line an error, the right exit code, an instant ``--help``."""
+"""The command line: each error is one line with the right exit code, and ``--help`` is fast."""
 
 from __future__ import annotations
 

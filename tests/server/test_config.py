@@ -1,4 +1,4 @@
-"""Options: every one is a flag and a variable, flags win, and what is wrong is named."""
+"""Each option is a flag and a variable. Flags have precedence. Errors name the option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.config.options import OPTIONS, Option
 KEY_FILE = Path(tempfile.mkdtemp()) / "keys"
 KEY_FILE.write_text("from-file\n")
 
-# For each option a text that is not its default, and the value it means.
+# For each option, a text that is not its default, and the value of the text.
 OTHER: dict[str, tuple[str, Any]] = {
     "--home": ("/srv/m", Path("/srv/m")),
     "--base": ("org/model", "org/model"),

@@ -1,4 +1,4 @@
-"""Few descriptors: fewer connections are taken, whoever is served goes on, and operators get through."""
+"""With few descriptors, fewer connections are accepted. Running requests and operators are still served."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ serve.run(from_args(["--home", sys.argv[1], "--port", "0"], {}), Engine)
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
-    """Of a server in a process that may open 96 files; its chats hang after the first token."""
+    """The port of a server that may open 96 files. Its chats hang after the first token."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     port = int(process.stdout.readline())
-    wait_until(lambda: accepts(port), 20)  # it says its port a moment before it listens
+    wait_until(lambda: accepts(port), 20)  # it prints its port before it listens
     yield port
     process.terminate()
     process.wait(20)
@@ -96,7 +96,7 @@ def accepts(port: int) -> bool:
 
 def ask(port: int, request: bytes) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-    with suppress(ConnectionError):  # it may be turned away at once
+    with suppress(ConnectionError):  # it may be refused at once
         connection.sendall(request)
     return connection
 
@@ -119,10 +119,10 @@ def test_a_process_with_few_descriptors_goes_on_serving(port: int) -> None:
     with ExitStack() as stack:
         served = stack.enter_context(ask(port, chat))
         assert served.recv(12) == b"HTTP/1.1 200"
-        for _ in range(300):  # silent ones
+        for _ in range(300):  # connections that send nothing
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
         assert get(port, "/v1/models") == 200
-        for _ in range(300):  # busy ones
+        for _ in range(300):  # connections with a request
             stack.enter_context(ask(port, chat))
         wait_until(lambda: get(port, "/health") == 200)
         wait_until(lambda: get(port, "/v1/models") == 503)
@@ -132,7 +132,7 @@ def test_a_process_with_few_descriptors_goes_on_serving(port: int) -> None:
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the other side has closed it neither with nor without a word."""
+    """Whether the other side has not closed the connection."""
     connection.setblocking(False)
     try:
         while chunk := connection.recv(1 << 16):

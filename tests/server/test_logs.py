@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, whatever is in them."""
+"""Each log line is one JSON object, for any text in it."""
 
 from __future__ import annotations
 

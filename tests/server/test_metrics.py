@@ -1,4 +1,4 @@
-"""Metrics: valid, true, and boundedly many."""
+"""Metrics: valid, correct, and limited in number."""
 
 from __future__ import annotations
 

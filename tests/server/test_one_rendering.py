@@ -1,4 +1,4 @@
-"""Training, evaluation and serving make the same tokens of the same conversation."""
+"""Training, evaluation and serving render the same conversation to the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pools of threads: bounded, apart from one another, and over when closed."""
+"""Pools of threads are limited, independent of one another, and end when they are closed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may see keys and state: nobody but the server."""
+"""Only the server can see keys and state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ serve.run(resolve(parser.parse_args(), os.environ), Engine)
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """As an earlier version left it."""
+    """The state folder as an earlier version left it."""
     home = tmp_path / "state"
     (home / "files").mkdir(parents=True)
     (home / "files" / "file-1").write_text("{}")
@@ -52,7 +52,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(home: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server with keys on its command line and in variables, and the environment of a child of it."""
+    """A server with keys on its command line and in variables, and the environment of its child."""
     words = ["--home", str(home), "--port", "0", "--api-key", "typed-one", "--api-key=typed-two"]
     environ = os.environ | {
         "MANYLORA_ADMIN_KEY": "root-key",

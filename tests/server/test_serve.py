@@ -1,4 +1,4 @@
-"""The life of the process: it listens, drains on a signal while it goes on answering, and ends."""
+"""The process listens, drains on a signal while it still answers, and ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def timeout() -> float:
 async def process(
     engine: FakeEngine, timeout: float, tmp_path: Path
 ) -> AsyncIterator[tuple[asyncio.Task[None], httpx.AsyncClient]]:
-    """The server of this process, as a task, with a client; one chat hangs in it already."""
+    """The server as a task in this process, with a client and one chat that hangs."""
     listener = serve._bind("127.0.0.1", 0)
     config = from_args(["--home", str(tmp_path), "--shutdown-timeout", str(timeout)], {})
     task = asyncio.create_task(serve.serve(engine, config, listener))

@@ -1,4 +1,4 @@
-"""Apps over the fake service, reached in process."""
+"""Clients of apps over the fake service, in this process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def service() -> FakeService:
 
 @pytest.fixture
 def make_client(service: FakeService, config: HttpConfig) -> Iterator[MakeClient]:
-    """A client of a server with some other settings; its peer address is ``host``."""
+    """Makes a client of a server with other settings. The client's address is ``host``."""
     opened: list[TestClient] = []
 
     def make(host: str = "127.0.0.1", **changes: Any) -> TestClient:

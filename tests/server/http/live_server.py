@@ -19,7 +19,7 @@ from tests.support.waiting import wait_until
 
 @contextmanager
 def live_server(service: FakeService, config: HttpConfig, **limits: Any) -> Iterator[str]:
-    """Its address. ``limits`` are fields of the limits on connections."""
+    """The server's address. ``limits`` are fields of ``ConnectionConfig``."""
     connection = bounded(replace(from_args([], {}).connections, **limits), SERVED_WHEN_FULL)
     app = create_app(service, config)
     server = uvicorn.Server(

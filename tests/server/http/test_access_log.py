@@ -1,4 +1,4 @@
-"""Request ids, and one log line a request that never holds what was said."""
+"""Request ids, and one log line for each request, without prompts and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The admin routes, in vLLM's words."""
+"""The admin routes. Their answers are vLLM's."""
 
 from __future__ import annotations
 

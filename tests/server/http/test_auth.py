@@ -1,4 +1,4 @@
-"""Who may call what, for every combination of keys and peers."""
+"""Access control, for every combination of keys and peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat completions: what the engine is asked, and what the client gets."""
+"""Chat completions: the engine's requests, and the client's answers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_stream_with_usage_ends_with_it(client: TestClient) -> None:
 
 
 def test_usage_in_every_chunk(client: TestClient) -> None:
-    """vLLM's option, which needs ``include_usage`` there too."""
+    """vLLM's option. It needs ``include_usage``, as in vLLM."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = stream(client, stream_options=options)
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Plain completions: prompts of every kind, several at once, and the older shape of log-probabilities."""
+"""Plain completions: all kinds of prompts, several prompts at once, and the older shape of logprobs."""
 
 from __future__ import annotations
 

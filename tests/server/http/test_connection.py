@@ -1,4 +1,4 @@
-"""What one connection may cost, over real sockets: bytes, time, places; all before a key is looked at."""
+"""The limits of one connection, over real sockets. They apply before any key is checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Serve = Callable[..., "Server"]
 
 
 class Server:
-    """A server with keys, to which connections are opened; none is used with a key unless it says so."""
+    """A server with keys. Connections send a key only if a test says so."""
 
     def __init__(self, address: str, stack: ExitStack) -> None:
         self.address = address
@@ -56,7 +56,7 @@ class Client:
         self.reader = connection.makefile("rb")
 
     def send(self, data: bytes) -> None:
-        """As far as the server takes it: it may close meanwhile."""
+        """Send the data until the server closes the connection."""
         with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.sendall(data)
 
@@ -65,7 +65,7 @@ class Client:
         self.connection.close()
 
     def status(self) -> int:
-        """Of the next answer; 0 when there is none and the connection is closed."""
+        """The status of the next answer; 0: the connection was closed without an answer."""
         try:
             line = self.reader.readline()
         except ConnectionResetError:
@@ -73,7 +73,7 @@ class Client:
         return int(line.split()[1]) if line else 0
 
     def answer(self) -> tuple[int, dict[str, Any]]:
-        """The next answer, whole."""
+        """The whole next answer."""
         status, length = self.status(), 0
         while (line := self.reader.readline().strip().lower()) != b"":
             if line.startswith(b"content-length:"):
@@ -81,7 +81,7 @@ class Client:
         return status, json.loads(self.reader.read(length))
 
     def is_closed(self) -> bool:
-        """Whether the server closes it, without a word, within the socket's timeout."""
+        """Whether the server closes the connection without an answer within the socket's timeout."""
         try:
             return self.reader.read(1) == b""
         except ConnectionResetError:
@@ -130,7 +130,7 @@ def test_what_is_too_large_is_refused_unseen(serve: Serve, request_: bytes, stat
     "unending", [b"5;" + b"x" * (1 << 20), b"0\r\na: " + b"b" * (1 << 20), b"0\r\n" + b"a: b\r\n" * 300]
 )
 def test_what_surrounds_a_body_is_bounded_too(serve: Serve, unending: bytes) -> None:
-    """Extensions of chunks, and trailers."""
+    """The limits include extensions of chunks, and trailers."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     client = serve(keys=()).connect(head + b"Transfer-Encoding: chunked\r\n\r\n")
     client.send(unending)
@@ -148,7 +148,7 @@ def test_what_is_not_too_large_is_served(serve: Serve) -> None:
 
 
 def test_the_parser_keeps_no_more_than_the_bound(serve: Serve) -> None:
-    """A client that goes on sending is cut off; it does not fill the memory of the server meanwhile."""
+    """The server disconnects a client that never stops sending, and its memory does not grow meanwhile."""
     client = serve().connect(GET + b"a: ")
     sent = 0
     with suppress(BrokenPipeError, ConnectionResetError):
@@ -182,7 +182,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 @pytest.mark.parametrize("keys", [(), ("k",)])
 def test_a_body_must_come_at_a_pace(serve: Serve, service: FakeService, keys: tuple[str, ...]) -> None:
-    """With keys the refusal comes first, and the rest of the body is not waited for either."""
+    """With keys, the server refuses the request first, and does not wait for the rest of the body."""
     client = serve(keys, body_timeout=SOON).connect(POST + b"Content-Length: 1000\r\n\r\n{")
     assert client.answer()[0] == (401 if keys else 408)
     client.send(b" ")
@@ -240,7 +240,7 @@ def test_an_upgrade_is_answered_and_closed(serve: Serve) -> None:
 
 
 def test_who_only_holds_connections_shuts_nobody_out(serve: Serve) -> None:
-    """Silent ones, and headers that do not end."""
+    """Connections that send nothing, and headers that do not end."""
     server = serve((), limit_concurrency=2)
     held = [server.connect(first) for first in (b"", GET) for _ in range(2 * RESERVED_CONNECTIONS)]
     for _ in range(3):
@@ -295,7 +295,7 @@ def test_the_longest_idle_gives_way() -> None:
     connection_limit.mark_busy(connections[0])
     assert connection_limit.add(FakeConnection())
     assert [connection.gone for connection in connections[:3]] == [False, True, False]
-    connection_limit.mark_idle(connections[0])  # it is now the one that has been idle for the shortest time
+    connection_limit.mark_idle(connections[0])  # it has now been idle for the shortest time
     for _ in range(RESERVED_CONNECTIONS - 1):
         assert connection_limit.add(FakeConnection())
     assert not connections[0].gone

@@ -1,4 +1,4 @@
-"""A client that goes away takes its generation with it, at once, over a real socket."""
+"""The server cancels a generation as soon as its client disconnects, over a real socket."""
 
 from __future__ import annotations
 

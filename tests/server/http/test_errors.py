@@ -1,4 +1,4 @@
-"""No error is without a row in the table."""
+"""Every error has a row in the table."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def test_a_last_slash_makes_no_difference(client: TestClient, path: str) -> None
 
 
 def test_half_of_a_surrogate_pair_can_be_told() -> None:
-    """Names on the disk and rows of files may hold one; UTF-8 has no bytes for it, JSON has an escape."""
+    """Names on the disk and rows of files may contain one. UTF-8 cannot encode it, but JSON can escape it."""
     response = error_response(InvalidRequest("Row 1 has \ud800 in it.", "file\udcff"))
     told = json.loads(bytes(response.body))["error"]
     assert (told["message"], told["param"]) == ("Row 1 has \ud800 in it.", "file\udcff")
 
 
 def test_codes_are_ours_alone() -> None:
-    """SQLAlchemy's errors have codes of their own, which mean nothing to clients."""
+    """SQLAlchemy's errors have their own codes. They mean nothing to clients."""
 
     class LibraryError(Exception):
         code, param = "e3q8", "insides"

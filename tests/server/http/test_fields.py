@@ -1,4 +1,4 @@
-"""The table of fields: what asks for nothing is accepted, and every row is kept."""
+"""The table of fields: the server does what each row says."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_table_and_the_models_say_the_same(body: type[Body]) -> None:
 
 
 def test_every_level_has_a_model() -> None:
-    """The form of an upload is the one body that is no JSON."""
+    """Only the body of an upload is a form instead of JSON."""
     modelled = [body.rules for body in bodies()]
     assert [name for name, rules in fields.LEVELS.items() if rules not in modelled] == ["Upload a file"]
     assert app.CLIENT_ROUTES  # it imports every model
@@ -129,7 +129,7 @@ def test_what_real_clients_send_is_accepted(client: TestClient, asked: dict[str,
 
 
 def test_an_answer_goes_back_as_it_was_dumped(client: TestClient, service: FakeService) -> None:
-    """Clients keep the message object, and send it with all its nulls the next time."""
+    """Clients keep the message object, and send it back with all its nulls."""
     answer = ChatCompletion.model_validate(client.post("/v1/chat/completions", json=CHAT).json())
     dumped = answer.choices[0].message.model_dump()
     assert dumped["tool_calls"] is None

@@ -1,4 +1,4 @@
-"""Whatever JSON is sent, the answer is one of the statuses that clients can act on; never a 500."""
+"""The server answers any JSON with a status that clients can act on, and never with 500."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes tell alive from ready."""
+"""The probes distinguish alive from ready."""
 
 from __future__ import annotations
 

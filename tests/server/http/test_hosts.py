@@ -1,4 +1,4 @@
-"""Without keys a browser's page may do nothing here, whatever name it goes by; with keys proxies are free."""
+"""Without keys, a web page cannot use the server under any name. With keys, Host may be any name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_another_sites_page_reaches_no_route(
 
 
 def test_another_sites_form_uploads_nothing(tmp_path: Path) -> None:
-    """A multipart form needs no preflight."""
+    """A browser sends a multipart form without a preflight request."""
     with training_server(tmp_path, FakeService()) as server:
         address = urlsplit(server.url)
         body = b"".join(
@@ -124,7 +124,7 @@ def test_what_is_no_host_is_a_bad_request(make_client: MakeClient, host: str) ->
         ("10.0.0.7", (), "localhost", True),
         ("gpubox", (), "gpubox", True),
         ("2001:db8::1", (), "2001:db8::1", True),
-        # All addresses: by any of them, and by this machine's name.
+        # A server on all addresses accepts each of them, and this machine's name.
         ("0.0.0.0", (), "192.168.1.5", True),
         ("::", (), "2001:db8::1", True),
         ("0.0.0.0", (), socket.gethostname().lower(), True),
@@ -162,7 +162,7 @@ def test_pages_of_an_allowed_host_may(make_client: MakeClient) -> None:
 
 
 def test_keys_are_protection_enough(make_client: MakeClient) -> None:
-    """A proxy that holds a key may send any Host; a page has no key."""
+    """A proxy with a key may send any Host. A web page has no key."""
     foreign = {"Host": "api.example", "Origin": "https://chat.example", "Sec-Fetch-Site": "cross-site"}
     key = {"Authorization": "Bearer k"}
     assert code(make_client, foreign | key, api_keys=("k",)) == ""
@@ -175,7 +175,7 @@ def test_an_admin_key_alone_protects_no_client_route(make_client: MakeClient) ->
 
 
 def sent(address: str, request: str) -> bytes:
-    """The first line of the answer to raw bytes."""
+    """The first line of the answer to these bytes."""
     with socket.create_connection(
         (urlsplit(address).hostname, urlsplit(address).port), timeout=5
     ) as connection:
@@ -189,13 +189,13 @@ def sent(address: str, request: str) -> bytes:
         ("GET /v1/models HTTP/1.1\r\n\r\n", 400),  # RFC 9112, 3.2: Host is required
         ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n", 400),
         ("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n", 400),
-        ("GET /v1/models HTTP/1.0\r\n\r\n", 200),  # load balancers' checks; no browser sends it
+        ("GET /v1/models HTTP/1.0\r\n\r\n", 200),  # load balancers' checks send it; browsers do not
         ("GET /v1/models HTTP/1.0\r\nHost: evil.example\r\n\r\n", 403),
-        # In absolute form the target counts, and Host does not (RFC 9112, 3.2.2).
+        # A target in absolute form replaces Host (RFC 9112, 3.2.2).
         ("GET http://evil.example/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 403),
         ("GET http://localhost:8000/v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n", 200),
         ("GET http://a@localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-        # An upgrade is not taken: it is a plain request, checked as any.
+        # The server ignores an upgrade, and checks the request as any other.
         (
             "GET /v1/models HTTP/1.1\r\nHost: evil.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
             "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",

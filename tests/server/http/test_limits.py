@@ -1,4 +1,4 @@
-"""Bodies that cost more than they say: the first error ends it, and nothing grows with how much is wrong."""
+"""Costly bodies: checking stops at the first error, and more errors cost no more."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_one_wrong_item_costs_as_much_as_many(
         tracemalloc.stop()
     assert str(caught.value.param or "").startswith(param or "")
     assert len(str(caught.value)) < 2000
-    assert peak < 30 * len(data) + 1_000_000  # the values themselves; an error for each took hundreds
+    assert peak < 30 * len(data) + 1_000_000  # the values take 30 bytes each; an error for each took hundreds
 
 
 def test_the_largest_conversation_is_served() -> None:
@@ -131,7 +131,7 @@ class TestValues:
 
     @pytest.mark.parametrize("item", ['"",', '"\\\\",', '"\\"",', '{"a":"["},', '"' + "x" * 30 + '",'])
     def test_texts_between_are_told_apart(self, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Pieces are cut anywhere: inside of texts, and beside their quotes."""
+        """Pieces may end anywhere, inside strings and next to their quotes."""
         monkeypatch.setattr(limits, "MAX_VALUES", 1000)
         monkeypatch.setattr(limits, "_PIECE", 7)
         values = item.count(",") + item.count("{")
@@ -140,7 +140,7 @@ class TestValues:
             assert limits._has_many_values(data) is many
 
     def test_unclosed_quotes_and_escapes_take_no_longer(self) -> None:
-        """Careless patterns are quadratic here: this would take minutes."""
+        """A careless regular expression is quadratic here, and would take minutes."""
         for data in (rb'"' + rb"\"" * 2_000_000, b"[]{}" * 1_000_000, b'"",' * 2_000_000, b"\\" * 8_000_000):
             with pytest.raises(InvalidRequest):
                 parse_body(data, ChatBody)
@@ -165,7 +165,7 @@ def test_large_bodies_are_parsed_off_the_event_loop(
 async def test_large_bodies_that_wait_are_bounded(
     service: FakeService, config: HttpConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clients that send and leave would otherwise fill the memory with what nobody waits for."""
+    """Otherwise clients that send and disconnect could fill the memory."""
     monkeypatch.setattr(context_module, "MAX_LARGEST_BODIES", 1)
     rendering, resume, real = asyncio.Event(), asyncio.Event(), service.render_chat
 
@@ -192,7 +192,7 @@ async def test_large_bodies_that_wait_are_bounded(
 
 
 class TestBodiesThatCome:
-    """Nobody has to wait for the end of a body for it to take memory."""
+    """A body takes memory before it is complete."""
 
     @pytest.fixture
     def address(
@@ -225,7 +225,7 @@ class TestBodiesThatCome:
 
 
 def send_most(address: str, size: int) -> socket.socket:
-    """A connection that has sent a chat of ``size`` bytes but for the last ten."""
+    """A connection that has sent a chat of ``size`` bytes, except the last ten."""
     url = urlsplit(address)
     connection = socket.create_connection((url.hostname, url.port), timeout=10)
     head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {size}"

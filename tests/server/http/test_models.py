@@ -1,4 +1,4 @@
-"""The list of models, and one of them."""
+"""The list of models, and single models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streamed form: however its bytes are cut, the same file and fields come out; what is wrong is named."""
+"""The streamed form: the split of its bytes does not change the result, and errors name the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients replace and delete what fine-tuning jobs have made; an operator's folder is never theirs."""
+"""Clients can replace and delete the results of fine-tuning jobs, but never an operator's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every refusal: its status, and that it names the field and the remedy."""
+"""Every refusal has its status, and names the field and the remedy."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_unsupported_is_said_plainly(client: TestClient) -> None:
 
 
 class TestTheContext:
-    """The words that litellm, langchain and agents look for, to shorten a conversation by themselves."""
+    """litellm, langchain and agents search for these words, and then shorten the conversation."""
 
     def test_an_answer_that_does_not_fit(self, client: TestClient) -> None:
         status, error = post(client, "/v1/completions", TEXT | {"prompt": [1] * 40, "max_tokens": 30})
@@ -320,7 +320,7 @@ class TestBodies:
         return response.status_code, response.json()["error"]["message"]
 
     def test_the_media_type_must_be_json(self, client: TestClient) -> None:
-        """A browser can send anything else across origins without asking first."""
+        """A browser sends other media types to other origins without a preflight request."""
         assert self.send(client, json.dumps(CHAT).encode(), "text/plain")[0] == 415
 
     def test_a_charset_is_no_matter(self, client: TestClient) -> None:

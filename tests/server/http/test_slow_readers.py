@@ -1,4 +1,4 @@
-"""A client that does not read its answer is let go after a while, and everything with it."""
+"""The server disconnects a client that does not read its answer, and frees all that it used."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ TEXT: dict[str, Any] = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 400
 
 @pytest.fixture
 def address(service: FakeService, config: HttpConfig) -> Iterator[str]:
-    """Of a server that gives up soon."""
+    """The address of a server with short timeouts."""
     service.base = replace(BASE, max_model_len=10_000_000)
     with live_server(service, config, write_timeout=SOON, timeout_keep_alive=1) as address:
         yield address
 
 
 def ask(address: str, path: str, body: dict[str, Any]) -> socket.socket:
-    """A connection that has asked, and whose system takes little before it is read."""
+    """A connection with a small receive buffer that has sent a request."""
     content = json.dumps(body).encode()
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -50,7 +50,7 @@ def ask(address: str, path: str, body: dict[str, Any]) -> socket.socket:
 
 
 def read(connection: socket.socket, pause: float = 0) -> bytes:
-    """All that still comes, until the connection ends or the stream does."""
+    """All data until the connection or the stream ends."""
     answer = bytearray()
     with suppress(ConnectionResetError):
         while (data := connection.recv(1 << 16)) and not answer.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
@@ -69,7 +69,7 @@ def test_a_stream_that_nobody_reads_ends(
 
 
 def test_a_whole_answer_that_nobody_reads_is_let_go(address: str, service: FakeService) -> None:
-    """It is longer than what the systems of both sides take in."""
+    """The answer is longer than the buffers of both sides."""
     with ask(address, "/v1/chat/completions", CHAT | {"max_tokens": 20_000}) as connection:
         assert connection.recv(9) == b"HTTP/1.1 "
         assert not service.running
@@ -78,7 +78,7 @@ def test_a_whole_answer_that_nobody_reads_is_let_go(address: str, service: FakeS
 
 
 def test_a_slow_reader_gets_all(address: str, service: FakeService) -> None:
-    """Slower than the answer is made, faster than what counts as not reading."""
+    """The client reads more slowly than the answer is generated, but not too slowly."""
     body = CHAT | {"max_tokens": 2000, "stream": True}
     with ask(address, "/v1/chat/completions", body) as connection:
         assert b"[DONE]" in read(connection, 0.001)[-64:]
