@@ -196,15 +196,21 @@ def uninstall(model: nn.Module) -> None:
 def implementations_of(config: Any) -> dict[str, Any]:
     """A model's attention implementations as transformers' ``set_attn_implementation`` takes them.
 
-    The implementation of ``config`` itself is at "". Each sub-config has a dict of its own, by its field.
-    They differ: the vision model of a base keeps its own implementation if it cannot have another.
+    The implementation of ``config`` itself is at "". Each sub-config has its own, by its field; one that has
+    sub-configs too has a dict. They differ: the vision model of a base keeps its own implementation if it
+    cannot have another.
     """
-    subs = {field: sub for field in config.sub_configs if (sub := getattr(config, field, None)) is not None}
-    own = {"": config._attn_implementation}
-    return own | {field: implementations_of(sub) for field, sub in subs.items()}
+    found: dict[str, Any] = {"": config._attn_implementation}
+    for field in config.sub_configs:
+        sub = getattr(config, field, None)
+        if sub is not None:
+            nested = implementations_of(sub)
+            found[field] = nested if len(nested) > 1 else nested[""]  # older transformers nest no dicts
+    return found
 
 
 def names_in(implementations: Mapping[str, Any]) -> set[str]:
     """All implementations in the result of ``implementations_of``."""
-    nested = [value for value in implementations.values() if isinstance(value, Mapping)]
-    return {implementations[""]}.union(*map(names_in, nested))
+    values = implementations.values()
+    nested = [names_in(value) for value in values if isinstance(value, Mapping)]
+    return {value for value in values if not isinstance(value, Mapping)}.union(*nested)
