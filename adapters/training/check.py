@@ -30,7 +30,10 @@ def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
     """
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
-    prepared = prepare_base(config.base, config.home, config.quantization, config.head_quantization, False)
+    check_config = serving.check_config if serving is not None else None
+    prepared = prepare_base(
+        config.base, config.home, config.quantization, config.head_quantization, False, check_config
+    )
     outline = outline_of(prepared)
     check_servable(config, outline.layout, serving)
     renderer = base_renderer(outline.tokenizer, config.allow_special_tokens)

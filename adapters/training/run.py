@@ -32,7 +32,7 @@ from adapters.training.export import Nominal
 from adapters.training.failures import explain_failures
 from adapters.training.fit import check_questions
 from adapters.training.flash import use_flash_attention
-from adapters.training.gpu import claim_memory, optimizer_for
+from adapters.training.gpu import claim_memory, optimizer_for, release_memory
 from adapters.training.methods import RankAllocation, add_adapter
 from adapters.training.overlap import repetitions
 from adapters.training.packing import Pack, collate, pack
@@ -122,7 +122,10 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     bars = show and sys.stderr.isatty()
-    prepared = prepare_base(config.base, config.home, config.quantization, config.head_quantization, bars)
+    check_config = serving.check_config if serving is not None else None
+    prepared = prepare_base(
+        config.base, config.home, config.quantization, config.head_quantization, bars, check_config
+    )
     run.check_same_run(
         {
             **config.as_json(),
@@ -144,6 +147,9 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     if held_out is not None and serving is not None and renderer is not None:
         check_questions(held_out, renderer, outline.context, serving.is_asked)
     steps_for(len(_packs(encoded[0], config)), config)
+    if run.writes and serving is not None and serving.check_base is not None:
+        serving.check_base(prepared, device, config.max_seq_len)
+        release_memory()
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
     base = load_base(prepared, device, progress=bars)

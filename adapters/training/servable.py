@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.plan import check_limits, plan_adapter
+from adapters.base import PreparedBase
 from adapters.errors import AdapterError, RecipeInvalid
 from adapters.sites import BaseLayout, Site
 from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
@@ -28,11 +30,16 @@ class Serving:
         limits: the limits of one adapter's rank and bytes.
         extra_bytes: the limit of an adapter's extras.
         is_asked: whether the evaluation asks a held-out row with that reference.
+        check_config: gets transformers' config. Raises BaseModelError if such a base cannot be served.
+        check_base: gets the base, the device and the most tokens of an example. It raises BaseModelError if
+            this base cannot be served.
     """
 
     limits: Limits
     extra_bytes: int
     is_asked: Callable[[str], bool] = lambda _: False
+    check_config: Callable[[Any], None] | None = None
+    check_base: Callable[[PreparedBase, str, int], None] | None = None
 
 
 def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:

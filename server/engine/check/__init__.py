@@ -4,6 +4,7 @@ Reading order: ``start_check.py``, then its parts: ``sample.py`` (requests and s
 transformers computes), ``low_rank.py`` (the adapter), ``deviation.py``, ``causes.py``, ``verdicts.py``.
 """
 
+from server.engine.check.alone import check_alone
 from server.engine.check.start_check import BOUND, StartCheck
 
-__all__ = ["BOUND", "StartCheck"]
+__all__ = ["BOUND", "StartCheck", "check_alone"]

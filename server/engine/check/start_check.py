@@ -193,14 +193,21 @@ def _use_no_adapter(model: StepModel) -> None:
     model(chunks_of([Part(0, 0, 1)], [Request((1,), (0,))]))
 
 
+def has_passed(home: Path, digest: str) -> bool:
+    """Whether the base passed on any device and with any options, with the present versions."""
+    return any(_versions().items() <= verdict.facts.items() for verdict in Verdicts(home, digest).all())
+
+
 def _facts(base: LoadedBase, options: str) -> dict[str, str]:
     """What decides the result of the check besides the base's content and quantisation (its digest)."""
     device = base.model.device
     kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else isa()
+    return {**_versions(), "device": f"{device.type}, {kernels}", "options": options}
+
+
+def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "bitsandbytes", "triton", "flash-attn")
-    facts = {package: _version(package) for package in packages}
-    own = {"manylora": VERSION, "check": _FORMAT, "device": f"{device.type}, {kernels}", "options": options}
-    return {**facts, **own}
+    return {**{package: _version(package) for package in packages}, "manylora": VERSION, "check": _FORMAT}
 
 
 def _version(package: str) -> str:

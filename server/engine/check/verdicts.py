@@ -47,11 +47,11 @@ class Verdicts:
 
     def find(self, facts: Mapping[str, str]) -> list[Verdict]:
         """The verdicts with exactly these facts, one for each model."""
-        return [verdict for verdict in self._read() if verdict.facts == facts]
+        return [verdict for verdict in self.all() if verdict.facts == facts]
 
     def add(self, verdict: Verdict) -> None:
         """Keep it. If the folder cannot be written, the check runs again at the next start."""
-        others = [one for one in self._read() if (one.facts, one.model) != (verdict.facts, verdict.model)]
+        others = [one for one in self.all() if (one.facts, one.model) != (verdict.facts, verdict.model)]
         rows = [
             {"facts": dict(one.facts), "model": one.model, "deviation": one.deviation}
             for one in [*others, verdict][-_KEPT:]
@@ -65,7 +65,8 @@ class Verdicts:
         except OSError as error:
             log.warning("the result of the check cannot be kept in %s (%s)", self._path, error)
 
-    def _read(self) -> list[Verdict]:
+    def all(self) -> list[Verdict]:
+        """Every verdict that is kept."""
         try:
             rows = json.loads(self._path.read_text("utf-8"))
             return [_verdict(row) for row in rows]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 
 from adapters.artifact.adapter import Limits
+from adapters.base import PreparedBase
 from adapters.base.source import name_of
 from adapters.errors import AdapterNameInvalid
 from adapters.paths import check_name
 from adapters.training import TrainConfig
 from adapters.training.servable import Serving
 from server.config import ServerConfig
+from server.engine.check import check_alone
+from server.engine.model.supported import check_config
 from server.finetune.command.options import chosen
 from server.finetune.evaluation.metrics import is_short
 
@@ -43,4 +46,14 @@ def check_adapter_name(arguments: argparse.Namespace, server: ServerConfig) -> N
 def serving_of(server: ServerConfig) -> Serving:
     """The limits of the server that will serve the adapter."""
     adapters = server.adapters
-    return Serving(Limits(adapters.max_lora_rank, adapters.max_bytes), adapters.extra_memory, is_short)
+
+    def check_base(prepared: PreparedBase, device: str, longest: int) -> None:
+        check_alone(prepared, server.home, device, longest)
+
+    return Serving(
+        Limits(adapters.max_lora_rank, adapters.max_bytes),
+        adapters.extra_memory,
+        is_short,
+        check_config,
+        check_base,
+    )
