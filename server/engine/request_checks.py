@@ -64,7 +64,12 @@ def checked_sampling(params: SamplingParams) -> SamplingParams:
         value = getattr(params, field)
         if value is not None or field not in ("seed", "logprobs"):
             _check_number(field, value, low, high)
+    if not isinstance(params.logit_bias, Mapping):
+        raise InvalidRequest(
+            f"'logit_bias' is {params.logit_bias!r:.60}; give a dict such as {{2: -5.0}}.", "logit_bias"
+        )
     for token, bias in params.logit_bias.items():
+        _check_number("logit_bias", token, 0, _MAX_INT)
         _check_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
     for field, kind, example in (("stop", str, r"('\n',)"), ("stop_token_ids", int, "(2,)")):
         values = getattr(params, field)

@@ -184,6 +184,8 @@ def test_an_unknown_adapter_is_never_the_base(llm: LLM, unknown: str) -> None:
         ("stop_token_ids", {"stop_token_ids": (512,)}),
         ("logit_bias", {"logit_bias": {9999: 1.0}}),
         ("logit_bias[5]", {"logit_bias": {5: 101}}),
+        ("logit_bias", {"logit_bias": {"5": 1.0}}),
+        ("logit_bias", {"logit_bias": [(5, 1.0)]}),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(llm: LLM, field: str, params: dict[str, Any]) -> None:
