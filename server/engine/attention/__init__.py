@@ -8,6 +8,7 @@ The model's own attention modules call the function that ``install`` registers w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 NAME = "manylora"
 """The name under which the function is registered with transformers."""
+
+MAX_LAYERS = 1 << 16
+"""Layers have lower numbers than this. A layer's second attention in a pass has this much more, and so on."""
 
 OWN_MASK = "This model's attention adds a mask of its own, which is not supported."
 
@@ -106,6 +110,11 @@ class AttentionHost:
         self.handler: Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], Tensor] | None = None
         self.masks: MaskReader | None = None
         self.windows: dict[int, int | None] = {}
+        self._calls: Counter[int] = Counter()
+
+    def begin(self) -> None:
+        """A forward pass begins."""
+        self._calls.clear()
 
     def __call__(
         self,
@@ -124,7 +133,7 @@ class AttentionHost:
             if others.get(name) is not None:
                 raise BaseModelError(f"This model's attention needs {name!r}, which is not supported yet.")
         assert self.handler is not None
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = self._number(int(module.layer_idx))  # type: ignore[arg-type]
         if self.masks is not None:
             self.windows[layer] = self.masks.window(attention_mask, sliding_window)
         elif attention_mask is not None:  # transformers makes none for us
@@ -133,6 +142,14 @@ class AttentionHost:
         spec = AttentionSpec(scale, self.windows.get(layer, sliding_window), softcap)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return self.handler(layer, q, k, v, spec).unsqueeze(0), None
+
+    def _number(self, layer: int) -> int:
+        """The number under which this call's keys and values are kept.
+
+        A layer that attends several times in a pass has other keys or values each time.
+        """
+        self._calls[layer] += 1
+        return layer + (self._calls[layer] - 1) * MAX_LAYERS
 
 
 def install(model: nn.Module) -> AttentionHost:

@@ -37,10 +37,14 @@ def check_config(config: Any) -> None:
 
 
 def check_layers(config: Any, attending: Collection[int]) -> None:
-    """Raises BaseModelError if some layers do not attend through the engine."""
+    """Raises BaseModelError if some layers do not attend through the engine.
+
+    ``attending``: the numbers of the attention calls of a pass, see ``AttentionHost``. Stacks of layers that
+    run in turn may share numbers.
+    """
     count: int = config.get_text_config().num_hidden_layers
     others = sorted(set(range(count)) - set(attending))
-    if others:
+    if others and len(attending) < count:
         raise BaseModelError(
             f"{name_of(config)} cannot be served: {len(others)} of its {count} layers (the first is layer "
             f"{others[0]}) do not attend through transformers' attention interface, and this server keeps "

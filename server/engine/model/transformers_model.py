@@ -87,6 +87,7 @@ class TransformersModel:
         assert self.attention is not None
         self.attention.begin(chunks)
         self._host.handler = self.attention
+        self._host.begin()
         tokens, positions, last = flatten(chunks)
         rows = last if rows is None else rows
         self.lora.begin(len(tokens), lora_segments(chunks), rows)

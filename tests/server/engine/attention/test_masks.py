@@ -126,8 +126,10 @@ def test_the_host_keeps_the_windows_for_later_steps_that_have_no_masks() -> None
     module = torch.nn.Module()
     module.layer_idx = 3  # type: ignore[assignment]
     q = k = v = torch.zeros(1, 2, 5, 8)
+    host.begin()
     host(module, q, k, v, attention_mask=mask)
     host.masks = None
+    host.begin()
     host(module, q, k, v, attention_mask=None)
     assert windows == [16, 16]
 

@@ -56,9 +56,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 16},
         "layers of the kind chunked_attention",
     ),
-    "diffllama": ("diffllama", {}, "layer 0 attends twice"),
     "zaya": ("zaya", {}, "layers of the kind hybrid"),
-    "hrm_text": ("hrm_text", {}, "layer 0 attends twice"),
     "roberta": ("roberta", {"is_decoder": True}, "wrong even alone"),
     "xlm-roberta": ("xlm-roberta", {"is_decoder": True}, "wrong even alone"),
     "doge": ("doge", {}, "a mask of its own"),
@@ -94,6 +92,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "diffllama": ("diffllama", {}),
+    "hrm_text": ("hrm_text", {}),
     "gemma3 with images": ("gemma3", GEMMA3),
     "phi3 with LongRoPE": ("phi3", PHI3),
     "longcat_flash": (

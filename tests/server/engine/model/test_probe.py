@@ -15,6 +15,7 @@ from adapters.base.load import layout_of
 from adapters.errors import AdapterUnsupported, BaseModelError
 from adapters.kernels import Segment
 from adapters.pool.rank_pool import RankPool
+from server.engine.attention import MAX_LAYERS
 from server.engine.build import assemble
 from server.engine.model.probe import probe, servable
 from server.engine.model.supported import check_config, check_layers
@@ -125,6 +126,7 @@ def test_attention_of_every_token_or_of_a_window_is_stepped(family: str) -> None
 def test_a_layer_that_does_not_attend_through_us_is_a_refusal() -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=3)
     check_layers(config, {0, 1, 2})
+    check_layers(config, {0, 1, MAX_LAYERS})  # two stacks of layers that share numbers
     with pytest.raises(BaseModelError, match=r"\(llama\) cannot be served: 1 of its 3 layers .* layer 1"):
         check_layers(config, {0, 2})
 
