@@ -16,6 +16,7 @@ from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, loa
 from adapters.artifact.chat_config import ChatConfig
 from adapters.artifact.regex import BudgetExceeded, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.weight_bytes import WeightBytes, count_weight_bytes, log_weight_bytes
 from adapters.base.weights import BaseWeights
 from adapters.kernels.cpu import isa
 from adapters.pool.rank_pool import RankPool
@@ -89,7 +90,7 @@ def assemble(
     """
     found = probe(base)
     base = servable(base, found)
-    weights = BaseWeights(base.model, base.layout)
+    weights, weight_bytes = BaseWeights(base.model, base.layout), count_weight_bytes(base.model)
     sizes = Sizes(config, base)
     pool = _rank_pool(config.adapters, base, sizes.pool_rows())
     step_tokens = sizes.step_tokens
@@ -112,7 +113,7 @@ def assemble(
             model.warm_up()
             check.run(model, pool, step_tokens, blocks.num_blocks, sizes.block_size)
     tokenizer = _tokenizer(base, config.model.allow_special_tokens, longest)
-    info = _info(config, base, tokenizer, longest, model.attention_name)
+    info = _info(config, base, tokenizer, longest, model.attention_name, weight_bytes)
     registry, residency = _adapters(
         config.adapters, base, weights, pool, frozenset(info.served_names), tokenizer.chat_formats, load
     )
@@ -122,6 +123,7 @@ def assemble(
     watcher = Watcher(registry)
     watcher.scan_once(progress=True)
     _log_sizes(model, info, blocks, pool, registry)
+    log_weight_bytes(weight_bytes, info.quantization)
     return Parts(base, info, model, engine, registry, residency, watcher, tokenizer)
 
 
@@ -146,7 +148,12 @@ def build_service(config: ServerConfig) -> EngineService:
 
 
 def _info(
-    config: ServerConfig, base: LoadedBase, tokenizer: Tokenizer, max_model_len: int, attention: str
+    config: ServerConfig,
+    base: LoadedBase,
+    tokenizer: Tokenizer,
+    max_model_len: int,
+    attention: str,
+    weight_bytes: WeightBytes,
 ) -> ModelInfo:
     prepared = base.prepared
     names = config.model.served_names or (prepared.name,)
@@ -161,6 +168,11 @@ def _info(
         prepared.head_quantization,
         takes_reasoning=tokenizer.renderer is not None and tokenizer.renderer.template.takes_reasoning,
         defaults=sampling_defaults(config.model.generation_config, base),
+        weight_bytes={
+            "nf4": weight_bytes.four_bit,
+            "bf16": weight_bytes.dense,
+            "bf16_experts": weight_bytes.dense_experts,
+        },
     )
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -154,6 +154,8 @@ class ModelInfo:
         attention: the name of the attention backend.
         takes_reasoning: whether its chat template renders an assistant's reasoning.
         defaults: sampling defaults for requests that leave fields out.
+        weight_bytes: bytes of the weights, by how they are stored: ``nf4`` (with scales), ``bf16``, and
+            ``bf16_experts``, which is a part of ``bf16``.
     """
 
     name: str
@@ -166,6 +168,7 @@ class ModelInfo:
     head_quantization: str = "none"
     takes_reasoning: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    weight_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Service(Protocol):

@@ -29,8 +29,11 @@ async def ready(request: Request) -> JSONResponse:
 
 
 async def version(request: Request) -> JSONResponse:
-    """The version of manylora, and the attention backend in use."""
-    return JSONResponse({"version": VERSION, "attention": context_of(request).service.base.attention})
+    """The version of manylora, the attention backend in use, and how the base's weights are stored."""
+    base = context_of(request).service.base
+    return JSONResponse(
+        {"version": VERSION, "attention": base.attention, "weight_bytes": dict(base.weight_bytes)}
+    )
 
 
 async def metrics(request: Request) -> Response:

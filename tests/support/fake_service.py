@@ -27,7 +27,16 @@ def token(number: int, top: int | None = None) -> TokenLogprob:
     return TokenLogprob(number, text, text.encode(), math.log(1 / (number + 2)), likely)
 
 
-BASE = ModelInfo("tiny", (), "sha256:base", "nf4", max_model_len=64, created=1000.0, attention="fake")
+BASE = ModelInfo(
+    "tiny",
+    (),
+    "sha256:base",
+    "nf4",
+    max_model_len=64,
+    created=1000.0,
+    attention="fake",
+    weight_bytes={"nf4": 900, "bf16": 300, "bf16_experts": 0},
+)
 
 
 @dataclass(eq=False)

@@ -28,5 +28,6 @@ def test_dead_says_why(client: TestClient, service: FakeService) -> None:
 
 def test_version(client: TestClient) -> None:
     version = client.get("/version").json()
-    assert set(version) == {"version", "attention"}
+    assert set(version) == {"version", "attention", "weight_bytes"}
     assert version["attention"] == "fake"
+    assert version["weight_bytes"] == {"nf4": 900, "bf16": 300, "bf16_experts": 0}
