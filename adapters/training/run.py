@@ -33,6 +33,7 @@ from adapters.training.failures import explain_failures
 from adapters.training.fit import check_questions
 from adapters.training.flash import use_flash_attention
 from adapters.training.gpu import claim_memory, optimizer_for, release_memory
+from adapters.training.isolation import keep_rows_separate
 from adapters.training.methods import RankAllocation, add_adapter
 from adapters.training.overlap import repetitions
 from adapters.training.packing import Pack, collate, pack
@@ -101,6 +102,7 @@ def train(
         if config.threads:
             torch.set_num_threads(config.threads)
         inputs = _read(config, run, show, serving)
+        config = _choose_attention(config, run, inputs, show)
         trainer = _trainer(config, run, inputs, stop, show)
         begin = time.monotonic()
         with stop.graceful():
@@ -209,17 +211,27 @@ def _trainer(config: TrainConfig, run: RunFolder, inputs: _Inputs, stop: Stop, s
     return trainer
 
 
+def _choose_attention(config: TrainConfig, run: RunFolder, inputs: _Inputs, show: bool) -> TrainConfig:
+    """Use the fastest attention that keeps rows separate. Returns the config to train with."""
+    model = inputs.base.model
+    own = model.config.get_text_config()._attn_implementation
+    if inputs.device == "cpu":
+        use_packed_attention(model)
+    else:
+        attention = use_flash_attention(model, torch.cuda.get_device_capability(inputs.device))
+        _note(run, f"{optimizer_for(inputs.device)[1]} {attention}", show)
+    config, change = keep_rows_separate(model, own, config)
+    if change is not None:
+        _note(run, change, show)
+    return config
+
+
 def _choose(config: TrainConfig, run: RunFolder, inputs: _Inputs, tokens: int, show: bool) -> None:
     """Trade memory for speed if there is enough memory, and report the choices."""
     model = inputs.base.model
     unpacking = decide_unpacking(model, config, inputs.device)
     recomputing = decide_recomputing(model, config, inputs.device, tokens)
     _note(run, f"{unpacking.reason} {recomputing.reason}", show)
-    if inputs.device == "cpu":
-        use_packed_attention(model)
-    else:
-        attention = use_flash_attention(model, torch.cuda.get_device_capability(inputs.device))
-        _note(run, f"{optimizer_for(inputs.device)[1]} {attention}", show)
     if unpacking.on:
         unpack_linears(model)
     if recomputing.on:
