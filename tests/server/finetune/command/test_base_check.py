@@ -17,6 +17,16 @@ from tests.support.tiny_models import make_tiny_model
 ROWS = [{"prompt": f"say {i}", "completion": f"word {i}"} for i in range(8)]
 UNSERVABLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "by its config": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+    "with Mamba-2 layers": (
+        "bamba",
+        {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+        "layers of the kind",
+    ),
+    "with Mamba layers": (
+        "jamba",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_dt_rank": 16},
+        "layers of the kind",
+    ),
     "by the check": ("roberta", {"is_decoder": True}, "differ from transformers' own by"),
 }
 
