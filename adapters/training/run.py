@@ -44,7 +44,7 @@ from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
 from adapters.training.schedule import epochs_for, steps_for
-from adapters.training.servable import Serving, check_servable
+from adapters.training.servable import Serving, check_servable, config_check
 from adapters.training.stop import Stop
 from adapters.training.trainer import CheckpointSchedule, QloraTrainer
 
@@ -124,7 +124,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     bars = show and sys.stderr.isatty()
-    check_config = serving.check_config if serving is not None else None
+    check_config = config_check(serving, config.max_seq_len)
     prepared = prepare_base(
         config.base, config.home, config.quantization, config.head_quantization, bars, check_config
     )

@@ -39,7 +39,7 @@ from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
 from server.engine.model.probe import Probe, probe, servable
 from server.engine.model.rope import settle_rope
-from server.engine.model.supported import check_config, naming
+from server.engine.model.supported import check_config, check_temperature, naming
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.service import EngineService
@@ -88,7 +88,7 @@ def assemble(
 
     ``load`` reads an adapter version; None = from its folder.
     """
-    found = probe(base)
+    found = probe(base, config.engine.max_model_len)
     base = servable(base, found)
     weights, weight_bytes = BaseWeights(base.model, base.layout), count_weight_bytes(base.model)
     sizes = Sizes(config, base)
@@ -189,7 +189,7 @@ def _load(config: ServerConfig) -> LoadedBase:
         config.home,
         config.model.quantization,
         config.model.head_quantization,
-        check=check_config,
+        check=partial(check_config, longest=config.engine.max_model_len),
     )
     with out_of_memory_names("--base", f"the base {prepared.name}"):
         return load_base(prepared, device, progress=True)
@@ -197,6 +197,7 @@ def _load(config: ServerConfig) -> LoadedBase:
 
 def _start_check(config: ServerConfig, base: LoadedBase, found: Probe, sizes: Sizes) -> StartCheck:
     longest = sizes.longest(found.shapes)
+    check_temperature(base.model.config, longest, sizes.step_tokens)
     with naming(base.model.config, "the start"):
         is_settled = settle_rope(base.model, longest)
     rope = f", rotary frequencies for {longest} tokens" if is_settled else ""

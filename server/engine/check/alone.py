@@ -38,7 +38,7 @@ def check_alone(prepared: PreparedBase, home: Path, device: str, longest: int) -
         return
     log.info("%s is checked against transformers; this happens once", prepared.name)
     base = load_base(prepared, device)
-    found = probe(base)
+    found = probe(base, longest)
     try:
         base = servable(base, found)
         text = base.model.config.get_text_config()

@@ -62,14 +62,17 @@ class Probe:
 
 
 @torch.inference_mode()
-def probe(base: LoadedBase) -> Probe:
+def probe(base: LoadedBase, longest: int | None = None) -> Probe:
     """Run ``base`` on five tokens, of which one gives logits. Its modules must not be wrapped yet.
+
+    Args:
+        longest: as in ``check_config``.
 
     Raises:
         BaseModelError: it cannot be served; names its architecture and the reason.
     """
     model, config = base.model, base.model.config
-    check_config(config)
+    check_config(config, longest)
     shapes: dict[int, KvShape] = {}
     specs: dict[int, AttentionSpec] = {}
 
@@ -84,8 +87,8 @@ def probe(base: LoadedBase) -> Probe:
         host = install(model)
         host.handler = attend
         tokens = torch.arange(_TOKENS, device=model.device)
-        longest = min(own_length(config.get_text_config()) or _LONGEST, _LONGEST)
-        with reading_masks(model, host, longest):
+        lengths = (own_length(config.get_text_config()), longest, _LONGEST)
+        with reading_masks(model, host, min(length for length in lengths if length)):
             forward(model, tokens, tokens, torch.tensor([_TOKENS // 2], device=model.device))
     check_layers(config, shapes)
     return Probe(host, shapes, specs, {name: frozenset(some) for name, some in calls.items()}, own_attention)

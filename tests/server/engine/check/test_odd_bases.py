@@ -39,6 +39,7 @@ GEMMA3 = {
 }
 """A config of several models, as Gemma 3 has from 4B on."""
 
+LLAMA4: dict[str, Any] = {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 100}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
     "minimax": (
@@ -51,10 +52,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_hidden_layers": 3, "lru_width": 64, "head_dim": 16},
         "layers of the kind linear_attention",
     ),
-    "llama4 with chunks": (
+    "llama4 with chunks": ("llama4_text", LLAMA4, "with more than 100 tokens: .*--max-model-len 100"),
+    "llama4 with long sequences": (
         "llama4_text",
-        {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 16},
-        "layers of the kind chunked_attention",
+        {**LLAMA4, "layer_types": ["full_attention"] * 2, "floor_scale": 64},
+        "with more than 63 tokens: .*--max-model-len 63",
     ),
     "zaya": ("zaya", {}, "layers of the kind hybrid"),
     "roberta": ("roberta", {"is_decoder": True}, "wrong even alone"),
@@ -125,7 +127,7 @@ def _model(family: str, fields: dict[str, Any], home: Path) -> Path:
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_by_name_with_the_reason(case: str, tmp_path: Path) -> None:
     family, fields, reason = REFUSED[case]
-    with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be served: .*{reason}"):
+    with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be served.*{reason}"):
         build(_model(family, fields, tmp_path), tmp_path, "--quantization", "none")
 
 
@@ -163,3 +165,19 @@ def test_a_config_of_several_models_is_warmed_up(tmp_path: Path) -> None:
     for step in warming_steps(parts.base.model.config, 8, 16):
         assert parts.model(step).isfinite().all()
     parts.close()
+
+
+@pytest.mark.parametrize("length", [100, 80])
+def test_chunked_attention_is_served_up_to_a_chunk(length: int, tmp_path: Path) -> None:
+    folder = _model("llama4_text", LLAMA4, tmp_path)
+    parts = build(folder, tmp_path, "--quantization", "none", "--max-model-len", str(length))
+    assert parts.info.max_model_len == length
+    parts.close()
+
+
+def test_steps_that_would_scale_attention_are_refused(tmp_path: Path) -> None:
+    folder = _model("llama4_text", {**LLAMA4, "floor_scale": 64}, tmp_path)
+    short = ["--quantization", "none", "--max-model-len", "50"]
+    with pytest.raises(BaseModelError, match="--max-num-batched-tokens 128; give 63 at most"):
+        build(folder, tmp_path, *short)
+    build(folder, tmp_path, *short, "--max-num-batched-tokens", "63", "--max-num-seqs", "4").close()

@@ -103,8 +103,6 @@ def test_a_linear_that_gets_other_rows_after_all_raises_and_nothing_is_written(t
             {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
             "linear_attention",
         ),
-        ("llama4_text", {}, "chunked_attention"),
-        ("llama4", {}, "chunked_attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "conv"),
         ("jamba", {}, "linear_attention"),
     ],
@@ -114,6 +112,15 @@ def test_architectures_that_cannot_be_stepped_are_named_with_the_reason(
 ) -> None:
     with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be served: it has layers of .*{kind}"):
         check_config(AutoConfig.for_model(family, **fields))
+
+
+@pytest.mark.parametrize("family", ["llama4", "llama4_text"])
+def test_llama4_is_served_up_to_the_length_from_which_positions_in_a_step_count(family: str) -> None:
+    config = AutoConfig.for_model(family)
+    for longest in (None, 8192):
+        with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be .*--max-model-len 8191, or"):
+            check_config(config, longest)
+    check_config(config, 8191)
 
 
 @pytest.mark.parametrize(
