@@ -36,11 +36,14 @@ _FIRST, _LAST = 16, 4
 """Tokens of the two rows. The last one is short, because attention and state fade with the distance."""
 
 
-def keep_rows_separate(model: Any, own: str, config: TrainConfig) -> tuple[TrainConfig, str | None]:
+def keep_rows_separate(
+    model: Any, own: str, config: TrainConfig, longest: int
+) -> tuple[TrainConfig, str | None]:
     """Change the model's attention, or else the batches, if rows would see each other.
 
     Args:
         own: the name of transformers' attention for ``model``, which may have another one now.
+        longest: tokens of the longest row.
 
     Returns:
         The config to train with, and a message if something has changed. With one row in a forward pass, a
@@ -51,7 +54,7 @@ def keep_rows_separate(model: Any, own: str, config: TrainConfig) -> tuple[Train
     """
     name = type(model).__name__
     is_own = model.config.get_text_config()._attn_implementation == own
-    if _mixing_or_failure(model) <= BOUND and (is_own or _has_same_window(model, own, config.max_seq_len)):
+    if _mixing_or_failure(model) <= BOUND and (is_own or _has_same_window(model, own, longest)):
         return config, None
     if not is_own:
         model.set_attn_implementation(own)

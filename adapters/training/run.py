@@ -220,7 +220,8 @@ def _choose_attention(config: TrainConfig, run: RunFolder, inputs: _Inputs, show
     else:
         attention = use_flash_attention(model, torch.cuda.get_device_capability(inputs.device))
         _note(run, f"{optimizer_for(inputs.device)[1]} {attention}", show)
-    config, change = keep_rows_separate(model, own, config)
+    longest = max(len(example.ids) for example in inputs.train.examples)
+    config, change = keep_rows_separate(model, own, config, longest)
     if change is not None:
         _note(run, change, show)
     return config

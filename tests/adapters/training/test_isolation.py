@@ -81,7 +81,7 @@ def test_rows_are_separate_with_the_packed_attention(family: str, tmp_path: Path
     model = _model(family, SEPARATE[family], tmp_path)
     own = model.config._attn_implementation
     use_packed_attention(model)
-    config, change = keep_rows_separate(model, own, _config(batch_size=4, packing=True))
+    config, change = keep_rows_separate(model, own, _config(batch_size=4, packing=True), 64)
     assert (config.batch_size, change) == (4, None)
     _check_losses(model, 4)
 
@@ -91,7 +91,7 @@ def test_the_models_own_attention_is_used_where_only_it_separates_rows(family: s
     model = _model(family, WITH_OWN_ATTENTION[family], tmp_path)
     own = model.config._attn_implementation
     use_packed_attention(model)
-    config, change = keep_rows_separate(model, own, _config(batch_size=4, packing=True))
+    config, change = keep_rows_separate(model, own, _config(batch_size=4, packing=True), 64)
     assert config.batch_size == 4
     assert change is not None
     assert "only with transformers' own attention" in change
@@ -99,9 +99,9 @@ def test_the_models_own_attention_is_used_where_only_it_separates_rows(family: s
     _check_losses(model, 4)
 
 
-@pytest.mark.parametrize(("max_seq_len", "is_used"), [(64, True), (16, False)])
+@pytest.mark.parametrize(("longest", "is_used"), [(64, True), (16, False)])
 def test_a_window_that_the_mask_does_not_have_is_not_used(
-    max_seq_len: int, is_used: bool, tmp_path: Path
+    longest: int, is_used: bool, tmp_path: Path
 ) -> None:
     """Phi-3.5-MoE states a window, and transformers' mask for it has none."""
     model = _model("phimoe", {"sliding_window": 16, **LOCAL_EXPERTS}, tmp_path)
@@ -110,7 +110,7 @@ def test_a_window_that_the_mask_does_not_have_is_not_used(
     with torch.no_grad():
         expected = model(row, use_cache=False).logits
     use_packed_attention(model)
-    keep_rows_separate(model, own, _config(max_seq_len=max_seq_len))
+    keep_rows_separate(model, own, _config(), longest)
     assert (model.config._attn_implementation == own) == is_used
     if is_used:
         with torch.no_grad():
@@ -124,13 +124,13 @@ def test_rows_that_would_mix_get_a_pass_each(family: str, tmp_path: Path) -> Non
     use_packed_attention(model)
     assert mixing(model) > 2 * BOUND
     with pytest.raises(RecipeInvalid, match="mix the rows of a pack; leave out --packing"):
-        keep_rows_separate(model, own, _config(packing=True))
-    config, change = keep_rows_separate(model, own, _config(batch_size=4, accumulation=2))
+        keep_rows_separate(model, own, _config(packing=True), 64)
+    config, change = keep_rows_separate(model, own, _config(batch_size=4, accumulation=2), 64)
     assert (config.batch_size, config.accumulation) == (1, 8)
     assert change is not None
     assert "a step has 8 passes" in change
     _check_losses(model, config.batch_size)
-    assert keep_rows_separate(model, own, config) == (config, None)
+    assert keep_rows_separate(model, own, config, 64) == (config, None)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +165,4 @@ def test_out_of_memory_is_not_taken_for_mixing(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        keep_rows_separate(model, "sdpa", _config())
+        keep_rows_separate(model, "sdpa", _config(), 64)
