@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -38,10 +39,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         sys.executable, "-m", "server.cli", "serve", "--port", "{port}", "--base", str(home / "model"),
         "--kv-cache-memory", "16MiB", "--max-model-len", "4096", "--threads", "1", "--log-level", "warning",
     ]  # fmt: skip
-    with running(command, home, home / "log") as server:
+    with untraced(), running(command, home, home / "log") as server:
         warm_up(server)
         yield server
         assert server.process.poll() is None, server.log.read_text()[-2000:]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Processes that start inside measure no coverage: it takes time and memory, which are measured here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
 
 
 def warm_up(server: RunningServer) -> None:
