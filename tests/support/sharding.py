@@ -16,7 +16,9 @@ IN_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 MAX_WORKERS = 8
 """More would wait for the longest file, and each takes 1 to 2 GiB."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MANYLORA_THREADS": "1"}
-ENVIRON = ONE_THREAD if IN_WORKER else {}
+NOT_ONLY_WHEN_IDLE = {"MANYLORA_TRAIN_NICE": "0"}
+"""Fine-tuning jobs run on idle processors by default, and the workers leave none idle."""
+ENVIRON = ONE_THREAD | NOT_ONLY_WHEN_IDLE if IN_WORKER else {}
 """For this process and all that it starts. OpenMP reads it when torch is imported."""
 ONE_SERVER = "tests/e2e"
 """The files directly in this folder share one server, so they go to one worker."""
