@@ -24,6 +24,7 @@ from server.http.context import Context
 from server.http.errors import UnexpectedErrors, on_error
 from server.http.hosts import RequireKnownHost
 from server.http.metrics import Metrics
+from server.http.openapi import openapi
 from server.http.urls import IgnoreLastSlash, on_http_exception
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -39,6 +40,7 @@ CLIENT_ROUTES: Routes = (
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model:path}", models.get_model),
     ("GET", "/version", health.version),
+    ("GET", "/openapi.json", openapi),
 )
 METRICS_ROUTES: Routes = (("GET", "/metrics", health.metrics),)
 TRAINING_ROUTES: Routes = (

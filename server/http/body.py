@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from server.http.fields import Rules
+from server.http.fields.json_schema import add_rules
 
 MAX_ITEMS = 2048
 """Most items of a list or an object, unless a field declares another limit. It is OpenAI's for messages."""
@@ -36,6 +38,14 @@ class Body(BaseModel):
     rules: ClassVar[Rules]
     drops_empty: ClassVar[bool] = False
     longest: ClassVar[dict[str, int]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        add_rules(handler.resolve_ref_schema(schema), cls.rules, cls.drops_empty)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

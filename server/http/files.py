@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from adapters.errors import DatasetInvalid
-from server.config.values import choice, integer, text
 from server.errors import InvalidRequest
 from server.finetune.jobs.database import StoredFile
 from server.finetune.jobs.files import TRAINING, Upload
@@ -22,14 +21,14 @@ from server.http.context import training_of
 from server.http.errors import BodyTooLarge
 from server.http.json_response import JSONResponse
 from server.http.multipart import MAX_OTHER_BYTES, Form, body_blocks, form_of
-from server.http.query import read_query
+from server.http.query import TEXT, choice, integer, read_query
 
 PURPOSE = "purpose"
-_LIST = {
-    "after": (text, None),
-    "limit": (integer(1, 10_000), 10_000),
-    "order": (choice("asc", "desc"), "desc"),
-    "purpose": (text, None),
+LIST = {
+    "after": TEXT,
+    "limit": integer(1, 10_000, default=10_000),
+    "order": choice("asc", "desc", default="desc"),
+    "purpose": TEXT,
 }
 
 
@@ -54,7 +53,7 @@ async def upload_file(request: Request) -> JSONResponse:
 
 async def list_files(request: Request) -> JSONResponse:
     """A page of files; by default the newest first."""
-    query = read_query(request, _LIST)
+    query = read_query(request, LIST)
     training = training_of(request)
     page = await training.read(
         training.files.list, query["after"], query["limit"], query["order"] == "asc", query["purpose"]

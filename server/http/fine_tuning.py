@@ -12,7 +12,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.config.values import flag, integer, text
 from server.errors import InvalidRequest
 from server.finetune.jobs.database import Job, JobEvent
 from server.finetune.jobs.store import check_job_name
@@ -24,13 +23,13 @@ from server.http.generation import CompletionStream
 from server.http.json_response import JSONResponse
 from server.http.limits import read_body
 from server.http.models import base_names, resolve_adapter
-from server.http.query import read_query
+from server.http.query import ANY, SWITCH, TEXT, integer, read_query
 from server.http.record import record_of
 from server.http.sse import Chunks, EventStream
 
-_PAGE = {"after": (text, None), "limit": (integer(1, 100), 20)}
-_CHECKPOINT_PAGE = {"after": (text, None), "limit": (integer(1, 100), 10)}
-_EVENTS = _PAGE | {"stream": (flag, False)}
+PAGE = {"after": TEXT, "limit": integer(1, 100, default=20)}
+CHECKPOINT_PAGE = {"after": TEXT, "limit": integer(1, 100, default=10)}
+EVENTS = PAGE | {"stream": SWITCH}
 _METRICS = {
     "step": "step",
     "train_loss": "train_loss",
@@ -62,7 +61,7 @@ async def list_jobs(request: Request) -> JSONResponse:
     tags = {key[len(prefix) : -1]: params[key] for key in params if key.startswith(prefix)}
     if len(tags) > MAX_TAGS:
         raise InvalidRequest(f"'metadata' has {len(tags)} keys; at most {MAX_TAGS} are allowed.", "metadata")
-    declared = _PAGE | {f"{prefix}{key}]": (str, None) for key in tags}
+    declared = PAGE | {f"{prefix}{key}]": ANY for key in tags}
     query = read_query(request, declared)
     training = training_of(request)
     page = await training.read(training.jobs.list, query["after"], query["limit"], tags)
@@ -93,7 +92,7 @@ async def resume_job(request: Request) -> JSONResponse:
 async def list_events(request: Request) -> Response:
     """A page of a job's events, the newest first. ``stream=true``: all events in order, as they happen."""
     context, training = context_of(request), training_of(request)
-    query, job_id = read_query(request, _EVENTS), request.path_params["job"]
+    query, job_id = read_query(request, EVENTS), request.path_params["job"]
     if query["stream"]:
         stream = CompletionStream((), 0, record_of(request), context.metrics)  # it generates nothing
         return EventStream(_all_events(training, job_id, query["after"]), stream, context.closing)
@@ -104,7 +103,7 @@ async def list_events(request: Request) -> Response:
 async def list_checkpoints(request: Request) -> JSONResponse:
     """A page of a job's checkpoints, the newest first. A paused job resumes from one. They are not served."""
     training, job_id = training_of(request), request.path_params["job"]
-    query = read_query(request, _CHECKPOINT_PAGE)
+    query = read_query(request, CHECKPOINT_PAGE)
     after = query["after"] and query["after"].replace("ftckpt-", "ftevent-", 1)
     job = await training.read(training.jobs.get, job_id)
     page = await training.read(training.jobs.checkpoints, job_id, after, query["limit"])

@@ -19,10 +19,19 @@ def _auto_as_none(value: object) -> object:
     return None if value == "auto" else value
 
 
-AutoOrCount = Annotated[Annotated[int, Field(ge=1, le=10_000)] | None, BeforeValidator(_auto_as_none)]
-AutoOrFactor = Annotated[Annotated[float, Field(ge=1e-3, le=1000)] | None, BeforeValidator(_auto_as_none)]
+HyperCount = Annotated[int, Field(ge=1, le=10_000)]
+HyperFactor = Annotated[float, Field(ge=1e-3, le=1000)]
+AutoOrCount = Annotated[
+    HyperCount | None, BeforeValidator(_auto_as_none, Literal["auto"] | HyperCount | None)
+]
+AutoOrFactor = Annotated[
+    HyperFactor | None, BeforeValidator(_auto_as_none, Literal["auto"] | HyperFactor | None)
+]
 Module = Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-Modules = Annotated[list[Module], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Modules = Annotated[
+    list[Module],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value, Module | list[Module]),
+]
 Key = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]
 

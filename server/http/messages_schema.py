@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, FailFast, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from adapters.text.messages import Message as Conversed
 from adapters.text.messages import make_message
@@ -57,6 +58,9 @@ class Part(Body):
         return (self.text if self.type == "text" else self.refusal) or ""
 
 
+Parts = Annotated[list[Part], Field(min_length=1)]
+
+
 class Message(Body):
     """One message of a conversation. ``content`` is always a list of parts here.
 
@@ -67,10 +71,21 @@ class Message(Body):
     drops_empty = True
 
     role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_no_tool)]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(_text_as_parts)]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_text_as_parts, str | Parts)]
     refusal: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        resolved = handler.resolve_ref_schema(schema)
+        content = resolved["properties"]["content"]
+        resolved["properties"]["content"] = {"anyOf": [content, {"type": "null"}]}  # an assistant's
+        resolved["required"].remove("content")
+        return schema
 
     @classmethod
     def _prepare(cls, data: dict[str, Any]) -> None:

@@ -21,6 +21,18 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKEN_ID)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Prompt = str | tuple[int, ...]
+Prompts = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_CHOICES)]
+)
+"""What ``_prompts`` takes."""
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASES),
+]
+"""What ``_biases`` takes."""
 UsageInStream = Literal["none", "at the end", "every chunk"]
 
 
@@ -95,11 +107,14 @@ class Generate(Body):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, _within("repetition_penalty")] = 1.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases, Biases)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[list[StopString], FailFast(), BeforeValidator(_one_as_list), Field(max_length=16)] = (
-        Field(default_factory=list)
-    )
+    stop: Annotated[
+        list[StopString],
+        FailFast(),
+        BeforeValidator(_one_as_list, StopString | list[StopString]),
+        Field(max_length=16),
+    ] = Field(default_factory=list)
     stop_token_ids: Annotated[list[TokenId], FailFast(), Field(max_length=64)] = Field(default_factory=list)
     ignore_eos: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] = 0
@@ -194,7 +209,7 @@ class CompletionBody(Generate):
         "prompt": MAX_VALUES
     }  # token ids; ``_prompts`` limits the number of strings
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_prompts, Prompts)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.http.json_response import JSONResponse
 from server.http.record import record_of
 
-_CODES = {404: "unknown_url", 405: "method_not_supported"}
+CODES = {404: "unknown_url", 405: "method_not_supported"}
 """OpenAI's error codes, by status."""
 
 
@@ -30,7 +30,7 @@ class IgnoreLastSlash:
 async def on_http_exception(http: Request, error: Exception) -> JSONResponse:
     """Starlette's own errors (unknown path, wrong method) in OpenAI's error shape."""
     assert isinstance(error, HTTPException)
-    code = _CODES.get(error.status_code)
+    code = CODES.get(error.status_code)
     record_of(http).error = code
     headers = {"Allow": _allowed(http)} if error.status_code == 405 else error.headers
     body = {"message": _message(http, error), "type": "invalid_request_error", "param": None, "code": code}

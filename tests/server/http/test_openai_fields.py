@@ -88,10 +88,10 @@ def test_the_walk_finds_objects_inside_lists_and_unions() -> None:
 @pytest.mark.parametrize(
     ("query", "kind", "elsewhere"),
     [
-        (files._LIST, file_list_params.FileListParams, set()),
-        (fine_tuning._PAGE, job_list_params.JobListParams, {"metadata"}),
-        (fine_tuning._EVENTS, job_list_events_params.JobListEventsParams, set()),
-        (fine_tuning._CHECKPOINT_PAGE, checkpoint_list_params.CheckpointListParams, set()),
+        (files.LIST, file_list_params.FileListParams, set()),
+        (fine_tuning.PAGE, job_list_params.JobListParams, {"metadata"}),
+        (fine_tuning.EVENTS, job_list_events_params.JobListEventsParams, set()),
+        (fine_tuning.CHECKPOINT_PAGE, checkpoint_list_params.CheckpointListParams, set()),
     ],
 )
 def test_every_query_parameter_is_served(query: dict[str, Any], kind: Any, elsewhere: set[str]) -> None:
