@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -14,6 +15,7 @@ from server.finetune.jobs.files import TRAINING
 from server.http import fields, files, fine_tuning
 from server.http.adapters_schema import LoadAdapter, UnloadAdapter
 from server.http.body import Body
+from server.http.context import context_of
 from server.http.errors import INTERNAL, SHAPES
 from server.http.fine_tuning_schema import MAX_TAGS, CreateJob
 from server.http.json_response import JSONResponse
@@ -79,14 +81,12 @@ _TAGS: Schema = {
 
 async def openapi(request: Request) -> JSONResponse:
     """The description of this API, in OpenAPI 3.1."""
-    return JSONResponse(document([each for each in request.app.routes if isinstance(each, Route)]))
+    routes = [each for each in request.app.routes if isinstance(each, Route)]
+    return JSONResponse(await context_of(request).bodies.run(document, routes))
 
 
 def document(routes: list[Route]) -> Schema:
     """The OpenAPI document of an app with these routes."""
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in BODIES.values()], ref_template="#/components/schemas/{model}"
-    )
     paths: dict[str, Schema] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
@@ -97,11 +97,21 @@ def document(routes: list[Route]) -> Schema:
         "info": {"title": "manylora", "version": VERSION},
         "paths": paths,
         "components": {
-            "schemas": schemas.get("$defs", {}) | {"Error": _ERROR},
+            "schemas": _schemas() | {"Error": _ERROR},
             "responses": dict(_errors()),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+@cache
+def _schemas() -> Schema:
+    """The schemas of all bodies. They take some tenths of a second to make, so this is done once."""
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in BODIES.values()], ref_template="#/components/schemas/{model}"
+    )
+    definitions: Schema = schemas["$defs"]
+    return definitions
 
 
 def _operation(method: str, path: str, route: Route) -> Schema:
