@@ -11,21 +11,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from adapters.artifact import Adapter
 from adapters.base import LoadedBase
 from adapters.errors import BaseModelError
-from adapters.kernels.cpu import isa
 from adapters.pool.rank_pool import RankPool
 from server.engine.attention import names_in
 from server.engine.check.causes import BESIDE_ADAPTER, WITH_ADAPTER, cause_of
 from server.engine.check.deviation import deviations, spread
+from server.engine.check.facts import facts_of, versions
 from server.engine.check.low_rank import applied, measuring, random_adapter
 from server.engine.check.reference import attending_with, uncached_logits
 from server.engine.check.sample import (
@@ -41,7 +39,6 @@ from server.engine.check.verdicts import Verdict, Verdicts
 from server.engine.model import StepModel
 from server.engine.model.probe import Probe
 from server.engine.model.supported import naming
-from server.version import VERSION
 
 log = logging.getLogger("manylora.engine")
 
@@ -57,9 +54,6 @@ _SPREAD = 3.0
 
 So a base that magnifies rounding is not refused for it.
 """
-
-_FORMAT = "1"
-"""Increase this when the check finds more. All bases are then checked again."""
 
 
 class StartCheck:
@@ -77,7 +71,7 @@ class StartCheck:
         self._config: Any = base.model.config
         self._longest = longest
         self._verdicts = Verdicts(home, base.prepared.digest)
-        self._facts = _facts(base, options)
+        self._facts = facts_of(base.model.device, options)
         self._prompts: list[tuple[int, ...]] = []
         self._expected: list[Tensor] = []
         self._adapter: Adapter | None = None
@@ -195,23 +189,4 @@ def _use_no_adapter(model: StepModel) -> None:
 
 def has_passed(home: Path, digest: str) -> bool:
     """Whether the base passed on any device and with any options, with the present versions."""
-    return any(_versions().items() <= verdict.facts.items() for verdict in Verdicts(home, digest).all())
-
-
-def _facts(base: LoadedBase, options: str) -> dict[str, str]:
-    """What decides the result of the check besides the base's content and quantisation (its digest)."""
-    device = base.model.device
-    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else isa()
-    return {**_versions(), "device": f"{device.type}, {kernels}", "options": options}
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "bitsandbytes", "triton", "flash-attn")
-    return {**{package: _version(package) for package in packages}, "manylora": VERSION, "check": _FORMAT}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return any(versions().items() <= verdict.facts.items() for verdict in Verdicts(home, digest).all())

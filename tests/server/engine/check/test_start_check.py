@@ -67,9 +67,12 @@ def test_it_runs_once_for_each_set_of_facts(tmp_path: Path, monkeypatch: pytest.
     assert len(runs) == 1
     build(base, tmp_path, *FLAGS, "--block-size", "32").close()
     assert len(runs) == 2
-    monkeypatch.setattr("server.engine.check.start_check.VERSION", "another")
+    monkeypatch.setattr("server.engine.check.facts.VERSION", "another")
     _start(base, tmp_path)
     assert len(runs) == 3
+    monkeypatch.setattr("server.engine.check.facts.code_digest", lambda: "other code")
+    _start(base, tmp_path)
+    assert len(runs) == 4
 
 
 @pytest.mark.parametrize(
