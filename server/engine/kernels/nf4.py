@@ -4,12 +4,13 @@ W is packed as by bitsandbytes: two weights in each byte, the even one of a row 
 float32 scale for each ``blocksize`` weights of a row. A decoded weight is bit-identical to bitsandbytes':
 code[nibble] * scale in float32, rounded to x's type. Sums are in float32.
 
-A program computes an N tile of W's rows with all rows of x, so each weight is decoded once. It never
-interleaves the two weights of a byte. Instead it multiplies the high nibbles with the even columns of x and
-the low nibbles with the odd columns. A first launch writes these columns apart, so that the loop copies both
-to shared memory asynchronously. Splitting x in the loop, through registers, takes a fifth longer for up to 32
-rows (H200, Triton 3.6). The product is W x^T, and not x W^T: tensor cores need 64 rows on the
-left, and the left operand may stay in registers.
+A program computes an N tile of W's rows with all rows of x, so each weight is decoded once. The product is
+W x^T, and not x W^T: tensor cores need 64 rows on the left, and the left operand may stay in registers.
+
+Decoded weights never leave the registers of the thread that copied their bytes. The order of K's columns in a
+product is free, so each tile of 128 columns is permuted to the order in which tensor cores expect the 32
+weights that one thread has of a row (``_thread_order``). A first launch permutes x alike. W's rows are
+permuted within a tile, too, so that Triton gives each lane and warp the same rows as a tensor core does.
 
 Such a product is bound by decoding and by memory: at an H100's bandwidth a multiprocessor receives 26 weights
 in each cycle and issues 128 instructions. So the code book is in the registers of a warp's lanes, and one
@@ -17,8 +18,7 @@ shuffle instruction looks up an exact float32. Its index needs no mask, because 
 lane number has five bits, and the fifth may belong to the next nibble. Triton's own lookups take two address
 computations for each weight (``tl.load``) or a barrier for each tile (``tl.gather``). Selecting bytes
 (PRMT) runs at half rate and cannot give float32. In total it is about 5 instructions for each weight on
-compute capability 9.0. On an H200 it decodes 7 weights in each cycle of a multiprocessor: Triton decodes in
-the layout of the load and moves the decoded weights to the layout of the product through shared memory.
+compute capability 9.0.
 
 If there are few N tiles, K is split, and a second launch adds up the parts in order: without atomics, with
 the same bits every time. Launches depend on shapes alone, so they may run in a CUDA graph. The first call
@@ -41,8 +41,11 @@ from server.engine.unsupported import Unsupported
 
 MOST_ROWS = 128
 
-TILE_K = 64
-"""Weights of a row in one iteration of the loop: 32 bytes, a GPU's smallest memory transaction."""
+TILE_K = 128
+"""Columns of one iteration of the loop: 64 bytes of a row, 16 for each of four threads."""
+
+_SCALED = 64
+"""A block of weights with one scale has a multiple of this many columns."""
 
 _MOST_PARTS = 8
 _FEWEST_TILES = 4
@@ -69,20 +72,20 @@ class Form:
 
 
 FORMS = (
-    Form(16, 128, 4, 4, 32),
-    Form(32, 64, 4, 5, 32),
-    Form(64, 128, 8, 4, 16),
-    Form(MOST_ROWS, 128, 8, 3, 16),
+    Form(16, 128, 4, 4, 16),
+    Form(32, 128, 4, 4, 12),
+    Form(64, 128, 8, 3, 16),
+    Form(MOST_ROWS, 128, 8, 2, 8),
 )
-"""The fastest over an 8B model's four products on an H200, of 17 forms with several splits. They use at most
-75 KB of shared memory; a program may use 99 KB from compute capability 8.0 on."""
+"""As many warps as registers allow, and at most 76 KB of shared memory; a program may use 99 KB from compute
+capability 8.0 on."""
 
 
 def check_weight(inputs: int, blocksize: int, quant_type: str) -> Unsupported | None:
     """Why this kernel does not support such weights, or None."""
-    if quant_type != "nf4" or blocksize % TILE_K or inputs % blocksize:
+    if quant_type != "nf4" or blocksize % _SCALED or inputs % blocksize:
         return Unsupported(
-            f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {TILE_K}"
+            f"{quant_type} in blocks of {blocksize} is not NF4 in blocks of a multiple of {_SCALED}"
         )
     return None
 
@@ -102,19 +105,18 @@ def product(
     x = x.contiguous()
     rows, inputs = x.shape
     form = next(form for form in FORMS if rows <= form.rows)
-    tiles = triton.cdiv(outputs, form.n)
-    parts, part_tiles = split(
-        inputs // TILE_K, tiles * form.warps, form.warps_per_sm * _multiprocessors(x.device)
+    tiles, tiles_k = triton.cdiv(outputs, form.n), triton.cdiv(inputs, TILE_K)
+    parts, part_tiles = split(tiles_k, tiles * form.warps, form.warps_per_sm * _multiprocessors(x.device))
+    permuted = x.new_empty(rows, tiles_k * TILE_K)
+    _permute_columns[triton.cdiv(permuted.shape[1], _PERMUTED), rows](
+        permuted, x, inputs, tiles_k * TILE_K, _PERMUTED, num_warps=4
     )
-    columns = x.new_empty(2, rows, inputs // 2)
-    words = columns[0].numel()
-    _split_columns[triton.cdiv(words, _WORDS),](columns, x.view(torch.int32), words, _WORDS, num_warps=4)
     y = x.new_empty(rows, outputs)
     sums = y if parts == 1 else x.new_empty(parts, rows, outputs, dtype=torch.float32)
     blocksize = outputs * inputs // scales.numel()
     _multiply[tiles, parts](
-        sums, columns, packed, scales, code, bias if parts == 1 else None, rows, outputs, inputs,
-        part_tiles, **constants(form, x.dtype, blocksize), num_warps=form.warps,
+        sums, permuted, packed, scales, code, bias if parts == 1 else None, rows, outputs, inputs, part_tiles,
+        **constants(form, x.dtype, blocksize, inputs % TILE_K == 0), num_warps=form.warps,
     )  # fmt: skip
     if parts > 1:
         _add_parts[triton.cdiv(outputs, _ADDED), rows](
@@ -137,8 +139,10 @@ def split(tiles: int, warps: int, wanted_warps: int) -> tuple[int, int]:
 
 
 @cache
-def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, object]:
-    """The compile-time constants. Triton's interpreter has no PTX and would multiply bf16 as integers."""
+def constants(form: Form, dtype: torch.dtype, blocksize: int, whole: bool) -> dict[str, object]:
+    """The compile-time constants. ``whole``: K is a multiple of ``TILE_K``.
+    Triton's interpreter has no PTX and would multiply bf16 as integers.
+    """
     kind = _TYPES[dtype]
     interpreted = triton.knobs.runtime.interpret
     return {
@@ -147,8 +151,9 @@ def constants(form: Form, dtype: torch.dtype, blocksize: int) -> dict[str, objec
         "PTX": not interpreted,
         "ROWS": form.rows,
         "BLOCK_N": form.n,
-        "BLOCK_K": TILE_K,
+        "WARPS": form.warps,
         "BLOCKSIZE": blocksize,
+        "WHOLE": whole,
         "STAGES": form.stages,
     }
 
@@ -185,8 +190,8 @@ ld.global.nc.f32 $0, [at];
 }""")
 """Loads the lane's entry of the code book at address $1. Triton sees a scalar, but each lane has its own."""
 
-_WORDS = 1024
-"""Words of x of a program that splits columns: eight for each thread."""
+_PERMUTED = 1024
+"""Columns of x of a program that permutes them: eight for each thread."""
 
 _ADDED = 512
 """Outputs of a program that adds up parts: four for each thread, which reads all parts of them."""
@@ -197,11 +202,32 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@triton.jit
+def _thread_order(k):
+    """The column whose product is the k-th of its tile.
+
+    Tensor cores give thread t of four the columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16. Here these are
+    four columns of the 32 that the thread has: two bytes' high nibbles (even columns), then their low ones.
+    """
+    step, half, thread, pair = k // 16, k // 8 % 2, k // 2 % 4, k % 2
+    return k // 128 * 128 + 32 * thread + 4 * (step % 8) + 2 * pair + half
+
+
+@triton.jit
+def _permute_columns(permuted, x, K, width, BLOCK: tl.constexpr):
+    """permuted[m, k] = x[m, _thread_order(k)], or 0 beyond K. Grid: (blocks of width, rows)."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(1).to(tl.int64)
+    column = _thread_order(k)
+    values = tl.load(x + m * K + column, mask=column < K, other=0.0)
+    tl.store(permuted + m * width + k, values, mask=k < width)
+
+
 @triton.jit(do_not_specialize=["M", "part_tiles"])
 def _multiply(
     sums, x, packed, scales, codes, bias, M, N, K, part_tiles,
     TYPE: tl.constexpr, DOT: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCKSIZE: tl.constexpr, STAGES: tl.constexpr,
+    WARPS: tl.constexpr, BLOCKSIZE: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sums[part, m, n] = bias[n] + sum over k in part of x[m, k] * W[n, k]
 
@@ -209,20 +235,25 @@ def _multiply(
 
     Args:
         sums: float32 [parts, M, N], or y itself.
-        x: [2, M, K / 2], the even columns and then the odd ones.
-        part_tiles: tiles of BLOCK_K in a part.
+        x: [M, K], in the order of ``_thread_order``, with zeros beyond K to a multiple of 128 columns.
+        part_tiles: tiles of 128 columns in a part.
         PTX: decode with ``decode_ptx``; else in Triton, with the same result.
+        WHOLE: K is a multiple of 128; else its last tile has 64 columns.
     """
-    HALF: tl.constexpr = BLOCK_K // 2
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, ROWS)
-    pair = tl.arange(0, HALF)
-    row = tl.minimum(n, N - 1).to(tl.int64)
-    width = K // BLOCK_K * HALF  # tells the compiler that rows begin at multiples of 16 bytes
-    of_w = packed + row[:, None] * width + pair[None, :]
-    of_even = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * width + pair[:, None]
-    of_odd = of_even + M.to(tl.int64) * width
+    # Triton gives neighbouring rows of a tile to a warp's lanes, then to warps, then to registers. A tensor
+    # core wants the ninth row in the first lane again, so the tile's rows are these of W:
+    REPEATS: tl.constexpr = BLOCK_N // (16 * WARPS)
+    i = tl.arange(0, BLOCK_N)
+    lane, warp, half, repeat = i % 8, i // 8 % WARPS, i // (8 * WARPS) % 2, i // (16 * WARPS)
+    row = tl.program_id(0) * BLOCK_N + repeat * (16 * WARPS) + warp * 16 + half * 8 + lane
+    row = tl.minimum(row, N - 1).to(tl.int64)[:, None]
+    byte, thread = tl.arange(0, 64)[None, :], tl.arange(0, 4)[None, :]
+    width = K // 64 * 32  # tells the compiler that rows begin at multiples of 16 bytes
+    of_w = packed + row * width + byte
     of_scale = scales + row * (K // BLOCKSIZE)
+    m = tl.arange(0, ROWS)
+    x_width = (K + 127) // 128 * 128
+    of_x = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * x_width + tl.arange(0, 128)[:, None]
     lane_code = 0.0
     if PTX:
         lane_code = tl.inline_asm_elementwise(
@@ -231,18 +262,23 @@ def _multiply(
 
     total = tl.zeros((BLOCK_N, ROWS), tl.float32)
     first = tl.program_id(1) * part_tiles
-    for tile in tl.range(first, tl.minimum(first + part_tiles, K // BLOCK_K), num_stages=STAGES):
-        weights = tl.load(of_w + tile * HALF)
-        even = tl.load(of_even + tile * HALF)
-        odd = tl.load(of_odd + tile * HALF)
-        scale = tl.load(of_scale + tile * BLOCK_K // BLOCKSIZE)[:, None]
-        scale = tl.broadcast_to(scale, (BLOCK_N, HALF))
+    for tile in tl.range(first, tl.minimum(first + part_tiles, x_width // 128), num_stages=STAGES):
+        values = tl.load(of_x + tile * 128)
+        block = (tile * 128 + thread * 32) // BLOCKSIZE
+        if WHOLE:
+            weights, scale = tl.load(of_w + tile * 64), tl.load(of_scale + block)
+        else:
+            weights = tl.load(of_w + tile * 64, mask=tile * 64 + byte < width, other=0)
+            scale = tl.load(of_scale + block, mask=block < K // BLOCKSIZE, other=0.0)
+        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, 4, 16)).reshape(BLOCK_N, 64)
         high, low = _decode(weights, scale, codes, lane_code, TYPE, PTX)
-        total = tl.dot(high.to(DOT), even.to(DOT), total, input_precision="ieee")
-        total = tl.dot(low.to(DOT), odd.to(DOT), total, input_precision="ieee")
+        decoded = tl.join(high, low).reshape(REPEATS, 2, WARPS, 8, 4, 8, 2, 2)
+        decoded = decoded.permute(0, 2, 1, 3, 5, 7, 4, 6).reshape(BLOCK_N, 128)
+        total = tl.dot(decoded.to(DOT), values.to(DOT), total, input_precision="ieee")
 
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias is not None:
-        total += tl.load(bias + row).to(tl.float32)[:, None]
+        total += tl.load(bias + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
     at = sums + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(at, total.to(sums.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
@@ -260,20 +296,6 @@ def _decode(weights, scale, codes, lane_code, TYPE: tl.constexpr, PTX: tl.conste
         high = (tl.load(codes + (weights >> 4)) * scale).to(TYPE)
         low = (tl.load(codes + (weights & 15)) * scale).to(TYPE)
     return high, low
-
-
-@triton.jit(do_not_specialize=["words"])
-def _split_columns(columns, x, words, BLOCK: tl.constexpr):
-    """Write x's even columns to columns[0] and its odd ones to columns[1]. Grid: (blocks of words,).
-
-    Args:
-        x: int32 [words], each an even column (low half) and the odd column after it.
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + i, mask=i < words, other=0)
-    kind = columns.dtype.element_ty
-    tl.store(columns + i, (values & 0xFFFF).to(tl.int16).to(kind, bitcast=True), mask=i < words)
-    tl.store(columns + words + i, (values >> 16).to(tl.int16).to(kind, bitcast=True), mask=i < words)
 
 
 @triton.jit(do_not_specialize=["M", "parts"])

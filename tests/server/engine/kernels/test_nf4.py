@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 from collections import Counter
@@ -78,7 +77,7 @@ def _fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def compiled_product(form: Any, capability: int, dtype: torch.dtype, in_parts: bool) -> Any:
     values = f"*{KINDS[dtype]}"
     types = {"x": values, "packed": "*u8", "scales": "*fp32", "codes": "*fp32", "bias": values}
-    constants = nf4.constants(form, dtype, 64) | ({"bias": None} if in_parts else {})
+    constants = nf4.constants(form, dtype, 64, True) | ({"bias": None} if in_parts else {})
     types["sums"] = "*fp32" if in_parts else values
     return compile_for(capability, nf4._multiply, constants, types, {"M", "part_tiles"}, form.warps)
 
@@ -107,15 +106,17 @@ def test_compiled_for_a_gpu_weights_go_from_wide_copies_through_shuffles_to_tens
         int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*\], (0x\w+),", ptx)
     )
     threads = LANES * form.warps
-    expected = Counter({4: math.ceil(form.n / threads)})  # a scale for each row
-    for nbytes in (form.n * nf4.TILE_K // 2, form.rows * nf4.TILE_K, form.rows * nf4.TILE_K):
-        wide = min(nbytes // threads, 16)  # weights, even columns, odd columns
-        expected[wide] += nbytes // threads // wide
+    expected = Counter({4: form.n * 4 // threads})  # a scale for each row's four threads
+    for nbytes in (form.n * nf4.TILE_K // 2, form.rows * nf4.TILE_K * 2):  # weights and x
+        expected[16] += nbytes // threads // 16
     assert copies == Counter({size: form.stages * count for size, count in expected.items()})
     assert ptx.count("shfl.sync.idx") == form.n * nf4.TILE_K / threads, (
         "each weight is looked up once, in the loop"
     )
     assert not re.findall(r"ld\.global\.[bu]8|ld\.local|st\.local", ptx)
+    loop = ptx[ptx.index("shfl.sync.idx") : ptx.rindex("mma")]
+    if capability == 90:
+        assert "st.shared" not in loop, "decoded weights stay in their thread's registers"
     assert spilled(compiled, tmp_path) == 0
     assert compiled.metadata.shared <= 99 * 1024
 
