@@ -39,7 +39,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -55,6 +55,8 @@ def packed_attention(
     Returns:
         [1, tokens, heads, head_dim], and no weights.
     """
+    if attention_mask is not None:
+        raise ValueError("the model has a mask of its own")
     ends = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = []

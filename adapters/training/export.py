@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from adapters.artifact import WEIGHTS_FILE
 from adapters.errors import TrainingDiverged
-from adapters.training.methods import ADAPTER
+from adapters.training.recipe import ADAPTER
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +111,7 @@ def write_adapter(folder: Path, pairs: Mapping[str, Pair], nominal: Nominal, sit
         use_rslora=nominal.use_rslora,
         use_dora=nominal.use_dora,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
-        target_modules=_names_for(set(pairs), set(sites)),
+        target_modules=names_for(set(pairs), set(sites)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=nominal.base_model,
         inference_mode=True,
@@ -139,11 +139,11 @@ def _saved(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.to(torch.bfloat16).contiguous()
 
 
-def _names_for(chosen: set[str], sites: set[str]) -> list[str]:
+def names_for(chosen: Collection[str], sites: Collection[str]) -> list[str]:
     """The endings of the chosen names if they select exactly these, else the full names."""
     endings = {name.rpartition(".")[2] for name in chosen}
     named = {site for site in sites if site.rpartition(".")[2] in endings}
-    return sorted(endings) if named == chosen else sorted(chosen)
+    return sorted(endings) if named == set(chosen) else sorted(chosen)
 
 
 def _float(tensor: torch.Tensor) -> torch.Tensor:

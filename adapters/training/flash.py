@@ -51,7 +51,7 @@ def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
@@ -69,6 +69,8 @@ def varlen_attention(
     Returns:
         [1, tokens, heads, head_dim], and no weights.
     """
+    if attention_mask is not None:
+        raise ValueError("the model has a mask of its own")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     options: dict[str, Any] = {"enable_gqa": True}
     if "enable_gqa" not in _VARLEN_OPTIONS:  # torch 2.11

@@ -137,13 +137,13 @@ def _last_logits(model: Any, rows: Sequence[list[int]]) -> torch.Tensor:
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
-    with _linears_in_training(model):
+    with linears_in_training(model):
         logits: torch.Tensor = model(**on_device, use_cache=False).logits[0, -len(rows[-1]) :]
     return logits.float()
 
 
 @contextmanager
-def _linears_in_training(model: Any) -> Iterator[None]:
+def linears_in_training(model: Any) -> Iterator[None]:
     """On a CPU, a 4-bit linear that is not in training mode changes the layout of its weight for good."""
     linears = four_bit_linears(model).values()
     before = [linear.training for linear in linears]

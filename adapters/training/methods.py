@@ -9,37 +9,63 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapters.base.calls import unservable_linears
 from adapters.errors import RecipeInvalid
-from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
-
-ADAPTER = "default"
-"""PEFT's name for a model's first adapter."""
+from adapters.sites import BaseLayout
+from adapters.training.export import names_for
+from adapters.training.isolation import linears_in_training
+from adapters.training.recipe import ADALORA_SURPLUS, ADAPTER, ALL_LINEAR, TrainConfig
+from adapters.training.servable import target_sites
 
 # AdaLoRA does not prune in the first steps, and trains with the final ranks in the last steps.
 _UNTOUCHED, _FINAL = 0.1, 0.3
 
 
-def add_adapter(model: Any, config: TrainConfig, steps: int) -> PeftModel:
+def add_adapter(model: Any, config: TrainConfig, steps: int, layout: BaseLayout) -> PeftModel:
     """``model`` with a new adapter. Only the adapter is trained.
 
     Args:
         steps: optimiser steps of the whole run.
+        layout: the base's.
 
     Raises:
-        RecipeInvalid: PEFT cannot adapt the target modules.
+        RecipeInvalid: PEFT cannot adapt the target modules, or they cannot be served.
     """
     names = config.target_modules
-    targets = names[0] if names == ALL_LINEAR else list(names)
-    common = {"target_modules": targets, "lora_dropout": config.dropout, "task_type": "CAUSAL_LM"}
+    common = {
+        "target_modules": _targets(model, names, layout),
+        "lora_dropout": config.dropout,
+        "task_type": "CAUSAL_LM",
+    }
     made = _adalora(config, steps, common) if config.method == "adalora" else _lora(config, common)
     try:
         adapted = get_peft_model(model, made)
     except ValueError as error:  # PEFT finds no module, or a module that is not a linear
         raise RecipeInvalid(f"--target-modules {','.join(names)} cannot be used: {error}") from error
+    if others := adapted.peft_config[
+        ADAPTER
+    ].target_parameters:  # PEFT turns the names of linears into those of experts with the same ones
+        raise RecipeInvalid(
+            f"--target-modules {','.join(names)} cannot be used: with these names, PEFT adapts experts "
+            f"({', '.join(sorted(others))}), which cannot be served; name linears of the "
+            "attention only."
+        )
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):  # autocast casts already; a second cast would cost time
             module.cast_input_dtype_enabled = False
     return adapted
+
+
+def _targets(model: Any, names: tuple[str, ...], layout: BaseLayout) -> list[str]:
+    """The linears to adapt, as PEFT takes them. all-linear stands for those that can be served."""
+    with linears_in_training(model):
+        unservable = unservable_linears(model, layout.sites)
+    if names == ALL_LINEAR:
+        return names_for(layout.sites.keys() - unservable.keys(), layout.modules)
+    for name in sorted(site.name for site in target_sites(names, layout)):
+        if reason := unservable.get(name):
+            raise RecipeInvalid(f"--target-modules: {name} cannot be served, because {reason}.")
+    return list(names)
 
 
 def _lora(config: TrainConfig, common: dict[str, Any]) -> LoraConfig:

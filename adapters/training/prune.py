@@ -19,10 +19,9 @@ from peft.tuners.lora import LoraLayer
 
 from adapters.artifact import WEIGHTS_FILE
 from adapters.training.export import Nominal, Pair, pairs_of, write_adapter
-from adapters.training.methods import ADAPTER
 from adapters.training.packing import Pack
 from adapters.training.progress import Throttle
-from adapters.training.recipe import TrainConfig
+from adapters.training.recipe import ADAPTER, TrainConfig
 from adapters.training.trainer import held_out_figures
 
 

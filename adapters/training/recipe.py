@@ -15,6 +15,8 @@ Choice = Literal["auto", "on", "off"]
 Device = Literal["auto", "cpu", "cuda"]
 
 ALL_LINEAR = ("all-linear",)
+ADAPTER = "default"
+"""PEFT's name for a model's first adapter."""
 ADALORA_SURPLUS = 1.5
 """AdaLoRA (https://arxiv.org/abs/2303.10512, section 4) starts with 1.5 times the final rank."""
 

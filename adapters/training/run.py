@@ -181,7 +181,7 @@ def _trainer(config: TrainConfig, run: RunFolder, inputs: _Inputs, stop: Stop, s
     steps = steps_for(len(packs), config)
     _choose(config, run, inputs, _largest(packs, config.batch_size), show)
     set_seed(config.seed)
-    adapted = add_adapter(model, config, steps)
+    adapted = add_adapter(model, config, steps, inputs.base.layout)
     trained, all_ = adapted.get_nb_trainable_parameters()
     rate = (config.learning_rate or learning_rate_for(all_)) * config.lr_multiplier
     text = (

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from adapters.base.implementations import implementations_of, names_in
 from adapters.errors import BaseModelError
 from server.engine.sequence import Chunk
 
@@ -208,26 +209,3 @@ def uninstall(model: nn.Module) -> None:
     for name in names_in(implementations_of(model.config)):
         if name.startswith(f"{NAME}-"):
             _attention_functions().register(name, None)
-
-
-def implementations_of(config: Any) -> dict[str, Any]:
-    """A model's attention implementations as transformers' ``set_attn_implementation`` takes them.
-
-    The implementation of ``config`` itself is at "". Each sub-config has its own, by its field; one that has
-    sub-configs too has a dict. They differ: the vision model of a base keeps its own implementation if it
-    cannot have another.
-    """
-    found: dict[str, Any] = {"": config._attn_implementation}
-    for field in config.sub_configs:
-        sub = getattr(config, field, None)
-        if sub is not None:
-            nested = implementations_of(sub)
-            found[field] = nested if len(nested) > 1 else nested[""]  # older transformers nest no dicts
-    return found
-
-
-def names_in(implementations: Mapping[str, Any]) -> set[str]:
-    """All implementations in the result of ``implementations_of``."""
-    values = implementations.values()
-    nested = [names_in(value) for value in values if isinstance(value, Mapping)]
-    return {value for value in values if not isinstance(value, Mapping)}.union(*nested)

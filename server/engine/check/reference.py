@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.engine.attention import implementations_of
+from adapters.base.implementations import implementations_of
 
 
 @torch.inference_mode()

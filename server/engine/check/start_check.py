@@ -18,9 +18,9 @@ from torch import Tensor
 
 from adapters.artifact import Adapter
 from adapters.base import LoadedBase
+from adapters.base.implementations import names_in
 from adapters.errors import BaseModelError
 from adapters.pool.rank_pool import RankPool
-from server.engine.attention import names_in
 from server.engine.check.causes import BESIDE_ADAPTER, WITH_ADAPTER, cause_of
 from server.engine.check.deviation import deviations, spread
 from server.engine.check.facts import facts_of, versions

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapters.base import LoadedBase
+from adapters.base.calls import Call, noting_calls, why_unservable
 from adapters.base.context import own_length
-from server.engine.attention import (
-    AttentionHost,
-    AttentionSpec,
-    KvShape,
-    implementations_of,
-    install,
-    reading_masks,
-)
+from adapters.base.implementations import implementations_of
+from server.engine.attention import AttentionHost, AttentionSpec, KvShape, install, reading_masks
 from server.engine.model.supported import check_config, check_layers, naming
 
 log = logging.getLogger("manylora.engine")
@@ -33,13 +25,6 @@ _LONGEST = 1 << 20
 """Masks are read for sequences up to this length."""
 
 _PASS = "its forward pass over a step's tokens, without a cache of its own,"
-
-
-class Call(NamedTuple):
-    """One call of a linear: the rows that it got, and whether it returned one tensor with a row for each."""
-
-    rows: int
-    is_plain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +66,8 @@ def probe(base: LoadedBase, longest: int | None = None) -> Probe:
         specs[layer] = spec
         return q.new_zeros(*q.shape[:2], v.shape[2])
 
-    calls: dict[str, set[Call]] = {name: set() for name in base.layout.sites}
     own_attention = implementations_of(config)
-    with naming(config, _PASS), _noting(model, calls):
+    with naming(config, _PASS), noting_calls(model, base.layout.sites) as calls:
         host = install(model)
         host.handler = attend
         tokens = torch.arange(_TOKENS, device=model.device)
@@ -104,37 +88,12 @@ def forward(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tens
 def servable(base: LoadedBase, found: Probe) -> LoadedBase:
     """``base`` without the linears that LoRA cannot apply to."""
     unservable = {
-        name: reason for name, calls in found.calls.items() if (reason := _why_unservable(calls)) is not None
+        name: reason
+        for name, calls in found.calls.items()
+        if (reason := why_unservable(calls, _TOKENS)) is not None
     }
     if not unservable:
         return base
     log.info("LoRA cannot apply to %d linears; the first is %s", len(unservable), next(iter(unservable)))
     sites = {name: site for name, site in base.layout.sites.items() if name not in unservable}
     return replace(base, layout=replace(base.layout, sites=sites, unservable=unservable))
-
-
-def _why_unservable(calls: frozenset[Call]) -> str | None:
-    if any(not call.is_plain for call in calls):
-        return "it returns more than a linear's output, as routers of experts do"
-    if {call.rows for call in calls} != {_TOKENS}:
-        return "the base does not run it on each token of a step by itself"
-    return None
-
-
-@contextmanager
-def _noting(model: Any, calls: Mapping[str, set[Call]]) -> Iterator[None]:
-    """Record the calls of these linears."""
-
-    def note(seen: set[Call], _: object, inputs: tuple[Tensor, ...], output: object) -> None:
-        rows = inputs[0].shape[:-1]
-        is_plain = isinstance(output, Tensor) and output.shape[:-1] == rows
-        seen.add(Call(math.prod(rows), is_plain))
-
-    hooks = [
-        model.get_submodule(name).register_forward_hook(partial(note, seen)) for name, seen in calls.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

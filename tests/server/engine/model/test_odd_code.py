@@ -27,6 +27,7 @@ def served(model_type: str, home: Path) -> Parts:
     [
         "hunyuan_v1_moe",  # its gate reads the dtype of its linear's weight
         "afmoe",  # it passes the mask by name
+        "dbrx",  # its sub-configs are no models and have no attention
         "got_ocr2",  # the whole keeps its own attention, the text model inside takes ours
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig
 
-from server.engine.attention import implementations_of, names_in
+from adapters.base.implementations import implementations_of, names_in
 
 
 def test_a_plain_model_has_one() -> None:
@@ -25,6 +25,16 @@ def test_the_parts_of_a_composite_model_have_their_own_as_plain_names() -> None:
 
 
 def test_parts_of_parts_are_nested() -> None:
-    found = implementations_of(AutoConfig.for_model("qwen2_5_omni"))
+    config = AutoConfig.for_model("qwen2_5_omni")
+    config._attn_implementation = "sdpa"
+    found = implementations_of(config)
     assert isinstance(found["thinker_config"], dict)
     assert names_in({"": "a", "x": {"": "b", "y": "c"}}) == {"a", "b", "c"}
+
+
+def test_settings_that_are_no_models_are_left_out() -> None:
+    """transformers refuses None for them."""
+    config = AutoConfig.for_model("dbrx")
+    config._attn_implementation = "sdpa"
+    config.attn_config._attn_implementation = config.ffn_config._attn_implementation = None
+    assert implementations_of(config) == {"": "sdpa"}
