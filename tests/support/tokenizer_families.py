@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +16,22 @@ from tests.support.tiny_models import tiny_tokenizer
 TokenizerFamily = Literal["byte-level", "llama2", "mistral", "gemma", "wordpiece", "unigram"]
 TOKENIZER_FAMILIES: tuple[TokenizerFamily, ...] = get_args(TokenizerFamily)
 BYTE_FALLBACK: tuple[TokenizerFamily, ...] = ("llama2", "mistral", "gemma")
+
+TokenizerClass = Literal[
+    "LlamaTokenizer",
+    "CodeLlamaTokenizer",
+    "GemmaTokenizer",
+    "Qwen2Tokenizer",
+    "GPT2Tokenizer",
+    "GPTNeoXTokenizer",
+    "CohereTokenizer",
+    "T5Tokenizer",
+    "XLMRobertaTokenizer",
+    "XGLMTokenizer",
+]
+TOKENIZER_CLASSES: tuple[TokenizerClass, ...] = get_args(TokenizerClass)
+BYTE_FALLBACK_CLASSES = TOKENIZER_CLASSES[:3]
+BYTE_LEVEL_CLASSES = TOKENIZER_CLASSES[3:7]
 
 _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _TURNS = ["<|im_start|>", "<|im_end|>"]
@@ -37,6 +54,21 @@ def family_tokenizer(family: TokenizerFamily, template: str = _TEMPLATE) -> Any:
         )
     fast.chat_template = template
     return fast
+
+
+def class_tokenizer(name: TokenizerClass) -> Any:
+    """A tokenizer of transformers' own class, which makes normalizer and decoder; the vocabulary is small."""
+    if name in BYTE_FALLBACK_CLASSES:
+        model: Any = _byte_fallback()
+    elif name in BYTE_LEVEL_CLASSES:
+        model = tiny_tokenizer().backend_tokenizer.model
+    else:
+        model = _unigram().model
+    saved = json.loads(Tokenizer(model).to_str())["model"]
+    if "merges" not in saved:
+        return getattr(transformers, name)(vocab=[tuple(entry) for entry in saved["vocab"]])
+    merges = [tuple(merge) for merge in saved["merges"]]
+    return getattr(transformers, name)(vocab=saved["vocab"], merges=merges)
 
 
 def _words() -> Iterator[str]:
