@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from server.engine.check.sample import Request, Step, chunks_of
 from server.engine.model import StepModel
 
 Deviations = dict[int, float]
-"""By request, the larger one of the mean deviations of its prompt's tokens and of its decoded tokens."""
+"""By request, the larger one of its prompt's deviation (the mean) and of its decoded tokens' (the median)."""
 
 
 def deviations(
@@ -20,8 +21,8 @@ def deviations(
     """Compute ``steps`` and compare all their logits.
 
     A token's deviation is the root mean square difference of its logits, in standard deviations of the
-    request's logits. The mean of many tokens counts, because in a sparse model rounding alone can send a
-    token to another expert.
+    request's logits. In a sparse model rounding alone can send a token to another expert. So the mean counts
+    of a prompt's many tokens, and the median of the few decoded ones.
 
     Args:
         expected: by request, float32 [tokens, vocabulary], on the host.
@@ -34,8 +35,9 @@ def deviations(
             off = by_token(got, expected[part.request][part.start : part.stop], expected[part.request])
             rows.setdefault((part.request, len(got) == 1), []).append(off)
     found: Deviations = {}
-    for (request, _), of_chunks in rows.items():
-        found[request] = max(found.get(request, 0.0), _mean(torch.cat(of_chunks)))
+    for (request, is_decoded), of_chunks in rows.items():
+        off = torch.cat(of_chunks)
+        found[request] = max(found.get(request, 0.0), _median(off) if is_decoded else _mean(off))
     return found
 
 
@@ -51,6 +53,10 @@ def spread(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 def _mean(off: Tensor) -> float:
     return float(off.nan_to_num(nan=float("inf")).mean())
+
+
+def _median(off: Tensor) -> float:
+    return float(off.median()) if bool(off.isfinite().all()) else math.inf
 
 
 def _all_logits(model: StepModel, step: Step, requests: Sequence[Request]) -> Tensor:
