@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_UNLIMITED = 1 << 30
+
 
 def own_length(text_config: Any) -> int | None:
     """Tokens of the longest sequence; None if the config does not limit it.
@@ -16,6 +18,11 @@ def own_length(text_config: Any) -> int | None:
     if stated is None:
         return None
     return max([stated, *_scaled_lengths(text_config, stated)])
+
+
+def served_length(text_config: Any, limit: int | None) -> int:
+    """The most tokens of a sequence under the operator's ``limit`` (None = there is none)."""
+    return min(own_length(text_config) or _UNLIMITED, limit or _UNLIMITED)
 
 
 def _scaled_lengths(text_config: Any, stated: int) -> Iterator[int]:

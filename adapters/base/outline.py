@@ -9,12 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from adapters.base.checkpoint import PreparedBase, convert_read_errors, load_tokenizer
-from adapters.base.context import own_length
+from adapters.base.context import served_length
 from adapters.base.load import layout_of
 from adapters.base.quiet import quiet_libraries
 from adapters.sites import BaseLayout
-
-_UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def outline_of(prepared: PreparedBase) -> BaseOutline:
         tokenizer = load_tokenizer(prepared.path)
         eos = _eos_of(prepared, model)
     ids = eos if isinstance(eos, list) else [tokenizer.eos_token_id if eos is None else eos]
-    context = own_length(model.config.get_text_config()) or _UNLIMITED
+    context = served_length(model.config.get_text_config(), None)
     return BaseOutline(layout_of(model, prepared.source), tokenizer, frozenset(ids), context)
 
 

@@ -17,7 +17,7 @@ from adapters.training.fit import check_questions, one_row_per_role_order, rows_
 from adapters.training.overlap import repetitions
 from adapters.training.recipe import TrainConfig
 from adapters.training.schedule import steps_for
-from adapters.training.servable import Serving, check_servable, config_check
+from adapters.training.servable import Serving, check_servable
 
 
 def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
@@ -30,7 +30,7 @@ def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
     """
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
-    check_config = config_check(serving, config.max_seq_len)
+    check_config = serving.check_config if serving is not None else None
     prepared = prepare_base(
         config.base, config.home, config.quantization, config.head_quantization, False, check_config
     )

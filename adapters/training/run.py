@@ -18,8 +18,10 @@ from transformers import set_seed
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.context import served_length
 from adapters.base.outline import BaseOutline, outline_of
 from adapters.base.quiet import quiet_libraries
+from adapters.base.rope import settle_rope
 from adapters.base.unpack import unpack_linears
 from adapters.errors import RecipeInvalid
 from adapters.text.renderer import ChatRenderer, base_renderer
@@ -44,7 +46,7 @@ from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
 from adapters.training.schedule import epochs_for, steps_for
-from adapters.training.servable import Serving, check_servable, config_check
+from adapters.training.servable import Serving, check_servable
 from adapters.training.stop import Stop
 from adapters.training.trainer import CheckpointSchedule, QloraTrainer
 
@@ -124,7 +126,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     bars = show and sys.stderr.isatty()
-    check_config = config_check(serving, config.max_seq_len)
+    check_config = serving.check_config if serving is not None else None
     prepared = prepare_base(
         config.base, config.home, config.quantization, config.head_quantization, bars, check_config
     )
@@ -150,11 +152,13 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
         check_questions(held_out, renderer, outline.context, serving.is_asked)
     steps_for(len(_packs(encoded[0], config)), config)
     if run.writes and serving is not None and serving.check_base is not None:
-        serving.check_base(prepared, device, config.max_seq_len)
+        serving.check_base(prepared, device)
         release_memory()
     if device != "cpu":
         _note(run, claim_memory(device, config.gpu_memory, prepared.path), show)
     base = load_base(prepared, device, progress=bars)
+    limit = serving.max_model_len if serving is not None else None
+    settle_rope(base.model, served_length(base.model.config.get_text_config(), limit))
     return _Inputs(base, data, encoded[0], encoded[1] if held_out else None, device)
 
 

@@ -30,23 +30,17 @@ class Serving:
         limits: the limits of one adapter's rank and bytes.
         extra_bytes: the limit of an adapter's extras.
         is_asked: whether the evaluation asks a held-out row with that reference.
-        check_config: gets transformers' config and the most tokens of an example. Raises BaseModelError if
-            such a base cannot be served.
-        check_base: gets the base, the device and the most tokens of an example. It raises BaseModelError if
-            this base cannot be served.
+        max_model_len: the server's limit of a sequence's tokens; None = the base's own.
+        check_config: gets transformers' config. Raises BaseModelError if such a base cannot be served.
+        check_base: gets the base and the device. Raises BaseModelError if this base cannot be served.
     """
 
     limits: Limits
     extra_bytes: int
     is_asked: Callable[[str], bool] = lambda _: False
-    check_config: Callable[[Any, int], None] | None = None
-    check_base: Callable[[PreparedBase, str, int], None] | None = None
-
-
-def config_check(serving: Serving | None, longest: int) -> Callable[[Any], None] | None:
-    """``serving.check_config`` for examples of ``longest`` tokens, as ``prepare_base`` takes it."""
-    check = None if serving is None else serving.check_config
-    return None if check is None else lambda config: check(config, longest)
+    max_model_len: int | None = None
+    check_config: Callable[[Any], None] | None = None
+    check_base: Callable[[PreparedBase, str], None] | None = None
 
 
 def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:

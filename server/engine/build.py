@@ -16,6 +16,8 @@ from adapters.artifact import Adapter, AdapterInfo, Limits, inspect_adapter, loa
 from adapters.artifact.chat_config import ChatConfig
 from adapters.artifact.regex import BudgetExceeded, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.context import served_length
+from adapters.base.rope import settle_rope
 from adapters.base.weight_bytes import WeightBytes, count_weight_bytes, log_weight_bytes
 from adapters.base.weights import BaseWeights
 from adapters.kernels.cpu import isa
@@ -38,7 +40,6 @@ from server.engine.kv_cache import BlockManager
 from server.engine.listing import AdapterListing
 from server.engine.model import StepModel, build_model
 from server.engine.model.probe import Probe, probe, servable
-from server.engine.model.rope import settle_rope
 from server.engine.model.supported import check_config, check_temperature, naming
 from server.engine.sampling_defaults import sampling_defaults
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -196,7 +197,7 @@ def _load(config: ServerConfig) -> LoadedBase:
 
 
 def _start_check(config: ServerConfig, base: LoadedBase, found: Probe, sizes: Sizes) -> StartCheck:
-    longest = sizes.longest(found.shapes)
+    longest = served_length(base.model.config.get_text_config(), config.engine.max_model_len)
     check_temperature(base.model.config, longest, sizes.step_tokens)
     with naming(base.model.config, "the start"):
         is_settled = settle_rope(base.model, longest)

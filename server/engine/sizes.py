@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ from adapters.base import LoadedBase
 from adapters.base.context import own_length
 from adapters.pool.rank_pool import RankPool, row_bytes
 from server.config import ConfigError, EngineConfig, ServerConfig
-from server.engine.attention import KvShape
 from server.engine.attention.choice import preferred_block_size
 from server.engine.gpu_memory import GpuMeter, largest_step, step_bytes
 from server.engine.memory import (
@@ -73,19 +72,6 @@ class Sizes:
         room = usable(total, self._config.engine.gpu_memory_utilization) - (total - self._meter.free())
         bytes_a_row = row_bytes(self._base.layout.sites, self._base.model.dtype)
         return rows_that_fit(answers, adapters.max_lora_rank, bytes_a_row, max(room, 0))
-
-    def longest(self, shapes: Mapping[int, KvShape]) -> int:
-        """Most tokens of a sequence, as far as it is known before the memory is taken.
-
-        Args:
-            shapes: of keys and values, by layer.
-        """
-        engine = self._config.engine
-        memory = engine.kv_cache_memory or (KV_CACHE_ON_CPU if self._meter is None else None)
-        token = sum(shape.bytes_per_token(self._base.model.dtype) for shape in shapes.values())
-        own = own_length(self._base.model.config.get_text_config())
-        limits = [own, engine.max_model_len, None if memory is None else memory // token]
-        return min((limit for limit in limits if limit), default=1)
 
     def kv_blocks(self, model: StepModel, pool: RankPool) -> int:
         """The number of KV blocks. Call it when everything else that stays is allocated.

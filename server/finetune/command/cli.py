@@ -28,7 +28,13 @@ assistant's tokens only. The run folder keeps the metrics, the loss curve and th
 continues a run that was stopped or killed. Exit codes: 0 done (result.json says whether the adapter was
 published), 1 failed, 2 wrong options or data, 130 stopped with a checkpoint.
 """
-_SHARED = (*BASE_OPTIONS, "--max-lora-rank", "--max-lora-bytes", "--lora-extra-memory")
+_SHARED = (
+    *BASE_OPTIONS,
+    "--max-model-len",
+    "--max-lora-rank",
+    "--max-lora-bytes",
+    "--lora-extra-memory",
+)
 
 
 def add_parser(commands: SubParsers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from adapters.artifact.adapter import Limits
 from adapters.base import PreparedBase
@@ -47,13 +48,16 @@ def serving_of(server: ServerConfig) -> Serving:
     """The limits of the server that will serve the adapter."""
     adapters = server.adapters
 
-    def check_base(prepared: PreparedBase, device: str, longest: int) -> None:
-        check_alone(prepared, server.home, device, longest)
+    max_model_len = server.engine.max_model_len
+
+    def check_base(prepared: PreparedBase, device: str) -> None:
+        check_alone(prepared, server.home, device, max_model_len)
 
     return Serving(
         Limits(adapters.max_lora_rank, adapters.max_bytes),
         adapters.extra_memory,
         is_short,
-        check_config,
+        max_model_len,
+        partial(check_config, longest=max_model_len),
         check_base,
     )

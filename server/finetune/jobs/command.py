@@ -52,6 +52,7 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--ignore-adapter-templates": config.adapters.ignore_templates,
         "--device": "cpu" if config.training.gpu == "none" else config.model.device,
         "--gpu-memory": config.training.gpu_memory,
+        "--max-model-len": config.engine.max_model_len,
         "--max-lora-rank": config.adapters.max_lora_rank,
         "--max-lora-bytes": config.adapters.max_bytes,
         "--lora-extra-memory": config.adapters.extra_memory,

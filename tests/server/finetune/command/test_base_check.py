@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from adapters.base import load_base, prepare_base
+from adapters.training import run
 from server import cli
 from server.engine.check import alone, check_alone
 from tests.support.running_engine import build
-from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_models import PHI3, make_tiny_model
 
 ROWS = [{"prompt": f"say {i}", "completion": f"word {i}"} for i in range(8)]
 UNSERVABLE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -72,11 +75,30 @@ def test_a_base_is_checked_once_by_training_or_by_serving(
         return load_base(*args)
 
     monkeypatch.setattr(alone, "load_base", load)
-    check_alone(prepared, home, "cpu", 64)
-    check_alone(prepared, home, "cpu", 64)
+    check_alone(prepared, home, "cpu", None)
+    check_alone(prepared, home, "cpu", None)
     assert loads == ["cpu"]
     for path in (home / "bases").glob("*.checked.json"):
         path.unlink()
     build(base, home, "--quantization", quantization).close()
-    check_alone(prepared, home, "cpu", 64)
+    check_alone(prepared, home, "cpu", None)
     assert loads == ["cpu"]
+
+
+@pytest.mark.parametrize(("flags", "position"), [([], 511), (["--max-model-len", "32"], 31)])
+def test_longrope_is_trained_as_it_is_served(
+    flags: list[str], position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[Any] = []
+
+    def load(*args: Any, **options: Any) -> Any:
+        bases.append(load_base(*args, **options))
+        return bases[-1]
+
+    monkeypatch.setattr(run, "load_base", load)
+    folder = make_tiny_model("phi3", tmp_path / "model", **PHI3)
+    assert cli.main([*_words(tmp_path, folder), *flags]) == 0
+    rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
+    rotary(torch.zeros(1), torch.tensor([[position]]))
+    (base,) = bases
+    assert torch.equal(base.model.model.rotary_emb.inv_freq, rotary.inv_freq)

@@ -2,7 +2,7 @@
 
 transformers chooses the frequencies of LongRoPE and of dynamic NTK scaling anew in each forward pass, by the
 longest sequence in it. The keys in the cache, however, keep the frequencies that they were computed with. So
-the frequencies are chosen once, for the longest sequence that is served, as in vLLM.
+the frequencies are chosen once, for the longest sequence that is served, as in vLLM. Training uses the same.
 """
 
 from __future__ import annotations
