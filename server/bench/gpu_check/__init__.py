@@ -1,7 +1,8 @@
-"""``manylora bench gpu-check``: proves and measures the GPU path in one command, within minutes.
+"""``manylora bench gpu-check``: one command tests and measures the GPU path within minutes.
 
-``command.py`` (no torch) hands the sections of ``sections.py`` to a process of their own (``child.py``),
-which may fail, hang or die without costing the others more than their time; what comes back are rows.
-Without a GPU the same sections run small, on the CPU and under Triton's interpreter: that proves the check.
-Needs torch, transformers and PEFT; whatever else is missing is a clear skip.
+``command.py`` imports no torch. It runs the sections of ``sections.py`` in a child process (``child.py``),
+which returns rows. If the child fails, hangs or dies, only the section that was running is lost.
+Without a GPU the same sections run with small sizes, on the CPU and under Triton's interpreter. This tests
+the check itself. It needs torch, transformers and PEFT. If another package is missing, the sections that
+need it say that they were skipped.
 """

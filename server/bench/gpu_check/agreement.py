@@ -1,7 +1,7 @@
-"""Whether two runs sampled the same greedy tokens, and if not, whether a rounding explains it. No torch.
+"""Whether two runs sampled the same greedy tokens; if not, whether rounding explains it. No torch.
 
-In bf16 the two best logits are now and then so near to each other that any other order of additions changes
-which one is sampled. What follows is then another text. So the margin at the first difference decides.
+In bf16 the two best logits are sometimes almost equal. A different order of additions then changes which
+token is sampled, and all later tokens differ. The margin at the first difference therefore decides.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from server.bench.gpu_check.rows import Value
 from server.bench.gpu_check.served import Answer
 
 ALLOWED = 0.25
-"""Of logits whose standard deviation is 1. What bf16 adds up to over the layers stays below it; the mean
-distance of the two best ones does too, but not that of the first difference of several wrong answers."""
+"""The largest margin that rounding explains, for logits with a standard deviation of 1.
+
+The rounding errors of bf16, added up over the layers, stay below it. The mean margin is below it too, but
+several wrong answers have at least one first difference above it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """Attributes:
-    tokens: compared, up to the first difference in each sequence.
-    margin: the largest at a first difference; 0 = there is none.
+    tokens: the number of tokens compared, up to the first difference in each sequence.
+    margin: the largest margin at a first difference; 0 = no sequence differs.
     """
 
     sequences: int
@@ -46,7 +49,7 @@ class Agreement:
 
 
 def compare(ours: Mapping[str, Answer], theirs: Mapping[str, Answer]) -> Agreement:
-    """Of the same requests; the margins are the second one's."""
+    """Compare two runs of the same requests. The margins are those of ``theirs``."""
     assert ours.keys() == theirs.keys()
     tokens, equal, margin = 0, 0, 0.0
     for name, answer in theirs.items():

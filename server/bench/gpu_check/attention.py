@@ -1,4 +1,4 @@
-"""Section ``attention``: every build that reads pages in place against the backend that gathers them."""
+"""Section ``attention``: compares the builds that read pages in place with the backend that gathers them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Chunk
 
 _EXACT = 3e-2
-"""Of values about 1 in bf16: it is only what is attended with that is rounded."""
+"""Tolerance for values of about 1 in bf16. Only the attention weights are rounded differently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class _Sizes:
     shape: KvShape
     group: int
     lengths: Sequence[int]
-    """Tokens of each sequence."""
+    """The tokens of each sequence."""
 
 
 _LARGE = _Sizes(KvShape(8, 128, 128), 4, (1, 700, 63, 256, 257, 1024, 5, 90))
@@ -39,7 +39,7 @@ _DECODING = tuple(1000 + i for i in range(64))
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By build and kind of layer, whether it agrees in a prompt and in decoding; on a GPU also its time."""
+    """For each build and kind of layer: whether prompts and decoding agree. On a GPU also the time."""
     sizes = _LARGE if context.gpu else _SMALL
     scale = sizes.shape.key_dim**-0.5
     specs = {
@@ -76,7 +76,7 @@ def _of_build(
 
 
 def _compare(context: Context, build: Build, kernel: PagedKernel, sizes: _Sizes, spec: AttentionSpec) -> str:
-    """What is wrong, in the step of all prompts or in the one after it; "" = nothing."""
+    """The error in the prompt step or in the decode step after it; "" = none."""
     world = _World(sizes, build.suits, context.device)
     gathered = TorchPaged(build.suits, context.device, torch.bfloat16)
     paged = FlashPaged(kernel, build.suits, context.device, torch.bfloat16, max(sizes.lengths) + 1)
@@ -101,7 +101,7 @@ def _attend(
 
 
 def _timed(gpu: Gpu, build: Build, kernel: PagedKernel, spec: AttentionSpec) -> Row:
-    """64 sequences of 1000 tokens and more that decode, in a layer of the 8B shape."""
+    """The time of one layer of the 8B shape that decodes 64 sequences of at least 1000 tokens."""
     device, sizes = torch.device("cuda"), _Sizes(_LARGE.shape, _LARGE.group, _DECODING)
     world = _World(sizes, build.suits, device)
     backend = FlashPaged(kernel, build.suits, device, torch.bfloat16, 2048)
@@ -121,7 +121,7 @@ def _timed(gpu: Gpu, build: Build, kernel: PagedKernel, spec: AttentionSpec) -> 
 
 
 class _World:
-    """Sequences whose blocks lie scattered."""
+    """Sequences whose blocks are scattered over the cache."""
 
     def __init__(self, sizes: _Sizes, block_size: int, device: torch.device) -> None:
         self._sizes, self._device = sizes, device
@@ -137,12 +137,12 @@ class _World:
             self._sequences.append(one)
 
     def step(self, decoding: bool) -> list[Chunk]:
-        """All prompts at once, or one more token of each."""
+        """The chunks of a step: all prompts at once, or one more token of each sequence."""
         pairs = zip(self._sequences, self._sizes.lengths, strict=True)
         return [Chunk(one, length if decoding else 0, 1 if decoding else length) for one, length in pairs]
 
     def inputs(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """q, k and v."""
+        """Random q, k and v, each [tokens, heads, head_dim]."""
         tokens, shape = sum(chunk.length for chunk in chunks), self._sizes.shape
         heads = shape.kv_heads * self._sizes.group, shape.kv_heads, shape.kv_heads
         generator = torch.Generator().manual_seed(tokens)

@@ -1,4 +1,4 @@
-"""Random Llama bases, made on the device itself: nothing is written to disk or read from it."""
+"""Random Llama bases, created on the device. Nothing is read from disk or written to it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ SHAPES_BY_SIZE: Mapping[str, Mapping[str, Any]] = {"tiny": TINY, **SHAPES}
 
 
 def weights_of(quantization: Quantization) -> str:
-    """Which of ``roofline.WEIGHT_BYTES`` these weights are, as the fused step keeps them."""
+    """The key of ``roofline.WEIGHT_BYTES`` for these weights, as the fused step stores them."""
     return "bf16" if quantization == "none" else "nf4, scales in float32"
 
 
 def bytes_of(shape: str, quantization: Quantization) -> float:
-    """On the device: linears, head and embedding."""
+    """The bytes of the linears, the head and the embedding on the device."""
     stack = llama_stack(SHAPES_BY_SIZE[shape])
     parts = works(stack, Step(1, 0), WEIGHT_BYTES[weights_of(quantization)])
     return parts["linears"].nbytes + 2 * parts["head"].nbytes
 
 
 def why_not(quantization: Quantization) -> str | None:
-    """Why there can be no such base here."""
+    """Why this base cannot be made on this machine; None = it can."""
     if quantization == "nf4" and find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed, so there are no NF4 bases"
     return None
@@ -54,23 +54,23 @@ def why_not(quantization: Quantization) -> str | None:
 
 @torch.no_grad()
 def random_base(shape: str, quantization: Quantization, device: torch.device, seed: int = 0) -> LoadedBase:
-    """A base of a shape in ``SHAPES_BY_SIZE``; the same for the same seed.
+    """A base of a shape in ``SHAPES_BY_SIZE``. The same seed gives the same base.
 
     Raises:
-        Skip: it cannot be had here.
+        Skip: it cannot be made on this machine.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     reason = why_not(quantization)
     if reason is not None:
         raise Skip(reason)
-    gc.collect()  # models are cycles, and the one before it must be gone from the device
+    gc.collect()  # models hold reference cycles, and the previous one must leave the device
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES_BY_SIZE[shape], dtype="bfloat16")).to(
             torch.bfloat16
         )
     _fill(model, quantization, torch.Generator(device).manual_seed(seed))
-    with device:  # its angles are no parameters, and were made without memory too
+    with device:  # its angles are not parameters, and they are on the meta device too
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     model.name_or_path = model.config._name_or_path = name = f"random-{shape}"
     model.eval().requires_grad_(False)
@@ -80,9 +80,9 @@ def random_base(shape: str, quantization: Quantization, device: torch.device, se
 
 
 def _fill(model: Any, quantization: Quantization, generator: torch.Generator) -> None:
-    """Give every module of a model without memory random weights, one by one."""
+    """Give random weights to every module of a model on the meta device, one by one."""
     if quantization == "nf4":
-        model.is_loaded_in_4bit = True  # PEFT asks for it
+        model.is_loaded_in_4bit = True  # PEFT reads this attribute
         for name, site in find_sites(model).items():
             weight = _random(torch.Size((site.out_features, site.in_features)), generator)
             parent, _, child = name.rpartition(".")
@@ -96,7 +96,7 @@ def _fill(model: Any, quantization: Quantization, generator: torch.Generator) ->
 
 
 def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """bf16; of a matrix so large that it leaves its input's size as it is, of a norm about 1."""
+    """Random bf16 weights. A matrix keeps the scale of its input; the weights of a norm are about 1."""
     values = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
     if len(shape) == 1:
         return values.normal_(1.0, 0.1, generator=generator)
@@ -104,7 +104,7 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _nf4(weight: Tensor) -> nn.Module:
-    """A 4-bit linear as ``prepare_base`` makes them."""
+    """A 4-bit linear, like those that ``prepare_base`` makes."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     outputs, inputs = weight.shape
@@ -117,7 +117,7 @@ def _nf4(weight: Tensor) -> nn.Module:
 
 
 def _tokenizer() -> Any:
-    """One that says nothing: what is served here are token ids."""
+    """An empty tokenizer: requests and answers here are token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

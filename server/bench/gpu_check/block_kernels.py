@@ -1,4 +1,7 @@
-"""Section ``block_kernels``: norm, rotary with the KV store, gated activation: Triton against torch."""
+"""Section ``block_kernels``: compares the Triton kernels of a block with torch.
+
+They are the norms, the rotary embedding with the KV store, and the gated activation.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,17 @@ class _Sizes(NamedTuple):
 _LARGE, _SMALL = _Sizes(4096, 14336, 32, 8, 128), _Sizes(576, 96, 3, 1, 40)
 
 _IN_A_ROW = 32
-"""Calls in a graph, since starting a graph takes longer than one of them."""
+"""The number of calls in a graph. Launching a graph takes longer than a single call."""
 
 Result = Callable[[BlockOps, bool], tuple[Tensor, ...]]
-"""``fresh``: on copies of what it changes in place. Timing changes others, which may overflow."""
+"""Takes the operations and ``fresh``: whether it copies the tensors that it changes in place.
+
+Timing changes tensors of its own again and again, so their values may overflow.
+"""
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By operation, dtype and rows: whether both agree; on a GPU the time of each."""
+    """For each operation, dtype and number of rows: whether both agree. On a GPU also both times."""
     if find_spec("triton") is None:
         raise Skip("Triton is not installed")
     from server.engine.kernels import triton
@@ -67,7 +73,7 @@ def _difference(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], exact: flo
 
 
 def _operations(context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype) -> dict[str, Result]:
-    """What each gives and changes, on the same random tensors however often it runs."""
+    """Each operation by name. Its results and the tensors it changes are the same at every call."""
     generator = torch.Generator().manual_seed(tokens)
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -100,7 +106,7 @@ def _operations(context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype
 
 
 class _Turn:
-    """Rotary embedding of q and k, which with v go into pages."""
+    """The rotary embedding of q and k, and the store of k and v into pages."""
 
     def __init__(
         self, context: Context, sizes: _Sizes, tokens: int, dtype: torch.dtype, random: Callable[..., Tensor]

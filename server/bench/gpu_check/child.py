@@ -1,4 +1,7 @@
-"""The process that runs sections: a line of JSON in, a line out for each row and for each section's end."""
+"""The child process that runs sections. It reads one line of JSON.
+
+It writes one line when a section begins, one for each row, and one when the section ends.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
-    """Read what to do from standard input, and do it; what libraries print goes to standard error."""
+    """Run the sections named on standard input. The output of libraries goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
@@ -37,7 +40,7 @@ def main() -> None:
 
 
 def _prepare() -> Any:
-    """The GPU, or None; then Triton is told to interpret, which it must be before it is imported."""
+    """The GPU, or None. Without one it turns on Triton's interpreter, before Triton is imported."""
     import torch
 
     if not torch.cuda.is_available():
@@ -49,7 +52,7 @@ def _prepare() -> Any:
 
 
 def _run(section: Section, gpu: Any, ends: float, emit: Emit) -> bool:
-    """False if the process is better not used again: a fault on a GPU outlasts the call that raised it."""
+    """Run a section. False if the process must not be used again: a fault on a GPU breaks later calls too."""
     from server.bench.gpu_check.context import Context
 
     began, failed = time.monotonic(), ""
@@ -65,7 +68,7 @@ def _run(section: Section, gpu: Any, ends: float, emit: Emit) -> bool:
             failed = f"{type(error).__name__}: {error}"[:500]
     emit({"section": section.name, "seconds": time.monotonic() - began, "failed": failed})
     if failed and gpu:
-        return False  # nor can a GPU at fault be asked to give anything back
+        return False  # a GPU with a fault cannot free memory either
     _forget(gpu)
     return True
 
@@ -75,7 +78,7 @@ def _emit_row(emit: Emit, section: Section, row: Row) -> None:
 
 
 def _forget(gpu: Any) -> None:
-    """Give back what the section had on the device."""
+    """Free the memory that the section used on the device."""
     import gc
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""The command: flags, sections in order, tables as they come, the report at the end. No torch."""
+"""The command: flags, the sections in order, a table after each section, the report at the end. No torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from server.bench.gpu_check.sections import SECTIONS, Section
 from server.bench.gpu_check.supervisor import run as run_sections
 
 _DESCRIPTION = """\
-Prove and measure the GPU path: kernels, attention, whole models with CUDA graphs and without, decoding
-beside its roofline, loading adapters, and PEFT on the same card. What a missing package would be needed for
-is skipped by name. Exit code 1 if anything is wrong; figures that miss what is asked are only reported.
+Test and measure the GPU path: kernels, attention, whole models with and without CUDA graphs, decoding
+compared with its roofline, loading adapters, and PEFT on the same GPU. If a package is missing, the report
+names the parts that were skipped. The exit code is 1 if a result is wrong. A figure that misses its target
+is reported and does not change the exit code.
 
-Without a GPU everything runs small on the CPU, Triton under its interpreter, which proves the check itself.
+Without a GPU everything runs with small sizes on the CPU, with Triton's interpreter. This tests the check
+itself.
 """
 
 
@@ -28,38 +30,42 @@ def add_parser(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add the kind ``gpu-check`` to ``manylora bench``."""
     parser = kinds.add_parser(
         "gpu-check",
-        help="prove and measure the GPU path",
+        help="test and measure the GPU path",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything as JSON")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="add what libraries print to a file")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the decode steps")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the report as JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="append the output of libraries to a file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the decode steps")
     parser.add_argument(
-        "--budget", type=_seconds, default=540.0, metavar="SECONDS", help="(default: %(default)s)"
+        "--budget",
+        type=_seconds,
+        default=540.0,
+        metavar="SECONDS",
+        help="the time for all sections (default: %(default)s)",
     )
     parser.add_argument(
         "--sections",
         type=_sections,
         default=SECTIONS,
         metavar="NAMES",
-        help=f"run only these, separated by commas: {', '.join(section.name for section in SECTIONS)}",
+        help=f"run only these sections, separated by commas: {', '.join(s.name for s in SECTIONS)}",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run all sections. Exit code 0; 1 if one of them failed."""
+    """Run the sections. Returns the exit code: 1 if a section failed, else 0."""
     for file in (arguments.output, arguments.plot, arguments.log):
         if file is not None and not file.absolute().parent.is_dir():
             raise BenchError(
-                f"{file} cannot be written: {file.absolute().parent} is no folder; make it first"
+                f"{file} cannot be written: {file.absolute().parent} is not a folder; create it first"
             )
     began = time.monotonic()
     results: list[Result] = []
 
     def done(result: Result) -> None:
-        """What there is so far is written at once: whatever comes next cannot take it away."""
+        """Write the results so far, so that a later failure cannot lose them."""
         results.append(result)
         print(report.section_text(result), flush=True)
         _write(arguments, results, time.monotonic() - began)
@@ -91,7 +97,7 @@ def _plot(results: Sequence[Result], file: Path) -> str:
 
 
 def _sections(text: str) -> tuple[Section, ...]:
-    """The named sections, in the order in which all of them run."""
+    """The named sections, in the order in which they run."""
     known = {section.name for section in SECTIONS}
     names = {name.strip() for name in text.split(",")}
     if not names <= known:

@@ -1,4 +1,4 @@
-"""What a section knows while it runs: the device, its limits, and the clock."""
+"""What a section gets: the device, its limits, and the time when it must end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.bench.roofline import Machine
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Attributes: ``memory`` and ``free`` in bytes; ``machine`` is measured."""
+    """Attributes: ``memory`` is in bytes; ``machine`` holds the measured bandwidth and rate."""
 
     name: str
     capability: tuple[int, int]
@@ -26,9 +26,9 @@ class Gpu:
 @dataclass(frozen=True, slots=True)
 class Context:
     """Attributes:
-    gpu: None = none here, and everything runs small.
-    scratch: an empty folder of this section's.
-    ends: when its time is up, by ``time.monotonic``.
+    gpu: None = this machine has none, and the sizes are small.
+    scratch: an empty folder for this section.
+    ends: the end of the section's time, by ``time.monotonic``.
     """
 
     gpu: Gpu | None
@@ -42,4 +42,4 @@ class Context:
     def check_time(self, needed: float = 0.0) -> None:
         """Raises ``Skip`` if fewer than ``needed`` seconds are left."""
         if time.monotonic() + needed > self.ends:
-            raise Skip("out of time; give it more with --budget")
+            raise Skip("out of time; set a larger --budget")

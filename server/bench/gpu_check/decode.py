@@ -1,4 +1,4 @@
-"""Section ``decode``: what a decode step takes, by sequences and adapters, beside its roofline."""
+"""Section ``decode``: the time of a decode step compared with its roofline, by sequences and adapters."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Plan:
     """What is measured.
 
     Attributes:
-        sequences, adapters: in the order of what is asked of them first: time may run out.
-        context: tokens of each prompt.
-        warm: steps before those that count.
+        sequences, adapters: the most important numbers come first, because time may run out.
+        context: the tokens of each prompt.
+        warm: the steps before the timed ones.
     """
 
     shape: str
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """The first sequences sample tokens while the last prompts are still computed."""
+        """The tokens a sequence may reach: the first ones decode while the last prompts are computed."""
         return self.context + self.warm + self.steps + 32
 
 
@@ -52,7 +52,7 @@ _SMALL = Plan("tiny", "none", (4, 1), (4, 0), context=16, warm=1, steps=4)
 
 
 def plan_for(context: Context) -> Plan:
-    """The largest base that fits this device, in NF4 if it can be had."""
+    """The largest base that fits this device, in NF4 if bitsandbytes is installed."""
     if context.gpu is None:
         return _SMALL
     free = torch.cuda.mem_get_info()[0]
@@ -66,14 +66,14 @@ def plan_for(context: Context) -> Plan:
 
 
 def _most_adapters(shape: str, free: float) -> int:
-    """Of rank 16, beside the keys and values of 128 sequences."""
+    """How many adapters of rank 16 fit beside the keys and values of 128 sequences."""
     stack = llama_stack(SHAPES_BY_SIZE[shape])
     kv = 2 * stack.kv_width * 128 * 600
     return int((0.85 * free - kv) / (2 * RANK * stack.row_width))
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By adapters and sequences, one row; mixed ranks last."""
+    """One row for each number of adapters and of sequences. The row of mixed ranks comes last."""
     context.check_time(10.0 if context.gpu else 0.0)
     plan = plan_for(context)
     base = random_base(plan.shape, plan.quantization, context.device)
@@ -106,7 +106,7 @@ def _setting(plan: Plan, parts: Parts, seconds: float) -> Row:
 
 
 def _resident(parts: Parts, versions: Sequence[Version]) -> ExitStack:
-    """Pinned until the end of the block, so that all of them are there while some are used."""
+    """Pin the adapters until the end of the block, so that all are on the device while some are used."""
     hold(parts, versions)
     pins = ExitStack()
     for version in versions:
@@ -145,7 +145,7 @@ def _row(
 
 
 def _spread(versions: Sequence[Version], sequences: int) -> list[Version]:
-    """By sequence its adapter; over all of them if there are more than sequences."""
+    """The adapter of each sequence, spread over all adapters if there are more adapters than sequences."""
     if not versions:
         return []
     stride = max(len(versions) // sequences, 1)
@@ -164,7 +164,7 @@ def _works(plan: Plan, sequences: int, used: Sequence[Version]) -> dict[str, Wor
 
 
 def _measure(plan: Plan, parts: Parts, sequences: int, used: Sequence[Version]) -> list[float]:
-    """Seconds of each decode step; they follow one another without a pause."""
+    """The seconds of each decode step. The steps run without a pause between them."""
     driver, vocabulary = Driver(parts), SHAPES_BY_SIZE[plan.shape]["vocab_size"]
     for i in range(sequences):
         prompt = make_prompt(i, plan.context, vocabulary)
@@ -174,7 +174,7 @@ def _measure(plan: Plan, parts: Parts, sequences: int, used: Sequence[Version]) 
     for _ in range(plan.warm):
         driver.step()
     seconds = [_timed_step(driver) for _ in range(plan.steps)]
-    assert parts.engine.scheduler.num_decoding == sequences, "some had ended: these are other steps"
+    assert parts.engine.scheduler.num_decoding == sequences, "a sequence ended too early"
     driver.give_up()
     return seconds
 

@@ -1,4 +1,4 @@
-"""Section ``device``: which GPU this is, and what it does when nothing is in its way."""
+"""Section ``device``: the GPU, its measured bandwidth and its measured rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDE = 8192
 
 
 def find_gpu() -> Gpu:
-    """The first GPU, and its limits, measured."""
+    """The first GPU with its measured limits."""
     properties = torch.cuda.get_device_properties(0)
     return Gpu(
         properties.name,
@@ -32,7 +32,7 @@ def run(context: Context) -> Iterator[Row]:
     """One row: the GPU."""
     gpu = context.gpu
     if gpu is None:
-        yield skipped("gpu", "torch sees no GPU: what follows runs small, on the CPU")
+        yield skipped("gpu", "torch sees no GPU: the sections run with small sizes on the CPU")
         return
     yield Row(
         "gpu",
@@ -51,9 +51,9 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def _bandwidth() -> float:
-    """Of a kernel on more than any cache holds; reading and writing counted.
+    """Bytes read and written per second by a kernel whose data is larger than any cache.
 
-    A graph's plain copy runs on a copy engine, which reaches two thirds of the memory's speed on an H200.
+    A plain copy in a graph runs on a copy engine. On an H200 that reaches two thirds of the memory's speed.
     """
     source = torch.randn(_COPIED // 2, device="cuda").to(torch.bfloat16)
     target = torch.empty_like(source)
@@ -66,7 +66,7 @@ def _rate() -> float:
 
 
 def _driver() -> str:
-    """Its version, as the kernel's module says it."""
+    """The driver's version, from its kernel module."""
     file = Path("/proc/driver/nvidia/version")
     words = file.read_text().split() if file.exists() else []
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")

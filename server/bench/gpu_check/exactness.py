@@ -1,4 +1,4 @@
-"""Section ``exactness``: whole random models through the server's own parts; a small one against PEFT too."""
+"""Section ``exactness``: runs whole random models in the server's engine; compares a tiny one with PEFT."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SEQUENCES = 14
 _TOKENS = 24
 _LONGEST = 90
 _ROOM = 1.5
-"""Times the base's bytes: adapters, keys and values, and what a step needs."""
+"""A base needs its own bytes times this: room for adapters, keys and values, and a step's buffers."""
 
 _SECONDS = {"tiny": 5.0, "llama-1b": 15.0, "llama-8b": 30.0}
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By base: one with CUDA graphs against one without; the tiny ones against PEFT."""
+    """For each base: compare CUDA graphs with eager steps. Compare the tiny bases with PEFT too."""
     shapes = ("tiny",) if context.gpu is None else tuple(SHAPES_BY_SIZE)
     for shape in shapes:
         for quantization in ("nf4", "none"):
@@ -53,9 +53,9 @@ def _of_base(context: Context, shape: str, quantization: Quantization) -> Iterat
 
 
 def _not_graphed(context: Context, name: str) -> str:
-    """With Triton there is no reason why a Llama should not decode in graphs on a GPU."""
+    """An error if a Llama does not decode in graphs on a GPU with Triton; "" = none."""
     missing = context.gpu is not None and find_spec("triton") is not None and "graphs" not in name
-    return f"decoding is not in CUDA graphs, but {name!r}: --log tells why" if missing else ""
+    return f"decoding is not in CUDA graphs, but {name!r}; --log FILE records why" if missing else ""
 
 
 def _too_large(context: Context, shape: str, quantization: Quantization) -> str | None:
@@ -68,7 +68,7 @@ def _too_large(context: Context, shape: str, quantization: Quantization) -> str 
 def _answers(
     context: Context, shape: str, quantization: Quantization, eager: bool
 ) -> tuple[dict[str, Answer], str, str]:
-    """What a fresh server answers, the name of its model, and what fell back."""
+    """The answers of a new engine, the name of its model, and its fallbacks."""
     base = random_base(shape, quantization, context.device)
     adapters = RandomAdapters(base.layout.sites, max(_RANKS))
     with served(base, _sizes(eager), context.scratch, adapters.load) as parts:
@@ -88,7 +88,7 @@ def _sizes(eager: bool) -> Sizes:
 
 
 def _with_peft(context: Context, quantization: Quantization) -> tuple[dict[str, Answer], dict[str, Answer]]:
-    """The same adapters from the same folders: ours, then PEFT's answers."""
+    """Our answers, then PEFT's, with the same adapters from the same folders."""
     base, home = random_base("tiny", quantization, context.device), context.scratch / quantization
     folders = _folders(base, home / "adapters")
     prompts = {name: make_prompt(i, 9 + 5 * i, 1000) for i, name in enumerate(folders)}

@@ -1,4 +1,4 @@
-"""Section ``loads``: adapters that come from disk or from the host, and what waiting for them costs."""
+"""Section ``loads``: the time to load adapters from disk or host memory, and how long requests wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOKENS = 24
 
 
 def run(context: Context) -> Iterator[Row]:
-    """How long a load takes from either tier; then time to first token, half of the adapters being away."""
+    """The load time from each tier. Then the time to first token if all adapters fit, and if half fit."""
     context.check_time(10.0 if context.gpu else 0.0)
     plan = plan_for(context)
     fitting, requests = (16, 96) if context.gpu else (3, 8)
@@ -73,14 +73,14 @@ def _first_token_row(share: str, seconds: Sequence[float]) -> Row:
 
 
 class _Load:
-    """So many requests, a fixed number of them in flight, each under any one of the adapters."""
+    """A number of requests, each under a random adapter, with at most ``in_flight`` at a time."""
 
     def __init__(self, requests: int, in_flight: int, prompt: int, vocabulary: int) -> None:
         self._requests, self._in_flight = requests, in_flight
         self._prompts = [make_prompt(i, prompt, vocabulary) for i in range(requests)]
 
     def run(self, parts: Parts, versions: Sequence[Version]) -> list[float]:
-        """Seconds from each request to its first token."""
+        """The seconds from each request to its first token."""
         choice, driver, asked, ended = random.Random(0), Driver(parts), 0, 0
         while ended < self._requests:
             while asked < self._requests and asked - ended < self._in_flight:

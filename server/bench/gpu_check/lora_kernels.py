@@ -1,4 +1,4 @@
-"""Section ``lora_kernels``: Triton's LoRA against the reference; on a GPU also its time beside its bytes."""
+"""Section ``lora_kernels``: compares Triton's LoRA with the reference. On a GPU it also measures its time."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from adapters.kernels.triton import TritonLora
 
 _LARGE = (4096, (4096, 1024, 1024))
-"""Input and outputs of an 8B model's q, k and v; ``World``'s own sizes are small and odd."""
+"""The input and outputs of an 8B model's q, k and v. ``World``'s default sizes are small and odd."""
 
 _RANK = 16
 _INTERPRETED = ("zipf", "base tokens between")
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By dtype and mix, whether the kernels equal the reference; then times."""
+    """For each dtype and mix: whether the kernels equal the reference. Then the times."""
     if find_spec("triton") is None:
         raise Skip("Triton is not installed")
     from adapters.kernels.triton import TILE, TritonLora
@@ -79,7 +79,7 @@ def _failure(compare: Callable[[], None]) -> str:
 
 
 def _times(context: Context, gpu: Gpu, kernel: TritonLora) -> Iterator[Row]:
-    """One block of the 8B shape, all of its liners' adapters, as a decode step launches them."""
+    """The time of all LoRA calls of one block of the 8B shape, launched as in a decode step."""
     block = _Block(context.device, adapters=128)
     for tokens, adapters in ((1, 1), (8, 8), (64, 1), (64, 8), (64, 64), (128, 128)):
         context.check_time()
@@ -99,7 +99,7 @@ def _times(context: Context, gpu: Gpu, kernel: TritonLora) -> Iterator[Row]:
 
 
 class _Block:
-    """Rank rows at every linear of one block, those with the same input side by side."""
+    """Rank rows for every linear of one block. Linears with the same input are one group."""
 
     def __init__(self, device: torch.device, adapters: int) -> None:
         linears = llama_stack(SHAPES["llama-8b"]).linears[:7]
@@ -109,7 +109,7 @@ class _Block:
         self._device = device
 
     def calls(self, kernel: TritonLora, runs: list[Run]) -> list[Callable[[], object]]:
-        """One call, of all groups: a block's weights are read once."""
+        """One call that runs all groups, so that it reads the block's weights once."""
         segments, tokens = segments_of(runs)
         kernel.prepare(segments, graph_tokens=tokens)
         inputs = [self._random(tokens, group[0].a.shape[1]) for group in self._groups]

@@ -1,8 +1,8 @@
-"""Section ``nf4_products``: the products of NF4 weights that a server chooses among, by rows and shape.
+"""Section ``nf4_products``: the products of NF4 weights from which a server chooses, by rows and shape.
 
-Each against weights decoded in plain torch; on a GPU also its time beside the floor, which of them a server
-would choose (``server/engine/model/cuda/products.py``), and where bitsandbytes by itself chooses badly.
-Ours needs Triton only, so that it is checked where bitsandbytes is missing.
+Compares each with weights that plain torch decoded. On a GPU it also measures each time beside the floor,
+shows which one a server would choose (``server/engine/model/cuda/products.py``), and where bitsandbytes
+chooses a slow one. Our own product needs only Triton, so it is checked without bitsandbytes too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from server.engine.model.cuda.products import (
 )
 
 _SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate/up": (28672, 4096), "down": (4096, 14336)}
-"""[out_features, in_features] of an 8B model's joined products."""
+"""The [out_features, in_features] of an 8B model's joined linears."""
 
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -45,24 +45,24 @@ CODE = (
 
 _BLOCKSIZE = 64
 _PAST_CACHE = 256e6
-"""Bytes of copies of a weight that no cache holds."""
+"""The bytes of all copies of a weight together: more than any cache holds."""
 
 _ROUNDS = 10
 _EXACT = 2e-2
 _SLACK = 1.05
-"""What one may take more than the other and still be as quick."""
+"""Two times within this factor count as equal."""
 
 _FUSED = "fused"
-"""bitsandbytes' kernel for few rows, which no server asks for by itself."""
+"""bitsandbytes' kernel for few rows. A server never calls it directly."""
 
 
 def run(context: Context) -> Iterator[Row]:
-    """By shape and rows: whether all agree and what each takes; then what would be chosen."""
+    """For each shape and number of rows: whether all agree, and their times. Then the choices."""
     able = _able(context.gpu is not None)
     if USUAL not in able:
         yield skipped("products", "bitsandbytes is not installed")
     if not able:
-        raise Skip("Triton is not installed or interpreted")
+        raise Skip("Triton is not installed, or its interpreter is off")
     shapes, counts = (_SHAPES, ROWS) if context.gpu else ({"small": (256, 128)}, (1, 8))
     for name, (outputs, inputs) in shapes.items():
         copies = max(1, int(_PAST_CACHE / (outputs * inputs / 2))) if context.gpu else 1
@@ -85,10 +85,10 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def _able(gpu: bool) -> dict[str, Product]:
-    """What can run here, by name."""
+    """The products that can run on this machine, by name."""
     able = {OURS: PRODUCTS[OURS]}
     if find_spec("bitsandbytes") is not None:
-        import_module("bitsandbytes")  # makes its operations
+        import_module("bitsandbytes")  # registers its operations
         able = dict(PRODUCTS)
     if find_spec("triton") is None or not (gpu or _interpreted()):
         del able[OURS]
@@ -106,36 +106,34 @@ def _interpreted() -> bool:
 
 
 def _fused_kernel() -> Any:
-    """bitsandbytes has no public name for it; a version without it has no column for it."""
+    """bitsandbytes' private kernel for few rows; None = this version has none, and the column is left out."""
     return getattr(import_module("bitsandbytes.backends.cuda.ops"), "_gemm_4bit_kernel_impl", None)
 
 
 def random_weight(outputs: int, inputs: int, device: torch.device) -> Nf4Weight:
-    """As the fused step keeps one, of values about inputs^-0.5."""
+    """A weight as the fused step stores it, with values of about inputs^-0.5."""
     packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=device)
     scales = (1 + torch.rand(outputs * inputs // _BLOCKSIZE, device=device)) * inputs**-0.5
     return Nf4Weight(packed, scales, torch.tensor(CODE, device=device), outputs, inputs, _BLOCKSIZE, "nf4")
 
 
 def decoded(weight: Nf4Weight) -> Tensor:
-    """bf16 [outputs, inputs]."""
+    """The weight in bf16, [outputs, inputs]."""
     nibbles = torch.cat([weight.packed >> 4, weight.packed & 15], dim=1)
     values = weight.code[nibbles.int()].view(-1, weight.blocksize) * weight.scales[:, None]
     return values.to(torch.bfloat16).view(weight.shape)
 
 
 def _wrong(forms: Mapping[str, Product], weight: Nf4Weight, x: Tensor, expected: Tensor) -> dict[str, str]:
-    """By form, what is wrong with its result."""
+    """The errors by form. A form without an error is left out."""
     found = {}
     for form, product in forms.items():
         try:
             got = product(weight, x, None).float()
-        except (
-            Exception
-        ) as error:  # a compiler's or a driver's: anything, and the others are still of interest
+        except Exception as error:  # compilers and drivers raise anything; go on with the other forms
             found[form] = " ".join(str(error).split())[:300]
             continue
-        close = (got - expected.float()).abs() <= _EXACT * (1 + expected.abs())  # NaN is not
+        close = (got - expected.float()).abs() <= _EXACT * (1 + expected.abs())  # False for NaN
         if not close.all():
             found[form] = f"{int((~close).sum())} of {expected.numel()} values differ"
     return found
@@ -144,7 +142,7 @@ def _wrong(forms: Mapping[str, Product], weight: Nf4Weight, x: Tensor, expected:
 def _times(
     gpu: Gpu, forms: Mapping[str, Product], weights: Sequence[Nf4Weight], x: Tensor
 ) -> dict[str, Value]:
-    """In microseconds, by form; the floor; what a server would choose."""
+    """The microseconds of each form, the floor, and the form that a server would choose."""
     taken = {
         form: seconds_of([lambda w=w, p=product: p(w, x, None) for w in weights], _ROUNDS)  # type: ignore[misc]
         for form, product in forms.items()

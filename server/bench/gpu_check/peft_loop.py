@@ -1,7 +1,7 @@
-"""PEFT on a base that is in memory already: what users would write instead of this server.
+"""PEFT on a base that is already in memory: the loop that users would write without this server.
 
-The peer of ``server/bench/peers/peft.py`` for a GPU, in the same process: its adapters stay in bf16, which is
-faster there than the float32 that PEFT makes of them by itself.
+It is like ``server/bench/peers/peft.py``, but for a GPU and in the same process. Its adapters stay in bf16,
+which is faster on a GPU than PEFT's default, float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.bench.peers.peft import StepTimes
 
 
 class PeftLoop:
-    """The base is this object's own from now on."""
+    """Takes over the base: nothing else may use it afterwards."""
 
     def __init__(self, base: LoadedBase) -> None:
         self._base: Any = base.model
@@ -28,7 +28,7 @@ class PeftLoop:
         self._device = base.model.device
 
     def load(self, name: str, folder: Path) -> None:
-        """An adapter's folder, as PEFT loads it."""
+        """Load an adapter from its folder with PEFT."""
         from peft import PeftModel
 
         if self._model is None:
@@ -38,7 +38,7 @@ class PeftLoop:
         self._model.eval()
 
     def add_random(self, names: Sequence[str], rank: int, between: Callable[[], None]) -> None:
-        """Adapters on every linear but the head, made on the device; each takes PEFT about a second."""
+        """Create adapters on the device, on every linear but the head. PEFT takes about a second for each."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -53,7 +53,7 @@ class PeftLoop:
 
     @torch.inference_mode()
     def greedy(self, name: str, prompt: Sequence[int], tokens: int) -> Answer:
-        """One answer under one adapter."""
+        """One greedy answer under one adapter."""
         self._model.set_adapter(name)
         began = time.perf_counter()
         result = self._model.generate(
@@ -70,7 +70,7 @@ class PeftLoop:
     def step_seconds(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], tokens: int
     ) -> list[float]:
-        """Seconds of each decode step of one mixed batch; all prompts have the same length."""
+        """The seconds of each decode step of one mixed batch. All prompts have the same length."""
         times = StepTimes(time.perf_counter())
         batch = self._batch(prompts)
         self._model.generate(**batch, **_exactly(tokens), streamer=times, adapter_names=list(names))
@@ -86,7 +86,7 @@ def _exactly(tokens: int) -> dict[str, Any]:
 
 
 def _fill(model: nn.Module, device: torch.device) -> None:
-    """Memory and random numbers for what PEFT has made without any."""
+    """Give memory and random values to the weights that PEFT created on the meta device."""
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:

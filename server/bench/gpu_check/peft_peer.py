@@ -1,4 +1,4 @@
-"""Section ``peft_peer``: the same base and adapters in PEFT, with a name for each row of the batch."""
+"""Section ``peft_peer``: a decode step of PEFT with ``adapter_names``, on a base like that of ``decode``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NEEDED_S = 20.0
 
 
 def run(context: Context) -> Iterator[Row]:
-    """One row: as many sequences as ``decode`` measures first, each under an adapter of its own."""
+    """One row: the number of sequences that ``decode`` measures first, each under its own adapter."""
     plan = plan_for(context)
     sequences = plan.sequences[0]
     context.check_time(_NEEDED_S if context.gpu else 0.0)

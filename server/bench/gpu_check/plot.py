@@ -1,4 +1,4 @@
-"""The plot of a report: decode throughput and step over floor, by adapters. Needs matplotlib."""
+"""The plot of a report: decode throughput, and step time over floor, by adapters. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Table = Sequence[Mapping[str, Value]]
 
 
 def draw(results: Sequence[Result], title: str, file: Path) -> bool:
-    """Write the PNG; False (and none written) if no decode step was measured."""
+    """Write the PNG. Returns False, and writes nothing, if no decode step was measured."""
     from matplotlib.figure import Figure
 
     decode = [row for result in results if result.name == "decode" for row in result.table("decode")]

@@ -1,6 +1,6 @@
-"""Random adapters that cost next to nothing to make: windows onto one ribbon of random numbers.
+"""Random adapters that take little time and memory: their weights are views of one random buffer.
 
-No two adapters look through the same window, so no two are equal; a kernel reads each one's own bytes.
+Each adapter's view starts at a different offset, so no two adapters are equal.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from adapters.sites import Site
 from server.bench.serving.synthetic import save_adapter
 
 _STEP = 4099
-"""From one adapter's window to the next one's: a prime, so that no row of one is a row of another."""
+"""The offset between two adapters' views. It is prime, so no row of one adapter is a row of another."""
 
 _MOST = 512
 
 
 class RandomAdapters:
-    """Adapters by number, below ``_MOST``.
+    """Adapters by number, which must be less than ``_MOST``.
 
     Args:
-        sites: of the base.
-        most_rank: no adapter has more.
+        sites: the sites of the base.
+        most_rank: the largest rank of an adapter.
     """
 
     def __init__(self, sites: Mapping[str, Site], most_rank: int) -> None:
@@ -40,17 +40,17 @@ class RandomAdapters:
         self._ranks: dict[str, tuple[int, int]] = {}
 
     def version(self, number: int, rank: int) -> Version:
-        """To be given to the engine; ``load`` then makes its weights."""
+        """A version to pass to the engine. ``load`` makes its weights."""
         digest = f"random-{number}-{rank}"
         self._ranks[digest] = number, rank
         return Version(digest, digest, Path(digest), self._info(digest, rank), time.time())
 
     def load(self, version: Version) -> Adapter:
-        """What ``Residency`` reads a version with."""
+        """Make the weights of a version. ``Residency`` calls this in place of reading files."""
         return Adapter(version.info, self.weights(*self._ranks[version.digest]))
 
     def weights(self, number: int, rank: int) -> dict[str, LoraWeights]:
-        """A [rank, in_features] and B [rank, out_features] by site; views."""
+        """Views of the buffer by site: A [rank, in_features] and B [rank, out_features]."""
         place = number * _STEP
         pairs = {}
         for name, site in self._sites.items():
@@ -63,7 +63,7 @@ class RandomAdapters:
         return pairs
 
     def save(self, number: int, rank: int, folder: Path, base: str) -> None:
-        """The same adapter as a PEFT folder."""
+        """Write the same adapter as a PEFT folder."""
         tensors = {}
         for name, pair in self.weights(number, rank).items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = pair.a.clone()

@@ -1,4 +1,4 @@
-"""What gpu-check says: tables for people, a document for programs. No torch."""
+"""The report of gpu-check: tables for people, a JSON document for programs. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.bench.table import align, number
 
 
 def section_text(result: Result) -> str:
-    """A section's head, its tables and what is wrong with it."""
+    """A section's title and status, its tables, and its error if it failed."""
     lines = [f"\n{result.title}: {result.status}, {result.seconds:.1f} s"]
     for table in dict.fromkeys(row.table for row in result.rows if not row.skipped):
         lines += ["", _table(table, [row for row in result.rows if row.table == table and not row.skipped])]
@@ -38,17 +38,17 @@ def _cell(value: Any) -> str:
 
 
 def targets_text(results: Sequence[Result]) -> str:
-    """Each measured value beside its target; empty if none was measured."""
+    """Each measured value beside its target; "" = none was measured."""
     rows = [
         [target.name, number(target.value), f"{'>=' if target.at_least else '<='} {number(target.bound)}",
          "reached" if target.met else "MISSED"]
         for target in measured_targets(results)
     ]  # fmt: skip
-    return "\ntargets\n" + align([["figure", "measured", "asked", ""], *rows]) if rows else ""
+    return "\ntargets\n" + align([["figure", "measured", "target", ""], *rows]) if rows else ""
 
 
 def document(results: Sequence[Result], budget: float, seconds: float) -> dict[str, Any]:
-    """Everything, JSON-ready; ``gpu`` is null where there is none."""
+    """The whole report, ready for JSON. ``gpu`` is null on a machine without one."""
     found = [row for result in results if result.name == "device" for row in result.table("gpu")]
     return {
         "machine": describe_machine(),

@@ -1,4 +1,4 @@
-"""What a section gives: rows. No torch."""
+"""The rows that a section gives, and its result. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = str | int | float | bool
 
 
 class Skip(Exception):
-    """What is left of a section cannot be done here; the message says why."""
+    """The rest of a section cannot run on this machine. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Row:
 
     Attributes:
         table: rows of one table have the same columns.
-        values: by column; JSON-ready.
-        failed: what is wrong with it, "" = nothing.
-        skipped: why there is no result, "" = there is one.
+        values: by column, ready for JSON.
+        failed: what is wrong; "" = nothing.
+        skipped: why there is no result; "" = there is one.
     """
 
     table: str
@@ -36,11 +36,11 @@ def skipped(table: str, reason: str) -> Row:
 
 @dataclass(slots=True)
 class Result:
-    """All that a section gave.
+    """The rows and the status of one section.
 
     Attributes:
-        seconds: it took.
-        failed: how it ended before its time, "" = it did not.
+        seconds: how long the section took.
+        failed: why the section did not finish; "" = it finished.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Result:
         return "ok" if any(not row.skipped for row in self.rows) else "skipped"
 
     def table(self, name: str) -> list[Mapping[str, Value]]:
-        """The results in a table, those that are wrong left out."""
+        """The values of a table's rows, without failed and skipped ones."""
         return [row.values for row in self.rows if row.table == name and not row.failed and not row.skipped]
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A base put together as ``manylora serve`` does it, without HTTP, and its engine driven by hand."""
+"""Builds an engine as ``manylora serve`` does, without HTTP, and runs it step by step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _POLL_S = 0.00005
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a server.
+    """The sizes of an engine.
 
     Attributes:
-        adapters: of rank 16, that fit the device.
-        tokens: that the KV cache holds.
-        eager: without CUDA graphs.
+        adapters: how many adapters of rank 16 fit the device.
+        tokens: how many tokens the KV cache holds.
+        eager: whether to run without CUDA graphs.
     """
 
     sequences: int
@@ -43,7 +43,10 @@ class Sizes:
 def served(
     base: LoadedBase, sizes: Sizes, home: Path, load: Callable[[Version], Adapter] | None = None
 ) -> Iterator[Parts]:
-    """The parts, until the end of the block. Adapters are in ``home/adapters``, or what ``load`` makes."""
+    """The engine's parts, until the end of the block.
+
+    Adapters come from ``home/adapters``, or from ``load`` if it is given.
+    """
     config = base.model.config
     of_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     flags = {
@@ -54,7 +57,7 @@ def served(
         "--lora-extra-memory": 0,
         "--lora-host-memory": sizes.host_memory,
         "--max-num-seqs": sizes.sequences,
-        # Blocks are whole: of the largest, every sequence may leave one almost empty.
+        # A sequence may leave its last block almost empty. The largest block has 256 tokens.
         "--kv-cache-memory": of_token * (sizes.tokens + 256 * sizes.sequences),
     }
     words = [str(word) for pair in flags.items() for word in pair]
@@ -67,7 +70,7 @@ def served(
 
 
 def fallbacks_of(parts: Parts) -> str:
-    """What a server only logs, going on more slowly, and what is a failure here; "" = nothing."""
+    """The model's fallbacks; "" = none. A server logs them and runs slower; here they are a failure."""
     return "; ".join(parts.model.fallbacks)
 
 
@@ -75,8 +78,8 @@ def fallbacks_of(parts: Parts) -> str:
 class Answer:
     """Attributes:
     tokens: the sampled tokens.
-    margins: of each, how far its log-probability was above the next best one's.
-    first: clock at the first token.
+    margins: each token's log-probability minus that of the next best token.
+    asked, first: the time of the request and of its first token, by ``time.perf_counter``.
     """
 
     asked: float
@@ -86,7 +89,7 @@ class Answer:
 
 
 class Driver:
-    """Adds requests and steps."""
+    """Adds requests to an engine and runs its steps."""
 
     def __init__(self, parts: Parts) -> None:
         self._engine = SyncEngine(parts)
@@ -95,7 +98,7 @@ class Driver:
     def ask(
         self, name: str, prompt: Sequence[int], version: Version | None, tokens: int, margins: bool = False
     ) -> None:
-        """Greedy, and never ended by a token."""
+        """Add a greedy request that no token ends."""
         sampling = SamplingParams(tokens, temperature=0.0, ignore_eos=True, logprobs=2 if margins else None)
         request = GenerationRequest(name, tuple(prompt), None if version is None else version.name, sampling)
         self.answers[name] = Answer(time.perf_counter())
@@ -116,13 +119,13 @@ class Driver:
         return outputs
 
     def give_up(self) -> None:
-        """End all requests now."""
+        """Abort all requests."""
         for name in self.answers:
             self._engine.abort(name)
         self.finish()
 
     def finish(self) -> dict[str, Answer]:
-        """Step to the end, and hand the answers over."""
+        """Run steps until all requests have ended. Returns the answers by request name."""
         while self._engine.busy:
             self.step()
         self._engine.take_ended()
@@ -131,18 +134,18 @@ class Driver:
 
 
 def make_prompt(number: int, length: int, vocabulary: int) -> list[int]:
-    """Token ids; no two numbers' begin alike."""
+    """The token ids of a prompt. Prompts of different numbers start differently."""
     return [(31 * number + 7 * i + 3) % (vocabulary - 8) + 4 for i in range(length)]
 
 
 def hold(parts: Parts, versions: Sequence[Version]) -> None:
-    """Keep versions that no name points at from being forgotten when a request on them ends."""
+    """Keep versions in the registry that have no name, after the requests that use them end."""
     for version in versions:
         parts.registry.acquire(version)
 
 
 def bring(parts: Parts, versions: Sequence[Version]) -> list[float]:
-    """Have them on the device, one after the other; the seconds that each took."""
+    """Load the versions onto the device, one after the other. Returns the seconds of each."""
     return [_bring(parts, version) for version in versions]
 
 

@@ -1,7 +1,7 @@
-"""Runs the sections in processes of their own and collects what they give. No torch.
+"""Runs the sections in a child process and collects their results. No torch.
 
-One process does all of them, one after the other. If it dies, hangs, or has seen a fault of the GPU, the
-section that was under way has failed, and another process goes on with the next one.
+One process runs all sections, one after the other. If it dies, hangs, or stops after a GPU fault, the section
+that was running has failed. A new process then starts with the next section.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from server.bench.gpu_check.rows import Result, Row
 from server.bench.gpu_check.sections import Section
 
 _GRACE_S = 15.0
-"""A section looks at the clock between its rows: so long over its time it may be."""
+"""How long a section may exceed its time. It checks the time only between its rows."""
 
 _START_S = 120.0
-"""Importing torch and finding the GPU."""
+"""The time to import torch and to find the GPU."""
 
 
 def run(
@@ -37,9 +37,9 @@ def run(
     """Run ``sections`` within ``budget`` seconds.
 
     Args:
-        done: called with each result as it comes.
-        log: where what the processes print goes.
-        command: starts a process (default: ``child.py``).
+        done: called with each result when its section ends.
+        log: the file to which the output of the processes is appended (default: none).
+        command: the command that starts a process (default: ``child.py``).
     """
     ends = _ends(sections, time.monotonic(), budget)
     waiting = {section.name: section for section in sections}
@@ -53,7 +53,7 @@ def run(
             ended = _collect(child, waiting, ends)
         finally:
             child.stop()
-        if not ended:  # not one section came of it
+        if not ended:  # it ran no section
             ended = [_never_ran(waiting, child, time.monotonic() - began)]
         for result in ended:
             waiting.pop(result.name)
@@ -63,14 +63,14 @@ def run(
 
 
 def _sink(log: Path | None) -> IO[str]:
-    """Closed with the process that prints into it."""
+    """The file for a process's output. ``_Child.stop`` closes it."""
     if log is not None:
         return log.open("a+", errors="replace")
     return tempfile.TemporaryFile("w+", errors="replace")
 
 
 def _ends(sections: Sequence[Section], start: float, budget: float) -> dict[str, float]:
-    """When each section's time is up, if all before it took all of theirs."""
+    """The end of each section's time, if all sections before it use all of theirs."""
     whole, used, ends = sum(section.share for section in sections), 0.0, {}
     for section in sections:
         used += section.share / whole
@@ -79,7 +79,7 @@ def _ends(sections: Sequence[Section], start: float, budget: float) -> dict[str,
 
 
 def _collect(child: _Child, waiting: dict[str, Section], ends: dict[str, float]) -> list[Result]:
-    """The results of the sections that this process took up; the last may have ended with it."""
+    """The results of the sections that this process began. The last one failed if the process died in it."""
     ended: list[Result] = []
     result: Result | None = None
     deadline = time.monotonic() + _START_S
@@ -106,7 +106,7 @@ def _never_ran(waiting: dict[str, Section], child: _Child, seconds: float) -> Re
 
 
 class _Child:
-    """A process that talks in lines of JSON."""
+    """A process that reads and writes lines of JSON."""
 
     def __init__(self, command: Sequence[str], log: IO[str]) -> None:
         self._log = log
@@ -114,7 +114,7 @@ class _Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self._lines: queue.Queue[str] = queue.Queue()
-        self._why = "the process ended without a word"
+        self._why = "the process ended without a message"
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, message: dict[str, Any]) -> None:
@@ -122,14 +122,14 @@ class _Child:
             _open(self._process.stdin).write(json.dumps(message) + "\n")
             _open(self._process.stdin).flush()
         except BrokenPipeError:
-            pass  # receive says that it ended
+            pass  # receive reports that it ended
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next message, or None: the process has ended, or has said nothing until ``deadline``."""
+        """The next message. None: the process has ended, or sent no message before ``deadline``."""
         try:
             line = self._lines.get(timeout=max(deadline - time.monotonic(), 0.0))
         except queue.Empty:
-            self._why = "it hung: the process was ended"
+            self._why = "it hung, and the process was killed"
             return None
         if not line:
             self._why = f"the process ended with code {self._process.wait()}: {self._last_words()}"
@@ -138,7 +138,7 @@ class _Child:
         return message
 
     def why(self) -> str:
-        """Why ``receive`` gave None."""
+        """Why ``receive`` returned None."""
         return self._why
 
     def stop(self) -> None:

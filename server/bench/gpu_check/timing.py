@@ -1,4 +1,4 @@
-"""How long calls take on the device, without what launching them costs."""
+"""The time that calls take on the device, without the cost of launching them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _WARM_UPS = 2
 
 
 def seconds_of(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float:
-    """Seconds of one call, the mean over the fastest round of all ``calls``.
+    """The mean seconds of one call in the fastest round of all ``calls``.
 
-    On a GPU a round is a CUDA graph: kernels follow one another without waiting for Python. Give several
-    calls on different data where a cache would hold that of one.
+    On a GPU a round is a CUDA graph, so kernels do not wait for Python. Pass several calls on different
+    data if a cache could hold the data of one call.
     """
     for _ in range(_WARM_UPS):
         for call in calls:
