@@ -73,3 +73,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
 }
+
+NOT_BUILT: dict[str, str] = {
+    "gemma3n": "its vision model needs timm",
+    "gemma4_assistant": "it drafts for another model and reads that model's keys and values",
+    "gemma4_unified_assistant": "it drafts for another model and reads that model's keys and values",
+    "musicgen": "the class takes the config of the decoder inside, not this one",
+    "musicgen_melody": "the class takes the config of the decoder inside, not this one",
+}
+"""Model types that no tiny model is built of, and why."""
