@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from adapters.base.experts import nf4_experts
 from adapters.base.head import quantize_head
+from adapters.base.quantizer import Nf4Config, bitsandbytes_nf4
 from adapters.base.quiet import quiet_libraries
 from adapters.base.source import Source, resolve
 from adapters.errors import BaseCorrupt, BaseModelError
@@ -32,7 +34,7 @@ Quantization = Literal["nf4", "none"]
 logger = logging.getLogger(__name__)
 
 # Increase this when the same source must give another checkpoint. All cached ones are then made again.
-_FORMAT = 1
+_FORMAT = 2
 
 
 _UNSUPPORTED_ERRORS = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
@@ -149,19 +151,17 @@ def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
 
 
 def _quantize(folder: Path, head: Quantization, target: Path) -> None:
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with convert_read_errors(folder):
-        model = load_whole(folder, quantization_config=nf4, device_map={"": device})
+        model = load_whole(folder, quantization_config=Nf4Config(), device_map={"": device})
+        is_sparse = bool(nf4_experts(model))
+        if not is_sparse:  # then bitsandbytes alone can load it
+            model.config.quantization_config = bitsandbytes_nf4()
         if head == "nf4":
             quantize_head(model)
         tokenizer = load_tokenizer(folder)
-    model.save_pretrained(target)
+    # The original format has each expert by itself. Packed experts stay together.
+    model.save_pretrained(target, save_original_format=not is_sparse)
     tokenizer.save_pretrained(target)
 
 

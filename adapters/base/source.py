@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.base.digests import DigestMemo
+from adapters.base.quantizer import METHOD
 from adapters.base.quiet import quiet_libraries
 from adapters.base.wheel import GGUF_SHA256, fetch_default_gguf
 from adapters.errors import BaseCorrupt, BaseModelError, BaseNotFound
@@ -152,6 +153,8 @@ def _is_nf4(path: Path, config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     if not quantization:
         return False
+    if quantization.get("quant_method") == METHOD:
+        return True
     four_bit = quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")
     storage = quantization.get("bnb_4bit_quant_storage", "uint8")
     if four_bit and quantization.get("bnb_4bit_quant_type") == "nf4" and storage == "uint8":

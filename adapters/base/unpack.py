@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adapters.base.experts import nf4_experts
 from adapters.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -27,13 +28,16 @@ def four_bit_linears(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-def unpack_linears(model: Any) -> None:
-    """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight.
+def unpack_weights(model: Any) -> None:
+    """Replace every 4-bit linear of ``model`` by a frozen ``Linear`` with its dequantised weight, and NF4
+    experts by transformers' own.
 
     bitsandbytes computes with the same weight, but unpacks it in each pass (at 1.1 billion weights a second
     on a CPU).
     """
     _unpack(model, four_bit_linears(model))
+    for name, experts in nf4_experts(model).items():
+        model.set_submodule(name, experts.unpacked())
 
 
 def unpack_odd_linears(model: Any) -> None:

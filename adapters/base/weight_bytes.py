@@ -6,8 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from adapters.base.experts import dense_experts, nf4_experts
 from adapters.base.unpack import four_bit_linears
 
 logger = logging.getLogger(__name__)
@@ -32,21 +31,14 @@ class WeightBytes:
 
 def count_weight_bytes(model: Any) -> WeightBytes:
     """Count the parameters of ``model``, which is loaded."""
-    linears = four_bit_linears(model)
-    four_bit = sum(_quantized_bytes(linear.weight) for linear in linears.values())
-    counted = {id(linear.weight) for linear in linears.values() if hasattr(linear.weight, "quant_state")}
-    dense = experts = 0
-    kinds: set[str] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in counted:
-                continue
-            counted.add(id(parameter))
-            dense += parameter.nbytes
-            if parameter.dim() == 3 and hasattr(module, "num_experts"):
-                experts += parameter.nbytes
-                kinds.add(type(module).__name__)
-    return WeightBytes(four_bit, dense, experts, tuple(sorted(kinds)))
+    linears = [module for module in four_bit_linears(model).values() if hasattr(module.weight, "quant_state")]
+    four_bit = sum(_quantized_bytes(linear.weight) for linear in linears)
+    four_bit += sum(experts.bytes for experts in nf4_experts(model).values())
+    quantized = {id(linear.weight) for linear in linears}
+    dense = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in quantized)
+    others = dense_experts(model).values()
+    in_experts = sum(parameter.nbytes for module in others for parameter in module.parameters(recurse=False))
+    return WeightBytes(four_bit, dense, in_experts, tuple(sorted({type(one).__name__ for one in others})))
 
 
 def log_weight_bytes(found: WeightBytes, quantization: str) -> None:
@@ -61,10 +53,8 @@ def log_weight_bytes(found: WeightBytes, quantization: str) -> None:
 
 
 def _quantized_bytes(weight: Any) -> int:
-    """Bytes of a 4-bit weight with its scales; 0 if it is not in 4 bits."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return 0
+    """Bytes of a 4-bit weight with its scales."""
+    state = weight.quant_state
     nested = getattr(state, "state2", None)
     scales = [state.absmax] + ([nested.absmax] if nested is not None else [])
-    return int(weight.nbytes) + sum(scale.nbytes for scale in scales if isinstance(scale, Tensor))
+    return int(weight.nbytes) + sum(int(scale.nbytes) for scale in scales)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.base.calls import unservable_linears
@@ -61,11 +63,19 @@ def _targets(model: Any, names: tuple[str, ...], layout: BaseLayout) -> list[str
     with linears_in_training(model):
         unservable = unservable_linears(model, layout.sites)
     if names == ALL_LINEAR:
-        return names_for(layout.sites.keys() - unservable.keys(), layout.modules)
+        servable = layout.sites.keys() - unservable.keys()
+        return names_for(servable & _left_alone(model, servable), layout.modules)
     for name in sorted(site.name for site in target_sites(names, layout)):
         if reason := unservable.get(name):
             raise RecipeInvalid(f"--target-modules: {name} cannot be served, because {reason}.")
     return list(names)
+
+
+def _left_alone(model: Any, names: Collection[str]) -> set[str]:
+    """The linears that PEFT does not take for experts of a sparse base because of their names."""
+    config = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(config, model, None)
+    return set(config.target_modules or ())
 
 
 def _lora(config: TrainConfig, common: dict[str, Any]) -> LoraConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from adapters.base.experts import nf4_experts
 from adapters.base.unpack import four_bit_linears
 from adapters.errors import RecipeInvalid
 from adapters.training.gpu import free_gpu_memory
@@ -43,10 +44,11 @@ def choose_device(wanted: str, local_rank: int) -> str:
 
 def decide_unpacking(model: Any, config: TrainConfig, device: str) -> Decision:
     """Whether to keep the 4-bit weights unpacked in bf16 during the run."""
-    linears = four_bit_linears(model)
-    if not linears:
+    linears, experts = four_bit_linears(model), nf4_experts(model)
+    if not linears and not experts:
         return Decision(False, "The base is not quantised, so nothing is unpacked.")
     need = 2 * sum(module.in_features * module.out_features for module in linears.values())
+    need += 2 * sum(module.num_weights for module in experts.values())
     if config.cache_dequantized != "auto":
         return _as_asked("--cache-dequantized", config.cache_dequantized)
     if device != "cpu":

@@ -22,7 +22,7 @@ from adapters.base.context import served_length
 from adapters.base.outline import BaseOutline, outline_of
 from adapters.base.quiet import quiet_libraries
 from adapters.base.rope import settle_rope
-from adapters.base.unpack import unpack_linears
+from adapters.base.unpack import unpack_weights
 from adapters.errors import RecipeInvalid
 from adapters.text.renderer import ChatRenderer, base_renderer
 from adapters.training.arguments import training_arguments
@@ -238,7 +238,7 @@ def _choose(config: TrainConfig, run: RunFolder, inputs: _Inputs, tokens: int, s
     recomputing = decide_recomputing(model, config, inputs.device, tokens)
     _note(run, f"{unpacking.reason} {recomputing.reason}", show)
     if unpacking.on:
-        unpack_linears(model)
+        unpack_weights(model)
     if recomputing.on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False

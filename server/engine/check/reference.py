@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.base.experts import computing_as_transformers
 from adapters.base.implementations import implementations_of
 
 
@@ -16,7 +17,8 @@ from adapters.base.implementations import implementations_of
 def uncached_logits(model: Any, tokens: Sequence[int]) -> Tensor:
     """float32 [tokens, vocabulary], on the host. Positions and masks are transformers' own."""
     ids = torch.tensor([list(tokens)], device=model.device)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    with computing_as_transformers(model):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits.float().cpu()
 
 

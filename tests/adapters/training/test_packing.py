@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from adapters.base import load_base, prepare_base
-from adapters.base.unpack import unpack_linears
+from adapters.base.unpack import unpack_weights
 from adapters.training import attention
 from adapters.training.attention import packed_attention, use_packed_attention
 from adapters.training.packing import collate, pack
@@ -85,7 +85,7 @@ def test_unpacked_weights_give_the_same_numbers_to_the_bit(tmp_path: Path) -> No
     for unpacked in (False, True):
         model = load_base(prepared).model.train()  # in evaluation, bitsandbytes goes another way on a CPU
         if unpacked:
-            unpack_linears(model)
+            unpack_weights(model)
         inputs = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
         loss = model(inputs_embeds=inputs, **rest, use_cache=False).loss

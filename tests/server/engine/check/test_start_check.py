@@ -14,6 +14,7 @@ from torch import Tensor
 
 import server.engine.model.transformers_model as transformers_model
 from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base.experts import Nf4Experts
 from adapters.errors import BaseModelError
 from adapters.kernels.segmented import segmented_lora
 from server.engine.build import assemble
@@ -24,6 +25,7 @@ from tests.support.running_engine import build, config_for
 from tests.support.tiny_models import make_tiny_model
 
 FLAGS = ["--quantization", "none"]
+SPARSE = ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2"]
 
 
 def _verdicts(home: Path) -> list[Path]:
@@ -37,7 +39,7 @@ def _start(base: Path, home: Path) -> None:
 # -- right bases ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", *SPARSE])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_a_right_base_passes_and_the_log_has_the_figure(
     family: str, quantization: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -141,6 +143,17 @@ def test_a_state_besides_keys_and_values_is_refused_with_its_cause(tmp_path: Pat
     ):
         assemble(config_for(tmp_path / "model", tmp_path, *FLAGS), base)
     assert not _verdicts(tmp_path)
+
+
+def test_wrong_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Nf4Experts.product
+
+    def shifted(self: Nf4Experts, name: str, x: Tensor, counts: list[int]) -> Tensor:
+        return right(self, name, x, counts[1:] + counts[:1])
+
+    monkeypatch.setattr(Nf4Experts, "product", shifted)
+    with pytest.raises(BaseModelError, match=r"\(mixtral\) cannot be served: .*differ"):
+        build(make_tiny_model("mixtral", tmp_path / "model"), tmp_path)
 
 
 def test_an_exception_in_the_check_names_the_architecture(tmp_path: Path) -> None:
