@@ -11,7 +11,7 @@ from tests.adapters.watched import Room
 
 @pytest.fixture
 def room(tmp_path: Path) -> Room:
-    """An adapter folder past its first look."""
+    """An adapter folder after the watcher's first look."""
     room = Room(tmp_path)
     room.look(1)
     return room

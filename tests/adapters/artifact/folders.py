@@ -1,4 +1,4 @@
-"""Adapter folders for tests: by hand on two made-up sites, and the layout of a real model for PEFT's own."""
+"""Adapter folders for tests: small ones on two invented sites, and the layout of a real model for PEFT's."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ LAYOUT = BaseLayout(
 
 
 def key(site: str, side: str) -> str:
-    """The tensor's name as PEFT writes it."""
+    """The tensor's name, as PEFT writes it."""
     return f"base_model.model.{site}.lora_{side}.weight"
 
 
 def tensors(rank: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random pairs for both sites of ``LAYOUT``."""
+    """Random LoRA pairs for both sites of ``LAYOUT``."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, site in SITES.items():
@@ -63,7 +63,7 @@ def config(**fields: Any) -> dict[str, Any]:
 def write_folder(
     folder: Path, settings: dict[str, Any] | None = None, weights: dict[str, torch.Tensor] | None = None
 ) -> Path:
-    """Writes both files (in place, if the folder is there)."""
+    """Write both files of an adapter. An existing folder is overwritten in place."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config() if settings is None else settings))
     save_file(tensors() if weights is None else weights, folder / WEIGHTS_FILE)
@@ -71,11 +71,11 @@ def write_folder(
 
 
 def tiny_llama() -> Any:
-    """Two layers, with fewer KV heads than heads and odd sizes, so that a swapped shape shows."""
+    """A Llama of two layers. Its sizes differ, so that a swapped shape fails."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
 def layout_of(model: Any) -> BaseLayout:
-    """What the base would say of itself."""
+    """The layout that the base would report."""
     return base_layout(model, "some-lab/Tiny-Llama")

@@ -1,4 +1,4 @@
-"""Whatever the two files hold, what comes is an adapter or an AdapterError: never another exception."""
+"""Any content of the two files gives an adapter or an AdapterError, never another exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of its chat template and its end, and what it is refused for."""
+"""The chat template and the end tokens of an adapter's folder, and which ones are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inspect(folder: Path, **options: Any) -> AdapterInfo:
 
 
 def folder_with(folder: Path, **files: Any) -> Path:
-    """``name__json={…}`` becomes ``name.json``, ``name__jinja="…"`` ``name.jinja``."""
+    """Write an adapter and more files: ``name__json={…}`` becomes ``name.json``, and so on."""
     write_folder(folder)
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content)
@@ -56,7 +56,7 @@ def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path, files: 
 
 
 def test_the_files_that_transformers_saves_beside_an_adapter_are_read(tmp_path: Path) -> None:
-    """Among them a length of 31 digits, for a tokenizer that has no limit."""
+    """They include a length of 31 digits, which transformers writes for a tokenizer without a limit."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = OWN
     folder = write_folder(tmp_path / "a")
@@ -82,7 +82,7 @@ def test_ends_of_answers_are_read(tmp_path: Path) -> None:
     assert config.tokens == (("eos_token", "<|im_end|>"),)
 
 
-def test_it_is_part_of_the_digest_unless_it_is_ignored(tmp_path: Path) -> None:
+def test_the_template_is_part_of_the_digest_unless_ignored(tmp_path: Path) -> None:
     plain = inspect(folder_with(tmp_path / "a"))
     folder = folder_with(tmp_path / "b", chat_template__jinja=OWN)
     other = folder_with(tmp_path / "c", chat_template__jinja=OWN + " ")
@@ -91,7 +91,7 @@ def test_it_is_part_of_the_digest_unless_it_is_ignored(tmp_path: Path) -> None:
     assert plain.chat_config is None
 
 
-def test_the_watcher_sees_it_change(tmp_path: Path) -> None:
+def test_the_watcher_sees_a_changed_template(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "a")
     before = signature_of(str(folder))
     assert None not in before
@@ -112,7 +112,7 @@ def test_the_watcher_sees_it_change(tmp_path: Path) -> None:
         ({"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id must be a token id"),
     ],
 )
-def test_what_is_no_template_is_refused(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
+def test_invalid_templates_are_refused(tmp_path: Path, files: dict[str, Any], reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
         inspect(folder_with(tmp_path / "a", **files))
 
@@ -133,7 +133,7 @@ def config(template: str | None = None, **fields: Any) -> ChatConfig:
     return ChatConfig(**({"template": template, "tokens": (), "eos_ids": (), "added": ()} | fields))
 
 
-def test_an_own_template_renders_and_its_marks_are_its_own() -> None:
+def test_an_adapters_template_uses_the_adapters_special_tokens() -> None:
     all_ = chat_formats()
     chat_format = all_.of(
         config("[{{ eos_token }}] {{ messages[0].content }}", tokens=(("eos_token", "<|endoftext|>"),))
@@ -147,14 +147,14 @@ def test_an_own_template_renders_and_its_marks_are_its_own() -> None:
     all_.close()
 
 
-def test_the_bases_own_template_is_no_other() -> None:
+def test_a_template_equal_to_the_bases_shares_its_renderer() -> None:
     all_ = chat_formats()
     same = config(FAST.chat_template, tokens=(("eos_token", FAST.eos_token),))
     assert all_.of(None) is all_.base
     assert all_.of(same) == ChatFormat(all_.base.renderer, frozenset({0, 2}))
 
 
-def test_ends_are_the_folders_where_it_names_them_and_else_the_bases() -> None:
+def test_end_tokens_come_from_the_folder_or_else_from_the_base() -> None:
     all_ = chat_formats()
     assert all_.of(config(eos_ids=(1,))).eos == {1, FAST.eos_token_id}
     assert all_.of(config(tokens=(("eos_token", "<|endoftext|>"),))).eos == {0}
@@ -174,7 +174,7 @@ def test_ends_are_the_folders_where_it_names_them_and_else_the_bases() -> None:
         (config("{{ raise_exception('never') }}"), "cannot be used: never"),
     ],
 )
-def test_what_the_base_cannot_speak_is_refused(text: ChatConfig, reason: str) -> None:
+def test_tokens_and_templates_that_the_base_cannot_use_are_refused(text: ChatConfig, reason: str) -> None:
     all_ = chat_formats()
     with pytest.raises(AdapterUnsupported, match=reason):
         all_.check(text)
@@ -183,7 +183,7 @@ def test_what_the_base_cannot_speak_is_refused(text: ChatConfig, reason: str) ->
 
 @pytest.mark.parametrize("own_template", [True, False])
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path: Path, own_template: bool) -> None:
-    """As transformers saves it: the added tokens are in tokenizer.json alone."""
+    """transformers saves the added tokens only in tokenizer.json."""
     tokenizer = tiny_tokenizer()
     folder = write_folder(tmp_path / "a")
     if own_template:
@@ -203,14 +203,14 @@ def test_a_tokenizer_with_other_ids_is_refused(tmp_path: Path, own_template: boo
 @pytest.mark.parametrize(
     "text", ["", "{}", '{"added_tokens": [', '{"added_tokens": [{"id": 1e9}, 3]}', "[" * 99999]
 )
-def test_a_strange_tokenizer_file_says_nothing(tmp_path: Path, text: str) -> None:
+def test_a_malformed_tokenizer_file_adds_no_tokens(tmp_path: Path, text: str) -> None:
     folder = folder_with(tmp_path / "a", chat_template__jinja=OWN, tokenizer__json=text)
     config = inspect(folder).chat_config
     assert config is not None
     assert config.added == ()
 
 
-def test_tokens_that_the_template_does_not_write_do_no_harm() -> None:
+def test_tokens_that_the_template_does_not_write_are_allowed() -> None:
     all_ = chat_formats()
     all_.check(config("{{ messages[0].content }}", added=((600, "[PAD]"), (2, "<|im_end|>"))))
     all_.close()

@@ -1,4 +1,4 @@
-"""Every field of PEFT's LoraConfig has its place: it decides, it is a label, or it must be neutral."""
+"""Every field of PEFT's LoraConfig is in one table: it is read, it is a label, or it must be neutral."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_newer_peft_is_installed_than_the_table_knows() -> None:
     assert tuple(int(part) for part in version("peft").split(".")[:2]) <= KNOWN_PEFT
 
 
-def test_what_decides_is_read() -> None:
+def test_fields_that_decide_are_read() -> None:
     read = {field.name for field in dataclasses.fields(LoraSettings)} - {"base_model", "warnings"}
     assert DECIDES - read == {"peft_type", "init_lora_weights"}
     assert read <= DECIDES
@@ -36,7 +36,7 @@ def test_what_decides_is_read() -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 @pytest.mark.parametrize("neutral", [None, False, [], {}])
-def test_what_is_refused_may_be_neutral(name: str, neutral: Any, tmp_path: Path) -> None:
+def test_refused_fields_may_be_neutral(name: str, neutral: Any, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", config(**{name: neutral}))
     assert inspect_adapter(folder, LAYOUT, LIMITS).warnings == ()
 
@@ -47,7 +47,7 @@ def test_pefts_own_defaults_are_neutral(tmp_path: Path) -> None:
     assert inspect_adapter(write_folder(tmp_path / "a", defaults), LAYOUT, LIMITS).warnings == ()
 
 
-def test_what_is_listed_is_not_long(tmp_path: Path) -> None:
+def test_listed_texts_are_shortened(tmp_path: Path) -> None:
     long = {"base_model_name_or_path": "x" * 10_000, "modules_to_save": ["y" * 10_000] * 9, "z" * 10_000: 1}
     info = inspect_adapter(write_folder(tmp_path / "a", config(**long)), LAYOUT, LIMITS)
     assert info.base_model == "x" * 500
@@ -80,7 +80,7 @@ LABELLED: list[tuple[dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("labels", "warning"), LABELLED, ids=lambda value: str(value)[:40])
-def test_labels_warn_at_most(labels: dict[str, Any], warning: str | None, tmp_path: Path) -> None:
+def test_labels_only_warn(labels: dict[str, Any], warning: str | None, tmp_path: Path) -> None:
     info = inspect_adapter(write_folder(tmp_path / "a", config(**labels)), LAYOUT, LIMITS)
     assert info.rank == 4
     assert len(info.warnings) == (warning is not None)
@@ -98,5 +98,5 @@ def test_labels_warn_at_most(labels: dict[str, Any], warning: str | None, tmp_pa
         ("b968826d9c46dd60", "Qwen/Qwen3-8B", False),
     ],
 )
-def test_names_of_a_base_are_compared_by_the_model_they_mean(one: str, other: str, same: bool) -> None:
+def test_names_of_a_base_are_equal_if_they_mean_the_same_model(one: str, other: str, same: bool) -> None:
     assert same_base(one, other) == same_base(other, one) == same

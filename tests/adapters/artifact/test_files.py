@@ -1,4 +1,4 @@
-"""Hostile and broken files, and what the digest stands for."""
+"""Hostile and broken files, and what the digest covers."""
 
 from __future__ import annotations
 
@@ -77,14 +77,14 @@ def test_a_missing_or_linked_folder_is_refused(folder: Path, tmp_path: Path) -> 
         ('{"revision": "\\ud800"}', r"has \\ud800 in a string, half of a surrogate pair"),
     ],
 )
-def test_configs_that_are_no_json_object(folder: Path, text: str, message: str) -> None:
+def test_configs_that_are_not_json_objects(folder: Path, text: str, message: str) -> None:
     (folder / CONFIG_FILE).write_text(text)
     with pytest.raises(AdapterInvalid, match=message):
         _load(folder)
 
 
 def test_sizes_are_capped_before_reading(folder: Path) -> None:
-    os.truncate(folder / WEIGHTS_FILE, 2**40)  # sparse: takes no room, but reading it would
+    os.truncate(folder / WEIGHTS_FILE, 2**40)  # sparse: it takes no disk, but reading it would take memory
     with pytest.raises(AdapterTooLarge, match=rf"{WEIGHTS_FILE} has {2**40} bytes; at most"):
         _load(folder)
     os.truncate(folder / CONFIG_FILE, 2**20 + 1)
@@ -118,7 +118,9 @@ def _entry(**changes: Any) -> dict[str, Any]:
         ({"t": _entry(), "u": _entry()}, 256, "leave holes or overlap"),
     ],
 )
-def test_headers_that_lie(folder: Path, header: dict[str, Any], body: int, message: str) -> None:
+def test_inconsistent_headers_are_refused(
+    folder: Path, header: dict[str, Any], body: int, message: str
+) -> None:
     text = json.dumps(header).encode()
     (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * body)
     with pytest.raises(AdapterInvalid, match=message):
@@ -129,7 +131,7 @@ def _written(folder: Path, header: bytes) -> None:
     (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 128)
 
 
-def test_a_header_that_says_more_than_the_base_has_room_for_is_not_read(folder: Path) -> None:
+def test_a_header_longer_than_the_base_allows_is_not_read(folder: Path) -> None:
     header = json.dumps({"t": _entry(), "__metadata__": {"notes": "x" * 2**21}}).encode()
     _written(folder, header)
     with pytest.raises(AdapterInvalid, match=rf"has {len(header)} bytes; at most \d+ are read, .* Save the"):
@@ -137,7 +139,7 @@ def test_a_header_that_says_more_than_the_base_has_room_for_is_not_read(folder: 
 
 
 @pytest.mark.parametrize("objects", [b"[],", b'"t":{},', b'"[[",'])
-def test_a_header_of_more_objects_than_the_base_has_room_for_is_not_parsed(
+def test_a_header_with_more_objects_than_the_base_allows_is_not_parsed(
     objects: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapters.strict_json.json", None)
@@ -147,7 +149,7 @@ def test_a_header_of_more_objects_than_the_base_has_room_for_is_not_parsed(
         read_header(stream, 2**20, header_limits(LAYOUT))
 
 
-def test_a_header_of_all_that_peft_can_write_has_room() -> None:
+def test_a_header_of_everything_that_peft_can_write_is_read() -> None:
     names = [*LAYOUT.sites, *LAYOUT.embedding_and_head, *LAYOUT.norms]
     wrapped = "base_model.model._orig_mod._fsdp_wrapped_module._checkpoint_wrapped_module." + "x" * 150
     entries = {
@@ -176,7 +178,7 @@ def test_no_arithmetic_on_large_shapes(folder: Path, number: str, dimensions: in
 @pytest.mark.parametrize(
     "data", [b"", b"PK\3\4", b"\xff" * 8 + b"{}", b"version https://git-lfs.github.com/spec/v1\n"]
 )
-def test_files_that_are_no_safetensors(folder: Path, data: bytes) -> None:
+def test_files_that_are_not_safetensors(folder: Path, data: bytes) -> None:
     (folder / WEIGHTS_FILE).write_bytes(data)
     with pytest.raises(AdapterInvalid, match=WEIGHTS_FILE):
         _load(folder)
@@ -201,7 +203,7 @@ def test_no_descriptor_is_left_open(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_digest_is_the_content_that_is_served(folder: Path, tmp_path: Path) -> None:
+def test_the_digest_covers_the_content_that_is_served(folder: Path, tmp_path: Path) -> None:
     digest = _load(folder).info.digest
     same = write_folder(tmp_path / "same", config(lora_dropout=0.5, target_modules=["v_proj", "q_proj"]))
     os.utime(same / WEIGHTS_FILE, ns=(1, 1))
@@ -211,7 +213,7 @@ def test_the_digest_is_the_content_that_is_served(folder: Path, tmp_path: Path) 
     assert len({digest, _load(scaled).info.digest, _load(retrained).info.digest}) == 3
 
 
-def test_an_expected_digest_is_held_to(folder: Path) -> None:
+def test_content_must_match_the_expected_digest(folder: Path) -> None:
     digest = _load(folder).info.digest
     assert _load(folder, expect_digest=digest).info.digest == digest
     write_folder(folder, weights=tensors(seed=1))

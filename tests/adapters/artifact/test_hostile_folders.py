@@ -1,4 +1,4 @@
-"""Whatever lies in the adapter folder, the others are served, and the list can be told."""
+"""A hostile entry in the adapter directory does not stop other adapters, and the list shows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.adapters.artifact.folders import config, write_folder
 from tests.adapters.watched import Room
 
 
-def test_links_that_lead_nowhere_or_round_are_listed_and_hide_nobody(room: Room) -> None:
+def test_broken_and_circular_links_are_listed_and_hide_no_other(room: Room) -> None:
     (room.root / "loop").symlink_to("loop")
     (room.root / "gone").symlink_to("nowhere")
     (room.root / "file").symlink_to(__file__)
@@ -38,7 +38,7 @@ def test_links_that_lead_nowhere_or_round_are_listed_and_hide_nobody(room: Room)
     assert set(room.states().values()) == {"ready"}
 
 
-def test_a_link_that_becomes_an_empty_folder_is_waited_for(room: Room) -> None:
+def test_a_link_that_becomes_an_empty_folder_is_waiting(room: Room) -> None:
     (room.root / "a").symlink_to("nowhere")
     room.look()
     (room.root / "a").unlink()
@@ -90,7 +90,7 @@ def test_odd_names_are_listed_in_characters_that_print(
     assert room.states() == {"good": "ready"}
 
 
-def test_shown_names_are_no_two_alike() -> None:
+def test_shown_names_are_unique() -> None:
     names = ["\x85", "\udc85", "\\x85", "\n", "\\n", "\\\n", "é", "\udce9", "\ud800", "\\ud800"]
     shown = [shown_name(name) for name in names]
     assert len(set(shown)) == len(names)
@@ -109,7 +109,7 @@ def test_special_files_are_refused_without_waiting(
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
-        monkeypatch.chdir(path.parent)  # its path may be too long for one
+        monkeypatch.chdir(path.parent)  # the full path may be too long for a socket
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(file)
     elif kind == "folder":
@@ -123,7 +123,7 @@ def test_special_files_are_refused_without_waiting(
     assert "regular file" in (room.reason("a") or "")
 
 
-def test_a_folder_that_goes_while_it_is_read(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_removed_while_it_is_read(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     inspect = room.registry.inspect
 
     def remove_first(folder: Path) -> AdapterInfo:
@@ -141,7 +141,7 @@ def test_a_folder_that_goes_while_it_is_read(room: Room, monkeypatch: pytest.Mon
 SLOW = r"(.*\.?)*(.*\.?)*(.*\.?)*!"
 
 
-def test_slow_patterns_delay_nobody(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_patterns_do_not_delay_other_folders(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapters.artifact.regex.TIMEOUT", 0.3)
     slow = [f"a{number}" for number in range(12)]
     for name in slow:
@@ -183,7 +183,7 @@ class Hanging:
         return info
 
 
-def test_a_folder_that_hangs_keeps_nobody(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_hangs_does_not_delay_others(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = Hanging(room, monkeypatch)
     room.write("a")
     hanging.look_until_it_hangs()
@@ -200,7 +200,7 @@ def test_a_folder_that_hangs_keeps_nobody(room: Room, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("meanwhile", ["removed", "replaced"])
-def test_what_happens_to_a_folder_while_it_is_read_is_seen_later(
+def test_changes_to_a_folder_while_it_is_read_are_seen_later(
     room: Room, monkeypatch: pytest.MonkeyPatch, meanwhile: str
 ) -> None:
     hanging = Hanging(room, monkeypatch)
@@ -221,7 +221,7 @@ def test_what_happens_to_a_folder_while_it_is_read_is_seen_later(
         assert room.digest("a") == newest
 
 
-def test_so_many_may_hang(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_max_late_readers_may_hang(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LATE", 1)
     hanging = Hanging(room, monkeypatch)
     room.write("a")
@@ -236,7 +236,7 @@ def test_so_many_may_hang(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.states() == {"a": "ready", "good": "ready"}
 
 
-def test_a_folder_that_cannot_be_opened_says_so_at_once(
+def test_a_folder_that_cannot_be_opened_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: object) -> object:
@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_opened_says_so_at_once(
     assert why == "The folder cannot be opened (Permission denied)."
 
 
-def test_listing_a_huge_folder_takes_a_share_of_the_time(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watcher_pauses_longer_after_a_slow_listing(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("adapters.watcher.watcher.time.monotonic", lambda: float(next(clock)))
     room.look(1)

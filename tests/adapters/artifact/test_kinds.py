@@ -1,4 +1,4 @@
-"""DoRA, biases, norms, embeddings and heads: what is served computes what PEFT computes, in float32."""
+"""DoRA, biases, norms, embeddings and heads: the served modules equal PEFT's in float32."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _load(model: Any, folder: Path, limits: Limits = LIMITS) -> Adapter:
 
 
 def _served(y: Tensor, x: Tensor, lora: LoraWeights | None, adjustment: Adjustment | None) -> Tensor:
-    """scale * y + shift + lora(x)"""
+    """Compute scale * y + shift + lora(x)."""
     if adjustment is not None and adjustment.scale is not None:
         y = y * adjustment.scale
     if adjustment is not None and adjustment.shift is not None:
@@ -93,7 +93,7 @@ def _check_module(name: str, base: Any, theirs: Any, adapter: Adapter) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_module_computes_what_pefts_does(kind: str, tmp_path: Path) -> None:
+def test_every_module_equals_pefts(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = _model()
     folder = make_peft_adapter(base, tmp_path / "a", r=3, **KINDS[kind])
@@ -106,7 +106,7 @@ def test_every_module_computes_what_pefts_does(kind: str, tmp_path: Path) -> Non
 
 
 def _sizes(adapter: Adapter) -> int:
-    """Bytes of all that is served besides the rank rows."""
+    """The bytes of everything served except the rank rows."""
     found: list[Tensor | None] = []
     extras = adapter.extras
     ends = [end for end in (extras.embedding, extras.head) if end is not None]
@@ -132,7 +132,7 @@ def test_bytes_are_known_from_the_header_and_capped(kind: str, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_bases_replaced_embedding_saved_beside_its_lora_costs_nothing(tmp_path: Path) -> None:
+def test_a_saved_copy_of_the_bases_embedding_costs_no_memory(tmp_path: Path) -> None:
     base = _model()
     fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", EMBED, HEAD]}
     lean = _load(base, make_peft_adapter(base, tmp_path / "lean", **fields))
@@ -147,7 +147,7 @@ def test_the_bases_replaced_embedding_saved_beside_its_lora_costs_nothing(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of_its_own_one(
+def test_a_replaced_shared_matrix_changes_embedding_and_head_but_modules_to_save_only_one(
     tmp_path: Path,
 ) -> None:
     base = _model(tied=True)
@@ -163,7 +163,7 @@ def test_what_is_put_back_into_a_shared_matrix_changes_both_ends_and_a_module_of
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_trained_module_is_taken_from_beside_its_original(tmp_path: Path) -> None:
+def test_the_trained_copy_of_a_module_is_read_and_not_the_original(tmp_path: Path) -> None:
     base = _model()
     fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": [HEAD, EMBED]}
     folder = make_peft_adapter(base, tmp_path / "a", r=3, save_embedding_layers=True, **fields)
@@ -221,7 +221,7 @@ def test_a_bias_that_the_file_lacks_stays_as_in_the_base(tmp_path: Path) -> None
 
 
 def _with_head_apart(tied: Any) -> Any:
-    """As ``--head-quantization nf4`` parts them: the head is the shared matrix no more, but a coarse copy."""
+    """A base as ``--head-quantization nf4`` makes it: the head is a less precise copy, no longer shared."""
     model = copy.deepcopy(tied)
     model.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().half().float())
     model.config.tied_before_quantization = True
@@ -229,7 +229,7 @@ def _with_head_apart(tied: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_on_a_base_whose_head_is_apart_copies_of_the_shared_matrix_cost_nothing(tmp_path: Path) -> None:
+def test_on_a_base_with_a_separate_head_copies_of_the_shared_matrix_cost_no_memory(tmp_path: Path) -> None:
     tied = _model(tied=True)
     fields: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", EMBED, HEAD]}
     folder = make_peft_adapter(tied, tmp_path / "fat", save_embedding_layers=True, **fields)
@@ -242,7 +242,7 @@ def test_on_a_base_whose_head_is_apart_copies_of_the_shared_matrix_cost_nothing(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_on_a_base_whose_head_is_apart_a_changed_shared_matrix_is_refused_and_modules_to_save_are_not(
+def test_on_a_base_with_a_separate_head_a_changed_shared_matrix_is_refused(
     tmp_path: Path,
 ) -> None:
     tied = _model(tied=True)
@@ -258,7 +258,7 @@ def test_on_a_base_whose_head_is_apart_a_changed_shared_matrix_is_refused_and_mo
     assert own.extras.head is not None
 
 
-def test_a_row_of_zeros_has_no_direction_to_scale(tmp_path: Path) -> None:
+def test_dora_on_a_row_of_zeros_is_refused(tmp_path: Path) -> None:
     base = _model()
     folder = make_peft_adapter(base, tmp_path / "a", 3, ["o_proj"], use_dora=True)
     base.model.layers[0].self_attn.o_proj.weight.data.zero_()

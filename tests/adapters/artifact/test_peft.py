@@ -1,4 +1,4 @@
-"""Adapters that PEFT itself saved, over all of LoRA's semantics, against what PEFT computes with them."""
+"""Adapters that PEFT saved, with all of LoRA's options, compared with what PEFT loads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def model() -> Any:
 
 
 def _expected(model: Any, folder: Path) -> Pairs:
-    """The pairs that PEFT has after loading the folder, B scaled and transposed."""
+    """The LoRA pairs in PEFT after it loads the folder, with B scaled and transposed."""
     peft = PeftModel.from_pretrained(model, folder)
     pairs = {
         name.removeprefix("base_model.model."): (
@@ -82,7 +82,7 @@ def _check_equal(adapter: Adapter, expected: Pairs, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_what_peft_saved_is_what_peft_computes(case: str, model: Any, tmp_path: Path) -> None:
+def test_a_saved_adapter_equals_what_peft_loads(case: str, model: Any, tmp_path: Path) -> None:
     folder = make_peft_adapter(model, tmp_path / "a", **CASES[case])
     adapter = load_adapter(folder, layout_of(model), LIMITS)
     _check_equal(adapter, _expected(model, folder), torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Folders and files that are no PEFT adapter are called what they are, with the remedy, at once."""
+"""A folder or file that is not a PEFT adapter is refused at once. The error says what it is."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_a_folder_of_another_kind(kind: str, tmp_path: Path) -> None:
         lambda folder: write_folder(folder, config(peft_type="LOHA")) and None,
     ],
 )
-def test_what_is_an_adapter_or_may_become_one_is_left_alone(
+def test_adapters_and_incomplete_adapters_are_not_reported_as_another_kind(
     make: Callable[[Path], None], tmp_path: Path
 ) -> None:
     folder = tmp_path / "a"
@@ -230,7 +230,7 @@ def test_what_is_an_adapter_or_may_become_one_is_left_alone(
     assert recognise(folder) is None
 
 
-def test_an_adapter_may_lie_beside_anything(tmp_path: Path) -> None:
+def test_other_files_beside_an_adapter_are_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a")
     for name in ("model.safetensors", "adapter_model.bin", "lora.gguf", "config.json"):
         (folder / name).write_bytes(LFS)

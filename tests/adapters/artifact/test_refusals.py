@@ -1,4 +1,4 @@
-"""Everything that is refused, each with the sentence that its user gets."""
+"""Everything that is refused, with the message that the user gets."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_invalid_configs(fields: dict[str, Any], message: str, tmp_path: Path) -
 
 
 def _swap(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The usual tensors with some replaced, added or (None) left out; names may be given as ``q_A``."""
+    """The usual tensors with some replaced, added, or left out (None). Names may be short, as in ``q_A``."""
     short = {f"{site[0]}_{side}": key(name, side) for site, name in (("q", Q), ("v", V)) for side in "AB"}
     result: dict[str, torch.Tensor | None] = {**tensors(), **{short.get(k, k): v for k, v in changes.items()}}
     return {name: tensor.contiguous() for name, tensor in result.items() if tensor is not None}
@@ -111,7 +111,7 @@ def _rows(*values: float) -> torch.Tensor:
 
 
 def _cancelling(out: int) -> torch.Tensor:
-    """Columns that sum to zero row by row, none of them zero."""
+    """A tensor without zeros whose rows sum to zero."""
     column = torch.randn(out, 1)
     return torch.cat([column, -column, 2 * column, -2 * column], dim=1)
 
@@ -235,7 +235,7 @@ def test_one_trained_site_is_enough(tmp_path: Path) -> None:
     ],
     ids=["adapter name", "no prefix", "compiled", "FSDP"],
 )
-def test_names_as_other_tools_write_them(rename: Any, tmp_path: Path) -> None:
+def test_tensor_names_of_other_tools(rename: Any, tmp_path: Path) -> None:
     renamed = {rename(name): tensor for name, tensor in tensors().items()}
     usual = load_adapter(write_folder(tmp_path / "usual"), LAYOUT, LIMITS)
     other = load_adapter(write_folder(tmp_path / "other", weights=renamed), LAYOUT, LIMITS)

@@ -1,4 +1,4 @@
-"""Target matching, held against PEFT's own functions on random configs."""
+"""Target matching, compared with PEFT's own functions on random configs."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_pattern_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
     assert time.monotonic() - before < 30
 
 
-def test_very_many_plain_patterns_are_matched_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_many_plain_patterns_are_matched_in_a_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regex, "_hits", None)  # in this interpreter
     plain = tuple(regex.Pattern(f"m{i}", f"m{i}", full=True) for i in range(1000))
     names = tuple(f"m{i}" for i in range(0, 3000, 2))
@@ -137,7 +137,7 @@ def test_very_many_plain_patterns_are_matched_elsewhere(monkeypatch: pytest.Monk
     )
 
 
-def test_all_patterns_of_a_config_have_config_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_patterns_of_a_config_share_one_time_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     clock = itertools.count(0.0, 0.75)
 
@@ -158,7 +158,7 @@ def test_all_patterns_of_a_config_have_config_budget(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("pattern", ["(", "(?P<a>x)(?P<a>y)*", "x" * 10 + "**"])
-def test_a_pattern_that_is_none_is_named(pattern: str) -> None:
+def test_an_invalid_pattern_is_named(pattern: str) -> None:
     broken = LoraSettings(r=1, lora_alpha=1, target_modules=(), rank_pattern={pattern: 2})
     with pytest.raises(
         AdapterInvalid, match=r"rank_pattern in adapter_config.json .* is not a regular expression"
@@ -172,7 +172,7 @@ def test_too_many_patterns_are_refused() -> None:
         resolve_targets(many, MODULES)
 
 
-def test_a_plan_takes_a_time_that_grows_with_the_modules_and_names_and_not_with_their_product() -> None:
+def test_planning_time_is_linear_in_modules_and_names() -> None:
     sites = {name: Site(name, 8, 8) for i in range(3000) if (name := f"model.layers.{i}.mlp.up_proj")}
     layout = BaseLayout(sites, frozenset(sites), "many")
     entries = [

@@ -1,7 +1,7 @@
-"""Folders as training tools write them: each is served as PEFT serves it, or refused with the right words.
+"""Folders as training tools write them. Each is served as PEFT serves it, or refused with a clear message.
 
-The fields of each are those that the tool's releases write. The tensors come from the installed PEFT, which
-also loads every folder that is served, as the one to equal.
+The fields are those that the tools' releases write. The installed PEFT makes the tensors. It also loads every
+folder that is served, and the results must be equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Tensors = dict[str, Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PREFIX = "base_model.model.model.layers"
 
-# What each release of PEFT added to adapter_config.json, as it is written when nothing is asked for.
+# The fields that each release of PEFT added to adapter_config.json, with their defaults.
 ADDED: dict[str, dict[str, Any]] = {
     "0.2": {
         **{"base_model_name_or_path": "decapoda-research/tiny-llama", "bias": "none", "enable_lora": None},
@@ -63,7 +63,7 @@ _GONE_SINCE = {"0.4": ("enable_lora", "merge_weights")}
 
 
 def as_peft_writes(version: str, **fields: Any) -> dict[str, Any]:
-    """The whole config of that release, with ``fields`` of its user."""
+    """The whole config of that release, with the user's ``fields``."""
     config: dict[str, Any] = {}
     for release, added in ADDED.items():
         config |= added
@@ -106,14 +106,14 @@ def _with(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a tool writes.
+    """The files that a tool writes.
 
     Attributes:
         config: the whole of adapter_config.json.
-        made: the fields that PEFT makes the tensors with.
-        tensors: how the tool's tensors differ from PEFT's.
-        says: words of each warning, or of the refusal.
-        by_peft: whether PEFT reads the tensors' names as they are.
+        made: the fields with which PEFT makes the tensors.
+        tensors: changes PEFT's tensors to those of the tool.
+        says: a part of each warning, or of the refusal.
+        by_peft: whether PEFT reads the tensors under these names.
     """
 
     config: dict[str, Any]
@@ -345,7 +345,7 @@ def _logits(model: Any) -> Tensor:
 
 
 def _put_in(model: Any, path: Path) -> tuple[Any, tuple[str, ...]]:
-    """A copy of the model that computes with what is served, and the warnings."""
+    """A copy of the model with the adapter as it is served, and the warnings."""
     changed, layout = copy.deepcopy(model), layout_of(model)
     adapter = load_adapter(path, layout, LIMITS, torch.float32, base=BaseWeights(model, layout))
     for name, pair in adapter.weights.items():
@@ -372,7 +372,7 @@ def test_served_as_peft_serves_it(tool: str, model: Any, tmp_path: Path) -> None
     said = [warning for warning in warned if not warning.startswith("It was trained on")]
     assert len(said) == len(folder.says)
     assert all(words in warning for words, warning in zip(folder.says, said, strict=True))
-    if not folder.by_peft:  # PEFT leaves such names aside, and serves the base
+    if not folder.by_peft:  # PEFT ignores such names and computes the base
         path = make_peft_adapter(model, tmp_path / "plain", 8, ["q_proj", "v_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

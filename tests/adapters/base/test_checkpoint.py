@@ -1,4 +1,4 @@
-"""A base is quantised once, keyed by its content, and appears whole or not at all."""
+"""A base is quantised once for each content. An incomplete checkpoint is never used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(llama: Path, tmp_path: Path) -> Path:
-    """A folder of its own, which the test may change."""
+    """A copy of the base's folder, which the test may change."""
     return shutil.copytree(llama, tmp_path / "changed")
 
 
@@ -102,7 +102,7 @@ def test_equals_quantising_on_load(llama: Path, tmp_path: Path) -> None:
     fresh = AutoModelForCausalLM.from_pretrained(llama, quantization_config=nf4, device_map={"": "cpu"})
     prepared = prepare_base(str(llama), tmp_path, progress=False)
     assert torch.equal(logits(load_base(prepared).model), logits(fresh.eval()))
-    # and so does what PEFT users load, without our loader
+    # a checkpoint that transformers loads without our loader is equal too
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(prepared.path)), logits(fresh))
 
 
@@ -126,7 +126,7 @@ def test_the_head_in_4_bits_is_a_linear_of_its_own_that_transformers_loads(
     assert torch.equal(logits(base.model), logits(theirs))
 
 
-def test_a_head_that_cannot_be_had_in_4_bits_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_a_head_that_cannot_be_quantised_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="leave out one of the two options"):
         prepare_base(str(llama), tmp_path, quantization="none", head_quantization="nf4", progress=False)
     odd = make_tiny_model("llama", tmp_path / "odd", vocab_size=521)
@@ -183,7 +183,7 @@ def test_unquantised_is_served_in_place(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(base.model), logits(AutoModelForCausalLM.from_pretrained(llama)))
 
 
-def test_a_4bit_checkpoint_is_a_base_as_it_stands(llama: Path, tmp_path: Path) -> None:
+def test_a_4bit_checkpoint_is_used_as_it_is(llama: Path, tmp_path: Path) -> None:
     four_bit = prepare_base(str(llama), tmp_path, progress=False).path
     assert prepare_base(str(four_bit), tmp_path, progress=False).path == four_bit
     with pytest.raises(BaseModelError, match="quantised already"):
@@ -230,7 +230,7 @@ def test_bars_are_shown_on_a_terminal_if_asked_for(
     assert ("Loading weights" in err) == (progress and terminal)
 
 
-def test_dying_half_way_leaves_no_checkpoint(
+def test_an_interrupted_conversion_leaves_no_checkpoint(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: Any, **__: Any) -> None:
@@ -245,7 +245,7 @@ def test_dying_half_way_leaves_no_checkpoint(
     load_base(prepare_base(str(llama), tmp_path, progress=False))
 
 
-def test_what_a_killed_process_left_is_swept_away(llama: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(llama: Path, tmp_path: Path) -> None:
     digest = prepare_base(str(llama), tmp_path, progress=False).digest
     target = tmp_path / "bases" / digest
     partial = target.rename(target.with_suffix(".partial"))
@@ -255,8 +255,10 @@ def test_what_a_killed_process_left_is_swept_away(llama: Path, tmp_path: Path) -
     assert not (again.path / "stray").exists()
 
 
-def test_two_at_once_convert_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads stand for processes: flock holds between any two open files."""
+def test_two_concurrent_starts_convert_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads take the place of processes: flock excludes any two open files."""
     conversions: list[Path] = []
     convert, both_are_here = checkpoint._convert, threading.Barrier(2)
 
@@ -267,7 +269,7 @@ def test_two_at_once_convert_once(llama: Path, tmp_path: Path, monkeypatch: pyte
 
     def counted(files: Path, *arguments: Any) -> None:
         conversions.append(files)
-        time.sleep(0.1)  # long enough for the other to have come as far, were there no lock
+        time.sleep(0.1)  # without the lock, the other thread would reach this point in that time
         convert(files, *arguments)
 
     monkeypatch.setattr(checkpoint, "resolve", resolved)
@@ -278,7 +280,7 @@ def test_two_at_once_convert_once(llama: Path, tmp_path: Path, monkeypatch: pyte
     assert conversions == [llama]
 
 
-def test_what_a_models_code_raises_is_no_reason_to_fetch_its_files_again(
+def test_an_error_in_the_models_code_fetches_no_files_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_model("llama", tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The length that a base is made for, from configs as they are published."""
+"""The context length of a base, from published configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adapters.base.context import own_length
 
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"max_position_embeddings": 4096}, 4096),
-    # Qwen2.5, YaRN as its documentation tells
+    # Qwen2.5 with YaRN, as its documentation says
     (
         "qwen2",
         {

@@ -1,4 +1,4 @@
-"""The default base, for real: SmolLM2-135M-Instruct in NF4."""
+"""The real default base: SmolLM2-135M-Instruct in NF4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What --base may name, and what each refusal says."""
+"""What --base accepts, and the message of each refusal."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_broken_memo_is_only_a_cache_miss(tmp_path: Path) -> None:
 
 
 def write_gguf(folder: Path, target: Path) -> Path:
-    """The tiny Llama of ``folder`` as llama.cpp would store it, in F32."""
+    """Write the tiny Llama of ``folder`` as llama.cpp stores it, in F32."""
     from transformers import AutoConfig, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

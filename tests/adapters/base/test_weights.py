@@ -30,7 +30,7 @@ def test_four_bit_weights_are_the_same_before_and_after_the_cpu_packs_them(tmp_p
 
 
 def test_four_bit_weights_are_right_where_a_block_spans_two_rows(tmp_path: Path) -> None:
-    """Rows of 96 values: every other block of 64 spans two rows. bitsandbytes mixes up the scales."""
+    """Rows have 96 values, so every other block of 64 spans two rows. bitsandbytes mixes up the scales."""
     folder = make_tiny_model("llama", tmp_path / "llama", intermediate_size=96)
     source = AutoModelForCausalLM.from_pretrained(folder)
     base = load_base(prepare_base(str(folder), tmp_path, progress=False))
@@ -58,7 +58,7 @@ def test_a_bias_is_the_bases_own_or_none(tmp_path: Path) -> None:
     assert all(name.endswith(("q_proj", "k_proj", "v_proj")) for name in has_bias)
 
 
-def test_every_weight_is_had_as_output_rows() -> None:
+def test_every_weight_can_be_read_as_output_rows() -> None:
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 12, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**sizes))
     layout = layout_of(model, "gpt2")

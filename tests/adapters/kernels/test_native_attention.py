@@ -1,4 +1,4 @@
-"""The native attention over pages, against a plain softmax in float32."""
+"""The native attention over pages, compared with a plain softmax in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.native_kernels import ISAS, TILE, Cache, Kind, Piece, attend,
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of these lengths, each computed in chunks that end at its cuts."""
+    """Sequences of these lengths. Each is computed in chunks that end at its cuts."""
 
     kind: Kind
     lengths: list[int]
@@ -47,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 class Setup:
-    """A case's sequences, each on tiles picked at random among those of a shared cache."""
+    """The sequences of a case. Each uses random tiles of a shared cache."""
 
     def __init__(self, case: Case, layout: int = 0) -> None:
         torch.manual_seed(case.seed)
@@ -86,7 +86,7 @@ def _reference(qkv: tuple[Tensor, Tensor, Tensor], kind: Kind) -> Tensor:
 @given(cases())
 @pytest.mark.parametrize("isa", ISAS)
 def test_attention_equals_a_plain_softmax(isa: str, case: Case) -> None:
-    """All sequences' first chunks in one step, then their second ones, and so on."""
+    """One step computes the first chunks of all sequences, the next step the second chunks, and so on."""
     made = Setup(case)
     got: list[list[Tensor]] = [[] for _ in case.lengths]
     chunks = [case.chunks(sequence) for sequence in range(len(case.lengths))]
@@ -104,7 +104,7 @@ def test_attention_equals_a_plain_softmax(isa: str, case: Case) -> None:
 @given(cases())
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_token_is_the_same_to_the_bit_however_it_is_computed(isa: str, case: Case) -> None:
-    """Whole prompts side by side on two threads; against alone, in chunks, elsewhere in memory, on one."""
+    """Whole prompts on two threads equal chunks computed alone, elsewhere in memory, on one thread."""
     with using(isa) as loaded:
         together = Setup(case)
         with threads(2):
@@ -118,7 +118,7 @@ def test_a_token_is_the_same_to_the_bit_however_it_is_computed(isa: str, case: C
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_request_with_broken_numbers_harms_itself_alone(isa: str) -> None:
+def test_nan_in_one_request_does_not_change_another(isa: str) -> None:
     case = Case(Kind(), [20, 20], [[], []], seed=0)
     whole, broken = Setup(case), Setup(case)
     broken.sequences[0][2][3] = torch.inf
@@ -129,5 +129,5 @@ def test_a_request_with_broken_numbers_harms_itself_alone(isa: str) -> None:
             for made in (whole, broken)
         )
     assert torch.equal(fine[1], hurt[1])
-    assert torch.equal(fine[0][:3], hurt[0][:3]), "earlier tokens do not see the broken one"
-    assert hurt[0][5:].isnan().all(), "and it is not hidden from later ones"
+    assert torch.equal(fine[0][:3], hurt[0][:3]), "an earlier token must not attend to the broken one"
+    assert hurt[0][5:].isnan().all(), "a later token must attend to the broken one"

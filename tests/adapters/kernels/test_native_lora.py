@@ -1,4 +1,4 @@
-"""The native LoRA kernel over several linears that share an input, against the reference loop."""
+"""The native LoRA kernel on several linears with one input, compared with the reference loop."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Case:
     """Some linears on one input.
 
     Attributes:
-        inputs, outputs: of the linears.
-        ranks: by adapter, its rank at each linear; 0 = it leaves that one alone.
-        runs: (adapter or -1, tokens).
-        padding: elements between the rows of x, and of y.
+        inputs, outputs: the sizes of the linears.
+        ranks: for each adapter, its rank at each linear; 0 = it does not change that one.
+        runs: (adapter, tokens); -1 = no adapter.
+        padding: the elements between the rows of x, and of y.
     """
 
     inputs: int
@@ -52,7 +52,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 class Setup:
-    """A case's tensors: ``y`` holds all linears' outputs side by side; rows that nobody owns hold NaN."""
+    """The tensors of a case. ``y`` holds all linears' outputs side by side. Unused rank rows hold NaN."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(case.seed)
@@ -67,7 +67,7 @@ class Setup:
         self.outputs = case.outputs
 
     def _pool(self, case: Case, site: int) -> SitePool:
-        """The adapters' rows at one linear, scattered at random."""
+        """The adapters' rank rows at one linear, in random places."""
         ranks = [of_adapter[site] for of_adapter in case.ranks]
         free = torch.randperm(2 * sum(ranks) + 1).tolist()
         sizes = Site(f"site{site}", case.inputs, case.outputs[site])
@@ -101,13 +101,15 @@ def test_several_linears_equal_the_reference(isa: str, case: Case) -> None:
     for _, start, stop in made.segments:
         changed[start:stop] = True
     assert torch.equal(got[~changed], made.y[~changed])
-    assert torch.equal(got[:, sum(case.outputs) :], made.y[:, sum(case.outputs) :]), "wrote beyond a row"
+    assert torch.equal(got[:, sum(case.outputs) :], made.y[:, sum(case.outputs) :]), (
+        "the kernel wrote outside its rows"
+    )
 
 
 @settings(deadline=None, max_examples=25)
 @given(cases())
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_is_the_same_to_the_bit_alone_and_on_two_threads(isa: str, case: Case) -> None:
+def test_a_row_has_the_same_bits_alone_and_on_two_threads(isa: str, case: Case) -> None:
     made = Setup(case)
     together, single = made.y.clone(), made.y.clone()
     with using(isa) as loaded:

@@ -1,4 +1,4 @@
-"""The 4-bit product: any number of rows, several linears at once, equal to bitsandbytes' to the bit."""
+"""The 4-bit product: any number of rows, several linears at once, with the same bits as bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.nf4_linear import Nf4Linear, codebook
 
 
 def run(linears: list[Nf4Linear], x: Tensor) -> list[Tensor]:
-    """All linears in one call, writing side by side into rows of one buffer."""
+    """Computes all linears in one call. They write side by side into the rows of one buffer."""
     loaded, values = library(), codebook()
     assert loaded is not None
     y = torch.full((x.shape[0], sum(linear.outputs for linear in linears)), 99.0, dtype=torch.bfloat16)
@@ -62,7 +62,7 @@ def test_it_equals_the_reference_and_each_row_alone(
 def test_it_equals_bitsandbytes_to_the_bit(rows: int) -> None:
     linear = Nf4Linear(576, 192, seed=rows, bias=False)
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)).bfloat16()
-    with using("avx512bf16"):  # bitsandbytes packs weights for no other
+    with using("avx512bf16"):  # bitsandbytes packs weights only for this instruction set
         (ours,) = run([linear], x)
     theirs = torch.ops.bitsandbytes.gemv_4bit(
         x, linear.packed, [192, 576], linear.absmax, bnb.get_4bit_type("nf4", device="cpu"), 64

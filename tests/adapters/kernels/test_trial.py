@@ -1,4 +1,4 @@
-"""The trial of a LoRA kernel, with kernels that pass it and that do not."""
+"""The trial of a LoRA kernel: correct kernels pass, and wrong or failing ones do not."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Broken:
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
 
-def test_a_kernel_is_relied_on_if_it_equals_the_reference() -> None:
+def test_a_kernel_that_equals_the_reference_passes() -> None:
     assert what_is_wrong(Right(), CPU, torch.float32, 16) is None
 
 
-def test_a_kernel_that_is_wrong_in_some_steps_is_not() -> None:
+def test_a_kernel_that_is_wrong_in_some_steps_does_not_pass() -> None:
     assert (what_is_wrong(WrongInPrompts(), CPU, torch.float32, 16) or "").startswith("its results are wrong")
 
 
-def test_a_kernel_that_fails_is_not_and_says_why_in_a_line() -> None:
+def test_a_kernel_that_fails_does_not_pass_and_the_reason_is_one_line() -> None:
     assert what_is_wrong(Broken(), CPU, torch.float32, 16) == "it fails: Failed to find C compiler."

@@ -1,7 +1,7 @@
-"""The Triton kernels, as far as this machine can prove them.
+"""The Triton kernels, as far as this machine can test them.
 
-Their results (``triton_cases.py``) are tested in a process of its own, since Triton decides at its import
-whether it interprets. That they compile well for GPUs is tested without one.
+A child process tests their results (``triton_cases.py``), because Triton decides at its import whether it
+interprets. The compiled code for GPUs is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_the_kernels_equal_the_reference() -> None:
     run_interpreted(CASES)
 
 
-def test_they_are_chosen_on_a_gpu_where_triton_is_installed_and_does_right(
+def test_they_are_chosen_on_a_gpu_if_triton_is_installed_and_correct(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
@@ -53,7 +53,7 @@ def test_compiled_for_a_gpu_weights_are_read_in_16_bytes_and_dots_use_tensor_cor
 
 
 def compiled_kernel(capability: int, kernel: str, dtype: torch.dtype) -> Any:
-    """For sizes and addresses that are multiples of 16, as a large model's are."""
+    """For sizes and addresses that are multiples of 16, as those of large models are."""
     pytest.importorskip("triton")
     from adapters.kernels.triton import GATHER, GROUPED, expand_constants, types_of
 

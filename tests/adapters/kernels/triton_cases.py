@@ -1,6 +1,6 @@
-"""The Triton kernels against the reference: on the GPU if there is one, else under Triton's interpreter.
+"""Compares the Triton kernels with the reference, on a GPU or else with Triton's interpreter.
 
-Not collected by itself: the interpreter is chosen for a whole process (``test_triton_lora.py``).
+pytest does not collect this file: ``test_triton_lora.py`` runs it in a process that uses the interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ World = partial(cases.World, device=DEVICE)
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few programs that the interpreter is done soon; how they share the work is tested by itself."""
+    """Use few programs, to keep the interpreter fast. Another test covers how programs share the work."""
     monkeypatch.setattr(triton, "_PROGRAMS", 48)
 
 
@@ -41,10 +41,10 @@ def test_any_mix_of_adapters_equals_the_reference(world: cases.World, runs: list
 
 @pytest.mark.parametrize("runs", [RUNS["zipf"][:2], [(4, TILE)]], ids=["gather", "grouped"])
 @pytest.mark.parametrize("programs", [1, 7, 50, 1024])
-def test_any_number_of_workers_gives_the_same(
+def test_any_number_of_programs_gives_the_same(
     programs: int, runs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which many find nothing to do: K is only two blocks long."""
+    """Many programs have no work, because K has only two blocks."""
     monkeypatch.setattr(triton, "_PROGRAMS", programs)
     world = World(inputs=300, outputs=(40, 16))
     for slot, ranks in enumerate([[40, 16], [256, 1], [0, 3], [1, 1], [100, 33]]):
@@ -81,7 +81,7 @@ def test_odd_sizes(inputs: int, runs: list[tuple[int, int]]) -> None:
 
 
 def test_a_site_without_an_input_is_only_adjusted() -> None:
-    """As the embedding of an adapter that changes nothing else there."""
+    """The embedding is such a site if the adapter has no LoRA there."""
     world = World(inputs=0, outputs=(24, 16))
     world.add(0, [0, 0], scaled=True, shifted=True)
     check(TritonLora(DEVICE), world, *segments_of([(0, 3)]))
@@ -93,7 +93,7 @@ def test_a_step_without_tokens_of_adapters_launches_nothing() -> None:
     check(TritonLora(DEVICE), world, [Segment(0, 2, 2)], 4)
 
 
-def test_slots_are_taken_over_and_tables_grow() -> None:
+def test_slots_are_reused_and_tables_grow() -> None:
     world = World(outputs=(24, 16))
     kernel = TritonLora(DEVICE)
     world.add(0, [4, 3], scaled=True, shifted=True)
@@ -109,7 +109,7 @@ def test_slots_are_taken_over_and_tables_grow() -> None:
 def capture(
     kernel: TritonLora, ys: list[Tensor], x: Tensor, world: cases.World, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], None]:
-    """A CUDA graph's replay of a call for 8 tokens; without a GPU, the very launches again."""
+    """Replays the CUDA graph of a call for 8 tokens. Without a GPU it repeats the same launches."""
     segments = [Segment(0, 0, 1)]
     kernel.prepare(segments, graph_tokens=8)
     kernel.foreach(ys, x, world.pools, segments)  # compiles
@@ -127,7 +127,7 @@ def capture(
 
 @pytest.mark.usefixtures("few")
 def test_a_graph_serves_other_adapters_than_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them, of larger ranks, in tables that have grown; fewer tokens; and none at all."""
+    """More adapters, larger ranks, larger tables, fewer tokens, and no adapters at all."""
     world = World(outputs=(24, 16))
     world.add(0, [2, 1])
     kernel = TritonLora(DEVICE)
