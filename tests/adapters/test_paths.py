@@ -1,4 +1,4 @@
-"""Names and paths that users may give."""
+"""The names and paths that users may give."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_bad_names(name: str) -> None:
 
 
 @given(st.text(max_size=20))
-def test_whatever_is_asked_for_stays_below_the_root(path: str) -> None:
+def test_every_accepted_path_stays_below_the_root(path: str) -> None:
     root = Path("/nowhere/adapters")
     try:
         found = resolve_under(root, path)

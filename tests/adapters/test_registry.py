@@ -1,4 +1,4 @@
-"""Names and versions, without torch and without files: the folders' contents are made up."""
+"""Names and versions, without torch and without files. The contents of folders are invented."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path("/nowhere/adapters")
 
 
 class World:
-    """A registry over folders whose content is a word, or an error."""
+    """A registry of folders. The content of a folder is a word or an error."""
 
     def __init__(self) -> None:
         self.contents: dict[str, str | Exception] = {}
@@ -136,7 +136,7 @@ def test_a_shared_digest_retires_with_its_last_user(world: World) -> None:
     assert world.retired == ["same"]
 
 
-def test_a_version_replaced_between_resolve_and_acquire_is_told_of_again(world: World) -> None:
+def test_a_version_replaced_between_resolve_and_acquire_is_retired_again(world: World) -> None:
     version = world.registry.resolve(world.register("a", "one").name)
     world.register("a", "two")
     world.registry.acquire(version)
@@ -146,7 +146,7 @@ def test_a_version_replaced_between_resolve_and_acquire_is_told_of_again(world: 
     assert world.retired == ["one", "one"]
 
 
-def test_releasing_more_than_was_acquired_is_a_bug(world: World) -> None:
+def test_releasing_more_than_was_acquired_raises(world: World) -> None:
     version = world.register("a", "one")
     with pytest.raises(ValueError, match="No request is running on adapter 'a'"):
         world.registry.release(version)
@@ -155,7 +155,7 @@ def test_releasing_more_than_was_acquired_is_a_bug(world: World) -> None:
         world.registry.release(version)
 
 
-def test_unknown_names_come_with_near_matches(world: World) -> None:
+def test_errors_of_unknown_names_suggest_similar_names(world: World) -> None:
     world.register("support-bot", "one")
     with pytest.raises(
         AdapterNotFound, match=r"There is no adapter 'suport-bot'; did you mean 'support-bot'\?"
@@ -173,9 +173,7 @@ def logged(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[
     return [(record.message, vars(record)["fields"]) for record in caplog.records if record.levelno >= level]
 
 
-def test_a_failed_name_says_why_and_goes_when_it_works(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_name_has_a_reason_until_it_works(world: World, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         world.registry.fail("a", ROOT / "a", "It is broken.")
     assert logged(caplog) == [("adapter not served", {"name": "a", "reason": "It is broken."})]
@@ -207,7 +205,7 @@ def test_a_bad_replacement_leaves_the_old_one_serving(world: World, caplog: pyte
     ]
 
 
-def test_a_bad_new_adapter_is_the_callers_alone(world: World) -> None:
+def test_a_bad_new_adapter_is_not_listed(world: World) -> None:
     with pytest.raises(AdapterInvalid):
         world.register("a", AdapterInvalid("It has NaN."))
     assert world.states() == []
@@ -242,7 +240,7 @@ def test_names_by_path_has_aliases_and_failures(world: World) -> None:
     assert world.registry.names_by_path() == {ROOT / "a": {"a", "alias"}, ROOT / "bad": {"bad"}}
 
 
-def test_threads_hammering_it_leave_nothing(world: World) -> None:
+def test_concurrent_use_leaves_nothing_behind(world: World) -> None:
     names = ["a", "b", "c"]
     for index in range(6):
         world.contents[f"f{index}"] = f"content {index % 4}"
@@ -286,7 +284,7 @@ def _step(registry: Registry, dice: random.Random, names: list[str]) -> None:
         assert isinstance(error, AdapterNotFound)  # noqa: PT017  another thread unregistered it
 
 
-def test_a_folder_that_is_waited_for_is_listed_until_it_is_read(world: World) -> None:
+def test_a_waiting_folder_is_listed_until_it_is_read(world: World) -> None:
     world.registry.wait("a", ROOT / "a", "It is not finished.")
     assert world.states() == [("a", "waiting", 0)]
     with pytest.raises(AdapterNotReady, match="'a' is not served yet: It is not finished"):
@@ -300,7 +298,7 @@ def test_a_folder_that_is_waited_for_is_listed_until_it_is_read(world: World) ->
     assert world.states() == [("a", "ready", 0)]
 
 
-def test_one_entry_is_what_new_requests_get(world: World) -> None:
+def test_the_entry_of_a_name_is_the_version_for_new_requests(world: World) -> None:
     assert world.registry.entry("a") is None
     world.registry.wait("a", ROOT / "a", "It is not finished.")
     assert getattr(world.registry.entry("a"), "state", None) == "waiting"

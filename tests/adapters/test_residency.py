@@ -18,7 +18,7 @@ from adapters.registry import Version
 from tests.support.residency import NBYTES, Pool, World, make_version, value_of
 
 
-def test_a_cold_adapter_is_loaded_aside_and_then_pinned() -> None:
+def test_a_cold_adapter_is_loaded_in_the_background_and_then_pinned() -> None:
     world = World()
     version = make_version("a")
     world.gate.clear()
@@ -31,14 +31,14 @@ def test_a_cold_adapter_is_loaded_aside_and_then_pinned() -> None:
     assert world.residency.pins == 1
 
 
-def test_the_least_recently_used_goes_and_comes_back_from_the_host() -> None:
+def test_the_least_recently_used_is_evicted_and_reloaded_from_the_host() -> None:
     world = World(rows=8)
     a, b, c = (make_version(name) for name in "abc")
     for version in (a, b, a, c):
         world.touch(version)
     assert [world.residency.tier(v.digest) for v in (a, b, c)] == ["device", "host", "device"]
     world.touch(b)
-    assert world.reads == ["a", "b", "c"], "what is in the host tier is not read again"
+    assert world.reads == ["a", "b", "c"], "an adapter in the host tier must not be read again"
     assert world.residency.stats.evictions == 2
 
 
@@ -51,14 +51,14 @@ def test_the_host_tier_is_bounded() -> None:
     assert world.reads == ["a", "b", "c", "d", "a"]
 
 
-def test_bytes_of_extras_are_room_like_rows() -> None:
+def test_extras_need_room_like_rows() -> None:
     world = World(rows=40)
     small, large, plain = make_version("small", 1, 40), make_version("large", 1, 70), make_version("plain", 1)
     world.pin(small)
     assert world.residency.pin(large) is None
     world.settled()
-    assert world.residency.pin(small) is None, "it drains"
-    assert world.pin(plain) is not None, "which has no extras, and is in nobody's way"
+    assert world.residency.pin(small) is None, "small must drain"
+    assert world.pin(plain) is not None, "plain has no extras, so it does not have to drain"
     world.residency.unpin(small.digest)
     world.pin(large)
     world.residency.check_integrity()
@@ -74,7 +74,7 @@ def test_extras_that_can_never_fit_are_refused_with_the_remedy() -> None:
         world.residency.pin(version)
 
 
-def test_a_pinned_adapter_stays_whatever_comes() -> None:
+def test_a_pinned_adapter_is_never_evicted() -> None:
     world = World(rows=8)
     a = make_version("a")
     slot = world.pin(a)
@@ -90,10 +90,10 @@ def test_a_newly_loaded_one_is_kept_for_its_requester() -> None:
     world.settled()
     world.residency.pin(b)
     world.settled()
-    assert world.residency.pin(a) is not None, "b must not take a's rows before a was used once"
+    assert world.residency.pin(a) is not None, "b must not take a's rows before a is used"
 
 
-def test_the_least_pinned_ones_drain_until_the_first_in_the_queue_is_served() -> None:
+def test_the_least_pinned_adapters_drain_until_the_first_in_the_queue_is_served() -> None:
     world = World(rows=8)
     popular, quiet, cold = make_version("popular"), make_version("quiet"), make_version("cold")
     world.pin(popular)
@@ -102,8 +102,8 @@ def test_the_least_pinned_ones_drain_until_the_first_in_the_queue_is_served() ->
     assert world.residency.pin(cold) is None
     world.settled()
     assert world.residency.pin(cold) is None
-    assert world.residency.pin(popular) is not None, "two pins: not the one to close"
-    assert world.residency.pin(quiet) is None, "it drains"
+    assert world.residency.pin(popular) is not None, "popular has two pins, so it must not drain"
+    assert world.residency.pin(quiet) is None, "quiet must drain"
     world.residency.unpin(quiet.digest)
     assert world.pin(cold) is not None
     assert world.residency.tier(quiet.digest) == "host"
@@ -118,12 +118,12 @@ def test_an_adapter_is_queued_as_long_as_it_has_requesters() -> None:
     world.settled()
     world.now += 3600
     world.residency.cancel(cold.digest, "first")
-    assert world.residency.pin(a) is None, "it drains"
+    assert world.residency.pin(a) is None, "a must drain"
     world.residency.cancel(cold.digest, "second")
     assert world.residency.pin(a) is not None
 
 
-def test_what_is_loaded_for_somebody_stays_until_he_has_had_it() -> None:
+def test_an_adapter_loaded_for_a_requester_stays_until_it_is_used() -> None:
     world = World(rows=4)
     a, b = make_version("a"), make_version("b")
     assert not world.residency.prepare(a, "waits for a place")
@@ -138,7 +138,7 @@ def test_what_is_loaded_for_somebody_stays_until_he_has_had_it() -> None:
     assert world.residency.pin(b, "comes later") is not None
 
 
-def test_nothing_is_loaded_for_those_who_have_gone() -> None:
+def test_nothing_is_loaded_for_cancelled_requesters() -> None:
     world = World(rows=4)
     world.gate.clear()
     for name in "ab":
@@ -146,10 +146,10 @@ def test_nothing_is_loaded_for_those_who_have_gone() -> None:
         world.residency.cancel(f"digest-{name}", "requester")
     world.gate.set()
     world.settled()
-    assert world.reads in ([], ["a"]), "one load may have begun"
+    assert world.reads in ([], ["a"]), "at most one load may have begun"
 
 
-def test_an_adapter_is_resident_only_when_the_stream_of_its_copies_was_waited_for() -> None:
+def test_an_adapter_is_resident_only_after_its_copies_are_done() -> None:
     world = World(like_gpu=True)
     assert isinstance(world.pool, Pool)
     events = world.pool.events
@@ -178,16 +178,16 @@ def test_out_of_memory_fails_only_the_requesters(
         "tier": "host",
         "reason": str(fault),
     }
-    assert world.pool.rows_used == 4, "b's rows are free again"
+    assert world.pool.rows_used == 4, "b's rows must be free again"
     world.residency.check_integrity()
     world.pool.fault = None
     assert world.residency.pin(a) is not None
     world.pin(b)
-    assert world.reads == ["a", "b"], "it was kept on the host"
+    assert world.reads == ["a", "b"], "b must stay in the host tier"
 
 
-def test_a_host_tier_in_pieces_makes_room_for_one_that_is_larger() -> None:
-    """Of six units of the pinned buffer a, b and c take two each; b goes, and d needs three in one piece."""
+def test_a_fragmented_host_tier_makes_room_for_a_larger_adapter() -> None:
+    """The pinned buffer has six units. a, b and c take two each, b goes, and d needs three in one piece."""
     world = World(rows=64, like_gpu=True)
     host = world.residency.host = HostTier(4 * NBYTES, PinnedBuffer(torch.empty(6 * 256, dtype=torch.uint8)))
     for name in "abc":
@@ -198,7 +198,7 @@ def test_a_host_tier_in_pieces_makes_room_for_one_that_is_larger() -> None:
     assert host.nbytes == 2 * NBYTES
 
 
-def test_why_it_failed_is_told_once_and_then_tried_afresh() -> None:
+def test_a_failure_is_reported_once_and_then_loading_is_retried() -> None:
     world = World()
     version = make_version("a")
     world.broken["a"] = AdapterInvalid("it is broken")
@@ -211,7 +211,7 @@ def test_why_it_failed_is_told_once_and_then_tried_afresh() -> None:
     assert world.residency.tier(version.digest) == "device"
 
 
-def test_why_it_failed_is_told_to_all_who_waited_and_to_nobody_who_came_later() -> None:
+def test_a_failure_is_reported_only_to_requesters_that_waited() -> None:
     world = World()
     version = make_version("a")
     world.broken["a"] = AdapterInvalid("it is broken")
@@ -229,7 +229,7 @@ def test_why_it_failed_is_told_to_all_who_waited_and_to_nobody_who_came_later() 
     assert world.reads == ["a", "a"]
 
 
-def test_why_one_folder_failed_is_not_told_of_another_with_the_same_content() -> None:
+def test_the_failure_of_a_folder_is_not_reported_for_another_with_the_same_content() -> None:
     world = World()
     here, there = make_version("here"), make_version("there")
     there = Version("there", here.digest, Path("there"), here.info, 0.0)
@@ -259,11 +259,11 @@ def test_forgetting_frees_device_and_host_with_the_last_pin() -> None:
     world.pin(version)
     world.residency.forget(version.digest)
     assert world.residency.host.nbytes == 0
-    assert world.residency.pool.rows_used == 4, "a request still runs on it"
+    assert world.residency.pool.rows_used == 4, "a request still uses it"
     world.residency.unpin(version.digest)
     assert world.residency.pool.rows_used == 0
     gc.collect()
-    assert [reference() for reference in world.weights] == [None], "its weights are still in memory"
+    assert [reference() for reference in world.weights] == [None], "its weights must be in memory"
 
 
 def test_forgetting_while_it_loads_leaves_nothing() -> None:
@@ -284,7 +284,7 @@ def test_forgetting_while_it_loads_leaves_nothing() -> None:
 def test_every_requester_is_served_and_nothing_leaks(
     like_gpu: bool, history: list[tuple[int, int, bool]]
 ) -> None:
-    """Of many more adapters than fit."""
+    """There are many more adapters than fit."""
     world = World(rows=8, like_gpu=like_gpu)
     pinned: list[str] = []
     for number, rank, keep in history:
@@ -293,7 +293,9 @@ def test_every_requester_is_served_and_nothing_leaks(
         if slot is not None:
             pinned.append(version.digest)
             site = world.pool.sites["q"]
-            assert (site.a[site.rows[slot]] == value_of(version)).all(), "pinned, and not its own weights"
+            assert (site.a[site.rows[slot]] == value_of(version)).all(), (
+                "a pinned slot has another adapter's weights"
+            )
         world.settled()
         if pinned and not keep:
             world.residency.unpin(pinned.pop(0))

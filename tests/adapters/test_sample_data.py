@@ -1,4 +1,4 @@
-"""The tenants' data sets: what the generator writes, and no held-out question that training gives away."""
+"""The tenants' data sets are the generator's output. Held-out questions differ from training rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapters.samples.generate import Pool, files, read_pool, rows, tasks
 from adapters.samples.task import heldout_rows, training_rows
 
 MOST_SHARED_WORDS = 0.6
-"""Between a held-out phrasing and the nearest one that is trained on: shared words over all words."""
+"""The most shared words, as a share of all words, of a held-out phrasing and the nearest trained one."""
 
 
 @pytest.fixture(params=tasks())

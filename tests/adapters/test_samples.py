@@ -1,4 +1,4 @@
-"""The sample adapters are small, plain and complete, and their data is what the recipe says."""
+"""The sample adapters are small and complete, use plain LoRA, and have the data that the recipe names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_config_is_plain_lora_on_the_public_base(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_tensor_is_learnt(task: str) -> None:
-    """PEFT starts B at zero: a tensor still zero was never trained."""
+    """PEFT initialises B with zeros, so a tensor of zeros was never trained."""
     config = config_of(task)
     tensors = load_file(FOLDER / task / "adapter_model.safetensors")
     assert len(tensors) == 2 * 30 * len(config["target_modules"])

@@ -1,4 +1,4 @@
-"""One folder looked at because a request has named it, before the watcher's next look."""
+"""A request names a folder, and the watcher reads it before its next look."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def put(room: Room, name: str, seed: int = 0) -> Path:
-    """Writes an adapter elsewhere and renames it into place."""
+    """Write an adapter in another place and rename it into place."""
     return room.write(f".{name}.new", seed).rename(room.root / name)
 
 
@@ -34,7 +34,7 @@ def test_a_folder_renamed_into_place_is_served_at_once(room: Room) -> None:
     assert room.states() == {"a": "ready"}
 
 
-def test_it_is_not_read_again_and_is_replaced_and_removed_as_any(room: Room) -> None:
+def test_a_scanned_folder_is_read_once_and_later_replaced_and_removed(room: Room) -> None:
     put(room, "a")
     room.watcher.scan_folder("a")
     room.look()
@@ -48,7 +48,7 @@ def test_it_is_not_read_again_and_is_replaced_and_removed_as_any(room: Room) -> 
     assert room.states() == {}
 
 
-def test_one_that_goes_before_the_watcher_has_seen_it_is_forgotten(room: Room) -> None:
+def test_a_folder_removed_before_the_watcher_sees_it_is_forgotten(room: Room) -> None:
     shutil.rmtree(put(room, "a"))
     room.watcher.scan_folder("a")
     assert room.states() == {}
@@ -59,7 +59,9 @@ def test_one_that_goes_before_the_watcher_has_seen_it_is_forgotten(room: Room) -
     assert room.states() == {}
 
 
-def test_one_that_comes_while_the_watcher_lists_stays(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_comes_while_the_watcher_lists_stays(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
     list_folder = room.watcher._list
 
     def come_after() -> object:
@@ -79,7 +81,7 @@ def test_a_fine_tuned_model_is_looked_for_in_its_folder(room: Room) -> None:
     assert room.states() == {"ft:base:acme:1": "ready"}
 
 
-def test_half_a_folder_is_waited_for(room: Room) -> None:
+def test_an_incomplete_folder_is_waiting(room: Room) -> None:
     folder = put(room, "a")
     weights = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).unlink()
@@ -91,7 +93,7 @@ def test_half_a_folder_is_waited_for(room: Room) -> None:
     assert room.states() == {"a": "ready"}
 
 
-def test_half_a_folder_that_goes_is_forgotten(room: Room) -> None:
+def test_an_incomplete_folder_that_is_removed_is_forgotten(room: Room) -> None:
     folder = put(room, "a")
     (folder / WEIGHTS_FILE).unlink()
     room.watcher.scan_folder("a")
@@ -145,7 +147,7 @@ def test_unloaded_by_hand_it_stays_so_until_its_files_change(room: Room) -> None
     assert room.states() == {"a": "ready"}
 
 
-def test_a_name_that_means_another_folder_meanwhile_keeps_it(
+def test_a_name_registered_during_the_scan_keeps_its_folder(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inspect, reading, loaded = room.registry.inspect, threading.Event(), threading.Event()
@@ -169,7 +171,7 @@ def test_a_name_that_means_another_folder_meanwhile_keeps_it(
 
 
 @pytest.mark.parametrize("name", ["../a", ".hidden", "a.tmp", "a.partial", "a\n", ""])
-def test_names_that_no_adapter_has_are_not_looked_for(room: Room, name: str) -> None:
+def test_invalid_names_are_not_looked_for(room: Room, name: str) -> None:
     with pytest.raises(AdapterNameInvalid):
         room.watcher.scan_folder(name)
 
@@ -182,7 +184,7 @@ def test_a_link_is_refused(room: Room, tmp_path_factory: pytest.TempPathFactory)
     assert room.states().get("link") != "ready"
 
 
-def test_where_case_does_not_count_only_the_watcher_knows_the_spelling(
+def test_on_a_case_insensitive_disk_another_spelling_is_not_served(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(room, "a").joinpath("x").touch()
@@ -191,10 +193,10 @@ def test_where_case_does_not_count_only_the_watcher_knows_the_spelling(
     assert room.states() == {}
 
 
-def test_a_rename_is_told_from_writing(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_is_distinguished_from_writing(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signature, "SETTLED_AGE", 60.0)
     folder = room.write("a")
-    os.utime(folder, ns=(1, 1))  # its last new file is long ago, as after a rename
+    os.utime(folder, ns=(1, 1))  # the modification time is old, as after a rename
     assert was_renamed(str(folder), signature_of(str(folder)))
     room.watcher.scan_folder("a")
     assert room.states() == {"a": "ready"}

@@ -1,4 +1,4 @@
-"""What the strict reader takes is what Python's reader takes; what it refuses, it refuses quickly."""
+"""The strict reader gives the same values as Python's reader, and it refuses bad input quickly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, st.booleans())
-def test_whatever_json_can_say_is_read(value: Any, ascii_only: bool) -> None:
+def test_all_valid_json_is_read(value: Any, ascii_only: bool) -> None:
     assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
@@ -66,7 +66,7 @@ def test_nesting_is_bounded(opening: str, closing: str) -> None:
             parse_json(nested(times))
 
 
-def test_a_byte_order_mark_asks_for_nothing() -> None:
+def test_a_byte_order_mark_is_accepted() -> None:
     assert parse_json_object(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
@@ -88,7 +88,7 @@ def test_an_object_is_not_a_list() -> None:
     ],
     ids=["one integer", "integers", "a fraction", "depth", "arrays", "surrogates", "keys"],
 )
-def test_the_time_grows_with_the_size_alone(data: bytes) -> None:
+def test_the_time_depends_only_on_the_size(data: bytes) -> None:
     begun = time.monotonic()
     with suppress(JsonInvalid):
         parse_json(data)

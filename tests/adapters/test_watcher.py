@@ -1,4 +1,4 @@
-"""The watcher over real folders; looks are made by hand, so that nothing depends on time."""
+"""The watcher with real folders. The tests call each look, so nothing depends on time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.adapters.artifact.folders import LAYOUT, LIMITS, config, write_folder
 from tests.adapters.watched import Room
 
 
-def test_new_replaced_removed(room: Room) -> None:
+def test_new_replaced_and_removed_folders(room: Room) -> None:
     room.write("a")
     room.look()
     first = room.digest("a")
@@ -46,7 +46,7 @@ def test_a_fine_tuned_model_goes_by_its_name_and_not_by_its_folder(room: Room) -
     assert room.states() == {}
 
 
-def test_a_folder_is_read_only_after_it_stood_still(room: Room) -> None:
+def test_a_folder_is_read_only_after_it_stopped_changing(room: Room) -> None:
     folder = room.write("a")
     for size in (10, 20, 30):
         (folder / WEIGHTS_FILE).write_bytes(b"x" * size)
@@ -73,7 +73,7 @@ def test_folders_renamed_into_place_replace_at_once(room: Room) -> None:
     assert first.isdisjoint(room.digest(name) for name in names)
 
 
-def test_later_looks_take_nothing_on_trust(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_looks_wait_even_for_old_folders(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signature, "SETTLED_AGE", 0.0)
     room.write("a")
     room.look(1)
@@ -111,7 +111,7 @@ def test_unfinished_hidden_and_stray_things_are_skipped(room: Room) -> None:
     assert room.states() == {}
 
 
-def test_a_bad_one_fails_alone_and_is_said_once(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_folder_fails_alone_and_is_logged_once(room: Room, caplog: pytest.LogCaptureFixture) -> None:
     room.write("good")
     write_folder(room.root / "bad", config(trainable_token_indices=[1]))
     room.look(6)
@@ -182,7 +182,7 @@ def test_an_incomplete_folder_is_waited_for_then_listed(room: Room, monkeypatch:
     assert room.states() == {"a": "ready"}
 
 
-def test_what_plainly_is_something_else_is_not_waited_for(room: Room) -> None:
+def test_a_folder_that_is_clearly_not_an_adapter_is_not_waited_for(room: Room) -> None:
     room.write("a/checkpoint-628")
     room.look(1)
     assert room.states() == {"a": "waiting"}
@@ -194,7 +194,7 @@ def test_what_plainly_is_something_else_is_not_waited_for(room: Room) -> None:
     assert room.states() == {"a": "ready"}
 
 
-def test_unloaded_by_hand_stays_so_until_the_files_change(room: Room) -> None:
+def test_an_unloaded_adapter_stays_unloaded_until_its_files_change(room: Room) -> None:
     room.write("a")
     room.look()
     room.watcher.suppress("a")
@@ -206,7 +206,7 @@ def test_unloaded_by_hand_stays_so_until_the_files_change(room: Room) -> None:
     assert room.states() == {"a": "ready"}
 
 
-def test_unloaded_before_it_was_ever_seen(room: Room) -> None:
+def test_an_adapter_unloaded_before_the_watcher_saw_it(room: Room) -> None:
     room.write("a")
     room.registry.register("a", "a", replace=False)
     room.watcher.suppress("a")
@@ -215,7 +215,7 @@ def test_unloaded_before_it_was_ever_seen(room: Room) -> None:
     assert room.states() == {}
 
 
-def test_unloaded_while_it_is_read(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_unloaded_while_it_is_read(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     register = room.registry.register
 
     def unload_meanwhile(name: str, path: Path, replace: bool) -> object:
@@ -243,7 +243,9 @@ def test_an_alias_follows_its_folder(room: Room) -> None:
     assert room.states() == {}
 
 
-def test_a_name_given_to_another_folder_is_left_to_it(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_registered_for_another_folder_is_left_alone(
+    room: Room, caplog: pytest.LogCaptureFixture
+) -> None:
     room.write("b")
     room.registry.register("a", "b", replace=False)
     room.write("a", seed=1)
@@ -271,7 +273,9 @@ def test_an_unexpected_error_stays_in_its_folder(
     assert [vars(r)["fields"]["name"] for r in caplog.records if r.message == "adapter not read"] == ["bad"]
 
 
-def test_a_root_that_cannot_be_listed_removes_nobody(room: Room, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_root_that_cannot_be_listed_removes_no_adapter(
+    room: Room, caplog: pytest.LogCaptureFixture
+) -> None:
     room.write("a")
     room.look()
     room.root.rename(room.root.with_name("away"))
@@ -283,7 +287,9 @@ def test_a_root_that_cannot_be_listed_removes_nobody(room: Room, caplog: pytest.
     assert room.states() == {"a": "ready"}
 
 
-def test_the_first_look_takes_what_is_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_look_reads_folders_that_do_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = Room(tmp_path)
     room.write("fresh")
     room.look(1)
@@ -310,7 +316,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def test_the_thread_does_it_all_and_outlives_errors(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_continues_after_errors(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "INTERVAL", 0.01)
     scandir, failures = os.scandir, iter([RuntimeError("boom")])
 

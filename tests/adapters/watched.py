@@ -1,4 +1,4 @@
-"""A real adapter folder with its registry and watcher; looks are made by hand."""
+"""A real adapter directory with its registry and watcher. The tests call each look."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.adapters.artifact.folders import LAYOUT, LIMITS, tensors, write_folde
 
 
 class Room:
-    """An adapter folder, its registry and watcher, past the first look."""
+    """An adapter directory with its registry and watcher, after the first look."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -27,7 +27,7 @@ class Room:
         return write_folder(self.root / name, weights=tensors(seed=seed))
 
     def look(self, times: int = 4) -> None:
-        """Enough looks for any change to be seen, and seen again."""
+        """Make enough looks to see any change and to confirm it."""
         for _ in range(times):
             self.watcher.scan_once()
 

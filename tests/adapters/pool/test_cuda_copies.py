@@ -1,4 +1,4 @@
-"""Adapters onto a real GPU, while it computes."""
+"""Copying adapters to a real GPU while it computes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _adapter(number: int) -> Adapter:
     return Adapter(info, weights, extras)
 
 
-def test_adapters_arrive_whole_beside_a_busy_stream_and_do_not_wait_for_it() -> None:
-    """More of them than slots at first, so that tables grow; some on rows of others that have gone."""
+def test_copies_are_complete_and_do_not_wait_for_a_busy_stream() -> None:
+    """There are more adapters than initial slots, so tables grow. Some reuse the rows of evicted adapters."""
     cuda: Any = torch.cuda
     device = torch.device("cuda", 0)
     adapters = {f"digest{i}": _adapter(i) for i in range(40)}
@@ -54,11 +54,11 @@ def test_adapters_arrive_whole_beside_a_busy_stream_and_do_not_wait_for_it() -> 
     for number in range(40):
         busy = 0 < number < 4  # the first one loads CUDA's own code
         if busy:
-            cuda._sleep(1 << 30)  # half a second and more
+            cuda._sleep(1 << 30)  # at least half a second
         asleep = cuda.Event()
         asleep.record()
         slots = [_pin(residency, adapters[f"digest{number}"].info) for residency in residencies]
-        assert not (busy and asleep.query()), "it came only when the steps' stream was idle"
+        assert not (busy and asleep.query()), "the copy waited for the steps' stream"
         expected = y.clone()
         reference_lora(expected, x, pools[1].sites["q"], [Segment(slots[1], 0, 1)])
         got = y.to(device)

@@ -1,4 +1,4 @@
-"""Adapters as they come to a GPU: packed, by one scatter a width. Here onto the CPU."""
+"""Packed adapters, written by one scatter for each row width, as on a GPU. These tests run on the CPU."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _adapter(ranks: dict[str, int]) -> Adapter:
 
 
 def _rows_of(pool: RankPool, slot: int) -> dict[str, list[Tensor]]:
-    """By site, the slot's rows of A and B as a kernel reads them."""
+    """The slot's rows of A and B at each site, as a kernel reads them."""
     sites = {name: site for name, site in pool.sites.items() if slot in site.rows}
     return {name: [site.a[site.rows[slot]], site.b[site.rows[slot]]] for name, site in sites.items()}
 
 
-def test_pairs_are_views_of_one_memory_in_which_a_width_lies_together() -> None:
+def test_pairs_are_views_of_one_memory_with_rows_of_equal_width_together() -> None:
     adapter = _adapter({"q": 2, "down": 3, "odd": 1})
     memory = torch.zeros(nbytes_of(adapter.weights), dtype=torch.uint8)
     got = packed(adapter, memory).weights
@@ -57,7 +57,7 @@ def test_pairs_are_views_of_one_memory_in_which_a_width_lies_together() -> None:
         assert torch.equal(got[name].b, pair.b)
     first = got["q"].a[0, 0].item()
     memory.zero_()
-    assert first != 0 == got["q"].a[0, 0].item(), "it lies in the memory that was given"
+    assert first != 0 == got["q"].a[0, 0].item(), "the views must use the given memory"
 
 
 def test_an_adapter_without_pairs_can_be_packed() -> None:
@@ -65,8 +65,8 @@ def test_an_adapter_without_pairs_can_be_packed() -> None:
 
 
 @pytest.mark.parametrize("staging", [0, 20 * 3])
-def test_packed_rows_land_where_rows_one_by_one_do(staging: int) -> None:
-    """Whole and scattered, at sites of all widths, at once and through a staging memory of three rows."""
+def test_packed_rows_equal_rows_written_one_by_one(staging: int) -> None:
+    """Contiguous and scattered rows, sites of all widths, with and without a staging buffer of three rows."""
     pools = [RankPool(SITES, 9, torch.float32) for _ in range(2)]
     pools[0]._store._staging = torch.empty(staging)
     for pool in pools:
@@ -88,14 +88,14 @@ def test_packed_rows_land_where_rows_one_by_one_do(staging: int) -> None:
     assert any(isinstance(site.rows[1], Tensor) for site in pools[0].sites.values() if 1 in site.rows)
 
 
-def test_what_is_joined_is_the_same_and_begins_where_kernels_want_it() -> None:
+def test_joined_tensors_are_equal_and_aligned() -> None:
     for dtype in (torch.int32, torch.float32):
         tensors = [torch.arange(n).to(dtype) + n for n in (3, 4, 1, 0, 9)]
         moved = joined(tensors, CPU)
         assert all(torch.equal(a, b) for a, b in zip(moved, tensors, strict=True))
         assert not any(tensor.data_ptr() % ALIGNMENT for tensor in moved)
     assert [t.data_ptr() for t in send_coalesced(tensors, CPU)] == [t.data_ptr() for t in tensors], (
-        "no copies here"
+        "the CPU makes no copies"
     )
 
 

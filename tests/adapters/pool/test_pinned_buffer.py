@@ -26,16 +26,14 @@ def test_ranges_never_overlap_and_all_come_back(history: list[tuple[bool, int]])
             memory.fill_(i)
             live[str(i)] = memory
         pinned.check_integrity()
-    assert all((memory == int(owner)).all() for owner, memory in live.items()), (
-        "somebody wrote over another's"
-    )
+    assert all((memory == int(owner)).all() for owner, memory in live.items()), "two owners share memory"
     for owner in live:
         pinned.free(owner)
     pinned.check_integrity()
     assert pinned.allocate("everything", 16 * 256) is not None
 
 
-def test_what_does_not_fit_in_one_piece_is_not_given() -> None:
+def test_a_size_without_a_contiguous_range_gets_no_memory() -> None:
     pinned = _pinned(3)
     for owner in "abc":
         pinned.allocate(owner, 256)
@@ -48,11 +46,11 @@ def test_what_does_not_fit_in_one_piece_is_not_given() -> None:
     pinned.check_integrity()
 
 
-def test_only_a_gpu_needs_one() -> None:
+def test_only_a_gpu_gets_a_pinned_buffer() -> None:
     assert pinned_buffer(1 << 20, torch.device("cpu")) is None
 
 
-def test_where_the_system_refuses_to_pin_adapters_come_from_pageable_memory(
+def test_without_permission_to_pin_adapters_use_pageable_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refusing:

@@ -24,7 +24,7 @@ SITES = {"q": Site("q", 12, 20), "down": Site("down", 20, 12)}
 
 @contextmanager
 def _kernel(backend: str) -> Iterator[LoraKernel]:
-    """torch's kernel, or the native one in an instruction set, or a skip where that does not run."""
+    """torch's kernel, or the native one in an instruction set. Skips if the CPU lacks the instruction set."""
     if backend == "segmented":
         yield segmented_lora
     else:
@@ -33,7 +33,7 @@ def _kernel(backend: str) -> Iterator[LoraKernel]:
 
 
 def _adapter(ranks: dict[str, int], seed: int = 0, adjusts: str = "") -> Adapter:
-    """``adjusts``: which vectors it has at the site "q"."""
+    """``adjusts``: the vectors at the site "q": "scale", "shift" or both."""
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: LoraWeights(
@@ -102,8 +102,8 @@ def test_freed_rows_are_used_again() -> None:
     assert pool.rows_used == 0
 
 
-def test_every_site_knows_every_slot() -> None:
-    """A kernel asks each site for the rank of each slot in the step, also where its adapter is absent."""
+def test_every_site_has_a_rank_for_every_slot() -> None:
+    """A kernel reads the rank of each slot at each site, also at sites that the slot's adapter lacks."""
     pool = RankPool(SITES, 40, torch.bfloat16)
     slots = [_insert(pool, _adapter({"q": 1}, seed)) for seed in range(40)]
     for site in pool.sites.values():
@@ -114,7 +114,7 @@ def test_every_site_knows_every_slot() -> None:
 
 
 def _extras(seed: int) -> Extras:
-    """A little of everything; what ``seed`` says."""
+    """Some of every kind of extras, chosen by ``seed``."""
     vector = torch.randn(12)
     matrix, pair = torch.randn(6, 12), LoraWeights(torch.randn(3, 12), torch.randn(3, 6))
     return Extras(
@@ -130,7 +130,7 @@ def _extras(seed: int) -> Extras:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(0, 400)), max_size=30))
-def test_rows_and_bytes_of_extras_are_taken_and_given_back_together(
+def test_rows_and_extra_bytes_are_reserved_and_freed_together(
     history: list[tuple[bool, int, int]],
 ) -> None:
     pool = RankPool(SITES, 8, torch.float32, norms=["norm"], extra_bytes=1000)
@@ -159,7 +159,7 @@ def test_rows_and_bytes_of_extras_are_taken_and_given_back_together(
     assert not any(pool.extras.get(slot) for slot in range(40))
 
 
-def test_native_kernels_find_an_adapters_own_norm_and_nobody_elses() -> None:
+def test_native_kernels_find_a_norm_only_in_its_adapters_slot() -> None:
     pool = RankPool(SITES, 40, torch.float32, norms=["norm"], extra_bytes=1000)
     slots = [_insert(pool, _adapter({"q": 1}, seed)) for seed in range(20)]
     weight = torch.randn(12)
@@ -173,8 +173,8 @@ def test_native_kernels_find_an_adapters_own_norm_and_nobody_elses() -> None:
     assert not table[slots[17]]
 
 
-def test_rows_that_were_never_written_can_be_given_back() -> None:
-    """As when reading the adapter fails between the two."""
+def test_rows_that_were_never_written_can_be_freed() -> None:
+    """This happens if reading the adapter fails after its rows were reserved."""
     pool = RankPool(SITES, 40, torch.bfloat16)
     slots = [pool.reserve({"q": 1}) for _ in range(40)]
     for slot in slots:
@@ -191,7 +191,7 @@ def _check_each_token_alone(
     pool: RankPool,
     segments: list[Segment],
 ) -> None:
-    """A token's result is the same to the bit when nothing else is in the step."""
+    """Check that each token's result has the same bits when the token is alone in the step."""
     for slot, start, stop in segments:
         for t in range(start, stop):
             alone = y[t : t + 1].clone()
@@ -214,9 +214,7 @@ def _check_each_token_alone(
 def test_every_kernel_equals_the_reference(
     backend: str, runs: list[tuple[int, int]], ranks: list[tuple[int, str]], dtype: torch.dtype, seed: int
 ) -> None:
-    """Who shares an adapter, ranks (0 = the site is absent), scales and shifts, rows with holes and base
-    tokens all vary.
-    """
+    """Varies shared adapters, ranks (0 = no LoRA here), scales, shifts, scattered rows and base tokens."""
     dtype = dtype if backend == "segmented" else torch.bfloat16
     pool = RankPool(SITES, 40, dtype)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A template that anyone may have written stalls nobody, and takes no memory."""
+"""A template from an unknown author cannot block the server or use up its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def render(sandbox: TemplateSandbox, source: str, **variables: str) -> str:
     return SandboxedTemplate(source, variables, sandbox).render(ASKED, add_generation_prompt=True)
 
 
-def test_it_renders_what_the_server_would(sandbox: TemplateSandbox) -> None:
+def test_the_sandbox_renders_what_the_server_renders(sandbox: TemplateSandbox) -> None:
     source = tiny_tokenizer().chat_template + "{{ bos_token }}{{ messages | tojson }}"
     here = ChatTemplate(source, {"bos_token": "<s>"}).render(ASKED, add_generation_prompt=True)
     assert render(sandbox, source, bos_token="<s>") == here
@@ -45,28 +45,30 @@ def test_it_renders_what_the_server_would(sandbox: TemplateSandbox) -> None:
         ("{{ 'x' * 10 ** 8 }}", "at most"),
     ],
 )
-def test_what_cannot_be_rendered_says_why(sandbox: TemplateSandbox, source: str, reason: str) -> None:
+def test_a_failure_to_render_has_a_reason(sandbox: TemplateSandbox, source: str, reason: str) -> None:
     with pytest.raises(TemplateRefused, match=reason):
         render(sandbox, source)
     assert render(sandbox, "{{ messages[0].content }}") == "é tile"
 
 
-def test_a_template_without_end_is_killed_and_others_go_on(sandbox: TemplateSandbox) -> None:
+def test_an_endless_template_is_killed_and_others_continue(sandbox: TemplateSandbox) -> None:
     render(sandbox, "a")
     with ThreadPoolExecutor(1) as threads:
         began = time.monotonic()
         hostile = threads.submit(render, sandbox, ENDLESS)
         assert render(sandbox, "b") == "b"
-        assert not hostile.done(), "the other waited for it"
+        assert not hostile.done(), "the other template waited for the endless one"
         with pytest.raises(TemplateRefused, match=r"takes more than 2 s"):
             hostile.result()
         assert time.monotonic() - began < 30
-    with pytest.raises(TemplateRefused, match="in a minute"):  # at once, without a try
+    with pytest.raises(TemplateRefused, match="in a minute"):  # refused at once, without rendering
         render(sandbox, ENDLESS)
     assert render(sandbox, "c") == "c"
 
 
-def test_after_a_while_it_is_tried_again(sandbox: TemplateSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_template_is_tried_again_later(
+    sandbox: TemplateSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sandbox._refuse("{{ 1 }}")
     with pytest.raises(TemplateRefused):
         render(sandbox, "{{ 1 }}")
@@ -75,7 +77,7 @@ def test_after_a_while_it_is_tried_again(sandbox: TemplateSandbox, monkeypatch: 
     assert render(sandbox, "{{ 1 }}") == "1"
 
 
-def test_nothing_of_our_environment_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sandbox_has_no_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYLORA_API_KEY", "sesame")
     sandbox = TemplateSandbox(1)
     render(sandbox, "a")
@@ -87,7 +89,7 @@ def test_nothing_of_our_environment_is_there(monkeypatch: pytest.MonkeyPatch) ->
     assert not os.path.exists(f"/proc/{process.pid}")
 
 
-def test_a_short_try_says_nothing_against_a_template(sandbox: TemplateSandbox) -> None:
+def test_a_template_is_not_blocked_after_a_short_try(sandbox: TemplateSandbox) -> None:
     endless = SandboxedTemplate(ENDLESS + " ", {}, sandbox)
     for _ in range(2):
         with pytest.raises(TemplateTooSlow) as raised:

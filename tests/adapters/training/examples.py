@@ -1,4 +1,4 @@
-"""Made-up encoded rows."""
+"""Invented encoded rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.tiny_models import VOCAB_SIZE
 
 
 def example(length: int, seed: int) -> Example:
-    """Random tokens, of which the last third is learnt."""
+    """Random tokens. The last third is learnt."""
     numbers = random.Random(seed)
     ids = [numbers.randrange(3, VOCAB_SIZE) for _ in range(length)]
     return Example(ids, [place >= length * 2 // 3 for place in range(length)])

@@ -1,4 +1,4 @@
-"""What can be known before weights are loaded is known: of recipes, of rows, and of what a server takes."""
+"""Checks before weights are loaded: of recipes, of rows, and of the limits of a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outline(task: dict[str, Any]) -> BaseOutline:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_outline_is_the_loaded_bases(tmp_path: Path, family: str) -> None:
+def test_the_outline_equals_that_of_the_loaded_base(tmp_path: Path, family: str) -> None:
     prepared = prepare_base(str(make_tiny_model(family, tmp_path / "base")), tmp_path, progress=False)
     outline, loaded = outline_of(prepared), load_base(prepared)
     assert outline.layout == loaded.layout
@@ -127,7 +127,7 @@ def test_rows_that_are_cut_are_counted(task: dict[str, Any], tmp_path: Path) -> 
     assert "rows.jsonl: examples longer than 128 tokens are truncated (2 of them)." in warnings
 
 
-def test_only_rows_that_may_be_too_long_become_tokens(
+def test_only_rows_that_may_be_too_long_are_tokenised(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -141,7 +141,7 @@ def test_only_rows_that_may_be_too_long_become_tokens(
     monkeypatch.setattr(fit, "_BYTES_OF_TEMPLATE", 200)
     path = write(tmp_path, *map(row, range(QUESTIONS)), long_row(60))
     check_run(TrainConfig(**{**task, "data": path, "eval_data": None, "max_seq_len": 512}))
-    assert asked == [2]  # one of the usual kind, and the long one
+    assert asked == [2]  # a usual row, and the long one
 
 
 def test_repeated_and_shared_rows_are_counted(task: dict[str, Any], tmp_path: Path) -> None:

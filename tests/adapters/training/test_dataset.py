@@ -1,4 +1,4 @@
-"""Every format is recognised, and every bad row is reported with its line and its reason."""
+"""Every format is recognised. Every bad row is reported with its line and the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN = [USER, ASSISTANT]
 
 
 def written(folder: Path, *rows: Any) -> Path:
-    """A file with a line a row; bytes are written as they are."""
+    """Write a file with one line for each row. Bytes are written unchanged."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path = folder / "train.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -148,7 +148,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 ROW_BYTES = json.dumps(GOOD).encode() + b"\n"
 
 
-def test_a_long_first_row_is_not_taken_for_several_lines(tmp_path: Path) -> None:
+def test_a_long_first_row_is_one_line(tmp_path: Path) -> None:
     long = {"messages": [USER, {"role": "assistant", "content": ", " * 5000}]}
     assert len(read_dataset(written(tmp_path, long)).rows) == 1
 
@@ -177,7 +177,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, content: by
         read_dataset(path)
 
 
-def test_a_first_row_that_is_longer_than_what_is_looked_at_is_a_row(tmp_path: Path) -> None:
+def test_a_first_row_longer_than_the_examined_head_is_a_row(tmp_path: Path) -> None:
     row = json.dumps({"messages": [USER, {"role": "assistant", "content": "," * 2 * HEAD_BYTES}]})
     assert len(read_dataset(written(tmp_path, row.encode())).rows) == 1
 
@@ -207,7 +207,7 @@ def test_weight_zero_is_context_only(tmp_path: Path) -> None:
     assert read.context_only == {1}
 
 
-def test_what_is_not_used_is_said_and_the_bytes_are_named(tmp_path: Path) -> None:
+def test_unused_fields_are_counted_and_the_hash_covers_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, {**GOOD, "id": 1}, {**GOOD, "id": 2, "source": "x"})
     dataset = read_dataset(path)
     assert dataset.unused_fields == {"id": 2, "source": 1}
@@ -247,7 +247,7 @@ def test_reading_data_imports_no_torch() -> None:
         ),
     ],
 )
-def test_messages_are_told_by_their_own_fields(
+def test_messages_are_recognised_by_their_fields(
     tmp_path: Path, name: str, row: dict[str, Any], messages: list[dict[str, str]]
 ) -> None:
     dataset = read_dataset(written(tmp_path, row))
@@ -260,7 +260,7 @@ def test_a_weight_of_zero_is_context_wherever_messages_are(tmp_path: Path, field
     assert read_dataset(written(tmp_path, {field: turns})).rows[0].context_only == {1}
 
 
-def test_what_the_assistant_says_in_a_prompt_is_context(tmp_path: Path) -> None:
+def test_assistant_turns_in_a_prompt_are_context(tmp_path: Path) -> None:
     row = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
     assert read_dataset(written(tmp_path, row)).rows[0].context_only == {1}
 
@@ -286,14 +286,14 @@ def test_unused_fields_are_counted_at_every_level(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_is_kept_and_reported_where_a_base_does_not_take_it(tmp_path: Path, name: str) -> None:
+def test_reasoning_is_kept_and_reported_if_the_base_does_not_support_it(tmp_path: Path, name: str) -> None:
     dataset = read_dataset(written(tmp_path, {"messages": [USER, {**ASSISTANT, name: "Greet."}]}, GOOD))
     assert dataset.rows[0].messages[1] == ASSISTANT | {"reasoning_content": "Greet."}
     assert dataset.unused_by(takes_reasoning=True) == {}
     assert dataset.unused_by(takes_reasoning=False) == {"messages[].reasoning_content": 1}
 
 
-def test_of_two_reasonings_the_first_is_rendered_and_the_other_reported(tmp_path: Path) -> None:
+def test_with_two_reasonings_the_first_is_rendered_and_the_other_reported(tmp_path: Path) -> None:
     answer = {**ASSISTANT, "reasoning_content": "Greet.", "thinking": "Greet.", "reasoning": "Else."}
     dataset = read_dataset(written(tmp_path, {"messages": [USER, answer]}))
     assert dataset.unused_fields == {"messages[].reasoning": 1}

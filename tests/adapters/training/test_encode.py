@@ -1,4 +1,4 @@
-"""What is learnt is the assistant's text and its end, told by decoding the mask."""
+"""Only the assistant's text and its end token are learnt. The tests decode the mask."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CONVERSATION = [
     {"role": "user", "content": "and now?"},
     {"role": "assistant", "content": "bye"},
 ]
-# As Qwen3's: the last answer has a place for thoughts, earlier ones lose it.
+# Like Qwen3's template: the last answer has a place for thoughts, and earlier ones lose it.
 FORGETFUL = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Ends no turn: generation would never stop.
+# Writes no end of turn, so generation would never stop.
 ENDLESS = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
@@ -68,7 +68,7 @@ def test_the_prompt_is_tokenised_as_it_is_when_served(tokenizer: Any) -> None:
     assert example.learnt == [False] * len(served) + [True] * (len(example.ids) - len(served))
 
 
-def test_where_a_template_rewrites_earlier_turns_each_answer_is_an_example() -> None:
+def test_if_a_template_rewrites_earlier_turns_each_answer_is_an_example() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = FORGETFUL
     first, second = examples(tokenizer, Row(1, CONVERSATION))
@@ -103,13 +103,13 @@ def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
     )
 
 
-def test_a_row_whose_answer_lies_behind_the_cut_is_a_problem(tokenizer: Any) -> None:
+def test_a_row_whose_answer_is_truncated_away_is_a_problem(tokenizer: Any) -> None:
     late = [{"role": "user", "content": "so " * 100}, CONVERSATION[2]]
     with pytest.raises(DatasetInvalid, match=r"line 7 has \d+ tokens before the first learnt token"):
         encode(tokenizer, 40, Row(7, late))
 
 
-def test_what_the_template_refuses_is_a_problem() -> None:
+def test_a_row_that_the_template_refuses_is_a_problem() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DatasetInvalid, match=r"line 3 is refused .*roles must alternate"):
@@ -123,8 +123,8 @@ def test_a_base_without_a_template_cannot_be_trained() -> None:
         encode(tokenizer, 40, Row(1, CONVERSATION))
 
 
-def test_later_prompts_are_the_ones_that_are_served() -> None:
-    """An earlier answer is served without the end that it was given; the later one is learnt behind that."""
+def test_later_prompts_equal_the_served_ones() -> None:
+    """When served, an earlier answer has no added end. The later answer is learnt after the same text."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = ENDLESS + "{% if add_generation_prompt %}assistant: {% endif %}"
     for example, turn in zip(examples(tokenizer, Row(1, CONVERSATION)), (2, 4), strict=True):
@@ -143,7 +143,7 @@ def test_special_tokens_in_a_row_are_text(tokenizer: Any) -> None:
     assert decoded(tokenizer, example, True) == forged + "<|im_end|>"
 
 
-def test_reasoning_is_learnt_where_the_template_takes_it() -> None:
+def test_reasoning_is_learnt_if_the_template_supports_it() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"

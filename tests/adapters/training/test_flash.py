@@ -1,4 +1,4 @@
-"""Which FlashAttention-2 a model on a GPU gets; and torch's is asked for what our own attention computes."""
+"""Which FlashAttention-2 a model on a GPU uses. torch's gets the arguments that our own attention means."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A100 = (8, 0)
 
 
 def model(default: str = "sdpa", supports: bool = True, allowed: Any = None, **config: Any) -> Any:
-    """As much of a transformers model as the choice looks at."""
+    """The parts of a transformers model that the choice reads."""
     sizes = {"head_dim": 128, "hidden_size": 512, "num_attention_heads": 4, "attention_dropout": 0.0}
     text = SimpleNamespace(_attn_implementation=default, **(sizes | config))
     made = SimpleNamespace(
@@ -36,7 +36,7 @@ def model(default: str = "sdpa", supports: bool = True, allowed: Any = None, **c
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn is installed."""
+    """Pretends that flash-attn is installed."""
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
 
@@ -47,14 +47,14 @@ def chosen(made: Any, capability: tuple[int, int] = A100) -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("package")
-def test_the_package_is_used_where_it_is_installed() -> None:
+def test_the_package_is_used_if_it_is_installed() -> None:
     for made in (model(), model(head_dim=None), model("eager", head_dim=256), model(attention_dropout=0.1)):
         assert chosen(made)[0] == "flash_attention_2"
 
 
 @pytest.mark.usefixtures("package")
 @pytest.mark.parametrize("made", [model(supports=False), model(allowed=["flash_attention_3"])])
-def test_a_model_that_takes_no_package_gets_torchs(made: Any) -> None:
+def test_a_model_without_support_for_the_package_uses_torchs_own(made: Any) -> None:
     assert chosen(made)[0] == flash.TORCH
 
 
@@ -64,7 +64,7 @@ def test_without_the_package_torchs_own_is_used() -> None:
     assert "torch's own" in reason
 
 
-def test_a_package_built_for_another_torch_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_cannot_be_imported_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it fails
     assert chosen(model())[0] == flash.TORCH
@@ -82,7 +82,9 @@ def test_a_package_built_for_another_torch_is_found_out(monkeypatch: pytest.Monk
         (model(v_head_dim=64), A100, "different dimensions"),
     ],
 )
-def test_else_transformers_goes_on_as_it_would(made: Any, capability: tuple[int, int], reason: str) -> None:
+def test_otherwise_the_models_attention_is_unchanged(
+    made: Any, capability: tuple[int, int], reason: str
+) -> None:
     before = made.config.get_text_config()._attn_implementation
     name, said = chosen(made, capability)
     assert name == before
@@ -103,7 +105,7 @@ def reference(
     window_size: tuple[int, int],
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """torch.nn.attention.varlen.varlen_attn by its documentation; q [tokens, heads, dim]."""
+    """torch.nn.attention.varlen.varlen_attn as its documentation describes it. q is [tokens, heads, dim]."""
     assert bounds_q.dtype == bounds_k.dtype == torch.int32
     assert longest_q == longest_k == int(bounds_q.diff().max())
     assert enable_gqa or q.shape[1] == k.shape[1]
@@ -121,10 +123,10 @@ def reference(
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("options", [("window_size", "enable_gqa"), ("window_size",)])
-def test_torchs_kernel_is_asked_for_what_our_own_attention_computes(
+def test_torchs_kernel_computes_what_our_own_attention_computes(
     monkeypatch: pytest.MonkeyPatch, window: int | None, options: Sequence[str]
 ) -> None:
-    """Also of a torch whose kernel has no word for grouped heads."""
+    """Also with a version of torch whose kernel has no parameter for grouped heads."""
     monkeypatch.setattr(flash, "varlen_attn", reference)
     monkeypatch.setattr(flash, "_VARLEN_OPTIONS", frozenset(options))
     batch = collate([[example(12, 0), example(1, 1)], [example(5, 2)]])
@@ -136,8 +138,8 @@ def test_torchs_kernel_is_asked_for_what_our_own_attention_computes(
     torch.testing.assert_close(theirs, ours)
 
 
-def test_a_whole_model_attends_through_it(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers hands on the batch's bounds, and makes no mask."""
+def test_a_whole_model_uses_torchs_kernel(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers passes the bounds of the batch's rows and makes no mask."""
     monkeypatch.setattr(flash, "varlen_attn", reference)
     base = tiny_base("qwen3").model
     before = base.config._attn_implementation

@@ -1,4 +1,4 @@
-"""What a run decides on a GPU, decided here without one: torch's answers about the device are made up."""
+"""The decisions of a run on a GPU, tested without one. torch's answers about the device are faked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(data=Path("train.jsonl"))
 
 @dataclasses.dataclass
 class Gpu:
-    """A GPU of 80 GiB, of which others hold some."""
+    """A GPU of 80 GiB. Other processes hold some of it."""
 
     free: int
     total: int = 80 * GIB
@@ -64,7 +64,7 @@ def bitsandbytes_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]
     return make
 
 
-def test_the_optimiser_is_paged_in_8_bits_where_it_can_be(bitsandbytes_with: Callable[[bool], None]) -> None:
+def test_the_optimiser_is_paged_in_8_bits_if_possible(bitsandbytes_with: Callable[[bool], None]) -> None:
     bitsandbytes_with(True)
     assert optimizer_for("cuda:0")[0] == "paged_adamw_8bit"
     assert optimizer_for("cpu")[0] == "adamw_torch"
@@ -74,7 +74,7 @@ def test_the_optimiser_is_paged_in_8_bits_where_it_can_be(bitsandbytes_with: Cal
     assert "no kernels for CUDA" in reason
 
 
-def test_without_bitsandbytes_bf16_bases_are_trained_all_the_same(
+def test_without_bitsandbytes_bf16_bases_are_trained(
     tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, find = tiny_base("llama").model, importlib.util.find_spec
@@ -91,14 +91,14 @@ def test_without_bitsandbytes_bf16_bases_are_trained_all_the_same(
 
 
 @pytest.mark.parametrize(("visible", "devices"), [(1, 1), (4, 1)])
-def test_the_trainer_is_told_what_a_gpu_needs(
+def test_the_trainer_gets_the_arguments_for_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     bitsandbytes_with: Callable[[bool], None],
     visible: int,
     devices: int,
 ) -> None:
-    """By names that transformers knows; and one process never feeds several GPUs."""
+    """The names are those that transformers accepts. One process never uses several GPUs."""
     bitsandbytes_with(True)
 
     class Recorded(SimpleNamespace):
@@ -137,7 +137,7 @@ def test_a_run_never_takes_more_than_is_free(
     assert "20.0 GiB were free" in said
     device.used, device.free = 6 * GIB, 14 * GIB
     assert free_gpu_memory("cuda:0") == pytest.approx(limit - 6 * GIB)
-    device.free = 1 * GIB  # others have taken it meanwhile
+    device.free = 1 * GIB  # other processes have taken it meanwhile
     assert free_gpu_memory("cuda:0") == pytest.approx(1 * GIB)
 
 
@@ -158,7 +158,7 @@ def test_a_gpu_that_is_too_full_is_refused_before_anything_is_loaded(
     assert device.fraction == 1.0
 
 
-def test_activations_are_kept_only_in_memory_that_is_the_runs_own(
+def test_activations_are_kept_only_in_the_runs_own_memory(
     gpu: Callable[[int], Gpu], tiny_base: TinyBase
 ) -> None:
     model = tiny_base("llama").model
@@ -191,7 +191,7 @@ def test_cuda_is_refused_where_torch_sees_none(monkeypatch: pytest.MonkeyPatch) 
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_a_gpu_that_runs_full_ends_the_run_with_a_remedy(tmp_path: Path, error: Exception) -> None:
+def test_a_run_out_of_gpu_memory_ends_with_a_remedy(tmp_path: Path, error: Exception) -> None:
     run = RunFolder(tmp_path / "run")
     with (
         pytest.raises(TrainingOutOfResources, match="GPU's memory ran out; lower --batch-size"),

@@ -1,4 +1,4 @@
-"""Training never mixes rows: the loss of rows in one step is that of each row alone, in every family."""
+"""Training never mixes rows. In every family the loss of rows in one step equals that of each row alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _config(**fields: Any) -> TrainConfig:
 
 
 def _total_loss(model: Any, packs: list[Pack]) -> float:
-    """The sum over the learnt tokens of one step, in as many passes as ``packs`` says."""
+    """The sum of the loss over the learnt tokens of one step, with one pass for each pack."""
     total = 0.0
     for pack in packs:
         batch = collate([pack])
@@ -103,7 +103,7 @@ def test_the_models_own_attention_is_used_where_only_it_separates_rows(family: s
 def test_a_window_that_the_mask_does_not_have_is_not_used(
     longest: int, is_used: bool, tmp_path: Path
 ) -> None:
-    """Phi-3.5-MoE states a window, and transformers' mask for it has none."""
+    """Phi-3.5-MoE states a window, but transformers' mask for it has none."""
     model = _model("phimoe", {"sliding_window": 16, **LOCAL_EXPERTS}, tmp_path)
     own = model.config._attn_implementation
     row = torch.randint(500, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -118,7 +118,7 @@ def test_a_window_that_the_mask_does_not_have_is_not_used(
 
 
 @pytest.mark.parametrize("family", ONE_ROW_AT_A_TIME)
-def test_rows_that_would_mix_get_a_pass_each(family: str, tmp_path: Path) -> None:
+def test_rows_that_would_mix_run_one_by_one(family: str, tmp_path: Path) -> None:
     model = _model(family, ONE_ROW_AT_A_TIME[family], tmp_path)
     own = model.config._attn_implementation
     use_packed_attention(model)

@@ -1,4 +1,4 @@
-"""No example sees another, and the loss asks for exactly the assistant's tokens."""
+"""Examples in a pack do not attend to each other. The loss covers exactly the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.adapters.training.examples import example
 from tests.support.tiny_models import FAMILIES, Family, TinyBase, make_tiny_model
 
 
-def test_packs_hold_everything_once_and_never_too_much() -> None:
+def test_packs_hold_every_example_once_and_at_most_the_limit() -> None:
     examples = [example(length, length) for length in (9, 30, 4, 17, 17, 25, 2, 11)]
     packs = pack(examples, 32)
     assert all(sum(len(one.ids) for one in group) <= 32 for group in packs)
@@ -27,7 +27,7 @@ def test_packs_hold_everything_once_and_never_too_much() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_give_the_logits_and_loss_of_single_ones(tiny_base: TinyBase, family: Family) -> None:
-    """Also with a window shorter than the examples (Mistral), and scores that are capped (Gemma 2)."""
+    """Includes a window shorter than the examples (Mistral) and capped scores (Gemma 2)."""
     model = tiny_base(family).model
     examples = [example(length, length) for length in (20, 5, 33)]
     before = model.config._attn_implementation
@@ -57,7 +57,7 @@ def test_packed_rows_give_the_logits_and_loss_of_single_ones(tiny_base: TinyBase
 def test_attention_and_its_gradients_equal_torchs(
     monkeypatch: pytest.MonkeyPatch, window: int | None, long: int
 ) -> None:
-    """In float32, with grouped heads; ``long`` chooses which of the two ways is gone."""
+    """In float32, with grouped heads. ``long`` chooses one of the two implementations."""
     monkeypatch.setattr(attention, "_LONG", long)
     ends = [0, 1, 13, 18]
     generator = torch.Generator().manual_seed(0)
@@ -77,13 +77,15 @@ def test_attention_and_its_gradients_equal_torchs(
     torch.testing.assert_close(got, wanted)
 
 
-def test_unpacked_weights_give_the_same_numbers_to_the_bit(tmp_path: Path) -> None:
+def test_unpacked_weights_give_the_same_bits(tmp_path: Path) -> None:
     folder = make_tiny_model("qwen2", tmp_path / "base")
     prepared = prepare_base(str(folder), tmp_path / "home", head_quantization="nf4", progress=False)
     batch = collate([[example(20, 1)]])
     losses = []
     for unpacked in (False, True):
-        model = load_base(prepared).model.train()  # in evaluation, bitsandbytes goes another way on a CPU
+        model = load_base(
+            prepared
+        ).model.train()  # in evaluation mode bitsandbytes uses another path on a CPU
         if unpacked:
             unpack_weights(model)
         inputs = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Wrong choices are refused by the flag's name; configs for many GPUs reach transformers as they are."""
+"""Errors of wrong values name the flag. Configs for several GPUs reach transformers unchanged."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ DATA = Path("train.jsonl")
         ({"fsdp_config": DATA}, "--fsdp-config needs --fsdp"),
     ],
 )
-def test_a_wrong_choice_is_refused_by_its_flag(fields: dict[str, Any], flag: str) -> None:
+def test_the_error_of_a_wrong_value_names_its_flag(fields: dict[str, Any], flag: str) -> None:
     with pytest.raises(RecipeInvalid, match=flag):
         TrainConfig(data=DATA, **fields)
 
 
-def test_rates_fall_with_the_base() -> None:
+def test_learning_rates_are_lower_for_larger_bases() -> None:
     assert [learning_rate_for(size * 10**9) for size in (0, 7, 33)] == [1e-3, 2e-4, 1e-4]
 
 
-def test_steps_are_the_trainers() -> None:
+def test_the_number_of_steps_equals_the_trainers() -> None:
     config = TrainConfig(data=DATA, batch_size=4, accumulation=2, epochs=1.5)
     assert steps_for(17, config) == 5  # 5 batches, 3 steps an epoch
 
@@ -64,7 +64,7 @@ def test_adalora_needs_steps() -> None:
         steps_for(17, config)
 
 
-def test_an_fsdp_config_is_taken(tmp_path: Path) -> None:
+def test_an_fsdp_config_is_accepted(tmp_path: Path) -> None:
     file = tmp_path / "fsdp.json"
     file.write_text(json.dumps({"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}))
     config = TrainConfig(data=DATA, fsdp="full_shard auto_wrap", fsdp_config=file)
@@ -73,7 +73,7 @@ def test_an_fsdp_config_is_taken(tmp_path: Path) -> None:
     assert arguments.fsdp_config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 
 
-def test_a_deepspeed_config_is_taken_or_its_absence_named(tmp_path: Path) -> None:
+def test_a_deepspeed_config_is_accepted_if_deepspeed_is_installed(tmp_path: Path) -> None:
     file = tmp_path / "zero2.json"
     stage = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}
     sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}

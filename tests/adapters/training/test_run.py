@@ -1,4 +1,4 @@
-"""Whole runs on a tiny base: every method's folder is what PEFT loads and what was trained."""
+"""Whole runs on a tiny base. PEFT loads the folder of every method, and it equals the trained weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def events(folder: Path, kind: EventKind) -> list[dict[str, Any]]:
 
 
 def loaded(base: LoadedBase, folder: Path) -> Any:
-    """The adapter as PEFT itself loads it, in training mode (see ``evaluating``), without gradients."""
+    """The model with the adapter that PEFT loads, in training mode (``evaluating``), without gradients."""
     return PeftModel.from_pretrained(base.model, folder).train()
 
 
@@ -104,7 +104,7 @@ def test_adalora_moves_ranks(task: dict[str, Any], base: LoadedBase, tmp_path: P
     assert len(set(ranks)) > 1
 
 
-def test_pruning_keeps_to_its_price(task: dict[str, Any], tmp_path: Path) -> None:
+def test_pruning_keeps_the_loss_within_its_limit(task: dict[str, Any], tmp_path: Path) -> None:
     done = run_in(tmp_path / "run", task, prune_rank=0.05)
     pruned = done.metrics["pruned"]
     assert pruned["rows_after"] < pruned["rows_before"]
@@ -128,10 +128,10 @@ def test_packing_and_accumulation_learn_too(task: dict[str, Any], tmp_path: Path
     assert done.metrics["rows"] == QUESTIONS
 
 
-def test_everything_that_saves_memory_gives_the_same_curve(task: dict[str, Any], tmp_path: Path) -> None:
-    """Packed weights and recomputed activations, on a base whose evaluations must not repack its weights.
+def test_options_that_save_memory_give_the_same_curve(task: dict[str, Any], tmp_path: Path) -> None:
+    """Packed weights and recomputed activations. Evaluations must not repack the weights.
 
-    Its head is in 4 bits too.
+    The head is in 4 bits too.
     """
     task = {**task, "head_quantization": "nf4"}
     curves = []
@@ -143,11 +143,11 @@ def test_everything_that_saves_memory_gives_the_same_curve(task: dict[str, Any],
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
-def test_a_stopped_run_goes_on_to_the_same_curve(
+def test_a_resumed_run_has_the_same_curve(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AdaLoRA, which has most to remember; plain LoRA is killed in ``tests/server/finetune/command``."""
-    fields: dict[str, Any] = {"method": "adalora", "dropout": 0.1}  # dropout: the random state must go on too
+    """AdaLoRA has the most state. A test in ``tests/server/finetune/command`` kills a run of plain LoRA."""
+    fields: dict[str, Any] = {"method": "adalora", "dropout": 0.1}  # dropout needs the random state too
     run_in(tmp_path / "whole", task, **fields)
     with stopping_after(6, monkeypatch):
         assert run_in(tmp_path / "halves", task, **fields).folder is None
@@ -157,7 +157,7 @@ def test_a_stopped_run_goes_on_to_the_same_curve(
     assert whole == halves
 
 
-def test_a_run_is_resumed_only_as_what_it_was(task: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_is_resumed_only_with_the_same_settings(task: dict[str, Any], tmp_path: Path) -> None:
     run_in(tmp_path / "run", task, max_steps=1)
     with pytest.raises(RunFolderInvalid, match="--resume"):
         run_in(tmp_path / "run", task, max_steps=1)
@@ -166,7 +166,7 @@ def test_a_run_is_resumed_only_as_what_it_was(task: dict[str, Any], tmp_path: Pa
 
 
 def failing_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Let ``method`` of the trainer raise ``error`` from ``step`` on."""
+    """Make ``method`` of the trainer raise ``error`` from ``step`` on."""
     real = getattr(trainer_module.QloraTrainer, method)
 
     def fails(self: Any, *args: Any) -> Any:
@@ -186,7 +186,7 @@ def failing_at(step: int, error: Exception, monkeypatch: pytest.MonkeyPatch, met
         (RuntimeError("I/O error: No space left on device (os error 28)"), "_save", "is full"),
     ],
 )
-def test_what_runs_out_is_said_with_the_last_good_checkpoint(
+def test_out_of_memory_or_disk_is_reported_with_the_last_good_checkpoint(
     task: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -204,7 +204,7 @@ def test_what_runs_out_is_said_with_the_last_good_checkpoint(
     assert not (tmp_path / "run" / "checkpoints" / ".partial").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(
+def test_a_nan_loss_ends_the_run_before_the_weights_change(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Trainer.training_step
@@ -219,7 +219,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_does_harm(
     assert len(events(tmp_path / "run", "step")) == 5
 
 
-def test_a_duty_leaves_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_duty_cycle_leaves_time_to_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     clock = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -228,7 +228,7 @@ def test_a_duty_leaves_time_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slept == [3.0]  # one second of work, three of rest
 
 
-def test_a_checkpoint_says_how_good_it_is(task: dict[str, Any], tmp_path: Path) -> None:
+def test_checkpoint_events_have_losses_and_accuracies(task: dict[str, Any], tmp_path: Path) -> None:
     run_in(tmp_path, task)
     kinds: tuple[EventKind, ...] = ("checkpoint", "step", "eval")
     last, step, held_out = (events(tmp_path, kind)[-1] for kind in kinds)
@@ -238,7 +238,7 @@ def test_a_checkpoint_says_how_good_it_is(task: dict[str, Any], tmp_path: Path) 
     accuracies = [event["accuracy"] for event in events(tmp_path, "step")]
     assert accuracies[0] < accuracies[-1] <= 1
     measured = [event["step"] for event in events(tmp_path, "eval")]
-    assert len(measured) == len(set(measured)), "measured twice with the same weights"
+    assert len(measured) == len(set(measured)), "the same weights were evaluated twice"
 
 
 def test_without_a_terminal_progress_is_lines(

@@ -1,4 +1,4 @@
-"""A run folder goes on with the run that it holds, and with no other."""
+"""A run folder can resume only the run that it holds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from adapters.errors import RunFolderInvalid
 from adapters.training import RunFolder
 
 
-def test_a_switch_that_came_later_was_off(tmp_path: Path) -> None:
-    """A run that an earlier version began goes on in this one."""
+def test_a_newer_option_counts_as_off_in_an_older_run(tmp_path: Path) -> None:
+    """A run that an earlier version of the program began can be resumed."""
     run = RunFolder(tmp_path / "run", True, True)
     run.check_same_run({"r": 4, "prune_rank": None}, ())
     run.check_same_run({"r": 4, "prune_rank": None, "allow_special_tokens": False}, ())

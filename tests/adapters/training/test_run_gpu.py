@@ -1,4 +1,4 @@
-"""A whole run on a GPU beside the same one on the CPU. Skipped without a GPU."""
+"""Compares a whole run on a GPU with the same run on the CPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ four_bits = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def no_bound_afterwards() -> Iterator[None]:
-    """A run bounds its process, which is this one."""
+    """Removes the memory limit that a run sets for its process, which is the test's process here."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -64,7 +64,7 @@ def test_a_gpu_learns_what_the_cpu_learns(
 
 
 @pytest.mark.parametrize("quantization", [pytest.param("nf4", marks=four_bits), "none"])
-def test_a_gpu_goes_on_where_it_was_stopped(
+def test_a_stopped_run_on_a_gpu_is_resumed(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
 ) -> None:
     fields: dict[str, Any] = {"device": GPU, "quantization": quantization}
@@ -75,7 +75,7 @@ def test_a_gpu_goes_on_where_it_was_stopped(
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=0.1)
 
 
-def test_a_run_keeps_to_its_bound(task: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_keeps_to_its_memory_limit(task: dict[str, Any], tmp_path: Path) -> None:
     fields: dict[str, Any] = {"device": GPU, "quantization": "none"}
     run_in(tmp_path / "roomy", task, gpu_memory=4 << 30, **fields)
     with pytest.raises(TrainingOutOfResources, match="--train-gpu"):
