@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -20,14 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import GgufConfig
 
 from adapters.base.experts import nf4_experts
 from adapters.base.head import quantize_head
 from adapters.base.quantizer import Nf4Config, bitsandbytes_nf4
 from adapters.base.quiet import quiet_libraries
+from adapters.base.reading import config_of, convert_read_errors, load_tokenizer, load_whole
+from adapters.base.skeleton import CannotStream
 from adapters.base.source import Source, resolve
-from adapters.errors import BaseCorrupt, BaseModelError
+from adapters.base.stream import plan_stream, stream
+from adapters.errors import BaseModelError
+from adapters.fsync import sync_folder, sync_path
 
 Quantization = Literal["nf4", "none"]
 
@@ -35,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Increase this when the same source must give another checkpoint. All cached ones are then made again.
 _FORMAT = 2
-
-
-_UNSUPPORTED_ERRORS = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
-"""Errors that mean an unsupported model, not damaged files."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def prepare_base(
     cache_dir = cache_dir.expanduser().resolve()
     source = resolve(base, cache_dir, progress)
     if check is not None and source.folder is not None:
-        check(_config_of(source.folder))
+        check(config_of(source.folder))
     if source.prequantized and quantization == "none":
         raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
     if head_quantization != "none" and quantization == "none":
@@ -100,11 +99,6 @@ def prepare_base(
     target = cache_dir / "bases" / digest
     path = _checkpoint(source, quantization, head_quantization, target, progress)
     return PreparedBase(source.name, path, digest, quantization, source.name_or_path, head_quantization)
-
-
-def _config_of(folder: Path) -> Any:
-    with convert_read_errors(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _checkpoint(
@@ -132,12 +126,12 @@ def _convert(
         if files.is_dir():
             _quantize(files, head, target)
         elif quantization == "none":
+            _empty(target)
             _unpack_gguf(files, target, progress)
         else:  # transformers handles one quantisation at a time: first from GGUF, then to NF4
-            dense = target / "dense"
-            _unpack_gguf(files, dense, progress)
-            _quantize(dense, head, target)
-            shutil.rmtree(dense)
+            with _scratch_folder(target.with_suffix(".dense")) as dense:
+                _unpack_gguf(files, dense, progress)
+                _quantize(dense, head, target)
 
 
 def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
@@ -151,7 +145,17 @@ def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:
 
 
 def _quantize(folder: Path, head: Quantization, target: Path) -> None:
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        stream(plan_stream(folder, head), target, device)
+    except CannotStream as error:
+        logger.info("The whole model is loaded to quantise it: %s.", error)
+        _quantize_whole(folder, head, target, device)
+    with convert_read_errors(folder):
+        load_tokenizer(folder).save_pretrained(target)
+
+
+def _quantize_whole(folder: Path, head: Quantization, target: Path, device: torch.device) -> None:
     with convert_read_errors(folder):
         model = load_whole(folder, quantization_config=Nf4Config(), device_map={"": device})
         is_sparse = bool(nf4_experts(model))
@@ -159,90 +163,45 @@ def _quantize(folder: Path, head: Quantization, target: Path) -> None:
             model.config.quantization_config = bitsandbytes_nf4()
         if head == "nf4":
             quantize_head(model)
-        tokenizer = load_tokenizer(folder)
+    _empty(target)
     # The original format has each expert by itself. Packed experts stay together.
     model.save_pretrained(target, save_original_format=not is_sparse)
-    tokenizer.save_pretrained(target)
 
 
-def load_whole(folder: Path, **options: Any) -> Any:
-    """Calls ``from_pretrained`` in bf16 on local safetensors, and refuses missing or wrong weights.
-
-    transformers only warns about a missing tensor and initialises it at random.
-    """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
-    missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if missing:
-        raise BaseCorrupt(
-            f"{folder} lacks {len(missing)} of the model's tensors (first: {missing[0]}); fetch it again."
-        )
-    return model
-
-
-def load_tokenizer(folder: Path, **options: Any) -> Any:
-    """The fast tokenizer that is saved beside the weights."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, **options
-    )
-    if not tokenizer.is_fast:
-        raise BaseModelError(f"{folder} has no fast tokenizer; save one there as tokenizer.json.")
-    return tokenizer
-
-
-@contextmanager
-def convert_read_errors(path: Path) -> Iterator[None]:
-    """Converts the libraries' errors about unreadable files, which have many types, to ours."""
-    try:
-        yield
-    except (BaseModelError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, _UNSUPPORTED_ERRORS):
-            raise BaseModelError(
-                f"{path}, a {_architecture(path)}, cannot be loaded: {type(error).__name__} ({reason}). "
-                "transformers or bitsandbytes do not support this architecture here; give --base another "
-                "model, or try --quantization none."
-            ) from error
-        if "Unrecognized configuration class" in reason:
-            raise BaseModelError(
-                f"{path}, a {_architecture(path)}, cannot be loaded: transformers has no causal language "
-                "model for its config. Give --base another model."
-            ) from error
-        raise BaseCorrupt(
-            f"{path} cannot be read as a causal language model ({reason}); "
-            "fetch it again (a cached one may be deleted), or give a model that transformers knows."
-        ) from error
-
-
-def _architecture(path: Path) -> str:
-    """The architecture in the config of a folder."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        return f"{config['architectures'][0]} ({config['model_type']})"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "model of unknown architecture"
+def _empty(folder: Path) -> None:
+    """Remove what a process that was killed left in ``folder``."""
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 @contextmanager
 def _atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder that becomes ``target`` at the end, or is removed on an error. The caller holds the lock."""
+    """A folder that becomes ``target`` at the end. The caller holds the lock.
+
+    It is removed if the base cannot be used. If something else ends the work (a kill, a full disk), the
+    folder stays, and the next try continues with it.
+    """
     partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     try:
         yield partial
-        os.replace(partial, target)
-    finally:
+    except BaseModelError:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(partial)
+    os.replace(partial, target)
+    sync_path(target.parent)
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder that is removed at the end."""
+    shutil.rmtree(path, ignore_errors=True)  # of a process that was killed
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

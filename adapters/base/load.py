@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base.checkpoint import PreparedBase, convert_read_errors, load_tokenizer, load_whole
+from adapters.base.checkpoint import PreparedBase
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
+from adapters.base.reading import convert_read_errors, load_tokenizer, load_whole
 from adapters.base.unpack import check_quantized, unpack_odd_linears
 from adapters.errors import BaseModelError
 from adapters.sites import BaseLayout, Site

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from adapters.base.checkpoint import PreparedBase, convert_read_errors, load_tokenizer
+from adapters.base.checkpoint import PreparedBase
 from adapters.base.context import served_length
 from adapters.base.load import layout_of
 from adapters.base.quiet import quiet_libraries
+from adapters.base.reading import convert_read_errors, load_tokenizer
 from adapters.sites import BaseLayout
 
 
