@@ -17,7 +17,7 @@ from torch import Tensor
 from adapters.base import LoadedBase, Quantization, load_base, prepare_base
 from server.engine.build import Parts
 from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
-from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model, targets_of
 
 TOLERANCE = 0.1
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -49,8 +49,7 @@ def compare_with_peft(
 ) -> Parts:
     folder = make_tiny_model(family, tmp_path / family)
     prepared = prepare_base(str(folder), tmp_path, quantization, head, progress=False)
-    for seed, (name, fields) in enumerate(ADAPTERS.items()):
-        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    make_adapters(family, folder, tmp_path / "adapters")
     flags = ["--quantization", quantization, "--head-quantization", head]
     parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", *flags)
     requests = prompts(parts.tokenizer.vocab_size, plan)
@@ -60,6 +59,15 @@ def compare_with_peft(
         theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
         check_close(recorder.of(asked), theirs, asked.tokens, tolerance)
     return parts
+
+
+def make_adapters(family: Family, base: Path, folder: Path) -> None:
+    """Save all ``ADAPTERS``. Those for Phi-3 change the linears that contain their targets, half as much."""
+    for seed, (name, fields) in enumerate(ADAPTERS.items()):
+        targets = targets_of(family, fields["target_modules"])
+        alpha = fields.get("lora_alpha", 2 * fields["r"]) // (2 if family == "phi3" else 1)
+        own = {"target_modules": targets, "lora_alpha": alpha}
+        make_peft_adapter(base, folder / name, seed=seed, **{**fields, **own})
 
 
 def prompts(vocabulary: int, plan: Plan = PLAN) -> list[Asked]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from adapters.base import LoadedBase
 
-Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 TinyBase: TypeAlias = Callable[[Family], LoadedBase]
 """The fixture ``tiny_base``: a family's tiny model in NF4, loaded once a session."""
@@ -53,7 +53,25 @@ _EXTRAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 3},
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 96,
+        "sliding_window": 16,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
+    "phi3": {
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
 }
+
+_JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+"""Phi-3's linears that contain these of other families."""
 
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -95,6 +113,13 @@ def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any
     model.to(torch.bfloat16).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def targets_of(family: str, names: list[str] | str) -> list[str] | str:
+    """A family's names of these linears of Llama. A word such as "all-linear" stays as it is."""
+    if family != "phi3" or isinstance(names, str):
+        return names
+    return sorted({_JOINED.get(name, name) for name in names})
 
 
 def tiny_tokenizer() -> Any:

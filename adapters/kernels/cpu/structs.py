@@ -80,15 +80,13 @@ LinearCall = _struct(
     codebook=c_void_p,
 )
 Norm = _struct("Norm", weight=c_void_p, by_slot=c_void_p)
+Product = _struct("Product", parts=Linear * 3, n=c_int64)
 Block = _struct(
     "Block",
-    q=Linear,
-    k=Linear,
-    v=Linear,
-    o=Linear,
-    gate=Linear,
-    up=Linear,
-    down=Linear,
+    qkv=Product,
+    o=Product,
+    gate_up=Product,
+    down=Product,
     norm_before_attention=Norm,
     norm_after_attention=Norm,
     norm_before_mlp=Norm,
@@ -96,6 +94,8 @@ Block = _struct(
     q_norm=Norm,
     k_norm=Norm,
     pages=Pages,
+    cosines=c_void_p,
+    sines=c_void_p,
     window=c_int64,
 )
 Scratch = _struct(
@@ -109,14 +109,13 @@ StackCall = _struct(
     heads=c_int64,
     head_dim=c_int64,
     intermediate=c_int64,
+    rotary_dim=c_int64,
     eps=c_float,
     scale=c_float,
     softcap=c_float,
     gelu=c_int64,
     codebook=c_void_p,
     x=c_void_p,
-    cosines=c_void_p,
-    sines=c_void_p,
     tokens=c_void_p,
     segments=c_void_p,
     n_segments=c_int64,

@@ -36,7 +36,8 @@ class BlockOps(Protocol):
         Args:
             x, delta: [n, hidden]. Without a delta x stays as it is.
             weight: [hidden].
-            delta_weight: [hidden], the weight of a norm that delta passes first (Gemma2's "post" norms).
+            delta_weight: [hidden], the weight of a norm that delta passes first ("post" norms of Gemma2 and
+                Gemma3).
         """
 
     def rope_and_cache(
@@ -56,13 +57,13 @@ class BlockOps(Protocol):
 
         Args:
             qkv: [n, (heads + 2 * kv_heads) * dim], q, k and v side by side, as one projection makes them.
-            cos, sin: float32 [positions, dim], as transformers' rotary embedding makes them. The whole head
-                is rotated (as in Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma2).
+            cos, sin: float32 [positions, rotary_dim], as transformers' rotary embedding makes them. The first
+                rotary_dim dimensions of a head are rotated: all of them, except in some Phi-3.
             positions: int64 [n], the rows of cos and sin to use.
             new_slots: int64 [n], block * block_size + offset of each token.
             key_pages, value_pages: [blocks, block_size, kv_heads, dim].
             q_norm, k_norm: float32 [dim], both or neither; norms of each head of q and k, applied first
-                (Qwen3).
+                (Qwen3, Gemma3).
             eps: the epsilon of these norms.
 
         Returns:

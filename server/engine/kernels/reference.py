@@ -49,5 +49,6 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    left, right = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, kept], dim=-1)

@@ -51,7 +51,7 @@ def rope_and_cache(
     group = max(_ROPE_WARPS * _WARP * _WIDE // block, 1)
     _rope_and_cache[len(qkv), triton.cdiv(every, group)](
         qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
-        heads, kv_heads, dim, group, block, num_warps=_ROPE_WARPS,
+        heads, kv_heads, dim, cos.shape[1], group, block, num_warps=_ROPE_WARPS,
     )  # fmt: skip
     return qkv.view(len(qkv), every, dim)[:, :heads]
 
@@ -95,10 +95,16 @@ def _fused_add_rms_norm(out, x, delta, weight, delta_weight, eps, HIDDEN: tl.con
 @triton.jit(do_not_specialize=["positions", "new_slots"])
 def _rope_and_cache(
     qkv, cos, sin, positions, new_slots, key_pages, value_pages, q_norm, k_norm, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens, groups of heads: q's, then k's, then v's). Each head is read as two halves."""
+    """Grid: (tokens, groups of heads: q's, then k's, then v's).
+
+    Each head is read in two parts of DIM / 2. They begin with the two halves of the ROTARY dimensions that
+    are rotated. The other dimensions follow in both parts, and are rotated by an angle of 0.
+    """
     HALF: tl.constexpr = DIM // 2
+    TURNED: tl.constexpr = ROTARY // 2
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     head, i = tl.broadcast(head[:, None], tl.arange(0, BLOCK)[None, :])
@@ -107,28 +113,35 @@ def _rope_and_cache(
     is_k = in_half & (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_v = in_half & (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
 
-    own = qkv + t * (HEADS + 2 * KV_HEADS) * DIM + head * DIM + i
-    left = tl.load(own, mask=is_q | is_k | is_v, other=0.0)
-    right = tl.load(own + HALF, mask=is_q | is_k | is_v, other=0.0)
+    if ROTARY == DIM:
+        i_left, i_right = i, i + HALF
+    else:
+        i_left, i_right = tl.where(i < TURNED, i, i + TURNED), i + tl.where(i < TURNED, TURNED, HALF)
+
+    own = qkv + t * (HEADS + 2 * KV_HEADS) * DIM + head * DIM
+    left = tl.load(own + i_left, mask=is_q | is_k | is_v, other=0.0)
+    right = tl.load(own + i_right, mask=is_q | is_k | is_v, other=0.0)
     slot = tl.load(new_slots + t).to(tl.int64) * KV_HEADS * DIM
-    value = value_pages + slot + (head - HEADS - KV_HEADS) * DIM + i
-    tl.store(value, left.to(value.dtype.element_ty), mask=is_v)
-    tl.store(value + HALF, right.to(value.dtype.element_ty), mask=is_v)
+    value = value_pages + slot + (head - HEADS - KV_HEADS) * DIM
+    tl.store(value + i_left, left.to(value.dtype.element_ty), mask=is_v)
+    tl.store(value + i_right, right.to(value.dtype.element_ty), mask=is_v)
 
     left, right = left.to(tl.float32), right.to(tl.float32)
     if q_norm is not None:
         scale = tl.rsqrt(tl.sum(left * left + right * right, 1) / DIM + eps)[:, None]
-        left *= scale * _of_q_or_k(q_norm, k_norm, i, is_q, is_k)
-        right *= scale * _of_q_or_k(q_norm + HALF, k_norm + HALF, i, is_q, is_k)
-    angle = tl.load(positions + t).to(tl.int64) * DIM + i
-    new_left = left * tl.load(cos + angle, mask=in_half) - right * tl.load(sin + angle, mask=in_half)
-    angle += HALF
-    new_right = right * tl.load(cos + angle, mask=in_half) + left * tl.load(sin + angle, mask=in_half)
-    tl.store(own, new_left.to(own.dtype.element_ty), mask=is_q)
-    tl.store(own + HALF, new_right.to(own.dtype.element_ty), mask=is_q)
-    key = key_pages + slot + (head - HEADS) * DIM + i
-    tl.store(key, new_left.to(key.dtype.element_ty), mask=is_k)
-    tl.store(key + HALF, new_right.to(key.dtype.element_ty), mask=is_k)
+        left *= scale * _of_q_or_k(q_norm, k_norm, i_left, is_q, is_k)
+        right *= scale * _of_q_or_k(q_norm, k_norm, i_right, is_q, is_k)
+    angle, turned = tl.load(positions + t).to(tl.int64) * ROTARY + i, i < TURNED
+    new_left = left * tl.load(cos + angle, mask=turned, other=1.0)
+    new_left -= right * tl.load(sin + angle, mask=turned, other=0.0)
+    angle += TURNED
+    new_right = right * tl.load(cos + angle, mask=turned, other=1.0)
+    new_right += left * tl.load(sin + angle, mask=turned, other=0.0)
+    tl.store(own + i_left, new_left.to(own.dtype.element_ty), mask=is_q)
+    tl.store(own + i_right, new_right.to(own.dtype.element_ty), mask=is_q)
+    key = key_pages + slot + (head - HEADS) * DIM
+    tl.store(key + i_left, new_left.to(key.dtype.element_ty), mask=is_k)
+    tl.store(key + i_right, new_right.to(key.dtype.element_ty), mask=is_k)
 
 
 @triton.jit

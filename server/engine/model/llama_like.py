@@ -6,7 +6,7 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from server.engine.unsupported import Unsupported
 if TYPE_CHECKING:
     from server.engine.model import StepModel
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"})
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
 
 ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
 """By transformers' class, whether the activation is GELU in its tanh form."""
@@ -27,21 +27,19 @@ ACTIVATIONS = {SiLUActivation: 0, nn.SiLU: 0, GELUTanh: 1}
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings whose angles depend on the position alone, not on the sequence's length."""
 
-LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+_PRODUCTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
+_JOINED_PRODUCTS = {**_PRODUCTS, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)}
 
 _BLOCK_NORMS = {
     "norm_before_attention": "input_layernorm",
     "norm_before_mlp": "post_attention_layernorm",
 }
-_GEMMA2_NORMS = {
+_POST_NORMED_BLOCK = {
     "norm_before_attention": "input_layernorm",
     "norm_after_attention": "post_attention_layernorm",
     "norm_before_mlp": "pre_feedforward_layernorm",
@@ -49,7 +47,10 @@ _GEMMA2_NORMS = {
 }
 _HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
-_PLUS_ONE = frozenset({"gemma", "gemma2"})
+_POST_NORMED = frozenset({"gemma2", "gemma3_text"})
+"""Model types with norms after each half of a block, too."""
+
+_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3_text"})
 """Model types whose norms multiply by 1 + weight."""
 
 _CHECK_TOKENS = 40
@@ -63,17 +64,29 @@ def check_llama_like(model: Any) -> Unsupported | None:
     """Why there is no fused step for this model, or None."""
     if model.config.model_type not in MODEL_TYPES:
         return Unsupported(f"there is no fused step for {model.config.model_type}")
-    if model.model.rotary_emb.rope_type not in STATIC_ROPE:
-        return Unsupported(f"the fused step does not know rope type {model.model.rotary_emb.rope_type!r}")
-    activation = type(model.model.layers[0].mlp.act_fn)
+    for kind in _rope_types(model).values():
+        if kind not in STATIC_ROPE:
+            return Unsupported(f"the fused step does not know rope type {kind!r}")
+    activation = activation_of(model)
     if activation not in ACTIVATIONS:
         return Unsupported(f"there is no fused {activation.__name__}")
     return None
 
 
+def products_of(model: Any) -> Mapping[str, Sequence[str]]:
+    """A block's products, and the paths of the linears whose outputs each one has side by side."""
+    return _JOINED_PRODUCTS if model.config.model_type == "phi3" else _PRODUCTS
+
+
+def activation_of(model: Any) -> type[nn.Module]:
+    """The class of the activation; a key of ``ACTIVATIONS`` if it is supported."""
+    mlp = model.model.layers[0].mlp
+    return type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)
+
+
 def norms_of(model: Any, layer: Any) -> Mapping[str, str]:
     """The paths of a block's norms, by role."""
-    block = _GEMMA2_NORMS if model.config.model_type == "gemma2" else _BLOCK_NORMS
+    block = _POST_NORMED_BLOCK if model.config.model_type in _POST_NORMED else _BLOCK_NORMS
     heads = {role: path for role, path in _HEAD_NORMS.items() if hasattr(layer.self_attn, role)}
     return {**block, **heads}
 
@@ -83,32 +96,53 @@ def norm_weight(model: Any, weight: Tensor) -> Tensor:
     return (weight.float() + 1.0 if model.config.model_type in _PLUS_ONE else weight.float()).contiguous()
 
 
-@torch.inference_mode()
-def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [positions, head_dim], as the model computes them, with its scaling.
+def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> list[tuple[Tensor, Tensor]]:
+    """By layer: cosines and sines, float32 [positions, rotary_size], as the model computes them.
+
+    They include the model's scaling. Layers of one type share their tables.
 
     Args:
         at_once: positions computed at a time, which bounds the temporary memory.
     """
-    like = torch.zeros(1, dtype=torch.bfloat16, device=model.device)
-    size = positions, head_size(model)
-    cosines, sines = (torch.empty(size, dtype=torch.float32, device=model.device) for _ in range(2))
-    for start in range(0, positions, at_once):
-        ids = torch.arange(start, min(start + at_once, positions), device=model.device)
-        some = model.model.rotary_emb(like, ids[None])
-        for table, made in zip((cosines, sines), some, strict=True):
-            table[start : start + at_once] = made[0]
-    return cosines, sines
+    tables = {kind: _angles(model, kind, positions, at_once) for kind in _rope_types(model)}
+    if None in tables:
+        return [tables[None]] * len(model.model.layers)
+    return [tables[kind] for kind in model.config.layer_types]
 
 
 def angle_bytes(model: Any) -> int:
     """Bytes of ``rotary_angles`` for each position."""
-    return 2 * 4 * head_size(model)
+    return 2 * 4 * rotary_size(model) * len(_rope_types(model))
 
 
-def head_size(model: Any) -> int:
-    """Columns of ``rotary_angles``."""
-    return 2 * len(model.model.rotary_emb.inv_freq)
+def rotary_size(model: Any) -> int:
+    """The number of a head's dimensions that are rotated: the columns of ``rotary_angles``."""
+    rotary: Any = model.model.rotary_emb
+    (kind, *_) = _rope_types(model)
+    return 2 * len(rotary.inv_freq if kind is None else getattr(rotary, f"{kind}_inv_freq"))
+
+
+def _rope_types(model: Any) -> dict[str | None, str]:
+    """The rope type by type of layer; by None if all layers have the same."""
+    kinds = model.model.rotary_emb.rope_type
+    if not isinstance(kinds, dict):
+        return {None: kinds}
+    return {layer_type: kinds[layer_type] for layer_type in sorted(set(model.config.layer_types))}
+
+
+@torch.inference_mode()
+def _angles(model: Any, layer_type: str | None, positions: int, at_once: int) -> tuple[Tensor, Tensor]:
+    """Of layers of one type."""
+    like = torch.zeros(1, dtype=torch.bfloat16, device=model.device)
+    size = positions, rotary_size(model)
+    cosines, sines = (torch.empty(size, dtype=torch.float32, device=model.device) for _ in range(2))
+    which = () if layer_type is None else (layer_type,)
+    for start in range(0, positions, at_once):
+        ids = torch.arange(start, min(start + at_once, positions), device=model.device)
+        some = model.model.rotary_emb(like, ids[None], *which)
+        for table, made in zip((cosines, sines), some, strict=True):
+            table[start : start + at_once] = made[0]
+    return cosines, sines
 
 
 def check_equal(

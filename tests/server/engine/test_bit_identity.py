@@ -20,7 +20,7 @@ from server.engine.fairness import RoundRobin
 from tests.support.native_kernels import threads
 from tests.support.project import ROOT
 from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
-from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model, targets_of
 
 SAMPLES = ROOT / "adapters" / "samples"
 NO_CACHE = "--no-enable-prefix-caching"
@@ -99,7 +99,8 @@ def _serve(build: Callable[..., Parts], plan: Plan, max_tokens: int) -> Served:
 def _tiny(family: Family, home: Path, head: str) -> Served:
     folder = make_tiny_model(family, home / family)
     make_peft_adapter(folder, home / "adapters" / "everywhere", r=8, seed=1)
-    make_peft_adapter(folder, home / "adapters" / "odd", r=5, seed=2, target_modules=["q_proj", "down_proj"])
+    targets = targets_of(family, ["q_proj", "down_proj"])
+    make_peft_adapter(folder, home / "adapters" / "odd", r=5, seed=2, target_modules=targets)
     plan: Plan = [("everywhere", 5), (None, 37), ("odd", 70), ("everywhere", 33), (None, 1), ("odd", 16)]
     return _serve(
         lambda *flags: build(folder, home, "--head-quantization", head, *flags), plan, max_tokens=40
@@ -118,7 +119,9 @@ def _default(home: Path, folder: Path) -> Served:
     return _serve(build_default, plan, max_tokens=24)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma2", "gemma2 nf4", "default"])
+@pytest.fixture(
+    scope="module", params=["llama", "qwen3", "gemma2", "gemma2 nf4", "gemma3_text", "phi3", "default"]
+)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, manylora_home: Path
 ) -> Served:

@@ -8,14 +8,23 @@ import pytest
 
 import adapters.kernels.cpu
 import server.engine.model.cpu.model
-from tests.support.exactness import ADAPTERS, TOLERANCE, check_close, compare_with_peft, prompts, run_mixed
+from tests.support.exactness import (
+    ADAPTERS,
+    TOLERANCE,
+    check_close,
+    compare_with_peft,
+    make_adapters,
+    prompts,
+    run_mixed,
+)
 from tests.support.running_engine import Asked, build
-from tests.support.tiny_models import FAMILIES, Family, make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import FAMILIES, Family, make_tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
-    compare_with_peft(family, tmp_path)
+    parts = compare_with_peft(family, tmp_path)
+    assert (parts.model.name == "fused") == (adapters.kernels.cpu.isa() == "avx512bf16")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,11 +50,10 @@ def test_it_equals_peft_with_the_head_in_4_bits_too(
     assert (parts.model.name == "fused") == (native and adapters.kernels.cpu.isa() == "avx512bf16")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3"])
 def test_a_mixed_batch_equals_each_request_alone(family: Family, tmp_path: Path) -> None:
     folder = make_tiny_model(family, tmp_path / family)
-    for seed, (name, fields) in enumerate(ADAPTERS.items()):
-        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    make_adapters(family, folder, tmp_path / "adapters")
     parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", "--no-enable-prefix-caching")
     together = prompts(parts.tokenizer.vocab_size)
     mixed = run_mixed(parts, together)
@@ -60,8 +68,7 @@ def test_a_mixed_batch_equals_each_request_alone(family: Family, tmp_path: Path)
 
 def test_adapters_do_change_the_answer(tmp_path: Path) -> None:
     folder = make_tiny_model("llama", tmp_path / "llama")
-    for seed, (name, fields) in enumerate(ADAPTERS.items()):
-        make_peft_adapter(folder, tmp_path / "adapters" / name, seed=seed, **fields)
+    make_adapters("llama", folder, tmp_path / "adapters")
     parts = build(folder, tmp_path)
     prompt = list(range(10, 30))
     answers = [Asked(prompt, name) for name in (*ADAPTERS, None)]

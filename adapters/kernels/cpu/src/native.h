@@ -95,10 +95,17 @@ struct Norm {
     const float* const* const* by_slot;  // points to a table [slots]; a null entry = the base's weights
 };
 
+// Linears that share their input and write their outputs side by side.
+struct Product {
+    Linear parts[3];
+    int64_t n;
+};
+
 struct Block {
-    Linear q, k, v, o, gate, up, down;
+    Product qkv, o, gate_up, down;  // q, k and v (gate and up) are separate parts, or one part computes all of them
     Norm norm_before_attention, norm_after_attention, norm_before_mlp, norm_after_mlp, q_norm, k_norm;
     Pages pages;
+    const float *cosines, *sines;  // [positions, rotary_dim]
     int64_t window;
 };
 
@@ -114,11 +121,11 @@ struct StackCall {
     Block* blocks;
     int64_t n_blocks;
     int64_t hidden, heads, head_dim, intermediate;
+    int64_t rotary_dim;  // the first dimensions of a head are rotated, the others stay as they are
     float eps, scale, softcap;
     int64_t gelu;                  // 0 = SiLU, 1 = GELU with tanh
     const bf16* codebook;          // [16] NF4's values
     bf16* x;                       // [tokens, hidden] in: embeddings; out: the last block's output
-    const float *cosines, *sines;  // [positions, head_dim]
     const Tokens* tokens;
     const Segment* segments;
     int64_t n_segments;

@@ -21,7 +21,8 @@ static void add_row(bf16* x, const bf16* y, int64_t n) {
         store_bf16s(x + i, load_floats(x + i, n - i) + load_floats(y + i, n - i), n - i);
 }
 
-// (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of a head (RoPE, Su et al. 2021)
+// (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of x (RoPE, Su et al. 2021). x is a head, or its
+// first `dim` dimensions.
 static void rotate_head(bf16* x, const float* cosines, const float* sines, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i += 16) {

@@ -37,20 +37,22 @@ struct Timed {
     }
 };
 
-// Computes linears that share x, with their adapters. They write side by side into rows of `stride` elements. The
+// Computes n linears that share x, with their adapters. They write side by side into rows of `stride` elements. The
 // adapters' rows are prefetched during the products.
-template <int N>
-static void project(const ThreadStep& w, const Linear* const (&which)[N], const bf16* x, int64_t x_stride, bf16* out,
+static void project(const ThreadStep& w, const Linear* parts, int64_t n, const bf16* x, int64_t x_stride, bf16* out,
                     int64_t stride) {
-    bf16* ys[N];
-    const LoraSite* sites[N];
-    int64_t strides[N], column = 0;
-    for (int i = 0; i < N; i++) {
-        ys[i] = w.own(out, stride) + column, sites[i] = which[i]->lora, strides[i] = stride;
-        column += which[i]->out;
+    constexpr int MOST = sizeof(Product::parts) / sizeof(Linear);
+    const Linear* which[MOST];
+    bf16* ys[MOST];
+    const LoraSite* sites[MOST];
+    int64_t strides[MOST], column = 0;
+    for (int64_t i = 0; i < n; i++) {
+        which[i] = parts + i, sites[i] = parts[i].lora;
+        ys[i] = w.own(out, stride) + column, strides[i] = stride;
+        column += parts[i].out;
     }
-    const LinearCall products = {which, ys, N, stride, w.own(x, x_stride), x_stride, w.count, w.call.codebook};
-    const LoraCall adapted = {sites, ys, strides, N, w.own(x, x_stride), x_stride, w.segments, w.n_segments};
+    const LinearCall products = {which, ys, n, stride, w.own(x, x_stride), x_stride, w.count, w.call.codebook};
+    const LoraCall adapted = {sites, ys, strides, n, w.own(x, x_stride), x_stride, w.segments, w.n_segments};
     {
         Timed timed(w, LINEARS);
         Prefetcher prefetcher = prefetcher_for(adapted, prefetch_turns(products), w.team);
@@ -59,6 +61,11 @@ static void project(const ThreadStep& w, const Linear* const (&which)[N], const 
     if (w.call.n_segments == 0) return;
     Timed timed(w, LORA);
     lora(adapted, w.team);
+}
+
+static void project(const ThreadStep& w, const Product& product, const bf16* x, int64_t x_stride, bf16* out,
+                    int64_t stride) {
+    project(w, product.parts, product.n, x, x_stride, out, stride);
 }
 
 template <typename F>
@@ -94,18 +101,19 @@ static void add_and_norm(const ThreadStep& w, const Norm& after, const Norm& bef
 static void attention_half(const ThreadStep& w, const Block& b) {
     const StackCall& call = w.call;
     const Scratch& s = call.scratch;
-    const int64_t dim = call.head_dim, q_size = b.q.out, kv_size = b.k.out, stride = q_size + 2 * kv_size;
-    project(w, {&b.q, &b.k, &b.v}, s.normed, call.hidden, s.qkv, stride);
+    const int64_t dim = call.head_dim, turned = call.rotary_dim;
+    const int64_t q_size = call.heads * dim, kv_size = b.pages.kv_heads * dim, stride = q_size + 2 * kv_size;
+    project(w, b.qkv, s.normed, call.hidden, s.qkv, stride);
     const AttentionCall a = {&b.pages,   call.tokens,  s.qkv,   s.qkv + q_size, s.qkv + q_size + kv_size,
                              stride,     stride,       stride,  s.attended,     call.heads,
                              call.scale, call.softcap, b.window};
     each_token(w, [&](int64_t t) {
-        const float* cosines = call.cosines + call.tokens->positions[t] * dim;
-        const float* sines = call.sines + call.tokens->positions[t] * dim;
+        const float* cosines = b.cosines + call.tokens->positions[t] * turned;
+        const float* sines = b.sines + call.tokens->positions[t] * turned;
         for (int64_t i = 0; i < q_size + kv_size; i += dim) {
             bf16* head = s.qkv + t * stride + i;
             normalise(call, i < q_size ? b.q_norm : b.k_norm, t, head, dim, head);
-            rotate_head(head, cosines, sines, dim);
+            rotate_head(head, cosines, sines, turned);
         }
         store_kv(a, t);
     });
@@ -113,23 +121,24 @@ static void attention_half(const ThreadStep& w, const Block& b) {
         Timed timed(w, ATTENTION);
         attend_all(a, w.team);
     }
-    project(w, {&b.o}, s.attended, q_size, s.delta, call.hidden);
+    project(w, b.o, s.attended, q_size, s.delta, call.hidden);
 }
 
 static void mlp_half(const ThreadStep& w, const Block& b) {
     const Scratch& s = w.call.scratch;
     const int64_t hidden = w.call.hidden, inner = w.call.intermediate;
     if (w.team.by_rows) {  // the adapters' rows of both linears would not fit in the cache
-        project(w, {&b.gate}, s.normed, hidden, s.gate_up, 2 * inner);
-        project(w, {&b.up}, s.normed, hidden, s.gate_up + inner, 2 * inner);
+        bf16* out = s.gate_up;
+        for (int64_t i = 0; i < b.gate_up.n; out += b.gate_up.parts[i++].out)
+            project(w, b.gate_up.parts + i, 1, s.normed, hidden, out, 2 * inner);
     } else {
-        project(w, {&b.gate, &b.up}, s.normed, hidden, s.gate_up, 2 * inner);
+        project(w, b.gate_up, s.normed, hidden, s.gate_up, 2 * inner);
     }
     each_token(w, [&](int64_t t) {
         bf16* gate = s.gate_up + t * 2 * inner;
         activate(gate, gate + inner, inner, w.call.gelu != 0);
     });
-    project(w, {&b.down}, s.gate_up, 2 * inner, s.delta, hidden);
+    project(w, b.down, s.gate_up, 2 * inner, s.delta, hidden);
 }
 
 static void run_blocks(const ThreadStep& w) {

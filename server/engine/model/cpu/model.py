@@ -25,10 +25,12 @@ from server.engine.model.cpu.head import CpuHead
 from server.engine.model.cpu.weights import CpuWeights, is_4bit, pack_head
 from server.engine.model.llama_like import (
     ACTIVATIONS,
-    LINEARS,
+    activation_of,
     angle_bytes,
     check_llama_like,
+    products_of,
     rotary_angles,
+    rotary_size,
 )
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.transformers_model import TransformersModel
@@ -46,7 +48,8 @@ def check_cpu_model(unfused: TransformersModel, block_size: int) -> Unsupported 
         return unsupported
     if not NativePaged.fits(unfused.shapes, block_size):
         return Unsupported("head dimension and block size must be multiples of 16")
-    linears = (layer.get_submodule(path).base for layer in model.model.layers for path in LINEARS.values())
+    paths = [path for paths in products_of(model).values() for path in paths]
+    linears = (layer.get_submodule(path).base for layer in model.model.layers for path in paths)
     if not all(is_4bit(linear) for linear in linears):
         return Unsupported("its linears are not packed NF4")
     return None
@@ -83,7 +86,7 @@ class CpuModel:
         self.head = CpuHead(unfused, self._weights, loaded)
         self._tokens: NativeTokens | None = None
         self._pages: NativePages | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._angles: list[tuple[Tensor, Tensor]] = []
         self._max_tokens = max_tokens
         self._scratch = self._make_scratch()
         self.nanoseconds = np.zeros(len(STACK_PARTS), np.int64)
@@ -93,13 +96,14 @@ class CpuModel:
             blocks=addressof(self._weights.blocks),
             n_blocks=len(self._weights.blocks),
             hidden=self._config.hidden_size,
-            heads=first.q.outputs // self.shapes[0].key_dim,
+            heads=first.o.parts[0].inputs // self.shapes[0].key_dim,
             head_dim=self.shapes[0].key_dim,
-            intermediate=first.gate.outputs,
+            intermediate=first.down.parts[0].inputs,
+            rotary_dim=rotary_size(unfused.model),
             eps=self._config.rms_norm_eps,
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
-            gelu=ACTIVATIONS[type(unfused.model.model.layers[0].mlp.act_fn)],
+            gelu=ACTIVATIONS[activation_of(unfused.model)],
             codebook=self._weights.codebook.data_ptr(),
             scratch=Scratch(**{name: tensor.data_ptr() for name, tensor in self._scratch.items()}),
             nanoseconds=self.nanoseconds.ctypes.data,
@@ -119,7 +123,8 @@ class CpuModel:
         for layer, pages in self._pages.layers.items():
             self._weights.blocks[layer].pages = pages
         self._angles = rotary_angles(self._model, positions)
-        self._call.cosines, self._call.sines = (angles.data_ptr() for angles in self._angles)
+        for block, angles in zip(self._weights.blocks, self._angles, strict=True):
+            block.cosines, block.sines = (table.data_ptr() for table in angles)
 
     def warm_up(self) -> None:
         """Do nothing: the kernels were compiled when the package was built."""
@@ -151,12 +156,11 @@ class CpuModel:
 
     def _check_extents(self, chunks: SequenceOf[Chunk], count: int) -> None:
         """Raises ValueError if the kernel would write outside its scratch or read outside its angles."""
-        assert self._angles is not None
-        longest = max(chunk.stop for chunk in chunks)
-        if count > self._max_tokens or longest > len(self._angles[0]):
+        longest, positions = max(chunk.stop for chunk in chunks), len(self._angles[0][0])
+        if count > self._max_tokens or longest > positions:
             raise ValueError(
                 f"a step of {count} tokens with a sequence of {longest} tokens; there is room for "
-                f"{self._max_tokens} tokens and {len(self._angles[0])} positions"
+                f"{self._max_tokens} tokens and {positions} positions"
             )
 
     def _norm_slots(self, count: int) -> IntArray | None:
@@ -171,12 +175,13 @@ class CpuModel:
 
     def _make_scratch(self) -> dict[str, Tensor]:
         block = self._weights.blocks[0]
+        hidden = self._config.hidden_size
         widths = {
-            "normed": block.q.inputs,
-            "qkv": block.q.outputs + 2 * block.k.outputs,
-            "attended": block.q.outputs,
-            "gate_up": 2 * block.gate.outputs,
-            "delta": block.q.inputs,
+            "normed": hidden,
+            "qkv": sum(part.outputs for part in block.qkv.parts[: block.qkv.n]),
+            "attended": block.o.parts[0].inputs,
+            "gate_up": sum(part.outputs for part in block.gate_up.parts[: block.gate_up.n]),
+            "delta": hidden,
         }
         return {
             name: torch.empty(self._max_tokens, width, dtype=torch.bfloat16) for name, width in widths.items()

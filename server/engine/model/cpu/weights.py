@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.kernels.cpu.structs import Block, Linear, Norm
 from adapters.pool.rank_pool import RankPool
 from server.engine.attention import AttentionSpec
-from server.engine.model.llama_like import LINEARS, norm_weight, norms_of
+from server.engine.model.llama_like import norm_weight, norms_of, products_of
 
 
 class CpuWeights:
@@ -34,14 +34,17 @@ class CpuWeights:
         for i, layer in enumerate(layers):
             self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
             self.blocks[i].window = specs[i].window or 0
-        self.codebook = self._keep(_codebook(layers[0]))
+        self.codebook = self._keep(self._codebook())
         self.final_norm = self._keep(self.norm_weight(model.model.norm.weight.detach()))
         self.head = self._head(model.lm_head)
 
     def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
-        for field, path in LINEARS.items():
-            lora = addressof(pool.sites[f"{name}.{path}"].native)
-            setattr(block, field, self._linear(layer.get_submodule(path).base, lora))
+        for field, paths in products_of(self._model).items():
+            product = getattr(block, field)
+            product.n = len(paths)
+            for i, path in enumerate(paths):
+                lora = addressof(pool.sites[f"{name}.{path}"].native)
+                product.parts[i] = self._linear(layer.get_submodule(path).base, lora)
         for field, path in norms_of(self._model, layer).items():
             setattr(block, field, self._norm(layer.get_submodule(path), pool, f"{name}.{path}"))
 
@@ -73,15 +76,15 @@ class CpuWeights:
         table = pool.extras.norms.get(name)
         return Norm(weight=weight.data_ptr(), by_slot=None if table is None else table.cell)
 
+    def _codebook(self) -> Tensor:
+        """NF4's sixteen values in bf16, from bitsandbytes."""
+        (path,) = products_of(self._model)["o"]
+        code: Tensor = self._model.model.layers[0].get_submodule(path).base.weight.quant_state.code
+        return code.detach().to(torch.bfloat16)
+
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
         return self._kept[-1]
-
-
-def _codebook(layer: Any) -> Tensor:
-    """NF4's sixteen values in bf16, from bitsandbytes."""
-    code: Tensor = layer.get_submodule(LINEARS["q"]).base.weight.quant_state.code
-    return code.detach().to(torch.bfloat16)
 
 
 def is_4bit(linear: Any) -> bool:

@@ -28,12 +28,13 @@ from server.engine.model.cuda.product_timing import choose_by_shape, stopwatch
 from server.engine.model.llama_like import (
     ACTIVATIONS,
     ALIKE,
-    LINEARS,
+    activation_of,
     angle_bytes,
     check_llama_like,
     distance,
     norm_weight,
     norms_of,
+    products_of,
     rotary_angles,
 )
 from server.engine.model.made_up import warming_steps
@@ -47,9 +48,6 @@ log = logging.getLogger("manylora.engine")
 
 _NAME = "fused on the device"
 
-_JOINED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""A block's products, and the linears that each one joins."""
-
 
 def check_cuda_model(unfused: TransformersModel) -> Unsupported | None:
     """Why this model cannot run fused on its GPU, or None. Its attention must be allocated already."""
@@ -61,8 +59,8 @@ def check_cuda_model(unfused: TransformersModel) -> Unsupported | None:
     if (unsupported := check_llama_like(model)) is not None:
         return unsupported
     for layer in model.model.layers:
-        for names in _JOINED.values():
-            unsupported = check_joinable([layer.get_submodule(LINEARS[name]).base for name in names])
+        for paths in products_of(model).values():
+            unsupported = check_joinable([layer.get_submodule(path).base for path in paths])
             if unsupported is not None:
                 return unsupported
     return None
@@ -114,11 +112,11 @@ class CudaModel:
         self._unfused, self._ops, self._kernel = unfused, ops, unfused.lora_kernel
         self._model: Any = unfused.model
         self._config: Any = unfused.model.config
-        self._gelu = bool(ACTIVATIONS[type(self._model.model.layers[0].mlp.act_fn)])
+        self._gelu = bool(ACTIVATIONS[activation_of(self._model)])
         self._blocks = self._make_blocks(pool)
         self._final_norm = norm_weight(self._model, self._model.model.norm.weight.detach())
         self._softcap: float = getattr(self._config, "final_logit_softcapping", None) or 0.0
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._angles: list[tuple[Tensor, Tensor]] = []
         self._sizes = 0, 0
         graph_batch_size = min(max_seqs, MAX_GRAPH_BATCH_SIZE) if new_graph else 0
         words = self._model.get_output_embeddings().out_features
@@ -245,11 +243,10 @@ class CudaModel:
 
     def _rope_and_cache(self, block: Block, qkv: Tensor, positions: Tensor) -> Tensor:
         """Return q [tokens, heads, dim]; write the keys and values to their pages."""
-        assert self._angles is not None
         attention, norms = self._attention, block.norms
         return self._ops.rope_and_cache(
             qkv,
-            *self._angles,
+            *self._angles[block.layer],
             positions,
             attention.new_slots,
             *attention.pages[block.layer],
@@ -292,13 +289,13 @@ class CudaModel:
                 for role, path in norms_of(self._model, layer).items()
             }
             products = {
-                product: self._joined(layer, f"model.layers.{i}", [LINEARS[part] for part in parts], pool)
-                for product, parts in _JOINED.items()
+                product: self._joined(layer, f"model.layers.{i}", paths, pool)
+                for product, paths in products_of(self._model).items()
             }
             before = blocks[-1].norms.get("norm_after_mlp") if blocks else None
             blocks.append(Block(i, self._unfused.specs[i], norms, before, **products))
         return blocks
 
-    def _joined(self, layer: Any, name: str, paths: list[str], pool: RankPool) -> JoinedLinear:
+    def _joined(self, layer: Any, name: str, paths: SequenceOf[str], pool: RankPool) -> JoinedLinear:
         parts = {f"{name}.{path}": layer.get_submodule(path) for path in paths}
         return JoinedLinear(parts, pool.sites, self._unfused.lora, self._kernel)

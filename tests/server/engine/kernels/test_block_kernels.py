@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from server.engine import kernels
@@ -71,10 +72,11 @@ def test_the_reference_norms_around_the_addition_as_gemma2_does(
     st.integers(1, 40).map(lambda half: 2 * half),
     dtypes,
     st.booleans(),
+    st.integers(1, 40),
 )
 @torch.inference_mode()
-def test_the_reference_turns_heads_as_llama_and_qwen3_do(
-    n: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed: bool
+def test_the_reference_turns_heads_as_qwen3_and_phi3_do(
+    n: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed: bool, turned: int
 ) -> None:
     norms = [Qwen3RMSNorm(dim, eps=1e-6).to(dtype) for _ in range(2)] if normed else []
     for norm in norms:
@@ -83,7 +85,7 @@ def test_the_reference_turns_heads_as_llama_and_qwen3_do(
     q, k, v = torch.split(qkv.clone().view(1, n, -1, dim), [heads, kv_heads, kv_heads], dim=2)
     if normed:
         q, k = (norm(part) for norm, part in zip(norms, (q, k), strict=True))
-    angles = 10 * torch.rand(20, dim)
+    angles = 10 * torch.rand(20, min(2 * turned, dim))
     positions, slots = torch.randint(20, (n,)), torch.randperm(8)[:n]
     cos, sin = angles.cos(), angles.sin()
     q, k = apply_rotary_pos_emb(q.float(), k.float(), cos[positions][None], sin[positions][None], 2)
@@ -179,16 +181,22 @@ def test_compiled_for_a_gpu_a_norm_reads_a_row_once_and_keeps_it_in_registers(
 @pytest.mark.usefixtures("_fresh_cache")
 @pytest.mark.parametrize(("capability", "dtype"), TARGETS)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "normed"),
-    [(9, 3, 64, False), (32, 32, 96, False), (32, 8, 128, True), (8, 4, 256, False)],
+    ("heads", "kv_heads", "dim", "normed", "rotary"),
+    [
+        (9, 3, 64, False, 64),
+        (32, 32, 96, False, 96),
+        (32, 8, 128, True, 128),
+        (8, 4, 256, False, 256),
+        (24, 8, 128, False, 96),
+    ],
 )
 def test_compiled_for_a_gpu_heads_are_turned_without_shared_memory(
-    heads: int, kv_heads: int, dim: int, normed: bool, capability: int, dtype: torch.dtype,
+    heads: int, kv_heads: int, dim: int, normed: bool, rotary: int, capability: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    qkv, angles = torch.empty(2, (heads + 2 * kv_heads) * dim, dtype=dtype), torch.empty(9, dim)
+    qkv, angles = torch.empty(2, (heads + 2 * kv_heads) * dim, dtype=dtype), torch.empty(9, rotary)
     where, pages = torch.empty(2, 2, dtype=torch.int64), torch.empty(2, 3, 16, kv_heads, dim, dtype=dtype)
-    norms = [angles[0]] * 2 if normed else []
+    norms = [torch.empty(dim)] * 2 if normed else []
     compiled = compiled_launch(
         "_rope_and_cache",
         lambda ops: ops.rope_and_cache(qkv, angles, angles, *where, *pages, *norms),

@@ -18,7 +18,7 @@ from server.engine.model import build_model
 from server.engine.model.cpu.model import CpuModel
 from server.engine.sequence import Chunk
 from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
-from tests.support.tiny_models import make_peft_adapter, make_tiny_model
+from tests.support.tiny_models import PHI3, make_peft_adapter, make_tiny_model
 
 pytestmark = pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
 TOLERANCE = 0.1
@@ -48,6 +48,9 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     ),
+    "LongRoPE beyond the original length": ("phi3", {**PHI3, "num_hidden_layers": 1}),
+    "all of a head rotated in Phi-3": ("phi3", {"rope_parameters": {"rope_type": "default"}}),
+    "one type of layer in Gemma 3": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
 }
 
 

@@ -31,6 +31,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 80, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     "gemma": {"head_dim": 256, "num_key_value_heads": 1},
     "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5},
+    "gemma3_text": {"head_dim": 48, "sliding_window": 9, "final_logit_softcapping": 2.0},
+    "phi3": {
+        "head_dim": 96,
+        "sliding_window": 9,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    },
 }
 HEADS: list[tuple[str, Quantization]] = [
     *((family, "none") for family in MODELS),

@@ -107,14 +107,15 @@ def test_a_product_of_ours_that_is_not_used_is_a_fallback(
     assert len(model.fallbacks) == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_what_is_kept_by_position_is_known_before_it_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, base = _device_model(tmp_path, monkeypatch, "none", None)
-    assert model._angles is not None
-    assert sum(table.nbytes for table in model._angles) == 8 * 16 * model.bytes_a_position
-    for table, whole in zip(rotary_angles(base.model, 128, at_once=7), model._angles, strict=True):
-        assert torch.equal(table, whole)
+    model, base = _device_model(tmp_path, monkeypatch, "none", None, family)
+    kept = {id(table): table.nbytes for tables in model._angles for table in tables}
+    assert sum(kept.values()) == 8 * 16 * model.bytes_a_position
+    for tables, whole in zip(rotary_angles(base.model, 128, at_once=7), model._angles, strict=True):
+        assert all(map(torch.equal, tables, whole))
 
 
 def _device_model(
@@ -122,10 +123,11 @@ def _device_model(
     monkeypatch: pytest.MonkeyPatch,
     quantization: Quantization,
     graph: type[Refused | Wrong] | None,
+    family: Family = "llama",
 ) -> tuple[CudaModel, LoadedBase]:
     """With pages for 128 tokens."""
     pretend(monkeypatch)
-    folder = make_tiny_model("llama", home / "llama")
+    folder = make_tiny_model(family, home / "base")
     base = load_base(prepare_base(str(folder), home, quantization, progress=False))
     pool = RankPool(base.layout.sites, 16, torch.bfloat16)
     model = CudaModel(TransformersModel(base, pool), pool, kernels.choose(CPU), GRAPH_BATCH, graph)
