@@ -90,7 +90,7 @@ def test_command_lines_parse(page: Path) -> None:
     for line in lines_of_shell(page):
         words = shlex.split(line, comments=True)
         if words and words[0] in ("manylora", ".venv/bin/manylora"):
-            command, _, passed_on = " ".join(words[1:]).partition(" -- ")
+            command, _, passed_on = shlex.join(words[1:]).partition(" -- ")
             parses(shlex.split(command))
             from_args(shlex.split(passed_on), {})
 

@@ -47,9 +47,10 @@ class PreparedBase:
     Attributes:
         name: short, for people (``smollm2-135m``, a folder's name, a hub id).
         path: a transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
-        digest: sha256 (hex) of the source's digest, the quantisation and the checkpoint format.
+        digest: sha256 (hex) of the source's digest, the quantisation, the checkpoint format, the overrides.
         quantization, head_quantization: ``nf4`` or ``none`` (bf16), of the linears and of the output head.
         source: the name of this base in adapters (``base_model_name_or_path``): a hub id or a path.
+        hf_overrides: see ``overrides.py``; empty: none. The files do not contain them.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PreparedBase:
     quantization: Quantization
     source: str
     head_quantization: Quantization = "none"
+    hf_overrides: str = ""
 
 
 def prepare_base(
@@ -67,6 +69,7 @@ def prepare_base(
     head_quantization: Quantization = "none",
     progress: bool = True,
     check: Callable[[Any], None] | None = None,
+    hf_overrides: str = "",
 ) -> PreparedBase:
     """Fetch and quantise ``base``, unless there is already a checkpoint of it.
 
@@ -79,14 +82,17 @@ def prepare_base(
         progress: bars on stderr.
         check: gets transformers' config and raises BaseModelError if the caller cannot use the base, before
             hours are spent on it. It is not called if only a conversion would give the config.
+        hf_overrides: a JSON object with fields that replace those of the base's config; empty: none.
 
     Raises:
         BaseNotFound, BaseCorrupt, BaseModelError: see ``source.resolve``.
     """
     cache_dir = cache_dir.expanduser().resolve()
     source = resolve(base, cache_dir, progress)
-    if check is not None and source.folder is not None:
-        check(config_of(source.folder))
+    if source.folder is not None:
+        config = config_of(source.folder, hf_overrides)
+        if check is not None:
+            check(config)
     if source.prequantized and quantization == "none":
         raise BaseModelError(f"{source.name} is quantised already; leave --quantization at nf4 for it.")
     if head_quantization != "none" and quantization == "none":
@@ -98,7 +104,12 @@ def prepare_base(
     digest = hashlib.sha256(f"{source.digest}\n{how}\n{_FORMAT}".encode()).hexdigest()
     target = cache_dir / "bases" / digest
     path = _checkpoint(source, quantization, head_quantization, target, progress)
-    return PreparedBase(source.name, path, digest, quantization, source.name_or_path, head_quantization)
+    if hf_overrides:
+        config_of(path, hf_overrides)
+        digest = hashlib.sha256(f"{digest}\n{hf_overrides}".encode()).hexdigest()
+    return PreparedBase(
+        source.name, path, digest, quantization, source.name_or_path, head_quantization, hf_overrides
+    )
 
 
 def _checkpoint(

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.base.checkpoint import PreparedBase
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.quiet import quiet_libraries
-from adapters.base.reading import convert_read_errors, load_tokenizer, load_whole
+from adapters.base.reading import config_of, convert_read_errors, load_tokenizer, load_whole
 from adapters.base.unpack import check_quantized, unpack_odd_linears
 from adapters.errors import BaseModelError
 from adapters.sites import BaseLayout, Site
@@ -55,7 +55,12 @@ def load_base(
             cannot load this architecture in 4 bits.
     """
     with quiet_libraries(progress), convert_read_errors(prepared.path):
-        model = load_whole(prepared.path, device_map={"": device}, attn_implementation=attn_implementation)
+        model = load_whole(
+            prepared.path,
+            config=config_of(prepared.path, prepared.hf_overrides),
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+        )
         tokenizer = load_tokenizer(prepared.path)
     _check_head(prepared, model)
     check_quantized(model, prepared.name)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from adapters.base.checkpoint import PreparedBase
 from adapters.base.context import served_length
 from adapters.base.load import layout_of
 from adapters.base.quiet import quiet_libraries
-from adapters.base.reading import convert_read_errors, load_tokenizer
+from adapters.base.reading import config_of, convert_read_errors, load_tokenizer
 from adapters.sites import BaseLayout
 
 
@@ -36,7 +36,7 @@ class BaseOutline:
 def outline_of(prepared: PreparedBase) -> BaseOutline:
     """Raises BaseCorrupt if it cannot be read."""
     with quiet_libraries(progress=False), convert_read_errors(prepared.path):
-        config = AutoConfig.from_pretrained(prepared.path, local_files_only=True, trust_remote_code=False)
+        config = config_of(prepared.path, prepared.hf_overrides)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
         model.tie_weights()

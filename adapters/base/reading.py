@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from adapters.base.overrides import apply_overrides
 from adapters.errors import BaseCorrupt, BaseModelError
 
 _UNSUPPORTED_ERRORS = (RuntimeError, TypeError, AttributeError, AssertionError, ImportError)
 """Errors that mean an unsupported model, not damaged files."""
 
 
-def config_of(folder: Path) -> Any:
+def config_of(folder: Path, hf_overrides: str = "") -> Any:
+    """transformers' config, with the overrides (see ``overrides.py``)."""
     with convert_read_errors(folder):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return apply_overrides(config, hf_overrides) if hf_overrides else config
 
 
 def load_whole(folder: Path, **options: Any) -> Any:

@@ -32,7 +32,13 @@ def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     check_config = serving.check_config if serving is not None else None
     prepared = prepare_base(
-        config.base, config.home, config.quantization, config.head_quantization, False, check_config
+        config.base,
+        config.home,
+        config.quantization,
+        config.head_quantization,
+        False,
+        check_config,
+        config.hf_overrides,
     )
     outline = outline_of(prepared)
     check_servable(config, outline.layout, serving)

@@ -32,6 +32,7 @@ class TrainConfig:
         data: the training rows (see ``dataset``).
         eval_data: held-out rows for the loss after each epoch; None = no evaluation.
         base: as ``manylora serve --base``.
+        hf_overrides: fields that replace those of the config of the base, as a JSON object; empty: none.
         home: the folder of the 4-bit base; the same as the server's, so both use the same file.
         allow_special_tokens: special tokens in messages count as such; otherwise they are text.
         device: auto = CUDA if there is one.
@@ -68,6 +69,7 @@ class TrainConfig:
     home: Path = Path(".manylora")
     quantization: Quantization = "nf4"
     head_quantization: Quantization = "none"
+    hf_overrides: str = ""
     allow_special_tokens: bool = False
     device: Device = "auto"
     target_modules: tuple[str, ...] = ALL_LINEAR

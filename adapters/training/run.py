@@ -128,7 +128,13 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     bars = show and sys.stderr.isatty()
     check_config = serving.check_config if serving is not None else None
     prepared = prepare_base(
-        config.base, config.home, config.quantization, config.head_quantization, bars, check_config
+        config.base,
+        config.home,
+        config.quantization,
+        config.head_quantization,
+        bars,
+        check_config,
+        config.hf_overrides,
     )
     run.check_same_run(
         {

@@ -7,6 +7,7 @@ A flag has precedence over its variable, and a variable over the default. ``opti
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class ModelConfig:
 
     Attributes:
         name: a known name, a local transformers folder, a local GGUF file or a hub id.
+        hf_overrides: a JSON object with fields that replace those of the base's config; None: no fields.
+        rope_scaling: a JSON object that replaces its ``rope_scaling``.
         served_names: the names of the base in the API; empty: the base's own name.
         generation_config: the source of sampling defaults: ``auto`` (the base), ``none``, or a folder.
         allow_special_tokens: read special tokens in messages as tokens; False: read them as text.
@@ -39,10 +42,20 @@ class ModelConfig:
     name: str
     quantization: Quantization
     head_quantization: Quantization
+    hf_overrides: str | None
+    rope_scaling: str | None
     served_names: tuple[str, ...]
     generation_config: str
     allow_special_tokens: bool
     device: Device
+
+    @property
+    def overrides(self) -> str:
+        """``hf_overrides`` with ``rope_scaling`` in it, as JSON; empty: no fields."""
+        fields = json.loads(self.hf_overrides or "{}")
+        if self.rope_scaling is not None:
+            fields["rope_scaling"] = json.loads(self.rope_scaling)
+        return json.dumps(fields, sort_keys=True) if fields else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +255,9 @@ def from_options(options: Mapping[str, object], environ: Mapping[str, str] = os.
 
 
 def _as_text(value: object) -> object:
-    """The value, or each of several values, as text on a command line."""
+    """The value, or each of several values, as text on a command line. A mapping becomes JSON."""
+    if isinstance(value, Mapping):
+        return json.dumps(value)
     if isinstance(value, list | tuple):
         return [str(one) for one in value]
     return None if value is None else str(value)
@@ -309,7 +324,10 @@ def _usable_cpus() -> int:
 
 
 def _cross_check(config: ServerConfig) -> None:
-    adapters, engine = config.adapters, config.engine
+    adapters, engine, model = config.adapters, config.engine, config.model
+    twice = json.loads(model.hf_overrides or "{}").keys() & {"rope_scaling", "rope_parameters"}
+    if model.rope_scaling is not None and twice:
+        raise ConfigError(f"--rope-scaling: --hf-overrides has {min(twice)} too; leave out one of them")
     if adapters.pool_rows is not None and adapters.pool_rows < adapters.max_lora_rank:
         raise ConfigError(
             f"--lora-pool-rows {adapters.pool_rows}: an adapter of --max-lora-rank {adapters.max_lora_rank} "

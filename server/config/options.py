@@ -16,6 +16,7 @@ from server.config.values import (
     gpu,
     host_pattern,
     integer,
+    json_object,
     key,
     name,
     path,
@@ -78,6 +79,12 @@ OPTIONS: tuple[Option, ...] = (
            "quantization of the output head, in training and serving. nf4 makes single answers on a CPU a "
            "third faster; the loss rises by 0.2 nats for the default base, and by 0.02 for an adapter "
            "trained on it"),
+    Option("--hf-overrides", "model.hf_overrides", json_object, None, "JSON",
+           "fields that replace those of the base's config.json, in training and serving: "
+           '{"max_position_embeddings": 65536}. They cannot change the weights'),
+    Option("--rope-scaling", "model.rope_scaling", json_object, None, "JSON",
+           'the same for rope_scaling alone: {"rope_type": "yarn", "factor": 4.0, '
+           '"original_max_position_embeddings": 32768}'),
     Option("--served-model-name", "model.served_names", name, None, "NAME",
            "name of the base in the API (may be repeated)", several=True),
     Option("--allow-special-tokens", "model.allow_special_tokens", flag, "false", None,

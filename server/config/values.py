@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable
@@ -20,6 +21,17 @@ def text(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
     return value
+
+
+def json_object(value: str) -> str:
+    """A JSON object, as text with sorted keys."""
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise ValueError(f'must be a JSON object such as {{"rope_theta": 1000000}} ({error})') from None
+    if not isinstance(parsed, dict):
+        raise ValueError('must be a JSON object such as {"rope_theta": 1000000}')
+    return json.dumps(parsed, sort_keys=True)
 
 
 def path(value: str) -> Path:

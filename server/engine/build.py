@@ -191,6 +191,7 @@ def _load(config: ServerConfig) -> LoadedBase:
         config.model.quantization,
         config.model.head_quantization,
         check=partial(check_config, longest=config.engine.max_model_len),
+        hf_overrides=config.model.overrides,
     )
     with out_of_memory_names("--base", f"the base {prepared.name}"):
         return load_base(prepared, device, progress=True)

@@ -14,6 +14,8 @@ BASE_OPTIONS = (
     "--base",
     "--quantization",
     "--head-quantization",
+    "--hf-overrides",
+    "--rope-scaling",
     "--allow-special-tokens",
     "--ignore-adapter-templates",
     "--device",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.config import ConfigError, ServerConfig, from_args
+from server.config import ConfigError, ServerConfig, from_args, from_options
 from server.config.options import OPTIONS, Option
 
 KEY_FILE = Path(tempfile.mkdtemp()) / "keys"
@@ -21,6 +21,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "--base": ("org/model", "org/model"),
     "--quantization": ("none", "none"),
     "--head-quantization": ("nf4", "nf4"),
+    "--hf-overrides": ('{"b": 1,  "a": {}}', '{"a": {}, "b": 1}'),
+    "--rope-scaling": ('{"factor": 2}', '{"factor": 2}'),
     "--generation-config": ("none", "none"),
     "--served-model-name": ("gpt-x", ("gpt-x",)),
     "--device": ("cpu", "cpu"),
@@ -135,6 +137,8 @@ def test_every_field_has_an_option() -> None:
         ("--enable-prefix-caching", "maybe", "true or false"),
         ("--served-model-name", "a b", "letters"),
         ("--home", " ", "empty"),
+        ("--hf-overrides", "rope_theta=9", "a JSON object such as"),
+        ("--rope-scaling", "[4]", "a JSON object such as"),
         ("--train-gpu", "0,1", "a GPU's number or UUID"),
         ("--train-gpu-memory", "half", "or auto"),
     ],
@@ -180,6 +184,20 @@ def test_sizes(text: str, size: int) -> None:
 def test_several_values() -> None:
     assert from_args(["--api-key", "a", "--api-key", "b"], {}).http.api_keys == ("a", "b")
     assert from_args([], {"MANYLORA_API_KEY": "a, b,"}).http.api_keys == ("a", "b")
+
+
+def test_rope_scaling_is_an_override() -> None:
+    rope = '{"rope_type": "yarn", "factor": 4.0}'
+    both = ["--hf-overrides", '{"rope_theta": 1e6}', "--rope-scaling", rope]
+    expected = '{"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}, "rope_theta": 1000000.0}'
+    assert from_args(both, {}).model.overrides == expected
+    options = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "hf_overrides": {"rope_theta": 1e6}}
+    assert from_options(options, {}).model.overrides == expected
+    assert from_args([], {}).model.overrides == ""
+    assert from_args(["--hf-overrides", "{}"], {}).model.overrides == ""
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ConfigError, match=f"--rope-scaling: --hf-overrides has {name} too"):
+            from_args(["--hf-overrides", f'{{"{name}": {{}}}}', "--rope-scaling", rope], {})
 
 
 def test_auto_is_resolved_where_it_can_be() -> None:

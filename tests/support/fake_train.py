@@ -129,6 +129,7 @@ def read_options() -> argparse.Namespace:
         "--base",
         "--quantization",
         "--head-quantization",
+        "--hf-overrides",
         "--device",
         "--seed",
         "--threads",

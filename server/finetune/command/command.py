@@ -116,6 +116,7 @@ class Command:
             config.threads or None,
             progress=sys.stderr.isatty(),
             head_quantization=config.head_quantization,
+            hf_overrides=config.hf_overrides,
             allow_special_tokens=config.allow_special_tokens,
             ignore_adapter_templates=self._server.adapters.ignore_templates,
             tick=self._ticking(run),

@@ -28,6 +28,7 @@ def train_config(arguments: argparse.Namespace, server: ServerConfig) -> TrainCo
         home=server.home,
         quantization=server.model.quantization,
         head_quantization=server.model.head_quantization,
+        hf_overrides=server.model.overrides,
         allow_special_tokens=server.model.allow_special_tokens,
         device=server.model.device,
         **chosen(arguments),

@@ -32,6 +32,7 @@ def evaluate_adapter(
     threads: int | None = None,
     progress: bool = False,
     head_quantization: str = "none",
+    hf_overrides: str = "",
     allow_special_tokens: bool = False,
     ignore_adapter_templates: bool = False,
     tick: Tick = lambda *_: None,
@@ -41,8 +42,8 @@ def evaluate_adapter(
     It uses little GPU memory, because a server may run on the same GPU.
 
     Args:
-        base, home, quantization, head_quantization, device, allow_special_tokens, ignore_adapter_templates:
-            as for ``manylora serve``.
+        base, home, quantization, head_quantization, hf_overrides, device, allow_special_tokens,
+            ignore_adapter_templates: as for ``manylora serve``.
         data: held-out conversations.
         adapter, replaced: PEFT folders at any place.
         threads: the threads of the CPU kernels; None = one for each CPU of this process.
@@ -57,6 +58,7 @@ def evaluate_adapter(
     """
     flags = ["--base", base, "--home", str(home), "--device", device]
     flags += ["--quantization", quantization, "--head-quantization", head_quantization]
+    flags += ["--hf-overrides", hf_overrides] if hf_overrides else []
     flags += [] if threads is None else ["--threads", str(threads)]
     flags += ["--allow-special-tokens"] if allow_special_tokens else []
     flags += ["--ignore-adapter-templates"] if ignore_adapter_templates else []

@@ -48,6 +48,7 @@ def train_command(job: Job, run_folder: Path, files: Files, config: ServerConfig
         "--base": config.model.name,
         "--quantization": config.model.quantization,
         "--head-quantization": config.model.head_quantization,
+        "--hf-overrides": config.model.overrides or None,
         "--allow-special-tokens": config.model.allow_special_tokens,
         "--ignore-adapter-templates": config.adapters.ignore_templates,
         "--device": "cpu" if config.training.gpu == "none" else config.model.device,

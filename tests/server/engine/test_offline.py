@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import shutil
 import textwrap
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from adapters.errors import AdapterExists, AdapterInvalid, AdapterNotFound
+from adapters.errors import AdapterExists, AdapterInvalid, AdapterNotFound, BaseModelError
 from server.config import ConfigError
 from server.engine import offline
 from server.engine.arguments import Prompt
@@ -97,6 +98,17 @@ def test_one_prompt_is_a_text_or_token_ids(llm: LLM) -> None:
     assert (as_text.prompt, as_ids.prompt) == ("lora rank", None)
     assert texts([as_ids, *listed]) == [as_text.outputs[0].text] * 3
     assert llm.generate([]) == llm.chat([]) == []
+
+
+def test_overrides_are_checked_and_served(home: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0}
+    with LLM(home / "model", home=home, rope_scaling=rope, **SIZES) as scaled:
+        assert scaled._open.info.max_model_len == 1024
+        digest = scaled._open.info.digest
+    (verdict,) = json.loads((home / "bases" / f"{digest}.checked.json").read_text())
+    assert verdict["deviation"] < 0.15
+    with pytest.raises(BaseModelError, match="no field 'rope'"):
+        LLM(home / "model", home=home, hf_overrides={"rope": 1}, **SIZES)
 
 
 def test_several_answers_with_logprobs(llm: LLM) -> None:

@@ -82,6 +82,13 @@ def test_the_server_is_followed(room: Room) -> None:
     assert parsed(room).ignore_adapter_templates
 
 
+def test_a_job_trains_the_config_that_is_served(room: Room) -> None:
+    assert parsed(room).hf_overrides is None
+    overrides = '{"rope_scaling": {"factor": 4.0, "rope_type": "yarn"}}'
+    room.config = replace(room.config, model=replace(room.config.model, hf_overrides=overrides))
+    assert parsed(room).hf_overrides == overrides
+
+
 def test_keys_are_not_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYLORA_API_KEY", "sesame")
     assert "sesame" not in train_environ(from_args([], {}).training).values()
