@@ -1,7 +1,7 @@
-"""A made-up device that runs everything as late as it may: when the host reads, and in the order of launches.
+"""A fake device that runs everything as late as possible: when the host reads, in the order of the launches.
 
-What is computed depends on each token that the sequence's pages hold, and on what lies in its adapter's slot,
-at the time when it is computed. So pages or slots given away too early show in the tokens, as on a GPU.
+The results depend on the tokens in the sequence's pages and on the adapter in its slot, at the time of the
+computation. So pages or slots that are freed too early change the tokens, as on a GPU.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ BLOCK = 4
 
 
 class LateDevice:
-    """Stands in for an engine's model and sampler.
+    """Replaces an engine's model and sampler.
 
     Args:
-        faults: by the number of the launch, sample or read (they are counted together), what it raises.
-        poison: requests whose every computation raises.
+        faults: the errors by the number of the launch, sample or read. These are counted together.
+        poison: the errors by request. Every computation of such a request raises its error.
     """
 
     def __init__(self, num_blocks: int, faults: dict[int, Exception], poison: dict[str, Exception]) -> None:
@@ -98,7 +98,7 @@ class LateDevice:
             raise fault
 
     def _work(self, chunk: Chunk) -> tuple[list[int], list[int], int]:
-        """The tokens, the places in the pages and the adapter's slot as they are at the launch."""
+        """The chunk's tokens, cache slots and adapter slot at the time of the launch."""
         sequence = chunk.sequence
         assert sequence.table is not None
         blocks = sequence.table.blocks
@@ -107,7 +107,7 @@ class LateDevice:
 
 
 class LateSamples:
-    """See ``PendingSamples``."""
+    """Like ``PendingSamples``."""
 
     def __init__(self, device: LateDevice, tokens: Tensor) -> None:
         self._device = device
@@ -119,7 +119,7 @@ class LateSamples:
 
 
 class SlotGate:
-    """Adapters in a few slots; who comes takes any that nobody has pinned, and overwrites it at once."""
+    """Adapters in a few slots. A new adapter overwrites a slot without pins at once."""
 
     def __init__(self, device: LateDevice, num_slots: int) -> None:
         self._device = device
@@ -152,7 +152,7 @@ class SlotGate:
 
 
 class CountingRegistry:
-    """Counts who uses an adapter."""
+    """Counts the uses of adapters."""
 
     def __init__(self) -> None:
         self.users = 0
@@ -175,7 +175,7 @@ def late_engine(
     poison: dict[str, Exception] | None = None,
     slice_tokens: int = 128,
 ) -> tuple[Engine, LateDevice, CountingRegistry]:
-    """An engine on a late device with two adapter slots."""
+    """An engine on a ``LateDevice`` with two adapter slots."""
     device = LateDevice(blocks, faults or {}, poison or {})
     gate: Any = SlotGate(device, 2)
     limits = SchedulerLimits(max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=blocks * BLOCK)

@@ -1,4 +1,4 @@
-"""The GPU's way through the engine on a CPU: the same code, with torch's arithmetic for a GPU's kernels."""
+"""Runs the engine's GPU code on a CPU. torch operations replace the kernels."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from server.engine.model.cuda.graphs import Graph
 
 CPU = torch.device("cpu")
 GRAPH_BATCH = 6
-"""Most sequences of a step that runs as a graph."""
+"""The most sequences in a step that runs as a graph."""
 
 
 class SegmentedTogether(TritonLora):
-    """``TritonLora`` with torch's products."""
+    """``TritonLora`` that computes with torch."""
 
     def prepare(self, segments: list[Segment], graph_tokens: int | None = None) -> None: ...
 
@@ -40,7 +40,7 @@ class SegmentedTogether(TritonLora):
 
 
 class MaskedPaged:
-    """``PagedKernel`` by reading whole tables and masking what is unseen: a fixed sequence of operations."""
+    """A ``PagedKernel`` that reads whole tables and applies a mask. Its operations are always the same."""
 
     name = "masked"
 
@@ -74,7 +74,7 @@ def _paged(
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, new_graph: Callable[[], Graph] | None = None) -> None:
-    """Models built from now on take the GPU's way; with graphs, with Triton's kernels interpreted."""
+    """Make new models use the GPU's code. With graphs, Triton's interpreter runs the kernels."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     if new_graph is None:
         monkeypatch.setattr(transformers_model, "choose_lora", lambda *_: SegmentedTogether(CPU))

@@ -1,6 +1,6 @@
-"""Flash attention's functions as their documentation has them, in plain torch, with their own parameters.
+"""Flash attention's functions in plain torch, as their documentation describes them.
 
-For machines without a GPU: ``test_flash_paged.py`` binds the calls to the real signatures too.
+They are for machines without a GPU. ``test_flash_paged.py`` also binds the calls to the real signatures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sequences in steps, as a scheduler would have them, for attention backends by themselves."""
+"""Sequences in steps, as a scheduler makes them, for tests of attention backends alone."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PREEMPT = -1
 
 @dataclass
 class World:
-    """Sequences over shared blocks, and what their tokens' q, k and v are.
+    """Sequences on shared blocks, and the q, k and v of their tokens.
 
-    Keys and values depend on the token and its position alone, so that equal prefixes have equal ones.
+    Keys and values depend only on the token and its position, so equal prefixes have equal ones.
     """
 
     prompts: SequenceOf[SequenceOf[int]]
@@ -51,7 +51,7 @@ class World:
         return {0: KvShape(self.kv_heads, self.dim, self.dim)}
 
     def step(self, lengths: SequenceOf[int]) -> list[Chunk]:
-        """By sequence, at most so many tokens; 0: it waits; PREEMPT: it loses its blocks."""
+        """The chunks of a step with at most ``lengths`` tokens of each sequence; PREEMPT = preempt it."""
         chunks = []
         for sequence, length in zip(self.sequences, lengths, strict=False):
             if length == PREEMPT:
@@ -75,7 +75,7 @@ class World:
             sequence.table, sequence.num_computed = None, 0
 
     def inputs(self, chunks: SequenceOf[Chunk], graph_batch_size: int | None = None) -> Qkv:
-        """q, k and v of a step; those of padding are NaN."""
+        """The q, k and v of a step. Those of padding are NaN."""
         tokens = sum(chunk.length for chunk in chunks)
         q = self._random(graph_batch_size or tokens, self.kv_heads * self.group, self.dim)
         k, v = (torch.cat([self._stored(which, chunk) for chunk in chunks]) for which in (0, 1))
@@ -110,7 +110,7 @@ def run(
     qkv: Qkv,
     graph_batch_size: int | None = None,
 ) -> Tensor:
-    """What the backend gives for the step's own tokens."""
+    """The backend's output for the step's tokens, without padding."""
     backend.begin(chunks, graph_batch_size)
     out = backend(0, *qkv, spec)
     return out[: sum(chunk.length for chunk in chunks)]

@@ -1,4 +1,4 @@
-"""Which attention is chosen, with builds of flash attention that only pretend to be there."""
+"""Which attention is chosen. The builds of flash attention are fakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def missing() -> ReferencePaged:
 
 
 class Wrong(ReferencePaged):
-    """Sees one token too many of what is masked."""
+    """A kernel whose sequences are one token too short, so its mask is wrong."""
 
     def __call__(
         self, q: Tensor, keys: Tensor, values: Tensor, metadata: FlashMetadata, spec: AttentionSpec
@@ -87,7 +87,7 @@ def test_why_a_build_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU on which builds are found fit unseen."""
+    """A fake GPU on which every build passes the check."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(choice, "what_is_wrong", lambda *_: None)
     choice._load.cache_clear()
@@ -116,7 +116,7 @@ def test_a_gpu_gets_the_first_build_that_serves_the_model(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("gpu")
-def test_the_block_size_suits_what_will_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_suits_the_build_that_will_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     builds = tuple(replace(wanted, load=ReferencePaged) for wanted in BUILDS)
     config = SimpleNamespace(num_attention_heads=4, hidden_size=256)
     capped = SimpleNamespace(**vars(config), head_dim=128, attn_logit_softcapping=50.0)

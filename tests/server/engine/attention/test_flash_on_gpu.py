@@ -1,4 +1,4 @@
-"""The real flash kernels, those that are there, against gathered pages; only where there is a GPU."""
+"""The installed flash kernels, compared with gathered pages. They need a GPU."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def check(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("spec", KINDS, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_steps(build: Build, spec: AttentionSpec, dim: int) -> None:
+def test_steps_equal_gathered_pages(build: Build, spec: AttentionSpec, dim: int) -> None:
     if spec.softcap is not None and not build.softcap:
-        pytest.skip("it cannot cap scores")
+        pytest.skip("this build cannot cap scores")
     world = make_world(build, dim)
     ours, theirs = backends(build, world)
     for step in STEPS:
@@ -100,7 +100,7 @@ def test_one_graph_serves_all_decode_steps(build: Build, spec: AttentionSpec) ->
 def captured(
     backend: FlashPaged, world: World, spec: AttentionSpec
 ) -> tuple[torch.cuda.CUDAGraph, Qkv, Tensor]:
-    """A graph of the attention in graph_batch_size, where its inputs are, and where its results will be."""
+    """A graph of the attention for GRAPH_BATCH sequences, its inputs and its output."""
     heads = world.kv_heads * world.group, world.kv_heads, world.kv_heads
     q, k, v = (torch.zeros(GRAPH_BATCH, n, world.dim, dtype=world.dtype, device=world.device) for n in heads)
     backend.begin([], GRAPH_BATCH)

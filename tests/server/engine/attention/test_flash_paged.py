@@ -1,4 +1,4 @@
-"""Attention over pages by flash kernels: against gathered pages, with stand-ins for the kernels on a CPU."""
+"""Attention over pages by flash kernels, compared with gathered pages. Fakes replace the kernels on a CPU."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def without_padding(qkv: Qkv, chunks: list[Chunk]) -> Qkv:
     graph_batch=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)
-def test_any_steps_give_what_gathered_pages_give(
+def test_any_steps_equal_gathered_pages(
     kernel: PagedKernel,
     lengths: list[int],
     steps: list[list[int]],
@@ -107,7 +107,7 @@ def test_prefixes_are_read_from_shared_blocks() -> None:
 
 
 class Recorder:
-    """A kernel that notes, by batch size, the addresses and the numbers that it gets."""
+    """A kernel that records the addresses and numbers it gets for each batch size."""
 
     name = "recorder"
 
@@ -131,7 +131,7 @@ class Recorder:
         return ReferencePaged()(q, keys, values, metadata, spec)
 
 
-def test_what_a_graph_has_captured_stays_where_it_is() -> None:
+def test_tensors_that_a_graph_captured_keep_their_addresses() -> None:
     world = World([[i % 4] * (3 + 7 * i) for i in range(6)])
     recorder = Recorder()
     backend, theirs, spec = flash(world, recorder), gathered(world), AttentionSpec(0.3)
@@ -158,7 +158,7 @@ def test_what_a_graph_has_captured_stays_where_it_is() -> None:
         assert all(seen == recorder.seen[graph_batch_size][0] for seen in recorder.seen[graph_batch_size])
 
 
-def test_padding_writes_nothing_but_the_spare_block() -> None:
+def test_padding_writes_only_to_the_spare_block() -> None:
     world = World([[0] * 20])
     backend, spec = flash(world, ReferencePaged()), AttentionSpec(0.3)
     chunks = world.step([19])
@@ -175,7 +175,7 @@ def test_padding_writes_nothing_but_the_spare_block() -> None:
 
 
 class Noted:
-    """A function that notes its arguments."""
+    """A function that records its arguments."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
@@ -196,13 +196,15 @@ def both_kinds_of_step(kernel: PagedKernel) -> None:
             world.done(chunks)
 
 
-def test_pytorch_takes_the_calls() -> None:
+def test_the_calls_fit_pytorchs_signature() -> None:
     varlen_attn = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
     try:
         TorchVarlen.load()
     except ImportError:
-        pytest.skip("this PyTorch's varlen_attn takes no block table")
-    assert logging.getLogger("torch.nn.attention.varlen").level == logging.WARNING, "it logs each call"
+        pytest.skip("varlen_attn of this PyTorch has no parameter for a block table")
+    assert logging.getLogger("torch.nn.attention.varlen").level == logging.WARNING, (
+        "at INFO it logs each call"
+    )
     noted = Noted(contracts.varlen_attn)
     both_kinds_of_step(TorchVarlen(noted))
     assert [kwargs["window_size"] for _, kwargs in noted.calls] == [(-1, 0), (-1, -1), (3, 0), (3, 0)]
@@ -212,7 +214,7 @@ def test_pytorch_takes_the_calls() -> None:
         assert out.shape == args[0].shape
 
 
-def test_flash_attn_takes_the_calls() -> None:
+def test_the_calls_fit_flash_attns_signature() -> None:
     flash_attn = pytest.importorskip("flash_attn")
     varlen, with_kvcache = Noted(contracts.flash_attn_varlen_func), Noted(contracts.flash_attn_with_kvcache)
     both_kinds_of_step(FlashAttn(varlen, with_kvcache, ""))

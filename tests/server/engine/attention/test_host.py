@@ -1,4 +1,4 @@
-"""How a model's attention calls are told apart."""
+"""How the attention calls of a model get their layer numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from server.engine.attention import MAX_LAYERS, AttentionHost, AttentionSpec
 
 
-def test_a_layer_that_attends_again_keeps_other_keys() -> None:
+def test_a_layer_that_attends_again_has_separate_keys() -> None:
     host, numbers = AttentionHost(), []
 
     def attend(layer: int, q: Tensor, _: Tensor, __: Tensor, ___: AttentionSpec) -> Tensor:

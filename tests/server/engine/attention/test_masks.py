@@ -1,4 +1,4 @@
-"""What a model's mask lets each token see, read from transformers' own mask functions."""
+"""The windows of a model's layers, found from transformers' mask functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_sliding_window_is_found_without_its_mask(window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [64, 65, 1000])
-def test_a_window_as_long_as_the_longest_sequence_is_none(window: int) -> None:
+def test_a_window_as_long_as_the_longest_sequence_is_no_window(window: int) -> None:
     assert window_of(sliding_window_causal_mask_function(window), 64) is None
 
 
@@ -69,7 +69,7 @@ def _mask_of(reader: MaskReader, function: Any = causal_mask_function) -> Tensor
     )
 
 
-def test_a_layer_has_the_window_of_its_mask_and_not_the_one_it_states() -> None:
+def test_the_window_of_a_layers_mask_overrides_the_one_in_its_config() -> None:
     reader = MaskReader(64)
     full, sliding = _mask_of(reader), _mask_of(reader, sliding_window_causal_mask_function(16))
     assert reader.window(full, 8) is None
@@ -78,14 +78,14 @@ def test_a_layer_has_the_window_of_its_mask_and_not_the_one_it_states() -> None:
     assert reader.window(None, 8) == 8
 
 
-def test_a_mask_that_no_layer_uses_may_be_any() -> None:
+def test_a_mask_is_checked_only_if_a_layer_uses_it() -> None:
     reader = MaskReader(64)
     mask = _mask_of(reader, bidirectional_mask_function)
     with pytest.raises(BaseModelError, match="neither"):
         reader.window(mask, None)
 
 
-def test_a_mask_of_the_models_own_is_refused() -> None:
+def test_a_mask_that_the_model_makes_itself_is_refused() -> None:
     reader = MaskReader(64)
     _mask_of(reader)
     with pytest.raises(BaseModelError, match="a mask of its own"):
@@ -102,8 +102,8 @@ def test_a_mask_after_the_probe_is_refused() -> None:
         host(module, q, q, q, attention_mask=torch.zeros(1, 1, 5, 5))
 
 
-def test_a_function_of_this_steps_positions_only_is_read_for_this_step() -> None:
-    """As masks over the images of a prompt do."""
+def test_a_mask_that_depends_on_the_steps_tokens_has_the_steps_window() -> None:
+    """Masks for the images of a prompt are like this."""
     groups = torch.tensor([[-1, -1, -1, -1, -1]])
 
     def same_group(batch: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:

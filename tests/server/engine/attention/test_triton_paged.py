@@ -1,4 +1,4 @@
-"""How Triton compiles the attention for GPUs; what it computes is tested in ``triton_paged_cases.py``."""
+"""How Triton compiles the attention for GPUs. ``triton_paged_cases.py`` tests the results."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ def test_compiled_for_a_gpu_pages_are_read_in_16_bytes_and_products_use_tensor_c
     assert not re.search(r"ld\.global(?:\.v2)?\.[bu]16", text)
     assert re.search(r"wgmma\.mma_async" if capability == 90 and not decode else r"mma\.sync", text)
     assert compiled.metadata.shared <= 99 * 1024, (
-        "what a program may have on the smallest GPUs of 8.6 and 8.9"
+        "the shared memory of a program on GPUs of compute capability 8.6 and 8.9"
     )
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_what_joins_the_splits_compiles_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_kernel_that_joins_splits_compiles_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
     from server.engine.attention.triton_paged import join_parts
 

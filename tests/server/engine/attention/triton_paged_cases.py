@@ -1,6 +1,6 @@
-"""The Triton attention: on the GPU if there is one, else under Triton's interpreter.
+"""The results of the Triton attention, on a GPU or else with Triton's interpreter.
 
-Not collected by itself: the interpreter is chosen for a whole process (``test_interpreted.py``).
+pytest does not collect this file: ``test_interpreted.py`` runs it in a process that uses the interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXACT = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def check(world: World, spec: AttentionSpec, graph_batch_size: int | None = None) -> None:
-    """Some steps, in which prompts are cut, continued and mixed with decoding, against the definition."""
+    """Compare steps with the reference. Prompts are cut, continued and mixed with decoding."""
     backends = [
         FlashPaged(kernel, world.block_size, world.device, world.dtype, LONGEST)
         for kernel in (TritonPaged(), ReferencePaged())
@@ -29,7 +29,7 @@ def check(world: World, spec: AttentionSpec, graph_batch_size: int | None = None
     for backend in backends:
         backend.allocate(world.shapes, world.num_blocks)
         for pages in backend.pages[0]:
-            pages.fill_(torch.nan)  # what nobody wrote is not read
+            pages.fill_(torch.nan)  # pages that were not written must not be read
     exact = EXACT[world.dtype]
     for step in STEPS:
         chunks = world.step(step)
@@ -42,14 +42,14 @@ def check(world: World, spec: AttentionSpec, graph_batch_size: int | None = None
 
 @pytest.fixture(params=[1, 48], ids=["whole", "split"])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few programs that no sequence is split, or that each is."""
+    """A number of programs for which no sequence is split, or each is."""
     monkeypatch.setattr(triton_paged, "_PROGRAMS", request.param)
 
 
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("spec", [AttentionSpec(0.3), AttentionSpec(0.3, 21, 2.0)], ids=["plain", "window"])
-def test_steps_equal_the_definition(spec: AttentionSpec, dtype: torch.dtype) -> None:
+def test_steps_equal_the_reference(spec: AttentionSpec, dtype: torch.dtype) -> None:
     check(World(PROMPTS, group=3, dtype=dtype, device=DEVICE), spec)
 
 

@@ -1,4 +1,4 @@
-"""Architectures that were once served wrong: each is served right, or refused by name at the start."""
+"""Architectures that were once served wrong. Each is served correctly, or refused by name at the start."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_an_adapter_on_a_router_is_refused_when_it_is_registered(case: str, tmp_
 
 
 def test_a_config_of_several_models_is_warmed_up(tmp_path: Path) -> None:
-    """Only a GPU warms up. The steps are those of its text model."""
+    """Only a GPU warms up. The steps are those of the config's text model."""
     parts = build(_model("gemma3", GEMMA3, tmp_path), tmp_path, "--quantization", "none")
     for step in warming_steps(parts.base.model.config, 8, 16):
         assert parts.model(step).isfinite().all()

@@ -1,4 +1,4 @@
-"""The check of a base at the start: right bases pass once, faults are refused with their cause."""
+"""The check of a base at the start. Correct bases pass once. Faults are refused with their cause."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _start(base: Path, home: Path) -> None:
     build(base, home, *FLAGS).close()
 
 
-# -- right bases ----------------------------------------------------------------------------------
+# -- correct bases--------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", *SPARSE])
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_right_base_passes_and_the_log_has_the_figure(
+def test_a_correct_base_passes_and_the_verdict_has_the_deviation(
     family: str, quantization: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -54,7 +54,7 @@ def test_a_right_base_passes_and_the_log_has_the_figure(
     parts.close()
 
 
-def test_it_runs_once_for_each_set_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_runs_once_for_each_set_of_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_tiny_model("llama", tmp_path / "model")
     runs: list[int] = []
     original = StartCheck._expect
@@ -80,7 +80,7 @@ def test_it_runs_once_for_each_set_of_facts(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "content", ["", "{", "null", "[1]", '[{"facts": 3}]', '[{"facts": {}, "model": "x", "deviation": "y"}]']
 )
-def test_a_damaged_verdict_counts_as_none(content: str, tmp_path: Path) -> None:
+def test_a_damaged_verdict_is_ignored(content: str, tmp_path: Path) -> None:
     base = make_tiny_model("llama", tmp_path / "model")
     _start(base, tmp_path)
     (path,) = _verdicts(tmp_path)
@@ -90,7 +90,7 @@ def test_a_damaged_verdict_counts_as_none(content: str, tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == json.loads(right)
 
 
-def test_another_model_than_the_one_that_passed_is_checked_too(tmp_path: Path) -> None:
+def test_a_verdict_of_another_model_does_not_count(tmp_path: Path) -> None:
     base = make_tiny_model("llama", tmp_path / "model")
     _start(base, tmp_path)
     (path,) = _verdicts(tmp_path)
@@ -99,7 +99,7 @@ def test_another_model_than_the_one_that_passed_is_checked_too(tmp_path: Path) -
     assert [row["model"] for row in json.loads(path.read_text())] == ["another", "transformers"]
 
 
-def test_a_verdict_that_cannot_be_kept_only_costs_the_next_check(
+def test_a_verdict_that_cannot_be_written_does_not_end_the_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = make_tiny_model("llama", tmp_path / "model")
@@ -116,7 +116,7 @@ def test_a_verdict_that_cannot_be_kept_only_costs_the_next_check(
 
 
 def _llama(home: Path, hook: Callable[..., Tensor]) -> LoadedBase:
-    """A base whose first MLP passes its input and its output through ``hook``, in transformers' hands too."""
+    """A base with ``hook`` on its first MLP's input and output. transformers runs the hook too."""
     base = load_base(
         prepare_base(str(make_tiny_model("llama", home / "model")), home, "none", progress=False)
     )
@@ -125,7 +125,7 @@ def _llama(home: Path, hook: Callable[..., Tensor]) -> LoadedBase:
 
 
 def _convolution(x: Tensor, y: Tensor) -> Tensor:
-    """Add the token before in the step, as layers with a state besides keys and values do."""
+    """Add the previous token of the step, as layers with recurrent state do."""
     y[:, 1:] += x[:, :-1]
     return y
 
@@ -208,7 +208,7 @@ PROMPTS = [tuple(range(27)), tuple(range(100, 161))]
 @pytest.mark.parametrize(
     ("right", "cause"), [((), "alone"), (("whole",), "in chunks"), (("whole", "chunked"), "beside another")]
 )
-def test_the_cause_is_the_simplest_steps_that_are_wrong(right: tuple[str, ...], cause: str) -> None:
+def test_the_cause_names_the_simplest_steps_that_are_wrong(right: tuple[str, ...], cause: str) -> None:
     def is_right(steps: Sequence[Step]) -> bool:
         return ("whole" if len(steps) == 2 else "chunked") in right
 
@@ -237,9 +237,11 @@ def test_every_token_is_computed_once_in_order_and_steps_keep_their_bounds(
     assert max(blocks) < num_blocks
 
 
-def test_chunks_meet_a_chunk_and_a_decoded_token_of_the_other_request() -> None:
+def test_mixed_steps_put_chunks_beside_chunks_and_beside_decoding() -> None:
     steps = mixed_steps([Request(PROMPTS[0], (0,)), Request(PROMPTS[1], (1,))], 128)
     lengths = [sorted(part.stop - part.start for part in step) for step in steps]
-    assert any(low == 1 and high > 1 for low, high in lengths[:-1]), "decoding beside a prompt"
-    assert all(low > 1 for low, _ in lengths[:2]), "prompts beside each other"
+    assert any(low == 1 and high > 1 for low, high in lengths[:-1]), (
+        "a step must decode one request beside the other's prompt"
+    )
+    assert all(low > 1 for low, _ in lengths[:2]), "the first steps must have both prompts"
     assert lengths[-1][0] == 1

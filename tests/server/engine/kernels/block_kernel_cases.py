@@ -1,6 +1,6 @@
-"""A block's Triton kernels against their reference: on the GPU if there is one, else under the interpreter.
+"""Compares a block's Triton kernels with their reference, on a GPU or else with Triton's interpreter.
 
-Not collected by itself: ``test_interpreted.py`` runs it.
+pytest does not collect this file: ``test_interpreted.py`` runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from server.engine.kernels import reference, triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXACT = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 5e-2}
-"""Relative, and absolute for values about 1. The interpreter cuts bf16 off where GPUs round it."""
+"""Tolerances for values of about 1. The interpreter truncates bf16; GPUs round it."""
 
 BLOCK_SIZE = 4
 dtypes = st.sampled_from(list(EXACT))
@@ -26,7 +26,7 @@ hidden_sizes = st.sampled_from([576, 960, 2304, 4096]) | st.integers(16, 300)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Values from -2 to 2: a rounding of large ones would hide an error in small ones."""
+    """Values from -2 to 2. Rounding of larger values would hide errors in small ones."""
     return (4 * torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) - 2).to(DEVICE, dtype)
 
 
@@ -46,7 +46,7 @@ def test_fused_add_rms_norm(n: int, hidden: int, dtype: torch.dtype, kind: str) 
     got = triton.fused_add_rms_norm(ours, used, weight, 1e-5, delta_weight)
     check(got, reference.fused_add_rms_norm(theirs, used, weight, 1e-5, delta_weight))
     check(ours, theirs)
-    assert torch.equal(delta, rand(n, hidden, dtype=dtype, seed=1)), "delta is only read"
+    assert torch.equal(delta, rand(n, hidden, dtype=dtype, seed=1)), "delta must not change"
 
 
 class Heads(NamedTuple):
@@ -89,7 +89,7 @@ def test_rope_and_cache(n: int, shape: Heads, dtype: torch.dtype, slots: list[in
     assert got.shape == (n, shape.q, shape.dim)
     assert got.data_ptr() == ours[0].data_ptr()
     kv_columns = slice(shape.q * shape.dim, None)
-    assert torch.equal(ours[0][:, kv_columns], qkv[:, kv_columns]), "k and v are only read"
+    assert torch.equal(ours[0][:, kv_columns], qkv[:, kv_columns]), "k and v must not change"
 
 
 @settings(deadline=None, max_examples=30)
@@ -100,6 +100,6 @@ def test_act_and_mul(n: int, inner: int, dtype: torch.dtype, gelu: bool) -> None
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gates_far_from_zero_are_open_or_shut(gelu: bool) -> None:
+def test_gates_far_from_zero_pass_all_or_nothing(gelu: bool) -> None:
     gate_up = torch.tensor([[-1e4, -90.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
     check(triton.act_and_mul(gate_up, gelu), torch.tensor([[0.0, 0.0, 90.0, 1e4]], device=DEVICE))

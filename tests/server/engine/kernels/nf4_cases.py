@@ -1,6 +1,6 @@
-"""The Triton product of NF4 weights against bitsandbytes': on the GPU if there is one, else interpreted.
+"""Compares the Triton product of NF4 weights with bitsandbytes, on a GPU or else with Triton's interpreter.
 
-Not collected by itself: ``test_interpreted.py`` runs it.
+pytest does not collect this file: ``test_interpreted.py`` runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server.engine.kernels import nf4
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXACT = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""The interpreter cuts weights off to bf16 where GPUs round them."""
+"""The interpreter truncates weights to bf16; GPUs round them."""
 
 
 def rand(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -62,7 +62,7 @@ def test_it_equals_dequantising(
 def test_the_parts_of_k_are_added_up(
     rows: int, blocks: int, outputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """13 tiles in parts of 5, 5 and 3; 33 in 8 of 5, of which 7 are enough."""
+    """13 tiles are cut into parts of 5, 5 and 3. For 33 tiles in parts of 5, 7 of the 8 parts are enough."""
     monkeypatch.setattr(nf4, "_multiprocessors", lambda _: 132)
     tiles = -(-blocks // 2)
     assert nf4.split(tiles, nf4.FORMS[0].warps, 132 * 8)[0] == {8: 2, 13: 3, 33: 7}[tiles]

@@ -1,6 +1,6 @@
-"""A block's small operations: the reference against transformers; how Triton compiles its kernels for GPUs.
+"""A block's small operations: the reference equals transformers, and Triton compiles the kernels well.
 
-What the kernels compute is tested in ``block_kernel_cases.py``.
+``block_kernel_cases.py`` tests the results of the kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.engine.kernels import choose, reference
 from tests.support.triton_running import check_wide, compile_for
 
 EXACT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
-"""transformers rounds between the operations too."""
+"""The tolerance. transformers also rounds between the operations."""
 
 dtypes = st.sampled_from(list(EXACT))
 
@@ -38,7 +38,7 @@ def check(got: Tensor, expected: Tensor) -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 600), dtypes)
 @torch.inference_mode()
-def test_the_reference_norms_as_llama_does(n: int, hidden: int, dtype: torch.dtype) -> None:
+def test_the_references_norm_equals_llamas(n: int, hidden: int, dtype: torch.dtype) -> None:
     theirs = LlamaRMSNorm(hidden, eps=1e-5).to(dtype)
     theirs.weight.copy_(torch.randn(hidden))
     x, delta = torch.randn(2, n, hidden).to(dtype)
@@ -51,7 +51,7 @@ def test_the_reference_norms_as_llama_does(n: int, hidden: int, dtype: torch.dty
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 600), dtypes)
 @torch.inference_mode()
-def test_the_reference_norms_around_the_addition_as_gemma2_does(
+def test_the_references_norms_around_the_addition_equal_gemma2s(
     n: int, hidden: int, dtype: torch.dtype
 ) -> None:
     after, before = (Gemma2RMSNorm(hidden, eps=1e-6).to(dtype) for _ in range(2))
@@ -102,7 +102,9 @@ def test_the_reference_turns_heads_as_qwen3_and_phi3_do(
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(1, 600), dtypes, st.booleans())
-def test_the_reference_gates_as_transformers_does(n: int, inner: int, dtype: torch.dtype, gelu: bool) -> None:
+def test_the_references_activation_equals_transformers(
+    n: int, inner: int, dtype: torch.dtype, gelu: bool
+) -> None:
     gate, up = gate_up = 3 * torch.randn(2, n, inner).to(dtype)
     act = ACT2FN["gelu_pytorch_tanh" if gelu else "silu"]
     check(reference.act_and_mul(torch.cat(list(gate_up), dim=1), gelu), act(gate) * up)
@@ -121,7 +123,7 @@ TARGETS = [(80, torch.float16), (90, torch.bfloat16)]
 
 
 class Launch:
-    """In a kernel's place: keeps what it is launched with."""
+    """Replaces a kernel and keeps the arguments of its launch."""
 
     arguments: tuple[Any, ...]
     warps: int
@@ -136,7 +138,7 @@ class Launch:
 def compiled_launch(
     kernel: str, call: Callable[[Any], object], capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """What Triton would compile for this call on a GPU."""
+    """The code that Triton compiles for this call on a GPU."""
     triton = pytest.importorskip("server.engine.kernels.triton")
     function, launch = getattr(triton, kernel), Launch()
     with monkeypatch.context() as patched:
@@ -175,7 +177,7 @@ def test_compiled_for_a_gpu_a_norm_reads_a_row_once_and_keeps_it_in_registers(
         monkeypatch,
     )
     check_wide(compiled)
-    assert compiled.metadata.shared <= 16 * 4, "more than a sum from each warp goes through shared memory"
+    assert compiled.metadata.shared <= 16 * 4, "only one sum of each warp may use shared memory"
 
 
 @pytest.mark.usefixtures("_fresh_cache")
@@ -190,7 +192,7 @@ def test_compiled_for_a_gpu_a_norm_reads_a_row_once_and_keeps_it_in_registers(
         (24, 8, 128, False, 96),
     ],
 )
-def test_compiled_for_a_gpu_heads_are_turned_without_shared_memory(
+def test_compiled_for_a_gpu_the_rotary_embedding_uses_no_shared_memory(
     heads: int, kv_heads: int, dim: int, normed: bool, rotary: int, capability: int, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

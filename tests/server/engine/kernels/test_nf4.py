@@ -1,4 +1,4 @@
-"""How Triton compiles the product of NF4 weights, and what its PTX decodes. Its results: ``nf4_cases.py``."""
+"""How Triton compiles the product of NF4 weights, and how its PTX decodes them. See ``nf4_cases.py`` too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGETS = [(80, torch.float16), (90, torch.bfloat16)]
 
 
 def packed_pair(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """PTX's cvt of two float32 to one register: the first argument to the upper half."""
+    """PTX's cvt of two float32 values to one register. The first argument is the upper half."""
 
     def pair(upper: Tensor, lower: Tensor) -> Tensor:
         halves = torch.stack([lower, upper], 1).to(dtype).view(torch.int16)
@@ -43,7 +43,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def run_ptx(text: str, registers: dict[str, Tensor]) -> None:
-    """What the 32 lanes of a warp compute; a register holds a value by lane."""
+    """Run PTX for the 32 lanes of a warp. A register is a tensor with one value for each lane."""
     for line in text.strip("{}\n").splitlines():
         operation, *operands = re.split(r",?\s+", line.rstrip(";"))
         if operation == ".reg":
@@ -53,12 +53,12 @@ def run_ptx(text: str, registers: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-def test_what_the_ptx_decodes_is_what_bitsandbytes_does_to_the_bit(dtype: torch.dtype) -> None:
+def test_the_ptx_decodes_the_same_bits_as_bitsandbytes(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     code = get_4bit_type("nf4", device="cpu")
     every = torch.randperm(256, generator=generator).to(torch.uint8).view(2, LANES, 4)
     for weights in every:
-        scales = torch.rand(4, generator=generator)  # of 64 weights each: of eight lanes
+        scales = torch.rand(4, generator=generator)  # each for 64 weights, which are in eight lanes
         state = QuantState(scales, torch.Size([1, 256]), code, 64, "nf4", dtype)
         expected = dequantize_4bit(weights.view(-1, 1), state).view(LANES, 4, 2)
         registers = {"$4": weights.view(torch.int32).flatten()}
@@ -83,7 +83,7 @@ def compiled_product(form: Any, capability: int, dtype: torch.dtype, in_parts: b
 
 
 def spilled(compiled: Any, folder: Path) -> int:
-    """Bytes a thread keeps in memory for want of registers."""
+    """The bytes that a thread spills to memory because registers are short."""
     import triton
 
     file = folder / "kernel.cubin"
@@ -106,17 +106,17 @@ def test_compiled_for_a_gpu_weights_go_from_wide_copies_through_shuffles_to_tens
         int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*\], (0x\w+),", ptx)
     )
     threads = LANES * form.warps
-    expected = Counter({4: form.n * 4 // threads})  # a scale for each row's four threads
+    expected = Counter({4: form.n * 4 // threads})  # one scale for the four threads of each row
     for nbytes in (form.n * nf4.TILE_K // 2, form.rows * nf4.TILE_K * 2):  # weights and x
         expected[16] += nbytes // threads // 16
     assert copies == Counter({size: form.stages * count for size, count in expected.items()})
     assert ptx.count("shfl.sync.idx") == form.n * nf4.TILE_K / threads, (
-        "each weight is looked up once, in the loop"
+        "each weight must be looked up once, in the loop"
     )
     assert not re.findall(r"ld\.global\.[bu]8|ld\.local|st\.local", ptx)
     loop = ptx[ptx.index("shfl.sync.idx") : ptx.rindex("mma")]
     if capability == 90:
-        assert "st.shared" not in loop, "decoded weights stay in their thread's registers"
+        assert "st.shared" not in loop, "decoded weights must stay in their thread's registers"
     assert spilled(compiled, tmp_path) == 0
     assert compiled.metadata.shared <= 99 * 1024
 
@@ -146,5 +146,5 @@ def test_an_8b_model_keeps_the_multiprocessors_of_an_h100_busy(outputs: int, inp
     ("inputs", "blocksize", "kind", "fits"),
     [(128, 64, "nf4", True), (192, 128, "nf4", False), (128, 32, "nf4", False), (128, 64, "fp4", False)],
 )
-def test_other_weights_are_not_for_it(inputs: int, blocksize: int, kind: str, fits: bool) -> None:
+def test_unsupported_weights_are_refused(inputs: int, blocksize: int, kind: str, fits: bool) -> None:
     assert (nf4.check_weight(inputs, blocksize, kind) is None) == fits

@@ -1,4 +1,4 @@
-"""What the code of single models does with linears, attention functions and configs, and others do not."""
+"""Models whose code uses linears, attention functions or configs in unusual ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny_zoo import save_tiny_model
 
 
 def served(model_type: str, home: Path) -> Parts:
-    """The parts for a tiny model, which passed the check at the start and a request."""
+    """The parts of a tiny model, after the check at the start and one request."""
     parts = build(save_tiny_model(model_type, home / "model"), home)
     asked = Asked([5, 6, 7], params={"ignore_eos": True})
     Driver(parts).run(asked)
@@ -25,10 +25,10 @@ def served(model_type: str, home: Path) -> Parts:
 @pytest.mark.parametrize(
     "model_type",
     [
-        "hunyuan_v1_moe",  # its gate reads the dtype of its linear's weight
+        "hunyuan_v1_moe",  # its gate reads the dtype of a linear's weight
         "afmoe",  # it passes the mask by name
-        "dbrx",  # its sub-configs are no models and have no attention
-        "got_ocr2",  # the whole keeps its own attention, the text model inside takes ours
+        "dbrx",  # its sub-configs are not models and have no attention
+        "got_ocr2",  # the outer model keeps its own attention, and its text model uses ours
     ],
 )
 def test_it_is_served(model_type: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a base is found to do at the start: which linears adapters may add to, and what cannot be stepped."""
+"""The probe at the start: which linears adapters may change, and which architectures cannot run in steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.tiny_models import make_peft_adapter, make_tiny_model
 
 
 class Gate(nn.Module):
-    """A block's MLP whose linear sees some tokens only, as an expert sees those that are sent to it."""
+    """An MLP with a linear that gets only some tokens, like an expert."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Gate(nn.Module):
 
 
 def _odd_base(home: Path) -> LoadedBase:
-    """Some of its linears do not get each token once: behind logits_to_keep, an expert, an unused one."""
+    """A base with linears that do not get each token once: after logits_to_keep, an expert, an unused one."""
     base = load_base(
         prepare_base(str(make_tiny_model("llama", home / "model")), home, "none", progress=False)
     )
@@ -54,7 +54,7 @@ def _odd_base(home: Path) -> LoadedBase:
 ODD = ["late", "model.layers.1.mlp.expert", "unused"]
 
 
-def test_linears_that_do_not_get_each_token_once_are_no_sites(tmp_path: Path) -> None:
+def test_linears_that_do_not_get_each_token_once_are_not_sites(tmp_path: Path) -> None:
     base = _odd_base(tmp_path)
     found = servable(base, probe(base)).layout
     assert sorted(found.unservable) == ODD
@@ -63,9 +63,7 @@ def test_linears_that_do_not_get_each_token_once_are_no_sites(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("module", ODD)
-def test_an_adapter_on_such_a_linear_is_refused_by_name_and_the_others_are_served(
-    module: str, tmp_path: Path
-) -> None:
+def test_an_adapter_on_such_a_linear_is_refused_and_others_are_served(module: str, tmp_path: Path) -> None:
     base = _odd_base(tmp_path)
     targets = {"good": ["q_proj"], "odd": ["q_proj", module.rpartition(".")[2]]}
     for name, modules in targets.items():
@@ -81,8 +79,8 @@ def test_an_adapter_on_such_a_linear_is_refused_by_name_and_the_others_are_serve
     assert asked.tokens
 
 
-def test_a_linear_that_gets_other_rows_after_all_raises_and_nothing_is_written(tmp_path: Path) -> None:
-    """As when a router sent it all of the probe's tokens by chance."""
+def test_a_linear_with_an_unexpected_number_of_rows_raises(tmp_path: Path) -> None:
+    """This happens if a router sent all of the probe's tokens to one expert."""
     base = _odd_base(tmp_path)
     pool = RankPool(base.layout.sites, 4, base.model.dtype)
     model = TransformersModel(base, pool).model
@@ -107,7 +105,7 @@ def test_a_linear_that_gets_other_rows_after_all_raises_and_nothing_is_written(t
         ("jamba", {}, "linear_attention"),
     ],
 )
-def test_architectures_that_cannot_be_stepped_are_named_with_the_reason(
+def test_architectures_that_cannot_run_in_steps_are_refused_with_the_reason(
     family: str, fields: dict[str, Any], kind: str
 ) -> None:
     with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be served: it has layers of .*{kind}"):
@@ -115,7 +113,7 @@ def test_architectures_that_cannot_be_stepped_are_named_with_the_reason(
 
 
 @pytest.mark.parametrize("family", ["llama4", "llama4_text"])
-def test_llama4_is_served_up_to_the_length_from_which_positions_in_a_step_count(family: str) -> None:
+def test_llama4_is_served_up_to_one_attention_chunk(family: str) -> None:
     config = AutoConfig.for_model(family)
     for longest in (None, 8192):
         with pytest.raises(BaseModelError, match=rf"\({family}\) cannot be .*--max-model-len 8191, or"):
@@ -126,14 +124,14 @@ def test_llama4_is_served_up_to_the_length_from_which_positions_in_a_step_count(
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "mixtral", "gpt2"]
 )
-def test_attention_of_every_token_or_of_a_window_is_stepped(family: str) -> None:
+def test_causal_and_sliding_window_attention_is_accepted(family: str) -> None:
     check_config(AutoConfig.for_model(family))
 
 
-def test_a_layer_that_does_not_attend_through_us_is_a_refusal() -> None:
+def test_a_layer_that_does_not_use_our_attention_is_refused() -> None:
     config = AutoConfig.for_model("llama", num_hidden_layers=3)
     check_layers(config, {0, 1, 2})
-    check_layers(config, {0, 1, MAX_LAYERS})  # two stacks of layers that share numbers
+    check_layers(config, {0, 1, MAX_LAYERS})  # two stacks of layers with the same numbers
     with pytest.raises(BaseModelError, match=r"\(llama\) cannot be served: 1 of its 3 layers .* layer 1"):
         check_layers(config, {0, 2})
 
@@ -145,7 +143,7 @@ def test_it_is_refused_before_it_is_quantised(tmp_path: Path) -> None:
     assert not (tmp_path / "home" / "bases").exists()
 
 
-def test_whatever_a_models_code_raises_names_its_architecture(
+def test_errors_of_a_models_code_name_its_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(

@@ -1,4 +1,4 @@
-"""LongRoPE and dynamic NTK scaling: the frequencies are transformers' own for the longest served sequence."""
+"""LongRoPE and dynamic NTK scaling use transformers' frequencies for the longest served sequence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT, LONG = list(range(10, 30)), list(range(100, 200))
 
 
 def _frequencies(folder: Path, position: int) -> Tensor:
-    """transformers' own, for a sequence that ends at ``position``."""
+    """transformers' frequencies for a sequence that ends at ``position``."""
     rotary = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
     rotary(torch.zeros(1), torch.tensor([[position]]))
     frequencies: Tensor = rotary.inv_freq
@@ -60,7 +60,7 @@ def test_longrope_has_the_factors_of_the_served_context(
     parts.close()
 
 
-def test_longrope_beyond_the_original_length_is_transformers_own_in_any_batch(tmp_path: Path) -> None:
+def test_longrope_beyond_the_original_length_equals_transformers_in_any_batch(tmp_path: Path) -> None:
     folder = make_tiny_model("phi3", tmp_path / "model", **PHI3)
     flags = ["--quantization", "none", "--max-num-batched-tokens", "64", "--no-enable-prefix-caching"]
     parts = build(folder, tmp_path, *flags)
@@ -70,7 +70,7 @@ def test_longrope_beyond_the_original_length_is_transformers_own_in_any_batch(tm
     parts.close()
 
 
-def test_longrope_within_the_original_length_is_transformers_own(tmp_path: Path) -> None:
+def test_longrope_within_the_original_length_equals_transformers(tmp_path: Path) -> None:
     folder = make_tiny_model("phi3", tmp_path / "model", **PHI3)
     parts = build(folder, tmp_path, "--quantization", "none", "--max-model-len", "32")
     assert _close(_first_logits(parts, SHORT)[0], _own_logits(folder, SHORT))
@@ -102,7 +102,7 @@ def test_yarn_serves_the_scaled_length(tmp_path: Path) -> None:
     parts.close()
 
 
-def test_a_scale_that_still_depends_on_the_step_is_refused_with_a_length_that_works(tmp_path: Path) -> None:
+def test_a_scale_that_depends_on_the_step_is_refused_with_a_length_that_works(tmp_path: Path) -> None:
     rope = {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.5}
     folder = make_tiny_model("phimoe", tmp_path / "model", num_local_experts=4, rope_parameters=rope)
     with pytest.raises(BaseModelError, match=r"\(phimoe\) cannot be served: .*step.*--max-model-len 32"):

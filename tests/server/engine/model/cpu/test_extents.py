@@ -1,4 +1,4 @@
-"""A call that would leave its tensors is refused before a native kernel, which cannot tell, gets it."""
+"""A call that would access memory outside its tensors is refused. The native kernels do not check this."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _kernels() -> list[LoraKernel]:
 @pytest.mark.parametrize(
     ("y", "x", "stop"),
     [
-        ((3, 32), (3, 64), 4),  # a segment beyond the rows
+        ((3, 32), (3, 64), 4),  # a segment longer than the rows
         ((3, 32), (4, 64), 3),  # fewer rows of y
         ((4, 32), (3, 64), 3),
         ((3, 16), (3, 64), 3),  # narrower than the site
@@ -98,7 +98,7 @@ def test_a_sequence_longer_than_its_blocks() -> None:
         NativePaged(loaded, 16).begin([prompt])
 
 
-@pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
+@pytest.mark.skipif(isa() != "avx512bf16", reason="the fused step does not run on this machine")
 def test_the_fused_step(tmp_path: Path) -> None:
     base = load_base(
         prepare_base(str(make_tiny_model("llama", tmp_path / "model")), tmp_path, progress=False)

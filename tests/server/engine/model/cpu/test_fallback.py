@@ -1,4 +1,4 @@
-"""What the fused step does not know is refused by it, served by transformers' own blocks, and equals PEFT."""
+"""The fused step refuses what it does not support. transformers' blocks then serve it, and it equals PEFT."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from server.engine.sequence import Chunk
 from tests.support.running_engine import Asked, Driver, LogitsRecorder, build
 from tests.support.tiny_models import PHI3, make_peft_adapter, make_tiny_model
 
-pytestmark = pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
+pytestmark = pytest.mark.skipif(isa() != "avx512bf16", reason="the fused step does not run on this machine")
 TOLERANCE = 0.1
-"""Largest difference of a logit, as a share of their standard deviation; other sums round differently."""
+"""The largest difference of a logit, in standard deviations. Another order of sums rounds differently."""
 
 PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -61,7 +61,7 @@ def _serve(family: str, fields: dict[str, Any], home: Path) -> Parts:
 
 
 def _distance_from_peft(parts: Parts, home: Path) -> float:
-    """Over a prompt beside another request, and its answer."""
+    """The largest difference of a logit over an answer, computed beside another request."""
     parts.engine.model = recorder = LogitsRecorder(parts.model)
     driver = Driver(parts)
     driver.resident("mine")
@@ -76,7 +76,7 @@ def _distance_from_peft(parts: Parts, home: Path) -> float:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_is_served_by_transformers(
+def test_unsupported_models_are_served_by_transformers(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     family, fields, reason = REFUSED[case]
@@ -88,16 +88,16 @@ def test_what_is_refused_is_served_by_transformers(
 
 
 @pytest.mark.parametrize("case", KNOWN)
-def test_what_is_known_is_fused_and_equals_peft(case: str, tmp_path: Path) -> None:
+def test_supported_models_are_fused_and_equal_peft(case: str, tmp_path: Path) -> None:
     parts = _serve(*KNOWN[case], tmp_path)
     assert parts.model.name == "fused"
     assert _distance_from_peft(parts, tmp_path) < TOLERANCE
 
 
-def test_a_model_that_turns_out_different_is_not_fused(
+def test_a_model_with_other_results_is_not_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if a new version of transformers changed a norm."""
+    """A new version of transformers might change a norm like this."""
     base = load_base(
         prepare_base(str(make_tiny_model("llama", tmp_path / "model")), tmp_path, progress=False)
     )
@@ -111,7 +111,7 @@ def test_a_model_that_turns_out_different_is_not_fused(
 
 
 @pytest.mark.parametrize(("max_tokens", "positions"), [(1, 512), (7, 512), (512, 24)])
-def test_the_comparison_fits_small_steps_and_short_contexts(
+def test_the_comparison_works_with_small_steps_and_short_contexts(
     max_tokens: int, positions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_model("llama", tmp_path / "model", max_position_embeddings=positions)

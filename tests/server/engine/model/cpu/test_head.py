@@ -28,11 +28,11 @@ shapes = st.tuples(
 
 @dataclass
 class Head:
-    """A random head, as numbers and as the kernel has it.
+    """A random head, as a dense tensor and in the kernel's form.
 
     Attributes:
         dense: [vocabulary, hidden].
-        fields: of ``HeadCall``; they point into ``kept``.
+        fields: the fields of ``HeadCall``. They point into ``kept``.
     """
 
     dense: Tensor
@@ -47,7 +47,7 @@ def in_bf16(vocabulary: int, hidden: int) -> Head:
 
 
 def in_nf4(vocabulary: int, hidden: int) -> Head:
-    """Sizes are rounded up to whole panels and quantisation blocks."""
+    """A head in NF4. Its sizes are rounded up to whole panels and quantisation blocks."""
     linear = Nf4Linear(-(-hidden // 64) * 64, -(-vocabulary // 32) * 32, seed=vocabulary, bias=False)
     struct, values = linear.struct(), codebook()
     fields = {"nf4": addressof(struct), "codebook": values.data_ptr()}
@@ -59,7 +59,7 @@ MakeHead = Callable[[int, int], Head]
 
 
 def _make(shape: Shape, make_head: MakeHead) -> tuple[Tensor, list[int], Tensor, Head]:
-    """x, which rows of it, the norm's weights, the head."""
+    """x, the rows of x to use, the norm's weights, and the head."""
     vocabulary, hidden, tokens, rows, _ = shape
     torch.manual_seed(vocabulary * hidden)
     made = make_head(vocabulary, hidden)
@@ -79,7 +79,7 @@ def test_the_head_equals_norm_and_product(make_head: MakeHead, isa: str, shape: 
     normed = torch.nn.functional.rms_norm(x[rows].float(), x.shape[1:], norm, eps=1e-5).bfloat16()
     expected = normed.float() @ made.dense.float().T
     expected = cap * torch.tanh(expected / cap) if cap else expected
-    # A number that the two norms round to different bf16 neighbours moves a sum by 2^-8 of one term.
+    # If the two norms round a number to different bf16 neighbours, a sum changes by 2^-8 of one term.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0.05)
 
 

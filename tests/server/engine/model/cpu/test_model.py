@@ -1,7 +1,7 @@
-"""The fused step against transformers' own blocks in float32, at sizes that fill no register evenly.
+"""Compares the fused step with transformers' blocks in float32, at sizes that do not fill whole registers.
 
-Norms, rotary embedding, activation, residuals, biases, windows and soft caps are tried together, with every
-instruction set, on the very same 4-bit weights.
+Norms, rotary embedding, activation, residuals, biases, windows and soft caps are tested together, with every
+instruction set, on the same 4-bit weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LENGTHS = [1, 2, 15, 16, 17, 37]
 
 
 class Bed:
-    """A model both ways, and prompts of ``LENGTHS``."""
+    """A fused model, the logits of transformers in float32, and prompts of ``LENGTHS``."""
 
     def __init__(self, base: LoadedBase) -> None:
         vocabulary = base.model.config.vocab_size
@@ -65,7 +65,7 @@ class Bed:
         self.fused.allocate(3 * len(LENGTHS), TILE)
 
     def chunks(self, sizes: list[int]) -> Iterator[list[Chunk]]:
-        """Steps that take all prompts along by so many tokens in turn, then by what is left."""
+        """Steps that compute all prompts together: first by ``sizes`` tokens each, then the rest."""
         sequences = [self._sequence(i) for i in range(len(self.prompts))]
         start = 0
         for size in [*sizes, max(LENGTHS)]:
@@ -82,7 +82,7 @@ class Bed:
         return sequence
 
     def run(self, sizes: list[int]) -> Tensor:
-        """Logits [prompts, vocabulary] after their last tokens."""
+        """The logits [prompts, vocabulary] after the last token of each prompt."""
         rows: dict[str, Tensor] = {}
         for chunks in self.chunks(sizes):
             sampling = [chunk.sequence.request_id for chunk in chunks if chunk.samples]
@@ -104,5 +104,5 @@ def test_it_equals_transformers_in_float32(bed: Bed, isa: str) -> None:
         whole = bed.run([])
         cut = bed.run([1, 13, 2])
     distance = ((whole - bed.expected).square().mean(-1).sqrt() / bed.expected.std(-1)).max().item()
-    assert distance < 0.03, "bf16 rounds each of the numbers on the way to within 0.4%"
+    assert distance < 0.03, "bf16 rounds each intermediate number to within 0.4%"
     assert torch.equal(cut, whole)

@@ -1,9 +1,9 @@
-"""CUDA graphs without CUDA: a run's operations, repeated on the very tensors that it ran on.
+"""CUDA graphs without CUDA: it records the operations of a run and repeats them on the same tensors.
 
-As with a real graph, nothing of the model's Python runs again, what a replay reads lies where the recorded
-run read it, and a run that looks at values on the host cannot be recorded. What is recorded: torch's
-primitive operations, launches of interpreted Triton kernels, and calls of functions that stand in for kernels
-(``as_launch``). What it does not see: tensors that ``torch.from_numpy`` makes of the host's.
+It is like a real graph in three ways. A replay does not run the model's Python. It reads the same addresses
+as the recorded run. A run that reads values on the host cannot be recorded. It records torch's primitive
+operations, launches of interpreted Triton kernels, and calls of functions that replace kernels
+(``as_launch``). It does not notice tensors that ``torch.from_numpy`` makes from the host's memory.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ R = TypeVar("R")
 aten = torch.ops.aten
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
-"""Methods that bring values to the host, and which on a CPU are no operations that could be recorded."""
+"""Methods that copy values to the host. On a CPU they are not operations that could be recorded."""
 
 _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-"""Which depend on values only where the index is a mask."""
+"""Operations that depend on values only if the index is a mask."""
 
 _DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _recording: list[_Recording] = []
-"""The run that is being recorded, if any."""
+"""The current recording, if there is one."""
 
 
 class RecordedGraph:
-    """See ``Graph``."""
+    """Like ``Graph``."""
 
     def __init__(self) -> None:
         self._launches: list[_Launch] = []
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        """Run it once. As after a real capture, what its operations made has no values before a replay.
+        """Run it once. As after a real capture, the results have no values before a replay.
 
         Raises:
-            RuntimeError: it does what cannot be recorded.
+            RuntimeError: an operation cannot be recorded.
         """
         with ExitStack() as stack:
             recording = _Recording(self._launches)
@@ -76,7 +76,7 @@ class RecordedGraph:
 
 
 def as_launch(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that stands in for a kernel: a graph repeats it as a whole, whatever it does inside."""
+    """Make a function a launch, like a kernel. A graph repeats the call and records nothing inside it."""
 
     @wraps(function)
     def launched(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -90,7 +90,7 @@ def as_launch(function: Callable[P, R]) -> Callable[P, R]:
 
 @dataclass(frozen=True)
 class _Launch:
-    """``made``: by tensor of the result, that tensor, or None if it is (a view of) one of the arguments."""
+    """``made``: the tensors of the result, with None for those that are arguments or views of them."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -105,13 +105,13 @@ class _Launch:
 
 
 class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation, after those that consist of others were taken apart."""
+    """Records every operation. torch has already split compound operations."""
 
     def __init__(self, launches: list[_Launch]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._launches = launches
         self.inside = False
-        """A launch is under way: what it does is not recorded by itself."""
+        """During a launch, the operations inside it are not recorded separately."""
 
     def __torch_dispatch__(
         self, func: OpOverload[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -151,23 +151,25 @@ class _NoReading(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         if func in _READS and not self._recording.inside:
-            raise RuntimeError(f"{func.__name__} waits for the device: it cannot be recorded in a graph")
+            raise RuntimeError(f"{func.__name__} waits for the device and cannot be recorded in a graph")
         return func(*args, **(kwargs or {}))
 
 
 def _refuse_if_impossible(func: OpOverload[..., Any], args: tuple[Any, ...]) -> None:
     if func is aten.lift_fresh.default:
-        raise RuntimeError("a tensor made of the host's values is the same in every replay of a graph")
+        raise RuntimeError(
+            "a tensor made from the host's values would be the same in every replay of a graph"
+        )
     if func.overloadpacket in _INDEXING:
         waits = any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
     else:
         waits = bool(_DEPENDENT & set(func.tags))
     if waits:
-        raise RuntimeError(f"{func} waits for the device: it cannot be recorded in a graph")
+        raise RuntimeError(f"{func} waits for the device and cannot be recorded in a graph")
 
 
 def _interpreter_through(recording: _Recording) -> AbstractContextManager[object]:
-    """Triton's interpreted launches become launches of the recording."""
+    """Record Triton's interpreted launches as launches."""
     run = InterpretedFunction.run
     return mock.patch.object(
         InterpretedFunction, "run", lambda self, *args, **kwargs: recording.launch(run, (self, *args), kwargs)

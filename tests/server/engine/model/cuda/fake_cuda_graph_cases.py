@@ -1,6 +1,6 @@
 """Graphs of interpreted Triton kernels.
 
-Not collected by itself: ``test_interpreted.py`` runs it.
+pytest does not collect this file: ``test_interpreted.py`` runs it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from server.engine.kernels import reference
 from server.engine.kernels import triton as ops
 from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has real graphs")
 
 
 def test_a_graph_serves_other_adapters_than_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None at capture; then several, of other ranks, in tables that have grown; fewer; none."""
+    """No adapters at the capture; then several with other ranks in larger tables, then fewer, then none."""
     monkeypatch.setattr(triton, "_PROGRAMS", 48)
     world, kernel, graph = World(outputs=(24, 16)), TritonLora(torch.device("cpu")), RecordedGraph()
     nobody: list[Segment] = []
@@ -46,7 +46,7 @@ def test_a_graph_serves_other_adapters_than_it_was_captured_with(monkeypatch: py
         assert torch.equal(result, ys[0])
 
 
-def test_a_graph_of_a_blocks_kernels_reads_what_lies_at_its_places() -> None:
+def test_a_graph_of_a_blocks_kernels_reads_the_current_values() -> None:
     x, delta, weight = torch.randn(3, 40), torch.randn(3, 40), torch.rand(40)
     graph = RecordedGraph()
     result = graph.capture(lambda: ops.act_and_mul(ops.fused_add_rms_norm(x, delta, weight, 1e-5), gelu=True))

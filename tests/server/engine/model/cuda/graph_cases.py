@@ -1,5 +1,6 @@
-"""Decoding in recorded graphs, with Triton's kernels interpreted. Not collected by itself
-(``test_interpreted.py``).
+"""Decoding in recorded graphs, with Triton's kernels interpreted.
+
+pytest does not collect this file: ``test_interpreted.py`` runs it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from tests.server.engine.fake_gpu import GRAPH_BATCH, pretend
 from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph
 from tests.support.exactness import Plan, compare_with_peft
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there are real graphs")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has real graphs")
 
 PLAN: Plan = [("everywhere", 2), (None, 5), ("attention", 3), ("mixed-ranks", 4)]
 
 
 def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three adapters and the base in graphs that were recorded without any, of our product of NF4 weights."""
+    """Three adapters and the base, in graphs that were recorded without adapters, with our NF4 product."""
     replays: list[tuple[int, bool]] = []
     places: set[int] = set()
     replay = DecodeGraphs.replay
@@ -57,9 +58,9 @@ def test_decoding_in_graphs_equals_peft(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(DecodeGraphs, "replay", noted)
     monkeypatch.setattr(graphs, "graph_batch_sizes", lambda most: [most // 2, most])
     monkeypatch.setattr(made_up, "_WARM_TOKENS", 8)
-    monkeypatch.setattr(triton, "_PROGRAMS", 8)  # the interpreter takes them one by one
+    monkeypatch.setattr(triton, "_PROGRAMS", 8)  # the interpreter runs programs one by one
     pretend(monkeypatch, RecordedGraph)
     compare_with_peft("llama", tmp_path, tolerance=0.15, plan=PLAN)
     assert replays.count((GRAPH_BATCH, True)) > 5
-    assert len(places) == 1, "each graph keeps logits of its own"
-    assert GRAPH_BATCH in multiplied, "the graphs were recorded with it"
+    assert len(places) == 1, "the graphs must share one buffer of logits"
+    assert GRAPH_BATCH in multiplied, "the graphs must use our NF4 product"

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA graphs; with Triton's kernels in ``fake_cuda_graph_cases.py``."""
+"""The fake of CUDA graphs. ``fake_cuda_graph_cases.py`` tests it with Triton's kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.server.engine.model.cuda.fake_cuda_graph import RecordedGraph, as_lau
 
 
 class Model(nn.Module):
-    """Views, in-place operations, a cache, a block's usual operations; counts how often its Python runs."""
+    """Uses views, in-place operations, a cache and a block's usual operations. Counts its runs in Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_a_replay_computes_what_the_model_would_without_running_it(inference: bool) -> None:
+def test_a_replay_gives_the_models_results_without_running_its_python(inference: bool) -> None:
     with torch.inference_mode(inference), torch.no_grad():
         torch.manual_seed(0)
         model, graph = Model(), RecordedGraph()
@@ -65,7 +65,7 @@ def test_a_result_has_no_values_before_a_replay() -> None:
     assert result.tolist() == [2.0, 2.0]
 
 
-def test_what_python_decided_stays_as_it_was() -> None:
+def test_a_python_value_keeps_its_recorded_value() -> None:
     x, factor, graph = torch.ones(2), 3.0, RecordedGraph()
     result = graph.capture(lambda: x * factor)
     factor = 5.0
@@ -95,17 +95,19 @@ IMPOSSIBLE: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("run", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_what_a_real_capture_forbids_is_refused(run: Callable[[], object], inference: bool) -> None:
+def test_operations_that_a_real_capture_forbids_are_refused(
+    run: Callable[[], object], inference: bool
+) -> None:
     def model() -> Tensor:
         run()
         return X + 1
 
     with torch.inference_mode(inference), pytest.raises(RuntimeError, match="graph"):
         RecordedGraph().capture(model)
-    assert X.tolist() == [0.0, 1.0, 2.0, 3.0], "nothing is watched any longer"
+    assert X.tolist() == [0.0, 1.0, 2.0, 3.0], "the recording must have stopped"
 
 
-def test_a_stand_in_for_a_kernel_may_do_anything_and_is_repeated_whole() -> None:
+def test_a_function_that_replaces_a_kernel_may_do_anything_and_is_repeated_whole() -> None:
     @as_launch
     def add(out: Tensor) -> None:
         out += 1
@@ -123,4 +125,4 @@ def test_a_stand_in_for_a_kernel_may_do_anything_and_is_repeated_whole() -> None
     graph.replay()
     assert result.tolist() == [3.0, 5.0]
     assert out.tolist() == [3.0, 4.0]
-    assert kernel(x, out)[1].item() == 5.0, "and by itself it is what it was"
+    assert kernel(x, out)[1].item() == 5.0, "outside a recording the function is unchanged"

@@ -1,4 +1,4 @@
-"""The fused step of a GPU with torch's arithmetic in place of its kernels, which are tested by themselves."""
+"""The GPU's fused step with torch operations in place of its kernels. Other tests cover the kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.exactness import compare_with_peft
 from tests.support.tiny_models import FAMILIES, Family, make_tiny_model
 
 TOLERANCE = 0.15
-"""Wider than transformers' blocks need: a fused operation is rounded once where theirs is thrice."""
+"""Larger than for transformers' blocks: they round three times where a fused operation rounds once."""
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -39,11 +39,11 @@ def test_a_mixed_batch_equals_peft(
 
 
 class OutOfResources(Exception):
-    """As Triton's."""
+    """Like Triton's error, which is not a RuntimeError."""
 
 
 class Refused:
-    """A graph that the driver does not record."""
+    """A graph that the driver refuses to record."""
 
     def capture(self, _: Callable[[], Tensor]) -> Tensor:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand a trace")
@@ -52,14 +52,14 @@ class Refused:
 
 
 class TooLarge(Refused):
-    """A kernel of the graph that takes more than the GPU has: Triton's error is no RuntimeError."""
+    """A graph with a kernel that needs more shared memory than the GPU has."""
 
     def capture(self, _: Callable[[], Tensor]) -> Tensor:
         raise OutOfResources("out of resource: shared memory")
 
 
 class Wrong:
-    """A graph that computes something else."""
+    """A graph with wrong results."""
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         self._result = run()
@@ -92,9 +92,7 @@ def test_graphs_that_fail_or_are_wrong_are_not_used(
     assert model(warming_steps(base.model.config, 8, 16)[1]).isfinite().all()
 
 
-def test_a_product_of_ours_that_is_not_used_is_a_fallback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_product_being_refused_is_a_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(weights: Sequence[Nf4Weight], _: object) -> dict[tuple[int, int], Choice]:
         choices = {(weight.outputs, weight.inputs): Choice() for weight in weights}
         return choices | {(weights[0].outputs, weights[0].inputs): Choice((), "it is off by 1.000")}
@@ -108,7 +106,7 @@ def test_a_product_of_ours_that_is_not_used_is_a_fallback(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
-def test_what_is_kept_by_position_is_known_before_it_is_taken(
+def test_the_size_of_the_rotary_tables_is_known_in_advance(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, base = _device_model(tmp_path, monkeypatch, "none", None, family)
@@ -125,7 +123,7 @@ def _device_model(
     graph: type[Refused | Wrong] | None,
     family: Family = "llama",
 ) -> tuple[CudaModel, LoadedBase]:
-    """With pages for 128 tokens."""
+    """A fused GPU model on the CPU with pages for 128 tokens."""
     pretend(monkeypatch)
     folder = make_tiny_model(family, home / "base")
     base = load_base(prepare_base(str(folder), home, quantization, progress=False))

@@ -1,4 +1,4 @@
-"""Which product of NF4 weights is chosen: from made-up timings, on weights that bitsandbytes packed."""
+"""Which product of NF4 weights is chosen, with invented timings and weights that bitsandbytes packed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from server.engine.model.cuda.products import (
 
 
 class OutOfResources(Exception):
-    """As Triton's: no RuntimeError."""
+    """Like Triton's error, which is not a RuntimeError."""
 
 
 def weight(outputs: int = 32, inputs: int = 128, seed: int = 0) -> Nf4Weight:
@@ -34,13 +34,13 @@ def weight(outputs: int = 32, inputs: int = 128, seed: int = 0) -> Nf4Weight:
     return Nf4Weight(packed, state.absmax, state.code, outputs, inputs, 64, "nf4")
 
 
-def test_the_quickest_is_chosen_and_the_usual_one_unless_another_is_clearly_quicker() -> None:
+def test_the_usual_product_is_chosen_unless_another_is_clearly_quicker() -> None:
     assert quickest({USUAL: 2.0, "dense": 3.0, OURS: 1.0}) == OURS
     assert quickest({USUAL: 2.0, "dense": 1.0}) == "dense"
     assert quickest({USUAL: 1.0, "dense": 0.98, OURS: 0.99}) == USUAL
 
 
-def test_rows_between_do_as_the_next_measured_number() -> None:
+def test_rows_between_measured_numbers_use_the_next_larger_one() -> None:
     choice = Choice([OURS if rows <= 64 else "dense" for rows in ROWS])
     assert [choice.of(rows) for rows in (1, 33, 64)] == [OURS] * 3
     assert [choice.of(rows) for rows in (65, 512)] == ["dense"] * 2
@@ -55,7 +55,7 @@ def test_products_are_the_same_product() -> None:
     torch.testing.assert_close(usual, dense, rtol=0.02, atol=0.02)
 
 
-def test_ours_is_for_few_rows_of_weights_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_product_is_used_for_few_rows_of_supported_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     few, many = (candidates(weight(), rows) for rows in (128, 129))
     assert (few, many) == ([USUAL, "dense", OURS], [USUAL, "dense"])
@@ -65,7 +65,7 @@ def test_ours_is_for_few_rows_of_weights_that_it_knows(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """(name, rows) of what ran last of each timing; ours is what ``OURS`` is set to, or the dense product."""
+    """The (name, rows) of each product that ran. All of them compute the dense product."""
     seen: list[tuple[str, int]] = []
 
     def noted(name: str) -> Callable[[Nf4Weight, Tensor, Tensor | None], Tensor]:
@@ -84,7 +84,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def by_name(seen: list[tuple[str, int]], taken: dict[str, float]) -> Callable[[Callable[[], Tensor]], float]:
-    """A timer by which each product takes so long, whatever it does."""
+    """A timer that returns the given seconds for each product."""
 
     def seconds_of(run: Callable[[], Tensor]) -> float:
         run()
@@ -106,7 +106,7 @@ def test_each_shape_is_measured_by_itself(
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong", "is NaN"])
-def test_what_fails_or_errs_is_left_out_and_says_so(
+def test_a_product_that_fails_or_is_wrong_is_refused_with_the_reason(
     fault: str, ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = PRODUCTS[OURS]
@@ -139,8 +139,8 @@ def test_ours_is_tried_on_every_weight_of_a_shape(
 
 
 @pytest.mark.parametrize("name", [USUAL, "dense", OURS])
-def test_what_cannot_be_timed_does_not_end_the_start(name: str, ran: list[tuple[str, int]]) -> None:
-    """It may run, and yet not be recorded in a graph."""
+def test_a_product_that_cannot_be_timed_does_not_end_the_start(name: str, ran: list[tuple[str, int]]) -> None:
+    """A product may run but fail to be recorded in a graph."""
     taken = by_name(ran, {USUAL: 3.0, "dense": 2.0, OURS: 1.0})
 
     def seconds_of(run: Callable[[], Tensor]) -> float:
@@ -155,7 +155,7 @@ def test_what_cannot_be_timed_does_not_end_the_start(name: str, ran: list[tuple[
     assert bool(choice.refused) == (name == OURS)
 
 
-def test_no_more_weights_are_read_than_needed_to_leave_the_cache(
+def test_only_enough_weights_are_read_to_exceed_the_cache(
     ran: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = weight()
@@ -169,7 +169,7 @@ def test_nothing_is_measured_without_a_gpu() -> None:
         assert timer is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it times a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_gpu_is_timed(graphs: bool) -> None:
     gpu = torch.device("cuda")
@@ -180,8 +180,8 @@ def test_a_gpu_is_timed(graphs: bool) -> None:
     assert 0 < small < large < 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it measures on a GPU")
-def test_on_a_gpu_all_products_of_a_models_shape_are_right_and_one_is_chosen(
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_all_products_are_correct_and_one_is_chosen(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     gpu = torch.device("cuda")
