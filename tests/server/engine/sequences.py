@@ -24,7 +24,7 @@ def make_version(name: str, digest: str | None = None, ranks: dict[str, int] | N
 def make_sequence(
     prompt: int | list[int] = 5, adapter: str | Version | None = None, **params: Any
 ) -> Sequence:
-    """A sequence with a prompt of that many distinct tokens, or of exactly those."""
+    """A sequence with a prompt of ``prompt`` distinct tokens, or of exactly these tokens."""
     number = next(_numbers)
     tokens = list(range(1000 * number, 1000 * number + prompt)) if isinstance(prompt, int) else prompt
     version = make_version(adapter) if isinstance(adapter, str) else adapter
@@ -33,7 +33,7 @@ def make_sequence(
 
 
 class OpenGate:
-    """Admits everyone but the adapters named in ``cold``."""
+    """Admits all adapters except those named in ``cold``."""
 
     def __init__(self, cold: set[str] | None = None) -> None:
         self.cold = cold or set()
@@ -49,7 +49,7 @@ class OpenGate:
     def admit(self, sequence: Sequence) -> bool:
         if not self.prepare(sequence):
             return False
-        assert sequence not in self.pinned, "pinned twice"
+        assert sequence not in self.pinned, "a sequence must not pin twice"
         self.pinned.add(sequence)
         sequence.slot = 0 if sequence.adapter is not None else -1
         return True

@@ -1,4 +1,4 @@
-"""Scheduler, gate and residency together: who waits for an adapter gets it, and the very one asked for."""
+"""Scheduler, gate and residency together. A waiting request gets its adapter, in the right version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP = 0.025
 
 @dataclass
 class Names:
-    """Stands in for the registry: what each name means now, and how many requests use each version."""
+    """A fake registry: the current version of each name, and the number of requests that use each version."""
 
     current: dict[str, Version] = field(default_factory=dict)
     uses: dict[Version, int] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Names:
 
 
 class Serving:
-    """A scheduler before a real residency, with two places and room for two adapters of rank 4."""
+    """A scheduler with a real residency, two running slots, and room for two adapters of rank 4."""
 
     def __init__(self, seqs: int = 2, rows: int = 8) -> None:
         self.world, self.names = World(rows), Names()
@@ -66,7 +66,7 @@ class Serving:
         return self.gate.take_failures()
 
 
-def test_a_cold_adapter_is_served_beside_hot_ones_that_never_pause() -> None:
+def test_a_cold_adapter_is_served_while_hot_ones_always_have_requests() -> None:
     serving = Serving()
     hot = [make_version("hot1"), make_version("hot2")]
     for i in range(200):
@@ -78,10 +78,10 @@ def test_a_cold_adapter_is_served_beside_hot_ones_that_never_pause() -> None:
         while serving.scheduler.num_waiting < 4:
             serving.ask(hot[i % 2])
         serving.step()
-    assert cold.num_generated == 100, "an answer of 2.5 s and its own"
+    assert cold.num_generated == 100, "it must wait at most for one answer of 2.5 s"
 
 
-def test_an_adapter_is_loaded_before_there_is_a_place_for_it() -> None:
+def test_an_adapter_is_loaded_before_a_slot_is_free() -> None:
     serving = Serving(seqs=1)
     serving.ask(None)
     serving.step()
@@ -92,7 +92,7 @@ def test_an_adapter_is_loaded_before_there_is_a_place_for_it() -> None:
     assert [serving.world.residency.tier(f"digest-{name}") for name in ("next", "after")] == ["device"] * 2
 
 
-def test_what_was_loaded_ahead_is_there_when_its_turn_comes_however_late() -> None:
+def test_an_adapter_that_was_loaded_early_stays_until_its_request_runs() -> None:
     serving = Serving(seqs=1, rows=4)
     serving.ask(None, new=100)
     serving.step()
@@ -101,11 +101,11 @@ def test_what_was_loaded_ahead_is_there_when_its_turn_comes_however_late() -> No
     for _ in range(102):
         serving.step()
     assert waiting.num_generated > 0
-    assert serving.world.reads == ["a", "b"], "each once"
+    assert serving.world.reads == ["a", "b"], "each adapter must be read once"
     serving.scheduler.remove(other)
 
 
-def test_with_its_request_a_claim_goes() -> None:
+def test_removing_a_request_ends_the_draining_for_it() -> None:
     serving = Serving()
     hot = make_version("hot", rank=8)
     serving.ask(hot, new=20)
@@ -115,13 +115,13 @@ def test_with_its_request_a_claim_goes() -> None:
     serving.step()
     again = serving.ask(hot)
     serving.step()
-    assert not again.num_generated, "closed, so that it drains"
+    assert not again.num_generated, "hot must drain, so it takes no new request"
     serving.scheduler.remove(cold)
     serving.step()
     assert again.num_generated
 
 
-def test_why_loading_failed_is_told_without_a_place() -> None:
+def test_a_loading_failure_is_reported_before_a_slot_is_free() -> None:
     serving = Serving(seqs=1)
     serving.ask(None)
     serving.step()
@@ -172,7 +172,7 @@ def test_a_prompt_is_not_answered_by_a_version_with_another_chat_template() -> N
     assert asked.adapter is old
 
 
-def test_an_answer_never_moves_away_from_the_version_that_another_began_with() -> None:
+def test_an_answer_keeps_the_version_with_which_its_sibling_began() -> None:
     serving = Serving()
     old = make_version("a")
     first, second = _siblings(serving, old)

@@ -1,4 +1,4 @@
-"""What waits to be read is bounded, and the engine waits for no reader."""
+"""Unread output is bounded, and the engine never waits for a reader."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def output(token: int, logprobs: int = 0) -> Output:
     return Output("r", 0, token, logprobs=ranked)
 
 
-async def test_too_much_unread_ends_the_request(generation: RunningGeneration, cancelled: list[bool]) -> None:
+async def test_too_much_unread_output_ends_the_request(
+    generation: RunningGeneration, cancelled: list[bool]
+) -> None:
     for token in range(11):
         assert not cancelled
         generation.deliver(output(token + 10))
@@ -57,7 +59,7 @@ async def test_log_probabilities_count(generation: RunningGeneration, cancelled:
     assert cancelled
 
 
-async def test_what_is_read_counts_no_longer(generation: RunningGeneration, cancelled: list[bool]) -> None:
+async def test_read_output_no_longer_counts(generation: RunningGeneration, cancelled: list[bool]) -> None:
     deltas = aiter(generation)
     for token in range(50):
         generation.deliver(output(token + 10))

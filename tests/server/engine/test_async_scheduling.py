@@ -1,4 +1,4 @@
-"""Asynchronous scheduling gives the same tokens, and frees nothing that a step in flight still reads."""
+"""Asynchronous scheduling gives the same tokens. It frees nothing that a step in flight still reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEM = (5, 6, 7, 8, 9, 10, 11, 5, 6)
 
 @dataclass
 class Ask:
-    """A request, when it comes, when (if ever) its client leaves or has read enough of its first answer."""
+    """A request, the step at which it arrives, and when its client disconnects or ends its first answer."""
 
     prompt: tuple[int, ...] = STEM
     adapter: str | None = None
@@ -39,7 +39,7 @@ class Ask:
 
 
 class Run:
-    """Asks an engine and steps it to the end, checking its books at each step."""
+    """Adds requests to an engine and runs it to the end. Checks its integrity after each step."""
 
     def __init__(
         self, engine: Engine, registry: CountingRegistry, asks: list[Ask], names: list[str] | None = None
@@ -60,7 +60,7 @@ class Run:
     def to_the_end(self) -> Run:
         last = max(ask.arrives for ask in self.asks.values())
         while self.engine.busy or self.steps <= last:
-            assert self.steps < 2000, "the engine does not come to an end"
+            assert self.steps < 2000, "the engine does not finish"
             self.step()
         self.engine.check_idle()
         assert self.engine.scheduler.blocks.num_used == 0
@@ -96,7 +96,7 @@ def _run(asks: list[Ask], async_scheduling: bool = True, **sizes: Any) -> tuple[
 
 
 def _alone(ask: Ask, name: str) -> Run:
-    """The same request by itself, without asynchronous scheduling."""
+    """The same request alone, without asynchronous scheduling."""
     engine, _, registry = late_engine(async_scheduling=False)
     quiet = Ask(ask.prompt, ask.adapter, ask.params)
     return Run(engine, registry, [quiet], [name]).to_the_end()
@@ -109,8 +109,8 @@ def test_the_next_step_is_launched_before_the_last_is_read() -> None:
     assert len(run.tokens("0")) == 3
 
 
-def test_nobody_waits_for_what_only_the_device_knows() -> None:
-    """Penalties, log-probabilities, minimum lengths: one token a step, as without asynchronous scheduling."""
+def test_no_step_waits_for_tokens_on_the_device() -> None:
+    """Penalties, log-probabilities and minimum lengths get one token in each step, as without it."""
     params: list[dict[str, Any]] = [
         {"repetition_penalty": 1.5}, {"frequency_penalty": 0.5, "presence_penalty": 0.2}, {"min_tokens": 9},
         {"logprobs": 3, "temperature": 1.0}, {"logit_bias": {3: 1.0}},
@@ -124,12 +124,12 @@ def test_nobody_waits_for_what_only_the_device_knows() -> None:
         assert run.tokens(name) == quiet.tokens(name)
 
 
-def test_what_surely_ends_is_not_computed_further() -> None:
+def test_a_request_that_will_end_is_not_computed_further() -> None:
     _, device = _run([Ask(params={"max_tokens": 1})])
     assert device.history == ["launch", "sample", "read"]
 
 
-def test_a_token_sampled_again_takes_the_next_step_of_its_own_row_alone(
+def test_a_revised_token_repeats_only_its_own_rows_next_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flat = Ask(
@@ -141,7 +141,7 @@ def test_a_token_sampled_again_takes_the_next_step_of_its_own_row_alone(
     run, _ = _run([flat, other])
     assert run.tokens("0") == quiet
     assert run.tokens("1") == _alone(other, "1").tokens("1")
-    assert run.steps > 22, "no sample was revised, so this proves nothing"
+    assert run.steps > 22, "no sample was revised, so the test proves nothing"
 
 
 def test_an_ended_sequence_keeps_its_adapter_until_the_step_in_flight_has_completed() -> None:
@@ -160,8 +160,8 @@ def test_an_ended_sequence_keeps_its_adapter_until_the_step_in_flight_has_comple
     assert engine._gate.pins == [0, 0]  # type: ignore[attr-defined]
 
 
-def test_the_prefix_cache_learns_what_was_said() -> None:
-    """Names of blocks need tokens that are known: they are given when those have been read."""
+def test_the_prefix_cache_has_generated_tokens() -> None:
+    """The hash of a block needs its tokens, so blocks get it after the tokens are read."""
     first = Ask(params={"max_tokens": 12, "ignore_eos": True})
     said = tuple(_alone(first, "0").tokens("0"))
     again = Ask(STEM + said, None, {"max_tokens": 1}, arrives=20)
@@ -169,7 +169,7 @@ def test_the_prefix_cache_learns_what_was_said() -> None:
     assert run.outputs["1", 0][0].cached == (len(STEM + said) - 1) // BLOCK * BLOCK
 
 
-def test_a_preemption_reads_first() -> None:
+def test_a_preemption_reads_the_step_in_flight_first() -> None:
     asks = [Ask(STEM, None, {"max_tokens": 12, "ignore_eos": True}), Ask(STEM[:5], None, {"max_tokens": 12})]
     run, _ = _run(asks, blocks=6)
     assert run.engine.scheduler.preemptions > 0
@@ -187,13 +187,13 @@ def test_lanes_that_take_turns_get_the_same_tokens(async_scheduling: bool) -> No
         assert run.tokens(name) == _alone(ask, name).tokens(name)
 
 
-# -- what raises ----------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
 @pytest.mark.parametrize("numbers", [*([n] for n in range(12)), *([n, n + 3] for n in range(9))])
-def test_a_lack_of_memory_anywhere_ends_nothing(numbers: list[int], async_scheduling: bool) -> None:
-    """Twice, too: the second time while the first is being dealt with."""
+def test_out_of_memory_in_any_step_ends_no_request(numbers: list[int], async_scheduling: bool) -> None:
+    """Some cases have two errors. The second comes while the engine handles the first."""
     asks = [Ask(STEM[i:], "ab"[i % 2], {"max_tokens": 5, "ignore_eos": True}) for i in range(4)]
     run, device = _run(asks, async_scheduling, faults={n: torch.OutOfMemoryError(f"at {n}") for n in numbers})
     assert len(device.history) > numbers[-1]
@@ -206,25 +206,25 @@ def test_a_lack_of_memory_anywhere_ends_nothing(numbers: list[int], async_schedu
 @pytest.mark.parametrize(
     ("raised", "error"), [(torch.OutOfMemoryError("full"), OutOfMemory), (ValueError("bad"), RequestFailed)]
 )
-def test_who_cannot_be_computed_even_alone_fails_alone(
+def test_a_request_that_fails_even_alone_fails_alone(
     raised: Exception, error: type[Exception], async_scheduling: bool
 ) -> None:
     asks = [Ask(STEM[i:], None, {"max_tokens": 5}, arrives=i) for i in range(5)]
     run, device = _run(asks, async_scheduling, seqs=8, poison={"2": raised})
     assert [output.request_id for output in run.errors] == ["2"]
     assert isinstance(run.errors[0].error, error)
-    assert device.history.count("launch") < 24, "halves find one of five in few tries"
+    assert device.history.count("launch") < 24, "halving must find one of five in few tries"
     for name, ask in run.asks.items():
         assert run.tokens(name) == ([] if name == "2" else _alone(ask, name).tokens(name))
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True])
-def test_with_an_answer_that_fails_its_siblings_in_the_same_step_end(async_scheduling: bool) -> None:
+def test_an_answer_that_fails_ends_its_siblings_in_the_same_step(async_scheduling: bool) -> None:
     engine, device, registry = late_engine(async_scheduling)
     run = Run(engine, registry, [Ask(params={"n": 3, "max_tokens": 9, "ignore_eos": True}), Ask(STEM[1:])])
     for _ in range(3):
         run.step()
-    device.poison["0"] = ValueError("from now on")
+    device.poison["0"] = ValueError("it fails from now on")
     run.to_the_end()
     assert [output.request_id for output in run.errors] == ["0"]
     assert run.tokens("1") == _alone(run.asks["1"], "1").tokens("1")
@@ -246,7 +246,7 @@ def test_an_answer_that_cannot_start_ends_its_siblings_before_they_are_launched(
 
 
 def test_a_broken_device_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody can be served any more, and whoever watches over the server must know."""
+    """No request can be served after this, so the process must end and be restarted."""
     broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     def synchronize() -> None:
@@ -260,7 +260,7 @@ def test_a_broken_device_ends_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.step()
 
 
-# -- anything -------------------------------------------------------------------------------------
+# -- random cases ---------------------------------------------------------------------------------
 
 WORDS = st.integers(3, 11)
 PARAMS = st.fixed_dictionaries(

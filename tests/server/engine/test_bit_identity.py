@@ -1,7 +1,7 @@
-"""On the fused path a request's tokens, logits and log-probabilities are the same to the bit, come what may.
+"""In the fused step a request's tokens, logits and log-probabilities have the same bits in every batch.
 
-Each request is answered alone first. Then all together, in small chunks, with too little KV memory, from the
-prefix cache, and on two threads; nothing may differ in a single bit.
+Each request first runs alone. Then all run together, in small chunks, with too little KV memory, from the
+prefix cache, and on two threads. No bit may differ.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support.tiny_models import Family, make_peft_adapter, make_tiny_model
 SAMPLES = ROOT / "adapters" / "samples"
 NO_CACHE = "--no-enable-prefix-caching"
 Plan = list[tuple[str | None, int]]
-"""By request: its adapter and the length of its prompt; across tiles, chunks and sliding windows."""
+"""The adapter and prompt length of each request. The lengths cross tiles, chunks and sliding windows."""
 
 
 @dataclass
 class Served:
-    """A base with adapters, and what each of some requests is answered alone."""
+    """A base with adapters, and the answer of each request alone."""
 
     build: Callable[..., Parts]
     plan: Plan
@@ -41,7 +41,7 @@ class Served:
     kv_bytes: int
 
     def requests(self, vocabulary: int, max_tokens: int) -> list[Asked]:
-        """Every second one is sampled at random, and they ask for different numbers of log-probabilities."""
+        """Every second request is sampled. The requests ask for different numbers of log-probabilities."""
         generator = torch.Generator().manual_seed(1)
         return [
             Asked(
@@ -60,7 +60,7 @@ class Served:
         ]
 
     def check(self, parts: Parts, turns: int = 1, max_tokens: int | None = None) -> int:
-        """All requests together, the last turn compared with each alone; most adapters in a step."""
+        """Run all together and compare the last turn with each alone. Returns the most adapters in a step."""
         recorder = LogitsRecorder(parts.model)
         parts.engine.model = recorder
         driver = Driver(parts)
@@ -77,10 +77,10 @@ class Served:
 
 
 def _serve(build: Callable[..., Parts], plan: Plan, max_tokens: int) -> Served:
-    """Answers each request alone."""
+    """Runs each request alone."""
     parts = build(NO_CACHE)
     if parts.model.name != "fused":
-        pytest.skip("only the fused step promises this")
+        pytest.skip("only the fused step guarantees this")
     recorder = LogitsRecorder(parts.model)
     parts.engine.model = recorder
     names = sorted({name for name, _ in plan if name is not None})

@@ -1,4 +1,4 @@
-"""The engine on a tiny real model: what must hold beyond right tokens."""
+"""The engine on a tiny real model: properties besides correct tokens."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def _check_empty(parts: Parts) -> None:
 
 
 def _alone(home: Path, asked: Asked, *flags: str) -> list[int]:
-    """The tokens of the same request in an engine of its own."""
+    """The tokens of the same request in a new engine."""
     again = Asked(asked.prompt, asked.adapter, asked.params)
     Driver(build(home / "model", home, *flags)).run(again)
     return again.tokens
 
 
-def test_the_prefix_cache_is_the_adapters_own(parts: Parts) -> None:
+def test_the_prefix_cache_is_separate_for_each_adapter(parts: Parts) -> None:
     driver = Driver(parts)
     first, again = Asked(PROMPT, "one"), Asked(PROMPT, "one")
     other, base = Asked(PROMPT, "two"), Asked(PROMPT)
@@ -78,7 +78,7 @@ def test_preemption_changes_no_token(home: Path, scheduling: str) -> None:
         assert asked.tokens == _alone(home, asked)
 
 
-def test_stepping_ahead_changes_no_token_of_transformers_own_blocks(home: Path) -> None:
+def test_async_scheduling_changes_no_token_of_transformers_blocks(home: Path) -> None:
     requests = [Asked(PROMPT, "one", {"ignore_eos": True}), Asked(PROMPT, None, {"ignore_eos": True})]
     parts = build(home / "model", home, "--quantization", "none", "--async-scheduling")
     assert parts.model.name == "transformers"
@@ -99,7 +99,7 @@ def test_several_answers_share_the_prompt_and_differ(parts: Parts) -> None:
     _check_empty(parts)
 
 
-def test_a_seed_gives_the_same_tokens_whoever_else_is_there(parts: Parts) -> None:
+def test_a_seed_gives_the_same_tokens_beside_other_requests(parts: Parts) -> None:
     params = {"temperature": 1.0, "seed": 11, "max_tokens": 12}
     driver = Driver(parts)
     alone = Asked(PROMPT, "one", params)
@@ -113,7 +113,7 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_there(parts: Parts) -> Non
     assert together.tokens == alone.tokens
 
 
-def test_aborting_frees_everything_wherever_it_stands(parts: Parts) -> None:
+def test_aborting_frees_everything_in_every_state(parts: Parts) -> None:
     driver = Driver(parts)
     running, held, waiting = Asked(PROMPT, "one"), Asked(PROMPT, "two", {"n": 3}), Asked(PROMPT, "three")
     driver.add(running)
@@ -127,7 +127,7 @@ def test_aborting_frees_everything_wherever_it_stands(parts: Parts) -> None:
     _check_empty(parts)
 
 
-def test_ending_one_answer_lets_the_others_go_on(parts: Parts) -> None:
+def test_ending_one_answer_does_not_end_the_others(parts: Parts) -> None:
     driver = Driver(parts)
     asked = driver.add(Asked(PROMPT, None, {"n": 2, "max_tokens": 6, "ignore_eos": True}))
     while not asked.outputs:
@@ -139,7 +139,7 @@ def test_ending_one_answer_lets_the_others_go_on(parts: Parts) -> None:
     _check_empty(parts)
 
 
-def test_one_requests_crash_is_its_own(parts: Parts, home: Path) -> None:
+def test_a_crash_fails_only_the_request_that_causes_it(parts: Parts, home: Path) -> None:
     victim = Asked(PROMPT[5:], "two")
     real = parts.engine.model
 
@@ -157,7 +157,7 @@ def test_one_requests_crash_is_its_own(parts: Parts, home: Path) -> None:
     _check_empty(parts)
 
 
-def test_an_adapter_that_gives_nonsense_fails_its_own_requests(parts: Parts) -> None:
+def test_an_adapter_with_nan_fails_only_its_own_requests(parts: Parts) -> None:
     driver = Driver(parts)
     driver.resident("one", "two")
     slot = parts.residency.pin(parts.registry.resolve("one"))
@@ -203,7 +203,7 @@ def test_replacing_leaves_running_requests_on_their_version(home: Path, tmp_path
 
     assert old.tokens == quiet.tokens
     assert new.tokens != quiet.tokens
-    assert new.outputs[0].cached == 0, "cached KV of the old version was used"
+    assert new.outputs[0].cached == 0, "the old version's cached KV was used"
     assert {output.digest for output in old.outputs} == {before.digest}
     assert parts.residency.tier(before.digest) == "disk", "the old version's memory is still held"
     _check_empty(parts)
@@ -215,7 +215,7 @@ def test_a_request_that_has_not_started_takes_the_new_version(home: Path, tmp_pa
     driver = Driver(parts)
     waiting = driver.add(Asked(PROMPT, "one"))
     _replace(own / "adapters" / "one", home / "model", seed=98)
-    driver.step()  # finds that the content has changed; nobody has registered the new one yet
+    driver.step()  # finds that the content has changed, before the new version is registered
     new = parts.registry.register("one", own / "adapters" / "one", replace=True)
     driver.run()
     assert {output.digest for output in waiting.outputs} == {new.digest}
@@ -223,7 +223,7 @@ def test_a_request_that_has_not_started_takes_the_new_version(home: Path, tmp_pa
     _check_empty(parts)
 
 
-def test_a_request_whose_adapter_is_gone_before_it_starts_is_told_so(home: Path, tmp_path: Path) -> None:
+def test_a_request_whose_adapter_is_removed_before_it_starts_fails(home: Path, tmp_path: Path) -> None:
     own = _copy_home(home, tmp_path)
     parts = build(home / "model", own)
     driver = Driver(parts)
@@ -249,7 +249,7 @@ def test_more_adapters_than_room_are_all_served(home: Path, tmp_path: Path) -> N
 
 
 def test_a_thousand_registered_with_room_for_eight(home: Path, tmp_path: Path) -> None:
-    """Registered is not resident: one cold adapter after another, on a pool of eight, a host tier of ten."""
+    """One cold adapter follows another. The pool has room for eight and the host tier for ten."""
     config = (home / "adapters" / "one" / CONFIG_FILE).read_bytes()
     tensors = load_file(home / "adapters" / "one" / WEIGHTS_FILE)
     name, tensor = next((key, value) for key, value in tensors.items() if "lora_B" in key)

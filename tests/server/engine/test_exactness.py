@@ -28,7 +28,7 @@ def test_a_mixed_batch_equals_peft(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_does_without_the_native_kernels_too(
+def test_without_the_native_kernels_it_equals_peft_too(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (adapters.kernels.cpu, server.engine.model.cpu.model):

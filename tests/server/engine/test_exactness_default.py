@@ -1,7 +1,7 @@
-"""The default base with its sample adapters, beside PEFT on the very same 4-bit weights.
+"""The default base with its sample adapters, compared with PEFT on the same 4-bit weights.
 
-bf16 rounds differently in another order of sums, so the yardstick is float32: our logits must be about as
-near to those of a float32 model with the same dequantised weights as PEFT's own. Run with ``-s`` for figures.
+Another order of sums rounds differently in bf16, so both are compared with a float32 model with the same
+dequantised weights. Our logits must be about as near to it as PEFT's. Run with ``-s`` to print the figures.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.support.tiny_models import make_peft_adapter
 SAMPLES = ROOT / "adapters" / "samples"
 QUESTIONS = ["What is the capital of France?", "What do bees make?", "Name a colour and say why you like it."]
 AS_NEAR_AS_PEFT = 1.1
-"""Our mean distance from float32, at most this many times PEFT's."""
+"""The limit of our mean distance from float32, divided by PEFT's."""
 
 
 @dataclass
 class Distances:
-    """Root mean square differences, as a share of the logits' standard deviation."""
+    """Root mean square differences, divided by the logits' standard deviation."""
 
     ours_to_peft: float
     ours_to_float32: float
@@ -93,15 +93,15 @@ def test_a_mixed_batch_is_as_exact_as_peft(
         print(asked.adapter, found)
         distances.append(found)
         sure += _check_greedy(asked, ours, peft)
-    assert sure > 50, "hardly a margin is clear, so this proves little"
+    assert sure > 50, "few margins are clear, so the test proves little"
     ours_mean = sum(found.ours_to_float32 for found in distances)
     assert ours_mean <= AS_NEAR_AS_PEFT * sum(found.peft_to_float32 for found in distances)
 
 
 def _check_greedy(asked: Asked, ours: Tensor, peft: Tensor) -> int:
-    """Greedy tokens are PEFT's where its two best logits differ by more than the row's largest difference."""
+    """Check that tokens equal PEFT's where its two best logits differ by more than our largest difference."""
     best = peft.topk(2).values
     sure = best[:, 0] - best[:, 1] > (ours - peft).abs().amax(-1)
     same = peft.argmax(-1) == torch.tensor(asked.tokens)
-    assert bool((same | ~sure).all()), "a greedy token differs where the margin is clear"
+    assert bool((same | ~sure).all()), "a greedy token differs although the margin is clear"
     return int(sure.sum())

@@ -1,7 +1,7 @@
-"""Every kind of PEFT's LoRA in one mixed batch with plain adapters and the base, against PEFT.
+"""Every kind of PEFT's LoRA in one mixed batch with plain adapters and the base, compared with PEFT.
 
-PEFT runs on the base's dequantised weights: its DoRA reads a 4-bit weight that bitsandbytes has packed for
-the CPU as if it were not, and then takes the norms of noise.
+PEFT runs on the base's dequantised weights. Its DoRA misreads 4-bit weights that bitsandbytes packed for the
+CPU, and computes wrong norms.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 TYING = frozenset({"tied", "tied-lora"})
 AT_SITES = ["plain", "dora", "dora-attention", "bias-all", "bias-lora-only", "dora-bias", "lora-bias"]
-"""Kinds that have nothing of their own in place of the base's modules."""
+"""Kinds that replace no module of the base."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A base; ``without``: kinds that PEFT does not put onto it."""
+    """A base. ``without``: the kinds that PEFT does not support on it."""
 
     family: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +130,7 @@ def _run(parts: Parts, *requests: Asked) -> LogitsRecorder:
 
 
 def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
-    """[generated, vocabulary] of one plain pass over prompt and answer; loading changes the model given."""
+    """The logits [generated, vocabulary] of one pass over prompt and answer."""
     model = copy.deepcopy(base.model)
     if asked.adapter is not None:
         model = PeftModel.from_pretrained(model, folder / asked.adapter).eval()
@@ -144,7 +144,7 @@ def _compare_with_peft(case: Case, tmp_path: Path, kinds: list[str] | None = Non
     parts = _serve(case, tmp_path, "--max-num-batched-tokens", "64")
     requests = _requests(parts, kinds or case.kinds)
     recorder = _run(parts, *requests)
-    assert max(len(batch) for batch in recorder.batches) == len(requests), "all kinds in one step"
+    assert max(len(batch) for batch in recorder.batches) == len(requests), "one step must have all kinds"
     prepared = prepare_base(str(tmp_path / "base"), tmp_path, head_quantization=case.head, progress=False)
     base = load_base(prepared)
     base.model.dequantize()
@@ -162,7 +162,7 @@ def test_every_kind_in_one_batch_equals_peft(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["qwen2", "llama", "head in 4 bits"])
-def test_it_does_without_the_native_kernels_too(
+def test_without_the_native_kernels_it_equals_peft_too(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (adapters.kernels.cpu, server.engine.model.cpu.model):
@@ -172,7 +172,7 @@ def test_it_does_without_the_native_kernels_too(
 
 @pytest.mark.parametrize("base", ["qwen2", "gemma2", "head in 4 bits"])
 @pytest.mark.parametrize("kinds", [AT_SITES, None], ids=["at sites", "all"])
-def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transformers_blocks(
+def test_the_gpus_fused_step_serves_adapters_at_sites_and_transformers_blocks_the_others(
     base: str, kinds: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch)
@@ -190,11 +190,11 @@ def test_a_gpus_fused_step_serves_what_is_at_sites_and_leaves_the_rest_to_transf
 
 
 @pytest.mark.parametrize("base", ["qwen2", "gemma2", "head in 4 bits"])
-def test_an_answer_is_the_same_to_the_bit_alone_and_among_all_kinds(base: str, tmp_path: Path) -> None:
+def test_an_answer_has_the_same_bits_alone_and_among_all_kinds(base: str, tmp_path: Path) -> None:
     case = BASES[base]
     parts = _serve(case, tmp_path, "--no-enable-prefix-caching")
     if parts.model.name != "fused":
-        pytest.skip("only the fused step promises this")
+        pytest.skip("only the fused step guarantees this")
     with threads(2):
         together = _requests(parts, case.kinds)
         mixed = _run(parts, *together)

@@ -1,4 +1,4 @@
-"""Lanes share places and prompt tokens: nobody starves, nothing idles, nobody is preempted for nothing."""
+"""Lanes share running slots and prompt tokens. No lane starves, no slot idles, no preemption is useless."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_streams_of_one_lane_do_not_lock_out_another() -> None:
     assert scheduler.preemptions == 1
 
 
-def test_places_come_to_be_shared_equally_and_then_stay() -> None:
+def test_slots_become_shared_equally_and_stay_so() -> None:
     scheduler = make_scheduler(blocks=4096, seqs=8, budget=64)
     _add(scheduler, 16, "first")
     _step(scheduler)
@@ -78,7 +78,7 @@ def test_places_come_to_be_shared_equally_and_then_stay() -> None:
     assert scheduler.preemptions == before <= 5
 
 
-def test_who_had_to_give_way_comes_back_from_the_prefix_cache() -> None:
+def test_a_preempted_request_resumes_from_the_prefix_cache() -> None:
     scheduler = make_scheduler(blocks=4096, seqs=4, budget=64)
     streams = _add(scheduler, 4, None, prompt=16)
     for _ in range(10):
@@ -86,7 +86,7 @@ def test_who_had_to_give_way_comes_back_from_the_prefix_cache() -> None:
     _add(scheduler, 1, "short", new=2)
     _step(scheduler)
     _step(scheduler)
-    assert streams[-1].table is None, "the youngest gives way"
+    assert streams[-1].table is None, "the youngest request must be preempted"
     computed = 0
     while streams[-1].table is None or streams[-1].num_pending > 1:
         computed += sum(c.length for c in _step(scheduler) if c.sequence is streams[-1])
@@ -94,7 +94,7 @@ def test_who_had_to_give_way_comes_back_from_the_prefix_cache() -> None:
     assert scheduler.preemptions == 1
 
 
-def test_more_lanes_than_places_take_turns() -> None:
+def test_more_lanes_than_slots_take_turns() -> None:
     scheduler = make_scheduler(blocks=4096, seqs=2, budget=64)
     scheduler.fairness = RoundRobin(scheduler.lanes, 32, slice_tokens=10)
     streams = [_add(scheduler, 1, lane)[0] for lane in "abcde"]
@@ -105,18 +105,18 @@ def test_more_lanes_than_places_take_turns() -> None:
     assert scheduler.preemptions <= sum(generated) / 10
 
 
-def test_a_long_prompt_under_way_does_not_take_the_whole_budget() -> None:
+def test_a_long_prompt_does_not_take_the_whole_budget() -> None:
     scheduler = make_scheduler(blocks=4096, budget=64)
     (long,) = _add(scheduler, 1, "long", prompt=2000)
     _step(scheduler)
-    assert long.num_computed == 64, "as long as it is alone it does"
+    assert long.num_computed == 64, "alone, it uses the whole budget"
     (short,) = _add(scheduler, 1, "short", prompt=20)
     assert _steps_to_first_token(scheduler, short, 1) == 1
     _step(scheduler)
     assert long.num_computed == 64 + 44 + 63
 
 
-def test_long_prompts_of_several_lanes_advance_alike_however_many_a_lane_has() -> None:
+def test_long_prompts_advance_equally_by_lane_and_not_by_request() -> None:
     scheduler = make_scheduler(blocks=8192, budget=64)
     many = _add(scheduler, 4, "many", prompt=3000)
     (one,) = _add(scheduler, 1, "one", prompt=3000)
@@ -127,7 +127,7 @@ def test_long_prompts_of_several_lanes_advance_alike_however_many_a_lane_has() -
 
 
 def test_every_chunk_of_a_prompt_is_charged() -> None:
-    """A lane of long prompts must not get a turn for each chunk, and one of short prompts a turn for all."""
+    """A lane with long prompts and a lane with short prompts get the same number of prompt tokens."""
     scheduler = make_scheduler(blocks=8192, seqs=8, budget=64)
     (long,) = _add(scheduler, 1, "long", prompt=6000)
     shorts = _add(scheduler, 200, "shorts", prompt=30, new=1)
@@ -146,7 +146,7 @@ def test_a_lane_that_holds_all_blocks_does_not_lock_out_another() -> None:
     assert _steps_to_first_token(scheduler, late, 4) <= 4
 
 
-def test_what_was_preempted_in_one_lane_does_not_hold_up_another() -> None:
+def test_a_preempted_request_does_not_block_another_lane() -> None:
     scheduler = make_scheduler(blocks=16, block_size=4, seqs=4, budget=32)
     _add(scheduler, 3, None, prompt=14, new=40)
     while not scheduler.preemptions:
@@ -155,17 +155,17 @@ def test_what_was_preempted_in_one_lane_does_not_hold_up_another() -> None:
     assert _steps_to_first_token(scheduler, late, 4) <= 4
 
 
-def test_growing_takes_blocks_from_the_lane_with_the_most_places() -> None:
+def test_growing_takes_blocks_from_the_lane_with_the_most_slots() -> None:
     scheduler = make_scheduler(blocks=24, block_size=4, seqs=8, budget=64)
     _add(scheduler, 4, "many", prompt=12, new=60)
     (few,) = _add(scheduler, 1, "few", prompt=12, new=60)
     while scheduler.preemptions < 2:
         _step(scheduler)
-    assert few.table is not None, "the youngest of all, and not the one to give way"
+    assert few.table is not None, "few has the youngest request, but many must be preempted"
 
 
-def test_short_requests_beside_streams_do_not_make_places_go_back_and_forth() -> None:
-    """When many short answers end at once, their places are for those of their lane that wait."""
+def test_short_requests_beside_streams_cause_few_preemptions() -> None:
+    """If many short answers end at once, waiting requests of the same lane get their slots."""
     scheduler = make_scheduler(blocks=4096, seqs=16, budget=64)
     _add(scheduler, 40, "streams")
     _add(scheduler, 400, "shorts", prompt=2, new=2)
@@ -176,17 +176,17 @@ def test_short_requests_beside_streams_do_not_make_places_go_back_and_forth() ->
     assert len(chunks) == 16
 
 
-def test_a_place_that_a_cold_lane_cannot_use_is_not_kept_for_it() -> None:
+def test_no_slot_is_kept_for_a_lane_whose_adapter_is_cold() -> None:
     scheduler = make_scheduler(blocks=4096, seqs=4, gate=OpenGate(cold={"cold"}))
     _add(scheduler, 8, "warm")
     _add(scheduler, 8, "cold")
     _step(scheduler)
     assert _places(scheduler)["warm"] == 4
     _step(scheduler)
-    assert scheduler.preemptions == 0, "nobody gives way to who cannot start"
+    assert scheduler.preemptions == 0, "no request is preempted for one that cannot start"
 
 
-def test_nobody_is_preempted_while_a_step_is_in_flight() -> None:
+def test_no_request_is_preempted_while_a_step_is_in_flight() -> None:
     scheduler = make_scheduler(blocks=4096, seqs=2, budget=64)
     streams = _add(scheduler, 2, None)
     _step(scheduler)
@@ -201,7 +201,7 @@ def test_nobody_is_preempted_while_a_step_is_in_flight() -> None:
     assert {c.sequence.adapter is not None for c in scheduler.schedule()} == {True, False}
 
 
-# -- anything -------------------------------------------------------------------------------------
+# -- random cases ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,10 @@ ASKS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(ASKS, st.integers(1, 6), st.integers(6, 40), st.integers(1, 20))
-def test_nobody_starves_nothing_idles_and_no_place_goes_back_and_forth(
+def test_no_lane_starves_no_slot_idles_and_preemptions_are_bounded(
     asks: list[Ask], seqs: int, budget: int, slice_tokens: int
 ) -> None:
-    """With blocks in plenty. While a lane has nothing running, its oldest request waits a bounded time."""
+    """There are enough blocks. A lane without a running request waits for a bounded time."""
     scheduler = make_scheduler(blocks=256, seqs=seqs, budget=budget)
     scheduler.fairness = RoundRobin(scheduler.lanes, budget // 2, slice_tokens)
     coming = sorted(asks, key=lambda ask: -ask.arrives)
@@ -256,7 +256,7 @@ def _check_nothing_idles(scheduler: Scheduler, chunks: list[Chunk], budget: int)
 
 
 def _longest_wait(seqs: int, budget: int, slice_tokens: int) -> int:
-    """Steps until each of six lanes has had its slice: prompts of up to 120 tokens, and the tokens of it."""
+    """The steps until each of six lanes has had its slice, with prompts of up to 120 tokens."""
     prompts = 6 * 120 // max(1, budget - seqs) + 6
     return 6 * (prompts + slice_tokens + 2)
 
@@ -272,6 +272,6 @@ def test_with_few_blocks_everything_ends(
     for _ in range(20_000):
         if not len(scheduler):
             break
-        assert _step(scheduler), "an empty step with nothing in flight"
+        assert _step(scheduler), "a step is empty although no step is in flight"
     assert [s.num_generated for s in sequences] == [ask.new for ask in asks]
     assert scheduler.blocks.num_used == 0

@@ -13,8 +13,8 @@ class _Held:
     pass
 
 
-def test_what_a_step_had_allocated_is_let_go() -> None:
-    """An exception's frames keep their variables alive, on a GPU gigabytes of them."""
+def test_memory_of_a_failed_step_is_freed() -> None:
+    """The frames of an exception keep their variables alive. On a GPU these can be gigabytes."""
     alive: list[weakref.ref[_Held]] = []
 
     def step() -> None:
@@ -29,7 +29,7 @@ def test_what_a_step_had_allocated_is_let_go() -> None:
     assert alive[0]() is None
 
 
-def test_the_drivers_lack_of_memory_is_one_too() -> None:
+def test_an_out_of_memory_error_of_the_driver_counts_as_one() -> None:
     assert isinstance(faults.error_for(torch.AcceleratorError("CUDA error: out of memory")), OutOfMemory)
     assert isinstance(faults.error_for(ValueError("secret")), RequestFailed)
     assert "secret" not in str(faults.error_for(ValueError("secret")))

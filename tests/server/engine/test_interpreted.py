@@ -1,4 +1,4 @@
-"""What needs Triton's interpreter: all in one process, since importing is most of the time."""
+"""The tests that need Triton's interpreter. They share one process, because imports take most of the time."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ def _filled(manager: BlockManager, root: bytes, tokens: list[int]) -> BlockTable
     return table
 
 
-def test_an_equal_prefix_is_shared_and_the_last_token_is_left_to_compute() -> None:
+def test_an_equal_prefix_is_shared_except_its_last_token() -> None:
     manager = BlockManager(8, 4)
     first = _filled(manager, chain_root("a"), list(range(8)))
     again = BlockTable(chain_root("a"))
-    assert manager.match(again, list(range(8))) == 4  # the 8th token must be computed for its logits
+    assert manager.match(again, list(range(8))) == 4  # the 8th token must be computed to get its logits
     assert again.blocks == first.blocks[:1]
     longer = BlockTable(chain_root("a"))
     assert manager.match(longer, list(range(9))) == 8
@@ -61,13 +61,13 @@ def test_missing_counts_the_blocks_of_the_table_and_the_free_ones(
     assert manager.missing(table, num_tokens, spare) == missing
 
 
-def test_without_prefix_caching_nothing_is_named() -> None:
+def test_without_prefix_caching_blocks_have_no_hash() -> None:
     manager = BlockManager(4, 4, prefix_caching=False)
     manager.release(_filled(manager, chain_root(None), list(range(8))))
     assert manager.match(BlockTable(chain_root(None)), list(range(9))) == 0
 
 
-def test_chain_names_depend_on_everything_before() -> None:
+def test_block_hashes_depend_on_all_earlier_tokens() -> None:
     root = chain_root("a")
     assert chain_next(root, [1, 2]) != chain_next(root, [2, 1])
     assert chain_next(chain_next(root, [1]), [2]) != chain_next(chain_next(root, [3]), [2])
@@ -84,7 +84,9 @@ def test_chain_names_depend_on_everything_before() -> None:
         max_size=30,
     )
 )
-def test_any_history_keeps_the_books_right(history: list[tuple[str | None, list[int], int]]) -> None:
+def test_any_history_keeps_the_block_manager_consistent(
+    history: list[tuple[str | None, list[int], int]],
+) -> None:
     manager = BlockManager(10, 2)
     tables: list[BlockTable] = []
     for digest, tokens, drop in history:

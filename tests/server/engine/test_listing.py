@@ -1,4 +1,4 @@
-"""What is told of adapters can be written as JSON, whatever was read."""
+"""The listing of adapters can always be written as JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ODD = "caf\udce9 \ud800 \n"
 
 
 class OnDisk:
-    """Nothing is resident."""
+    """A residency without adapters."""
 
     def tier(self, _: str) -> str:
         return "disk"
 
 
-def test_what_comes_from_outside_is_told_in_characters_that_print(tmp_path: Path) -> None:
+def test_text_from_files_is_listed_in_printable_characters(tmp_path: Path) -> None:
     info = AdapterInfo("d", {}, 8, base_model=ODD, warnings=(ODD,))
     registry = Registry(tmp_path, lambda _: info)
     registry.register("a", "a", replace=False)

@@ -1,4 +1,4 @@
-"""Looking for adapters that nobody knows: shared, remembered, bounded."""
+"""Looking up unknown adapters: looks are shared, remembered and bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.engine.lookup import AdapterLookup
 
 
 class Looker:
-    """Counts looks; while ``may_end`` is clear none ends. ``now`` is the time."""
+    """Counts looks. No look ends while ``may_end`` is clear. ``now`` is the time."""
 
     def __init__(self) -> None:
         self.looks: list[str] = []
@@ -46,17 +46,17 @@ async def test_a_look_is_remembered_for_a_while(looker: Looker) -> None:
     assert looker.looks == ["a", "a"]
 
 
-async def test_those_who_ask_together_share_a_look(looker: Looker) -> None:
+async def test_concurrent_requests_share_a_look(looker: Looker) -> None:
     looker.may_end.clear()
     askers = [asyncio.create_task(looker.lookup.look_for("a")) for _ in range(20)]
     await asyncio.sleep(0)
-    askers[0].cancel()  # the one that began it
+    askers[0].cancel()  # the request that began the look
     looker.may_end.set()
     await asyncio.gather(*askers, return_exceptions=True)
     assert looker.looks == ["a"]
 
 
-async def test_only_so_many_names_are_looked_at_at_once(
+async def test_the_number_of_concurrent_looks_is_bounded(
     looker: Looker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_LOOKS", 3)
@@ -69,7 +69,9 @@ async def test_only_so_many_names_are_looked_at_at_once(
     assert sorted(looker.looks) == ["a0", "a1", "a2"]
 
 
-async def test_what_is_remembered_is_bounded(looker: Looker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_remembered_looks_is_bounded(
+    looker: Looker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_REMEMBERED", 5)
     for i in range(20):
         await looker.lookup.look_for(f"a{i}")
@@ -83,12 +85,12 @@ async def test_a_slow_look_is_not_waited_for(looker: Looker, monkeypatch: pytest
     assert looker.looks == ["a"]
 
 
-async def test_a_look_that_fails_is_written_down(looker: Looker, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_look_that_fails_is_logged(looker: Looker, caplog: pytest.LogCaptureFixture) -> None:
     await looker.lookup.look_for("boom")
     assert "looking up adapter boom failed" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a" * 300, "a\nb", "a.tmp", "\ud800"])
-async def test_no_look_for_what_cannot_be_a_name(looker: Looker, name: str) -> None:
+async def test_invalid_names_are_not_looked_up(looker: Looker, name: str) -> None:
     await looker.lookup.look_for(name)
     assert looker.looks == []

@@ -1,4 +1,4 @@
-"""How a GPU's memory is shared out, on a made-up one."""
+"""How a GPU's memory is divided. The GPU is a fake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 16
 
 
 class MadeUp:
-    """A GPU on which steps take ``step`` bytes and others hold ``others``; ``held`` is ours."""
+    """A GPU. A step takes ``step`` bytes, other processes hold ``others``, and we hold ``held``."""
 
     def __init__(self, total: int, held: int, others: int = 0, step: int = 0) -> None:
         self.total, self.held, self.others, self.step = total, held, others, step
@@ -33,7 +33,7 @@ class MadeUp:
     def free(self) -> int:
         self.readings += 1
         left = self.total - self.held - self.others
-        return left - (self.step if self.readings == 3 else 0)  # before all, before the step, after it
+        return left - (self.step if self.readings == 3 else 0)  # read at first, before the step, and after it
 
     def ours(self) -> int:
         return self.held
@@ -65,7 +65,7 @@ def _sizes(base: LoadedBase, meter: MadeUp, *flags: str) -> Sizes:
     st.lists(st.integers(0, 20 * GB), max_size=6),
     st.integers(1, GB),
 )
-def test_keys_and_values_get_what_is_left_and_never_more(
+def test_keys_and_values_get_exactly_the_memory_that_is_left(
     total: int, utilization: float, taken: list[int], least: int
 ) -> None:
     shares = [Share(f"number {i}", nbytes) for i, nbytes in enumerate(taken)]
@@ -78,7 +78,7 @@ def test_keys_and_values_get_what_is_left_and_never_more(
         assert left + sum(taken) <= total
 
 
-def test_who_has_taken_what_is_said_largest_first_with_the_flags_that_change_it() -> None:
+def test_the_error_lists_the_largest_uses_first_with_their_flags() -> None:
     shares = [
         Share("the base", 5 * GB, "--base"),
         Share("rank rows", 16 * GB, "--max-loras"),
@@ -105,7 +105,7 @@ def test_rank_rows_are_for_every_answer_or_a_quarter_of_the_room(
         assert rows == max(answers * RANK, max_rank)
 
 
-def test_what_is_left_becomes_blocks(base: LoadedBase, model: TransformersModel) -> None:
+def test_the_memory_that_is_left_becomes_blocks(base: LoadedBase, model: TransformersModel) -> None:
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     meter = MadeUp(total=10 * GB, held=2 * GB, others=GB, step=GB // 2)
@@ -116,10 +116,10 @@ def test_what_is_left_becomes_blocks(base: LoadedBase, model: TransformersModel)
     assert meter.readings == 3
 
 
-def test_what_a_model_keeps_by_position_is_not_taken_from_others(
+def test_rotary_tables_are_counted(
     base: LoadedBase, model: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rotary tables are made when the memory has been shared out."""
+    """Rotary tables are created after the memory is divided."""
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
     none = _sizes(base, MadeUp(10 * GB, 2 * GB)).kv_blocks(model, pool)
@@ -130,7 +130,7 @@ def test_what_a_model_keeps_by_position_is_not_taken_from_others(
     )
 
 
-def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: TransformersModel) -> None:
+def test_without_graphs_no_memory_is_kept_for_them(base: LoadedBase, model: TransformersModel) -> None:
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
     token = sum(shape.bytes_per_token(base.model.dtype) for shape in model.shapes.values())
     with_graphs, without = (
@@ -140,7 +140,7 @@ def test_without_graphs_nothing_is_kept_for_them(base: LoadedBase, model: Transf
     assert without - with_graphs == pytest.approx(GRAPHS / (BLOCK * token), abs=1)
 
 
-def test_too_little_is_refused_and_what_was_asked_for_is_taken(
+def test_too_little_memory_is_refused_and_an_explicit_size_is_used(
     base: LoadedBase, model: TransformersModel
 ) -> None:
     pool = RankPool(base.layout.sites, 64, base.model.dtype)
@@ -154,7 +154,7 @@ def test_too_little_is_refused_and_what_was_asked_for_is_taken(
         _sizes(base, full, "--kv-cache-memory", "1").kv_blocks(model, pool)
 
 
-def test_rank_rows_are_what_was_asked_for_or_fit_the_device(base: LoadedBase) -> None:
+def test_rank_rows_are_explicit_or_fit_the_device(base: LoadedBase) -> None:
     a_row = row_bytes(base.layout.sites, base.model.dtype)
     assert _sizes(base, MadeUp(10 * GB, GB)).pool_rows() == 8 * RANK
     assert _sizes(base, MadeUp(10 * GB, GB), "--max-loras", "20").pool_rows() == 20 * RANK
@@ -162,10 +162,10 @@ def test_rank_rows_are_what_was_asked_for_or_fit_the_device(base: LoadedBase) ->
     tight = MadeUp(10 * GB, 9 * GB - room)
     assert _sizes(base, tight).pool_rows() == 64
     assert _sizes(base, MadeUp(GB, GB), "--max-lora-rank", "5").pool_rows() == 5
-    assert Sizes(from_args([], {}), base).pool_rows() == 16 * RANK, "a CPU"
+    assert Sizes(from_args([], {}), base).pool_rows() == 16 * RANK, "the default on a CPU"
 
 
-def test_the_largest_step_is_full_has_every_answer_and_runs(
+def test_the_largest_step_uses_all_tokens_and_sequences_and_runs(
     base: LoadedBase, model: TransformersModel
 ) -> None:
     chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
@@ -175,7 +175,7 @@ def test_the_largest_step_is_full_has_every_answer_and_runs(
     assert model(chunks).shape == (8, base.model.config.vocab_size)
 
 
-def test_what_a_step_takes_is_measured_and_its_pages_are_given_back(
+def test_the_memory_of_a_step_is_measured_and_its_pages_are_freed(
     base: LoadedBase, model: TransformersModel
 ) -> None:
     chunks, blocks = largest_step(base.model.config, max_tokens=48, max_seqs=8, longest=100, block_size=BLOCK)
@@ -207,7 +207,7 @@ def test_memory_that_runs_out_at_the_start_names_the_flag() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_on_a_gpu_takes_what_it_takes(tmp_path: Path) -> None:
+def test_the_memory_of_a_step_on_a_gpu(tmp_path: Path) -> None:
     folder = make_tiny_model("llama", tmp_path / "model")
     base = load_base(prepare_base(str(folder), tmp_path, "none", progress=False), "cuda")
     pool = RankPool(base.layout.sites, 64, base.model.dtype, base.model.device)

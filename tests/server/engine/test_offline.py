@@ -1,4 +1,4 @@
-"""``LLM`` on a tiny model: it answers what the server answers, in order, and leaves nothing behind."""
+"""``LLM`` on a tiny model. It gives the server's answers in order and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def texts(outputs: list[RequestOutput]) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def test_mixed_adapters_answer_in_the_prompts_order_what_the_engine_samples(llm: LLM, home: Path) -> None:
+def test_answers_of_mixed_adapters_are_in_order_and_equal_the_engines(llm: LLM, home: Path) -> None:
     adapters = ["two", None, "one", "two", "one"]
-    lengths = [12, 3, 8, 1, 5]  # they end in another order
+    lengths = [12, 3, 8, 1, 5]  # the answers end in another order
     params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
     outputs = llm.generate(PROMPTS, params, adapters)
     assert [output.prompt for output in outputs] == PROMPTS
@@ -156,7 +156,7 @@ def test_a_conversation_is_rendered_as_the_server_renders_it(llm: LLM, home: Pat
     assert llm.chat(ASKED, GREEDY)[0].outputs == base.outputs
 
 
-def test_an_adapters_own_end_of_answers_counts(home: Path, tmp_path: Path) -> None:
+def test_an_adapters_own_end_token_ends_answers(home: Path, tmp_path: Path) -> None:
     make_tiny_model("llama", tmp_path / "model")
     shutil.copytree(home / "adapters" / "one", tmp_path / "ends")
     free = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -266,7 +266,7 @@ def test_calls_of_several_threads_take_turns(llm: LLM) -> None:
     assert found == [alone] * 4
 
 
-def test_the_bases_own_defaults_hold_where_nothing_is_asked_for(home: Path, tmp_path: Path) -> None:
+def test_the_bases_sampling_defaults_are_used_without_params(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "model", tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(
         '{"eos_token_id": 2, "temperature": 0.0, "max_new_tokens": 5}'
@@ -293,7 +293,7 @@ def test_a_folder_of_adapters_and_one_that_comes_later(home: Path, tmp_path: Pat
             llm.generate("tile", GREEDY, "late")
 
 
-def test_adapters_that_cannot_be_served_are_told_at_once(home: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_served_raise_at_once(home: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFound, match="no folder"):
         LLM(home / "model", tmp_path / "nowhere", home=home, **SIZES)
     with pytest.raises(AdapterInvalid):

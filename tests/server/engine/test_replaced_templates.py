@@ -1,4 +1,4 @@
-"""Adapters that speak in their own way, through the service: their prompts, their ends, and replacements."""
+"""Adapters with their own chat template, in the service: prompts, end tokens and replacement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def deploy(home: Path, name: str, **files: str) -> None:
-    """A copy of the plain adapter with ``files``, renamed into place."""
+    """Copy the plain adapter, add ``files``, and rename the folder into place."""
     new, served = home / f"new-{name}", home / "adapters" / name
     shutil.copytree(home / "plain", new)
     for file, text in files.items():
@@ -81,7 +81,7 @@ async def ask(
         return await service.submit(GenerationRequest("r", prompt, name, sampling, version))
 
 
-async def test_each_adapter_is_asked_in_its_own_words(service: EngineService) -> None:
+async def test_each_adapter_gets_prompts_from_its_own_template(service: EngineService) -> None:
     base = FAST.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
     assert await prompt_of(service, None) == base
     assert await prompt_of(service, "plain-one") == base
@@ -89,7 +89,7 @@ async def test_each_adapter_is_asked_in_its_own_words(service: EngineService) ->
 
 
 @pytest.mark.parametrize("service", [["--ignore-adapter-templates"]], indirect=True)
-async def test_they_can_be_ignored(service: EngineService) -> None:
+async def test_adapter_templates_can_be_ignored(service: EngineService) -> None:
     assert await prompt_of(service, "own") == await prompt_of(service, None)
     digests = {status.digest for status in service.adapters()}
     assert len(digests) == 1
@@ -99,7 +99,7 @@ async def test_the_version_that_renders_is_the_one_that_answers(service: EngineS
     digest = await until_digest_is_not(service, "own", None)
     with service.holding("own") as version:
         prompt = await service.render_chat(ASKED, version)
-        warm = await ask(service, "own")  # on the device: its folder is about to go
+        warm = await ask(service, "own")  # load it onto the device, because its folder will be removed
         [_ async for _ in warm]
         deploy(home, "own", chat_template__jinja="{{ messages[0].content }}!")
         newer = await until_digest_is_not(service, "own", digest)
@@ -125,7 +125,7 @@ async def test_an_adapter_ends_answers_with_its_own_token(service: EngineService
     assert ended[-1].finish_reason == "stop"
 
 
-async def test_a_template_that_refuses_or_never_ends_is_told_apart(
+async def test_a_template_that_refuses_and_one_that_never_ends_give_different_errors(
     service: EngineService, home: Path
 ) -> None:
     deploy(

@@ -1,4 +1,4 @@
-"""``--generation-config``: what requests get that do not say how to sample."""
+"""``--generation-config``: the sampling defaults of requests."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _base(**fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_bases_own_file_counts_unless_one_does_not_want_it(quantization: str, tmp_path: Path) -> None:
-    """Also through quantising, and without ``do_sample``, which vLLM does not look at either."""
+def test_the_bases_generation_config_is_used_unless_disabled(quantization: str, tmp_path: Path) -> None:
+    """Also after quantising, and without ``do_sample``. vLLM ignores ``do_sample`` too."""
     folder = make_tiny_model("llama", tmp_path / "model")
     own = json.loads((folder / FILE).read_text())
     (folder / FILE).write_text(json.dumps(own | MAKERS | {"max_new_tokens": 77}))
@@ -36,7 +36,7 @@ def test_a_bases_own_file_counts_unless_one_does_not_want_it(quantization: str, 
     assert build(folder, tmp_path, *flags, "--generation-config", "none").info.defaults == SamplingDefaults()
 
 
-def test_a_file_that_says_nothing_changes_nothing() -> None:
+def test_a_generation_config_without_sampling_fields_changes_nothing() -> None:
     assert sampling_defaults("auto", _base(eos_token_id=2)) == SamplingDefaults()
     assert sampling_defaults("auto", _base(eos_token_id=2)).given() == {}
 
@@ -61,7 +61,7 @@ def test_a_folder_with_another_file(tmp_path: Path) -> None:
         ('{"max_new_tokens": 0}', "max_tokens is 0"),
     ],
 )
-def test_what_no_request_might_ask_for_is_refused_at_the_start(
+def test_values_that_a_request_could_not_set_are_refused_at_the_start(
     content: str | None, reason: str, tmp_path: Path
 ) -> None:
     if content is not None:

@@ -33,21 +33,21 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decoding() -> None:
     assert _lengths(_step(scheduler)) == {short.request_id: 1, long.request_id: 1}
 
 
-def test_chunks_of_one_adapter_lie_side_by_side() -> None:
+def test_chunks_of_one_adapter_are_adjacent() -> None:
     gate = OpenGate()
     scheduler = make_scheduler(gate=gate)
     sequences = [make_sequence(3, adapter=name) for name in ("x", "y", "x", "y")]
     for sequence in sequences:
         scheduler.add(sequence)
     scheduler.schedule()
-    for sequence in sequences:  # as the pool would: a slot an adapter
+    for sequence in sequences:  # the pool gives each adapter a slot
         sequence.slot = 0 if sequence.adapter and sequence.adapter.name == "x" else 1
         sequence.num_computed = 3
         sequence.tokens.append(9)
     assert [chunk.sequence.slot for chunk in scheduler.schedule()] == [0, 0, 1, 1]
 
 
-def test_the_youngest_gives_way_and_comes_back() -> None:
+def test_the_youngest_is_preempted_and_resumes() -> None:
     scheduler = make_scheduler(blocks=6, block_size=4)
     old, young = make_sequence(8), make_sequence(7)
     scheduler.add(old)
@@ -64,7 +64,7 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
     assert young.tokens[7:] == [*generated, 7]
 
 
-def test_nothing_new_is_let_in_before_the_preempted() -> None:
+def test_no_new_request_is_admitted_before_preempted_ones() -> None:
     scheduler = make_scheduler(blocks=6, block_size=4)
     scheduler.add(make_sequence(8))
     scheduler.add(make_sequence(7))
@@ -76,7 +76,7 @@ def test_nothing_new_is_let_in_before_the_preempted() -> None:
     assert newcomer not in scheduler.running
 
 
-def test_a_cold_adapter_blocks_nobody_else() -> None:
+def test_a_cold_adapter_does_not_block_others() -> None:
     gate = OpenGate(cold={"cold"})
     scheduler = make_scheduler(gate=gate)
     cold, warm, base = make_sequence(3, adapter="cold"), make_sequence(3, adapter="warm"), make_sequence(3)
@@ -98,7 +98,7 @@ def test_a_flood_for_one_adapter_does_not_starve_another() -> None:
     assert late.num_generated > 0
 
 
-def test_removal_wherever_it_stands_frees_everything() -> None:
+def test_removal_frees_everything_in_every_state() -> None:
     gate = OpenGate()
     scheduler = make_scheduler(seqs=1, gate=gate)
     running, waiting = make_sequence(5), make_sequence(5)
@@ -113,7 +113,7 @@ def test_removal_wherever_it_stands_frees_everything() -> None:
     assert len(scheduler) == 0
 
 
-def test_ends_are_told_apart() -> None:
+def test_finish_reasons() -> None:
     stop, length, ignoring = (
         make_sequence(3),
         make_sequence(3, max_tokens=2),
@@ -131,7 +131,7 @@ def test_ends_are_told_apart() -> None:
 
 
 class _Run:
-    """Runs a scheduler to the end and checks, at every step, what must always hold."""
+    """Runs a scheduler to the end and checks its invariants in every step."""
 
     def __init__(self, scheduler: Scheduler, sequences: list[Sequence]) -> None:
         self.scheduler = scheduler
@@ -143,7 +143,7 @@ class _Run:
             if len(self.scheduler) == 0:
                 return
             self._checked_step()
-        raise AssertionError("the scheduler does not come to an end")
+        raise AssertionError("the scheduler does not finish")
 
     def _checked_step(self) -> None:
         limits = self.scheduler.limits
@@ -158,7 +158,7 @@ class _Run:
             return
         moved = (oldest.num_computed, len(oldest.tokens)) > before
         self._stalled = 0 if moved else self._stalled + 1
-        assert self._stalled <= limits.max_num_batched_tokens, "the oldest does not advance"
+        assert self._stalled <= limits.max_num_batched_tokens, "the oldest request does not advance"
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +170,7 @@ class _Run:
     st.integers(4, 20),
     st.integers(1, 4),
 )
-def test_everything_ends_whatever_comes(
+def test_all_requests_finish(
     requests: list[tuple[int, int, str | None]], blocks: int, budget: int, seqs: int
 ) -> None:
     scheduler = make_scheduler(blocks=blocks, block_size=4, seqs=seqs, budget=budget)

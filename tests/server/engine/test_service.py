@@ -1,4 +1,4 @@
-"""The service on a tiny model: the event loop and the engine's thread together."""
+"""The service on a tiny model, with the event loop and the engine's thread."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_a_stop_string_ends_it_in_the_engine_too(service: EngineService) -
     await _until_free(service)
 
 
-async def test_what_can_be_known_at_once_is_refused_at_once(service: EngineService) -> None:
+async def test_invalid_requests_are_refused_at_once(service: EngineService) -> None:
     with pytest.raises(AdapterNotFound, match="did you mean 'one'"):
         await _ask(service, adapter="onee")
     with pytest.raises(PromptTooLong, match=r"512 tokens.*600"):
@@ -163,7 +163,7 @@ async def test_the_queue_is_bounded(service: EngineService) -> None:
         assert len(await _all(generation)) == 5
 
 
-async def test_draining_ends_what_is_here_and_takes_nothing_new(service: EngineService) -> None:
+async def test_draining_finishes_running_requests_and_refuses_new_ones(service: EngineService) -> None:
     reader = asyncio.create_task(_all(await _ask(service, max_tokens=50)))
     service.begin_drain()
     with pytest.raises(ShuttingDown):
@@ -172,7 +172,7 @@ async def test_draining_ends_what_is_here_and_takes_nothing_new(service: EngineS
     assert len(await reader) == 50
 
 
-async def test_loading_and_unloading_by_hand(service: EngineService, home: Path) -> None:
+async def test_loading_and_unloading_by_a_client(service: EngineService, home: Path) -> None:
     make_peft_adapter(home / "model", home / "adapters" / "two", seed=5)
     status = await service.load_adapter("alias", "two", replace=False)
     assert (status.name, status.state) == ("alias", "ready")
@@ -189,15 +189,15 @@ async def test_loading_and_unloading_by_hand(service: EngineService, home: Path)
     await service.unload_adapter("alias")
     assert not service.has_adapter("alias")
     await service.unload_adapter("one")
-    await asyncio.sleep(1.0)  # two looks of the watcher at the folder, which is still there
+    await asyncio.sleep(1.0)  # two looks of the watcher while the folder is still there
     assert not service.has_adapter("one")
     await service.load_adapter("one", "one", replace=False)
 
 
-async def test_an_adapter_that_came_a_moment_ago_is_found(
+async def test_an_adapter_that_just_arrived_is_found(
     service: EngineService, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service._watcher, "scan_once", lambda **_: None)  # its next look is far away
+    monkeypatch.setattr(service._watcher, "scan_once", lambda **_: None)  # its next look is much later
     make_peft_adapter(home / "model", home / "adapters" / ".new", seed=7)
     (home / "adapters" / ".new").rename(home / "adapters" / "new")
     assert not service.has_adapter("new")
@@ -222,16 +222,16 @@ async def test_a_request_that_raises_fails_alone(service: EngineService) -> None
     assert service.failure() is None
 
 
-async def test_when_the_loop_ends_everybody_is_told(service: EngineService) -> None:
+async def test_if_the_engines_loop_ends_all_requests_fail(service: EngineService) -> None:
     running = await _ask(service, max_tokens=400)
     await anext(aiter(running))
 
     def broken() -> list[Chunk]:
-        raise ValueError("the books are wrong")
+        raise ValueError("the block manager is inconsistent")
 
     service._engine.scheduler.schedule = broken  # type: ignore[method-assign]
-    with pytest.raises(EngineDead, match="the books are wrong"):
+    with pytest.raises(EngineDead, match="the block manager is inconsistent"):
         await _all(running)
-    assert service.failure() == "ValueError: the books are wrong"
+    assert service.failure() == "ValueError: the block manager is inconsistent"
     with pytest.raises(EngineDead):
         await _ask(service, "later")

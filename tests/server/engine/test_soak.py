@@ -1,9 +1,9 @@
-"""A noisy while: 500 requests over 20 adapters, with disconnects, replacements and unloads under way.
+"""500 requests on 20 adapters, while clients disconnect and adapters are replaced and unloaded.
 
-Afterwards nothing may be left, and every answer must be the one that the same request gets in quiet times on
-the same version: to the bit where the fused step runs. Elsewhere a bf16 sum depends on its order, so equal
-means: the same log-probabilities within ``ROUNDING``, and the same tokens, until a greedy or random choice
-within that rounding falls the other way.
+Afterwards nothing may be left. Every answer must equal that of the same request alone on the same version. In
+the fused step they must have the same bits. Elsewhere a bf16 sum depends on its order. There the
+log-probabilities must be equal within ``ROUNDING``. The tokens must be equal until a choice within that
+rounding differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REQUESTS = 500
 ADAPTERS = 20
 CLIENT_ROUTES = 24
 ROUNDING = 0.06
-"""What bf16 may change in a log-probability; another adapter, or other KV, changes it by several units."""
+"""The most that bf16 changes a log-probability. Another adapter or other KV changes it by several units."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Heard:
 
 
 def _questions(noise: random.Random) -> list[Question]:
-    """Some share long prompts, so that the prefix cache and the blocks are under pressure too."""
+    """Some requests share long prompts, so the prefix cache is used and blocks are short."""
     stems = [tuple(noise.choices(range(5, 500), k=60)) for _ in range(5)]
     questions = []
     for i in range(REQUESTS):
@@ -78,7 +78,7 @@ async def _listen(
                 generation.cancel()
         return Heard(question, generation.fingerprint, tokens, leave_after is None)
     except AdapterNotFound:
-        return None  # it was unloaded just now
+        return None  # the adapter was just unloaded
 
 
 async def _clients(service: EngineService, questions: list[Question], noise: random.Random) -> list[Heard]:
@@ -98,7 +98,7 @@ async def _clients(service: EngineService, questions: list[Question], noise: ran
 
 
 async def _operator(service: EngineService, noise: random.Random, done: asyncio.Event) -> int:
-    """Replaces and unloads at random until told to stop; says how often."""
+    """Replace and unload random adapters until ``done`` is set. Returns how often."""
     changes = 0
     while not done.is_set():
         name = f"a{noise.randrange(ADAPTERS)}"
@@ -146,7 +146,7 @@ async def _noisy(home: Path, scheduling: str) -> tuple[EngineService, list[Heard
     changes = await operator
     assert await service.drain(20)
     async with asyncio.timeout(5):
-        while service._engine.busy:  # a step that was launched before the last answer's end
+        while service._engine.busy:  # a step may be in flight after the last answer ended
             await asyncio.sleep(0.01)
     return service, heard, changes
 
@@ -168,7 +168,7 @@ def _check_nothing_left(service: EngineService) -> None:
 
 
 async def _quiet(home: Path, heard: list[Heard]) -> list[list[TokenLogprob]]:
-    """The same questions, one at a time, each on the very version that answered it."""
+    """The answers to the same questions, one at a time, each on the version that answered it before."""
     service = build_service(from_args(_args(home, "--no-async-scheduling"), environ={}))
     await service.start()
     folder = {}
@@ -189,18 +189,18 @@ async def _quiet(home: Path, heard: list[Heard]) -> list[list[TokenLogprob]]:
 
 
 def _check_same(one: Heard, quiet: list[TokenLogprob]) -> None:
-    assert one.tokens == quiet[: len(one.tokens)], f"not the same to the bit: {one}"
+    assert one.tokens == quiet[: len(one.tokens)], f"the bits differ: {one}"
     assert len(one.tokens) == len(quiet) or not one.whole
 
 
 def _differs(one: Heard, quiet: list[TokenLogprob]) -> bool:
-    """Whether rounding made it another answer than the quiet one; fails if it is wrong beyond rounding."""
+    """Whether rounding made the answer differ from the quiet one. Fails if rounding does not explain it."""
     for heard, expected in zip(one.tokens, quiet, strict=False):
         if heard.token_id != expected.token_id:
             margin = expected.top[0].logprob - expected.top[1].logprob
             assert one.question.sampling.temperature > 0 or margin < ROUNDING, f"wrong: {one}"
             return True
-        assert abs(heard.logprob - expected.logprob) < ROUNDING, f"another distribution: {one}"
+        assert abs(heard.logprob - expected.logprob) < ROUNDING, f"wrong log-probability: {one}"
     if one.whole:
         assert len(one.tokens) == len(quiet)
     return False
@@ -217,7 +217,7 @@ def test_soak(tmp_path: Path, scheduling: str) -> None:
 
     assert len(heard) > 0.9 * REQUESTS
     assert changes > 20
-    assert stats.preemptions > 0, "the KV cache was never short, so this proves less than it says"
+    assert stats.preemptions > 0, "the KV cache was never short, so preemption was not tested"
     assert stats.adapter_evictions > 0
     assert stats.prefix_hit_tokens > 0
     if isinstance(service._engine.model, CpuModel):

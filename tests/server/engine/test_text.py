@@ -1,4 +1,4 @@
-"""Text that grows token by token: split characters, stop strings, exact bytes."""
+"""Text that is streamed token by token: split characters, stop strings, exact bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _deltas(tokens: list[int], reason: str = "length", **params: object) -> list
 
 
 @given(st.text(alphabet="aeiou lmn\u00e9\u4e16\U0001f600", max_size=40))
-def test_pieces_add_up_and_never_show_half_a_character(text: str) -> None:
+def test_streamed_pieces_add_up_and_never_split_a_character(text: str) -> None:
     tokens = TOKENIZER.encode(text)
     deltas = _deltas(tokens) if tokens else []
     assert "".join(delta.text for delta in deltas) == text
@@ -71,7 +71,7 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it() -> None:
     assert deltas[-1].stop_reason == "n e"
 
 
-def test_min_tokens_holds_stop_strings_off() -> None:
+def test_stop_strings_are_ignored_before_min_tokens() -> None:
     tokens = TOKENIZER.encode("anananan")
     deltas = _deltas(tokens, stop=("n",), min_tokens=len(tokens))
     assert all(delta.finish_reason is None for delta in deltas[:-1])
@@ -82,7 +82,7 @@ def test_min_tokens_holds_stop_strings_off() -> None:
     st.lists(st.text(alphabet="abc", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.integers(1, 4), max_size=30),
 )
-def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_stop_strings_are_found_across_any_tokens(text: str, stops: list[str], cuts: list[int]) -> None:
     pieces, rest = [], text
     for cut in cuts:
         pieces.append(rest[:cut])
@@ -100,7 +100,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[s
         return
     assert scan.stop in stops
     assert text.startswith(shown + scan.stop)
-    assert not any(stop in shown for stop in stops), "text after a stop string was shown"
+    assert not any(stop in shown for stop in stops), "text after a stop string was streamed"
 
 
 def test_text_that_cannot_become_a_stop_string_is_not_held_back() -> None:

@@ -1,4 +1,4 @@
-"""Texts that cannot fit are refused early, and no text that fits ever is."""
+"""Texts that cannot fit are refused before they are tokenised. No text that fits is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def longest(family: TokenizerFamily) -> int | None:
 @pytest.mark.parametrize("family", KEEPING)
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=200) | st.text(alphabet=" aeioust\n\u00e9\u4e16", max_size=200))
-def test_no_token_stands_for_more_bytes(family: TokenizerFamily, text: str) -> None:
+def test_no_token_has_more_bytes_than_the_bound(family: TokenizerFamily, text: str) -> None:
     most = longest(family)
     assert most is not None
     tokens = len(FAST[family](text, add_special_tokens=False)["input_ids"])
@@ -41,12 +41,12 @@ def test_no_token_stands_for_more_bytes(family: TokenizerFamily, text: str) -> N
 
 
 @pytest.mark.parametrize("family", sorted(set(TOKENIZER_FAMILIES) - set(KEEPING)))
-def test_where_text_may_vanish_nothing_is_refused_by_its_bytes(family: TokenizerFamily) -> None:
+def test_if_a_tokenizer_can_drop_text_no_text_is_refused_by_its_bytes(family: TokenizerFamily) -> None:
     assert longest(family) is None
     bounds = TextBounds(FAST[family].backend_tokenizer, CONTEXT)
     bounds.check_bytes("prompt", 1 << 40)
     if family == "wordpiece":
-        bounds.check("prompt", " " * 100_000)  # no token at all
+        bounds.check("prompt", " " * 100_000)  # this text has no tokens
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,9 @@ def test_where_text_may_vanish_nothing_is_refused_by_its_bytes(family: Tokenizer
         (None, pre_tokenizers.Split(" ", "isolated"), 1),
     ],
 )
-def test_only_steps_that_keep_text_are_trusted(normalizer: Any, splitter: Any, factor: int | None) -> None:
+def test_only_tokenizer_steps_that_keep_text_have_a_bound(
+    normalizer: Any, splitter: Any, factor: int | None
+) -> None:
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"four": 256}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
@@ -76,7 +78,7 @@ class TestRefusals:
         return tokenizer_module.Tokenizer(fast, len(fast), frozenset(), base_renderer(fast), bounds)
 
     def watched(self, family: TokenizerFamily, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """How long the texts are that are tokenised whole."""
+        """The lengths of the texts that are tokenised whole."""
         seen: list[int] = []
         fast = FAST[family]
         real = type(fast).__call__
@@ -94,7 +96,7 @@ class TestRefusals:
         self, family: TokenizerFamily, text: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if family not in KEEPING and text[0] not in "aeio":
-            pytest.skip("one unknown word is one token, however long")
+            pytest.skip("one unknown word is one token of any length")
         tokenizer, seen = self.tokenizer(family), self.watched(family, monkeypatch)
         with pytest.raises(PromptTooLong) as refused:
             tokenizer.encode(text)
@@ -107,7 +109,7 @@ class TestRefusals:
         assert not seen
 
     @pytest.mark.parametrize("family", TOKENIZER_FAMILIES)
-    def test_what_fits_or_nearly_fits_is_counted_exactly(self, family: TokenizerFamily) -> None:
+    def test_texts_near_the_limit_are_counted_exactly(self, family: TokenizerFamily) -> None:
         tokenizer = self.tokenizer(family)
         for text in ("", "aeiou " * 20, "aeiou " * 60, "世" * 30):
             assert tokenizer.encode(text) == FAST[family](text)["input_ids"]

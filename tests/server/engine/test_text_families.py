@@ -1,4 +1,4 @@
-"""Text that grows token by token, for real tokenizers of every family, is one decode of the whole."""
+"""For tokenizers of every family, streamed text equals one decode of all tokens."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def streamed(tokenizer: Tokenizer, tokens: list[int], **params: Any) -> str:
 
 
 def behind_a_prompt(fast: Any, tokens: list[int], skip: bool = True) -> str:
-    """What the tokens add to a prompt, in one decode."""
+    """The text that the tokens add to a prompt, in one decode."""
     prompt = fast("tile", add_special_tokens=False)["input_ids"]
     decode = fast.backend_tokenizer.decode
     whole: str = decode([*prompt, *tokens], skip_special_tokens=skip)
@@ -76,12 +76,12 @@ def bytes_of(fast: Any, data: bytes, family: Kind) -> list[int]:
 
 
 @EVERY
-@settings(deadline=None)  # the first builds the tokenizer
+@settings(deadline=None)  # the first example builds the tokenizer
 @given(
     text=st.text(alphabet="aeirst lmn.,'\n\u00e9\u4e16\U0001f600", min_size=1, max_size=30),
     skip=st.booleans(),
 )
-def test_the_stream_is_one_decode_of_the_whole(family: Kind, text: str, skip: bool) -> None:
+def test_streamed_text_equals_one_decode(family: Kind, text: str, skip: bool) -> None:
     fast, tokenizer = tokenizer_of(family)
     tokens = fast(text, add_special_tokens=False)["input_ids"]
     tokens = [*tokens, fast.eos_token_id, *tokens]
@@ -116,7 +116,7 @@ def test_the_first_tokens_space_is_kept(family: Kind) -> None:
 
 @FALLBACK
 def test_invalid_bytes_become_replacement_characters(family: Kind) -> None:
-    """``<0xC3> <0xA9> <0x82> a`` once raised in the decoder, which takes a character back that was shown."""
+    """``<0xC3> <0xA9> <0x82> a`` once raised an error: the decoder takes back a streamed character."""
     fast, tokenizer = tokenizer_of(family)
     tokens = [*bytes_of(fast, b"\xc3\xa9\x82", family), fast.convert_tokens_to_ids("a")]
     got = deltas(tokenizer, tokens, logprobs=0)
@@ -127,7 +127,7 @@ def test_invalid_bytes_become_replacement_characters(family: Kind) -> None:
 @BYTES
 @settings(deadline=None)
 @given(raw=st.binary(min_size=1, max_size=12))
-def test_any_bytes_are_told_exactly(family: Kind, raw: bytes) -> None:
+def test_bytes_of_tokens_are_exact(family: Kind, raw: bytes) -> None:
     fast, tokenizer = tokenizer_of(family)
     tokens = bytes_of(fast, raw, family)
     got = deltas(tokenizer, tokens, logprobs=0)
@@ -136,15 +136,15 @@ def test_any_bytes_are_told_exactly(family: Kind, raw: bytes) -> None:
 
 
 @BYTES
-def test_a_character_is_shown_with_its_last_byte(family: Kind) -> None:
+def test_a_character_is_streamed_with_its_last_byte(family: Kind) -> None:
     fast, tokenizer = tokenizer_of(family)
     tokens = bytes_of(fast, "\U0001f600!".encode(), family)
     assert [delta.text for delta in deltas(tokenizer, tokens)] == ["", "", "", "\U0001f600", "!"]
 
 
 @EVERY
-def test_a_stop_string_over_the_border_of_two_tokens_ends_the_answer(family: Kind) -> None:
-    """Every pair of neighbours: the last character of one token's text and the first one of the next."""
+def test_a_stop_string_across_two_tokens_ends_the_answer(family: Kind) -> None:
+    """For every two adjacent tokens, the stop string is the last character and the first of the next."""
     fast, tokenizer = tokenizer_of(family)
     tokens = fast(" tile solar at mist", add_special_tokens=False)["input_ids"]
     pieces = [tokenizer.piece(token)[0] for token in tokens]

@@ -14,7 +14,7 @@ def test_negative_ids_become_the_sampled_tokens() -> None:
     assert tokens.tolist() == [5, -1, 7, -3, -1]
 
 
-def test_what_travels_in_one_row_arrives_as_it_was() -> None:
+def test_tensors_sent_in_one_row_arrive_unchanged() -> None:
     tensors = [
         torch.tensor([0, 151_936, 2**40]),
         torch.tensor([[0.1, -math.inf], [math.inf, 1e-45]]),

@@ -1,4 +1,4 @@
-"""Biases, least lengths and penalties, of many rows in one call: the same to the bit as token by token."""
+"""Biases, minimum lengths and penalties. Many rows in one call give the same bits as one token at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _sequence(
 
 
 def by_definition(logits: Tensor, sequence: Sequence, tokens: list[int]) -> Tensor:
-    """One row, one token after another, in float32. ``tokens``: the sequence's, all known."""
+    """The result for one row, computed token by token in float32. ``tokens``: those of the sequence."""
     p, answer = sequence.params, tokens[sequence.num_prompt :]
     row = [np.float32(value) for value in logits.tolist()]
     for token in range(len(row)):
@@ -72,10 +72,10 @@ ROWS = st.lists(st.tuples(TOKENS, TOKENS, PARAMS, st.booleans()), min_size=1, ma
 
 @settings(deadline=None, max_examples=30)
 @given(ROWS, st.integers(0, 1000))
-def test_any_rows_are_shaped_as_each_by_the_definition_step_by_step(
+def test_rows_in_one_call_equal_each_row_computed_step_by_step(
     rows: list[tuple[list[int], list[int], dict[str, Any], bool]], seed: int
 ) -> None:
-    """Also while the last token is one that only the device knows."""
+    """Also while only the device has the last token."""
     generator = torch.Generator().manual_seed(seed)
     sequences = [_sequence(prompt, **params) for prompt, _, params, _ in rows]
     for step in range(max(len(answer) for _, answer, _, _ in rows) + 1):
@@ -94,12 +94,12 @@ def test_any_rows_are_shaped_as_each_by_the_definition_step_by_step(
 
 
 def test_biases_come_before_penalties_as_in_vllm() -> None:
-    """(1 + 1) / 2 and not 1 / 2 + 1."""
+    """The result is (1 + 1) / 2, not 1 / 2 + 1."""
     sequence = _sequence([5], logit_bias={5: 1.0}, repetition_penalty=2.0)
     assert apply_logits_processors(torch.ones(1, VOCABULARY), [sequence], None)[0, 5] == 1.0
 
 
-def test_nobody_pays_who_asks_for_nothing() -> None:
+def test_rows_without_processors_cost_nothing() -> None:
     plain = _sequence([1] * 5, (2,) * 5)
     logits = torch.ones(2, VOCABULARY)
     assert apply_logits_processors(logits, [plain, plain], None) is logits
@@ -107,7 +107,7 @@ def test_nobody_pays_who_asks_for_nothing() -> None:
     assert plain.counts is None
 
 
-def test_a_step_looks_at_one_token_however_long_the_sequence_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_counts_one_token_even_in_a_long_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     find = TokenCounts._index_of
 
@@ -126,7 +126,7 @@ def test_a_step_looks_at_one_token_however_long_the_sequence_is(monkeypatch: pyt
     assert looked == [3, 8]
 
 
-def test_many_new_tokens_find_room() -> None:
+def test_counts_grow_for_many_new_tokens() -> None:
     counts = TokenCounts([7, 7, 900], start=3)
     tokens = [7, 7, 900, *range(800, 1000), *range(800, 900)]
     counts.follow(tokens)
@@ -134,7 +134,7 @@ def test_many_new_tokens_find_room() -> None:
     assert said == {7: 0.0} | {token: 2.0 if token < 900 else 1.0 for token in range(800, 1000)}
 
 
-def test_a_bias_is_made_into_tensors_once_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bias_becomes_tensors_once_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     make = shaping.LogitBias
 

@@ -62,13 +62,13 @@ def test_samples_follow_the_distribution() -> None:
         ({"top_p": 0.5}, [2]),
         ({"top_p": 0.8}, [2, 1]),
         ({"min_p": 0.3}, [2, 1]),
-        ({"top_k": 3, "top_p": 0.75}, [2, 1]),  # top_p counts within what top_k left
+        ({"top_k": 3, "top_p": 0.75}, [2, 1]),  # top_p applies to what top_k kept
         ({"top_p": 1e-9}, [2]),
         ({"top_p": 1e-300}, [2]),  # 0 in float32
         ({"top_p": 0.0}, [2]),
         ({"top_k": 1}, [2]),
         ({"min_p": 1.0}, [2]),
-        ({"temperature": 1e-38}, [2]),  # by which a logit becomes infinite
+        ({"temperature": 1e-38}, [2]),  # a logit divided by this becomes infinite
         ({"temperature": 1e-300}, [2]),
         ({"temperature": 1e-5}, [2]),
     ],
@@ -87,9 +87,11 @@ def test_truncation_keeps_and_renormalises(params: dict[str, Any], kept: list[in
     st.sampled_from([0.3, 0.9, 0.999, 1.0]),
     st.sampled_from([0.0, 0.05]),
 )
-@example(seed=1, top_k=600, top_p=0.3, min_p=0.0)  # top_p counts within what top_k left, beyond the head too
-def test_looking_at_the_head_alone_changes_nothing(seed: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Wide flat rows need the whole sort, peaked ones do not; the result is as if everything were sorted."""
+@example(seed=1, top_k=600, top_p=0.3, min_p=0.0)  # top_p applies to what top_k kept, also beyond the head
+def test_sorting_only_the_head_gives_the_same_result(
+    seed: int, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Flat rows need a full sort and peaked rows do not. The result equals that of a full sort."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(seed)) * (0.1 + seed % 4)
     token = _samples(logits[None], [_sequence(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p)])[0].token
     assert token is not None
@@ -114,7 +116,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert together == alone
 
 
-def test_penalties_count_what_was_said() -> None:
+def test_penalties_count_generated_tokens_or_all() -> None:
     assert _one([1.0, 0.9], generated=(0,), presence_penalty=0.2, temperature=0.0).token == 1
     assert _one([1.0, 0.9], prompt=(0,), presence_penalty=0.2, temperature=0.0).token == 0
     assert _one([2.0, 0.9], generated=(0, 0, 0), frequency_penalty=0.4, temperature=0.0).token == 1
@@ -141,14 +143,16 @@ def test_logprobs_are_the_models_own() -> None:
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_broken_row_is_told_apart_and_hurts_nobody(broken: float, temperature: float) -> None:
+def test_a_row_with_nan_or_infinity_gives_no_token_and_others_are_sampled(
+    broken: float, temperature: float
+) -> None:
     logits = torch.tensor([[0.0, broken, 1.0], [0.0, 1.0, 9.0]])
     samples = _samples(logits, [_sequence(temperature=temperature), _sequence(temperature=0.0)])
     assert samples[0].token is None
     assert samples[1].token == 2
 
 
-def test_random_numbers_come_from_seed_and_position_alone() -> None:
+def test_random_numbers_depend_only_on_seed_and_position() -> None:
     assert uniform(5, 7) == uniform(5, 7)
     numbers = [uniform(seed, position) for seed in range(40) for position in range(40)]
     assert len(set(numbers)) == 1600
@@ -158,7 +162,7 @@ def test_random_numbers_come_from_seed_and_position_alone() -> None:
 
 
 EDGES = [0.0, 5e-324, 1e-300, 2.0**-25, 1 - 2.0**-24, 1 - 2.0**-25, 1 - 1e-8, math.nextafter(1.0, 0.0)]
-"""Of [0, 1); from the sixth on they are 1 in float32."""
+"""Random numbers in [0, 1). From the sixth on they are 1 in float32."""
 
 TRUNCATIONS: list[dict[str, object]] = [
     {},
@@ -177,10 +181,10 @@ TRUNCATIONS: list[dict[str, object]] = [
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("params", TRUNCATIONS)
 @pytest.mark.parametrize("peak", [0.0, 0.01, 4.0, 60.0])
-def test_the_ends_of_the_random_numbers_range_draw_tokens_that_have_a_probability(
+def test_extreme_random_numbers_sample_tokens_with_a_probability(
     monkeypatch: pytest.MonkeyPatch, edge: float, params: dict[str, object], peak: float
 ) -> None:
-    """The first and the last 300 of 2,000 words have none; within 512, more or all of the others count."""
+    """Of 2,000 tokens the first and the last 300 have no probability. Truncations keep 1 to all others."""
     logits = torch.linspace(0.0, peak, 2000)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     logits[:300] = logits[-300:] = -1e9
     monkeypatch.setattr(truncation, "uniform", lambda *_: edge)
@@ -191,7 +195,7 @@ def test_the_ends_of_the_random_numbers_range_draw_tokens_that_have_a_probabilit
 def allowed(
     logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> set[int]:
-    """Every token that these may leave, generous where float32 rounds and where logits are equal."""
+    """Every token that the truncation may keep, with some tolerance for float32 and for equal logits."""
     if temperature < 1e-5 or top_p == 0.0 or top_k == 1:
         return set((logits == logits.max()).nonzero()[:, 0].tolist())
     probs = ((logits.double() - logits.max()) / temperature).softmax(-1)
@@ -199,13 +203,13 @@ def allowed(
     floor = ordered[min(top_k, len(ordered)) - 1] if top_k else ordered[-1]
     floor = torch.maximum(floor, min_p * ordered[0])
     kept = ordered[ordered >= floor * (1 - 1e-5)]
-    above = kept.cumsum(0) - kept  # of those that are more probable
+    above = kept.cumsum(0) - kept  # the sum of the more probable tokens
     last = kept[above <= (top_p + 1e-6) * kept.sum()][-1]
     return set(((probs >= last * (1 - 1e-5)) & (probs > 0)).nonzero()[:, 0].tolist())
 
 
-def test_the_number_that_was_one_in_float32_samples_the_best_at_top_k_1() -> None:
-    """One in thirty million samples; this is the 20th of a request's seed."""
+def test_a_random_number_that_is_one_in_float32_samples_an_allowed_token() -> None:
+    """One random number in thirty million is 1 in float32. This is number 20 of this seed."""
     number = uniform(answer_seed(14120141, 0), 20)
     assert number < 1.0 == torch.tensor(number, dtype=torch.float32).item()
     logits = torch.linspace(3.0, -200.0, 1000)
@@ -219,10 +223,10 @@ def test_the_number_that_was_one_in_float32_samples_the_best_at_top_k_1() -> Non
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 600}, {"top_p": 0.9}])
-def test_a_sum_that_grows_where_there_is_no_mass_samples_no_token_there(
+def test_a_rounded_sum_samples_no_token_without_probability(
     monkeypatch: pytest.MonkeyPatch, params: dict[str, object]
 ) -> None:
-    """A GPU sums in parallel, so that rounding may do this; made larger here."""
+    """A GPU sums in parallel, so rounding may do this. The test makes the error larger."""
     cumsum = Tensor.cumsum
 
     def rounded(self: Tensor, *arguments: Any, **others: Any) -> Tensor:
@@ -256,7 +260,7 @@ EXTREMES = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=200)
 @given(EXTREMES, st.integers(0, 20), st.sampled_from([0.01, 3.0, 1e4, 1e30]))
-def test_whatever_a_client_asks_for_is_refused_or_gives_a_token_with_a_probability(
+def test_all_sampling_parameters_are_refused_or_give_an_allowed_token(
     fields: dict[str, Any], seed: int, scale: float
 ) -> None:
     try:
@@ -270,8 +274,8 @@ def test_whatever_a_client_asks_for_is_refused_or_gives_a_token_with_a_probabili
     assert token in allowed(apply_logits_processors(logits, [sequence], None)[0], **kept)
 
 
-def test_a_row_is_sampled_the_same_to_the_bit_beside_any_others() -> None:
-    """Ties too: how many log-probabilities a neighbour asks for must not order them anew."""
+def test_a_row_has_the_same_sample_beside_other_rows() -> None:
+    """Also with ties: a neighbour's number of log-probabilities must not change their order."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(9, 5003, generator=generator) * 8).round() / 8
     wishes: list[dict[str, Any]] = [
