@@ -1,4 +1,4 @@
-"""A tiny OpenAI-compatible server that answers at once: a base, two adapters, and models that misbehave.
+"""A small fake OpenAI server that answers at once: a base, two adapters, and models with faults.
 
 ``python -m tests.server.bench.fake_server PORT`` serves it on loopback.
 """
@@ -24,7 +24,7 @@ ADAPTERS = ("lora-0000", "lora-0001")
 
 
 class FakeServer:
-    """The application, and every request body it was sent."""
+    """The application and the request bodies it received."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -53,7 +53,7 @@ class FakeServer:
 
 
 def _text_chunks(body: dict[str, Any]) -> Iterator[str]:
-    """A chunk a token; then usage and the end."""
+    """One chunk for each token, then usage and the end."""
     last = body["max_tokens"] - 1
     for place in range(last + 1):
         yield _event({"text": " x", "finish_reason": "length" if place == last else None})
@@ -62,7 +62,7 @@ def _text_chunks(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _chat_chunks(body: dict[str, Any]) -> Iterator[str]:
-    """The role alone, a chunk a token, the finish alone; then usage and the end."""
+    """A chunk with the role, one for each token, one with the finish reason, then usage and the end."""
     yield _event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
     for _ in range(body["max_tokens"]):
         yield _event({"delta": {"content": " x"}, "finish_reason": None})
@@ -82,7 +82,7 @@ def _usage(prompt: int, output: int) -> str:
 
 @contextmanager
 def serving(fake: FakeServer) -> Iterator[str]:
-    """The base URL of ``fake``, served by a thread meanwhile."""
+    """The base URL of ``fake``, which a thread serves during the test."""
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(fake.app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

@@ -110,7 +110,7 @@ def test_a_plot_without_matplotlib_is_refused_before_measuring(
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_cold_means_that_nothing_was_asked_before(fake: FakeServer, url: str) -> None:
+def test_cold_means_that_no_request_was_sent_before(fake: FakeServer, url: str) -> None:
     fake.bodies.clear()
     assert bench("--base-url", url, *SMALL, "--cold") == 0
     assert len(fake.bodies) == 4

@@ -44,7 +44,7 @@ async def test_prompts_go_out_as_token_ids_and_no_adapter_means_the_base(fake: F
     assert [(body["model"], body["prompt"]) for body in fake.bodies] == [("base", [7, 8])]
 
 
-async def test_a_server_may_be_told_adapters_in_its_own_way(fake: FakeServer, url: str) -> None:
+async def test_a_server_may_have_its_own_way_to_choose_adapters(fake: FakeServer, url: str) -> None:
     fake.bodies.clear()
     fields = {"lora-0000": {"lora": [1.0]}, None: {"lora": [0.0]}}
     calls = (Call("lora-0000", (7,), 1), Call(None, (7,), 1))
@@ -90,7 +90,7 @@ FINISH = {"choices": [{"text": "", "finish_reason": "length"}]}
 
 def test_which_chunks_hold_tokens() -> None:
     assert answer(HELD_BACK, TOKEN, FINISH, USAGE).record(2).chunks == (1, 2)
-    # one token short without it: the finish is the last token, whose text is empty
+    # the finish is the last token, with empty text
     assert answer(TOKEN, FINISH, USAGE).record(2).chunks == (1, 2)
 
 

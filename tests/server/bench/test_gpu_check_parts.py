@@ -1,4 +1,4 @@
-"""The parts of gpu-check that need no run of it: the processes, what is compared, what is reached."""
+"""The parts of gpu-check without a whole run: the processes, the comparisons, the targets."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def conduct(script: str, budget: float = 60.0) -> list[Result]:
     return results
 
 
-def test_a_fault_of_the_gpu_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After it every call to the GPU raises, and what those say is another thing."""
+def test_a_fault_of_the_gpu_is_reported_with_its_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the fault every call to the GPU raises, and those errors are misleading."""
 
     def section(_: Context) -> Iterator[Row]:
         yield Row("t", {"a": 1})
         raise RuntimeError("CUDA error: an illegal memory access")
 
     monkeypatch.setattr(Section, "load", lambda _: section)
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: pytest.fail("the GPU was asked again"))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: pytest.fail("the GPU was used again"))
     told: list[dict[str, Any]] = []
     gpu = Gpu("a GPU", (9, 0), 132, 1 << 36, Machine(1.0, 1.0))
-    assert not child._run(THREE[0], gpu, math.inf, told.append), "its process goes on"
+    assert not child._run(THREE[0], gpu, math.inf, told.append), "the process must not be used again"
     assert [set(message) - {"section"} for message in told] == [{"began"}, {"row"}, {"seconds", "failed"}]
     assert told[-1]["failed"] == "RuntimeError: CUDA error: an illegal memory access"
 
@@ -96,7 +96,7 @@ def test_a_process_that_never_starts_fails_each_section() -> None:
     assert all(one.status == "failed" and "no torch" in one.failed for one in results)
 
 
-def test_the_shares_are_all_of_the_time_but_for_starting() -> None:
+def test_the_shares_leave_time_only_for_the_start() -> None:
     assert 0.9 < sum(section.share for section in SECTIONS) <= 1
 
 
@@ -110,7 +110,7 @@ def answers(tokens: Sequence[int], margin: float) -> dict[str, Answer]:
     return {"a": Answer(0.0, list(tokens), [margin] * len(tokens))}
 
 
-def test_tokens_may_differ_where_two_logits_are_near_and_nowhere_else() -> None:
+def test_tokens_may_differ_only_if_two_logits_are_near() -> None:
     same = compare(answers([1, 2, 3], 5.0), answers([1, 2, 3], 5.0))
     near = compare(answers([1, 9, 9], 5.0), answers([1, 2, 3], ALLOWED / 2))
     far = compare(answers([1, 9, 9], 0.0), answers([1, 2, 3], 2 * ALLOWED))
@@ -124,7 +124,7 @@ def decode(adapters: int, speed: float, floor: float) -> Row:
     return Row("decode", {**same, "adapters": adapters, "tokens/s": speed, "times the floor": floor})
 
 
-def test_what_is_reached_is_computed_from_the_rows() -> None:
+def test_targets_are_computed_from_the_rows() -> None:
     steps = [decode(0, 1000, 1.5), decode(1, 990, 1.5), decode(64, 800, 1.7), decode(256, 970, 1.7)]
     theirs: dict[str, Value] = {
         "base": "llama-8b",
@@ -140,10 +140,10 @@ def test_what_is_reached_is_computed_from_the_rows() -> None:
     found = [(round(target.value, 3), target.met) for target in measured_targets(results)]
     assert found == [(0.8, False), (0.98, True), (1.5, True), (1.7, False), (16.0, True), (1.5, True)]
     assert targets_text(results).count("reached") == 4
-    assert measured_targets(results[1:]) == [], "nothing is asked of a CPU"
+    assert measured_targets(results[1:]) == [], "a CPU has no targets"
 
 
-def test_a_wrong_row_fails_its_section_and_is_no_figure() -> None:
+def test_a_failed_row_fails_its_section_and_is_not_a_figure() -> None:
     rows = [Row("t", {"a": 1.5}), Row("t", {"a": 2.5}, failed="off by one"), skipped("t", "no luck")]
     result = Result("s", "a section", rows)
     text = section_text(result)
@@ -154,7 +154,7 @@ def test_a_wrong_row_fails_its_section_and_is_no_figure() -> None:
     assert Result("s", "", [skipped("", "no luck")]).status == "skipped"
 
 
-def test_random_bases_are_the_same_for_the_same_seed_and_have_the_bytes_that_are_reckoned_with() -> None:
+def test_random_bases_depend_on_the_seed_and_have_the_predicted_size() -> None:
     one, same, other = (random_base("tiny", "none", CPU, seed).model for seed in (0, 0, 1))
     weight = one.model.layers[1].mlp.up_proj.weight
     assert torch.equal(weight, same.model.layers[1].mlp.up_proj.weight)
@@ -165,7 +165,7 @@ def test_random_bases_are_the_same_for_the_same_seed_and_have_the_bytes_that_are
 
 
 @pytest.mark.parametrize("section", [run_exactness, run_decode])
-def test_what_falls_back_fails_the_check(
+def test_a_fallback_fails_the_check(
     section: Callable[[Context], Iterator[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = TransformersModel.__init__
@@ -207,7 +207,7 @@ def test_random_nf4_weights_are_decoded_as_bitsandbytes_does() -> None:
     assert torch.equal(nf4_products.decoded(weight), theirs)
 
 
-def test_nf4_products_are_timed_beside_their_floor_and_a_wrong_one_is_neither_timed_nor_chosen(
+def test_nf4_products_are_timed_and_a_wrong_one_is_not_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = PRODUCTS["dense"]

@@ -1,4 +1,4 @@
-"""How the peers are started and asked, with their tools and servers replaced by fakes."""
+"""How peers are started and sent requests. Fakes replace their tools and servers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.server.bench.fake_server import FakeServer, serving
 
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    """Two adapters of ranks 4 and 12, and environments that look complete."""
+    """Two adapters of ranks 4 and 12, and environments that look installed."""
     adapters = {}
     for name, config in {"one": {"r": 4}, "two": {"r": 2, "rank_pattern": {"q_proj": 12}}}.items():
         adapters[name] = tmp_path / "adapters" / name
@@ -45,7 +45,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What llama.cpp's tools were called with; each leaves the file that it is told to write."""
+    """The calls of llama.cpp's tools. Each fake tool writes its output file."""
     called: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -104,7 +104,7 @@ def url() -> Iterator[str]:
         yield base_url
 
 
-def test_llama_cpp_is_told_every_scale(url: str) -> None:
+def test_llama_cpp_gets_a_scale_for_every_adapter(url: str) -> None:
     peer = llama_cpp.LlamaCppPeer()
     assert peer.known(url) == {"one", "two"}
     scales = {
@@ -113,7 +113,7 @@ def test_llama_cpp_is_told_every_scale(url: str) -> None:
     assert scales == {None: {0: 0, 1: 0}, "one": {0: 0, 1: 1}, "two": {0: 1, 1: 0}}
 
 
-def test_vllm_is_given_every_adapter_and_the_rank_that_holds_them(setup: Setup) -> None:
+def test_vllm_gets_every_adapter_and_a_sufficient_rank(setup: Setup) -> None:
     command = vllm.VllmPeer("eager").command(setup, 99)
     assert value(command, "--max-lora-rank") == "16"
     # 4 requests of 256 tokens, twice; keys and values of 2 layers with 2 heads of 16 in bf16

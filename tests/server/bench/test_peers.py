@@ -78,7 +78,7 @@ def test_peft_batches_are_as_large_as_the_concurrency() -> None:
     assert [len(batch) for batch in batches(Workload(calls))] == [5]
 
 
-def test_a_peer_that_ends_says_why(tmp_path: Path) -> None:
+def test_the_error_of_a_peer_that_ends_has_the_reason(tmp_path: Path) -> None:
     child = ChildProcess([sys.executable, "-c", "raise SystemExit('no room')"], tmp_path / "log", talk=True)
     with pytest.raises(BenchError, match="no room"):
         child.ask("ready?")
@@ -113,7 +113,7 @@ def test_a_started_server_is_measured_in_turn_and_stopped(setup: Setup) -> None:
     with started([one, other], setup):
         warm_up([one, other], setup, LOAD, num_warmups=1)
         measured = measure([one, other], setup, [LOAD, LOAD], repeats=2)
-    assert order == ["fake", "other"] * 4  # to every adapter, the warm-up, two runs
+    assert order == ["fake", "other"] * 4  # one request to each adapter, the warm-up, two runs
     assert [[run["completed"] for run in each.runs] for each in measured] == [[5, 5], [5, 5]]
     with pytest.raises(BenchError, match="ended with code"):
         one._process.check_alive()  # type: ignore[union-attr]
@@ -121,7 +121,7 @@ def test_a_started_server_is_measured_in_turn_and_stopped(setup: Setup) -> None:
 
 def test_a_server_that_ends_at_once_is_reported(setup: Setup) -> None:
     with pytest.raises(BenchError, match="no room"), started([Failing()], setup):
-        pytest.fail("it cannot have started")
+        pytest.fail("it must not have started")
 
 
 def test_the_warm_up_reaches_every_adapter_once(setup: Setup) -> None:
@@ -131,13 +131,13 @@ def test_the_warm_up_reaches_every_adapter_once(setup: Setup) -> None:
     assert {call.due for call in calls} == {0}
 
 
-def test_a_child_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_child_is_killed_with_its_own_children(tmp_path: Path) -> None:
     script = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     child = ChildProcess([sys.executable, "-c", script], tmp_path / "log", talk=True)
     grandchild = int(child.ask(""))
     assert grandchild in tree(child.pid)
     child.stop()
-    for _ in range(500):  # a signal takes a moment
+    for _ in range(500):  # a signal takes some time
         if not alive(grandchild):
             break
         time.sleep(0.01)
@@ -145,7 +145,7 @@ def test_a_child_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether it still runs; one that only waits to be reaped does not."""
+    """Whether the process runs. A zombie does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 

@@ -1,6 +1,6 @@
-"""The real peers, where ``bench peers-setup`` made them: each must answer with the adapter asked for.
+"""The real peers that ``bench peers-setup`` installed. Each must answer with the requested adapter.
 
-What PEFT says in bf16 on the same weights is the reference; the samples' adapters change every answer.
+The reference is PEFT in bf16 on the same weights. The sample adapters change every answer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def expected(dense: PreparedBase, prompt: tuple[int, ...]) -> dict[str | None, s
 def ask(
     request: pytest.FixtureRequest, dense: PreparedBase, manylora_home: Path, tmp_path: Path
 ) -> Iterator[Callable[[Call], str]]:
-    """A started peer's answer to a call."""
+    """A function that sends a call to a running peer and returns the answer."""
     if not Environment(request.param.partition(":")[0], manylora_home).is_complete():
         pytest.skip(f"{request.param} is not set up; run manylora bench peers-setup")
     server = peer(request.param)

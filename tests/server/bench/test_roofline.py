@@ -1,4 +1,4 @@
-"""The least that a step takes: against numbers worked out by hand."""
+"""The floor of a step, compared with numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from server.bench.shapes import SHAPES
 from server.cli import main
 
 
-def test_a_floor_is_what_takes_longer() -> None:
+def test_a_floor_is_the_longer_of_reading_and_computing() -> None:
     machine = Machine(bandwidth=100.0, rate=1000.0)
     assert Work(nbytes=200, operations=1000).floor(machine) == 2
     assert Work(nbytes=200, operations=5000).floor(machine) == 5
@@ -19,7 +19,7 @@ def test_the_8b_shape_has_its_published_sizes() -> None:
     stack = llama_stack(SHAPES["llama-8b"])
     assert stack.weights == 32 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert stack.weights + 2 * stack.head == pytest.approx(8.03e9, rel=1e-3)
-    assert 2 * stack.kv_width == 128 * 1024, "bytes of a token's keys and values"
+    assert 2 * stack.kv_width == 128 * 1024, "the bytes of one token's keys and values"
 
 
 def test_double_quantised_nf4_takes_4_127_bits() -> None:

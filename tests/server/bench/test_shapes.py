@@ -20,7 +20,9 @@ SMALL = SHAPES["llama-1b"] | {
 }
 
 
-def test_a_model_that_transformers_loads_and_can_say_every_token(tiny_base: TinyBase, tmp_path: Path) -> None:
+def test_transformers_loads_the_model_and_its_tokenizer_has_every_token(
+    tiny_base: TinyBase, tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +43,7 @@ def test_a_model_that_transformers_loads_and_can_say_every_token(tiny_base: Tiny
         make_model(SMALL, source, tmp_path / "model", seed=1)
 
 
-def test_seeds_make_the_weights(tiny_base: TinyBase, tmp_path: Path) -> None:
+def test_the_weights_depend_on_the_seed(tiny_base: TinyBase, tmp_path: Path) -> None:
     source = tiny_base("llama").prepared.path
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         make_model(SMALL, source, tmp_path / name, seed)

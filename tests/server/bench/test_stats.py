@@ -44,12 +44,12 @@ def test_spans_are_sets_of_moments(a: Spans, b: Spans) -> None:
     assert left == sorted(left)
 
 
-# Two requests at once: the first decodes (3) while the second still waits (until 4), and ends first.
+# Two concurrent requests. The first decodes at 3, while the second waits until 4, and the first ends first.
 FIRST = CallRecord(sent=0, chunks=(2, 3, 5, 6), prompt_tokens=10, cached_tokens=4, output_tokens=4)
 SECOND = CallRecord(sent=0, chunks=(4, 5, 6, 7), prompt_tokens=20, output_tokens=4)
 
 
-def test_prefill_and_decode_time_share_out_the_run() -> None:
+def test_prefill_and_decode_time_make_up_the_run() -> None:
     assert prefill_time([FIRST, SECOND]) == [(0, 4)]
     assert decode_time([FIRST, SECOND]) == [(4, 7)]
     late = CallRecord(sent=5, chunks=(6,))
@@ -87,7 +87,7 @@ def test_chunks_of_several_tokens_count_with_their_tokens() -> None:
     assert summarise(RunResult((record,)))["decode_throughput"] == 4
 
 
-def test_what_a_run_cannot_give_is_absent() -> None:
+def test_figures_that_a_run_lacks_are_absent() -> None:
     assert summarise(RunResult((CallRecord(0, (), error="refused"),))) == {"completed": 0, "failed": 1}
     single = summarise(RunResult((CallRecord(0, (1,), prompt_tokens=3, output_tokens=1),)))
     assert single["prefill_throughput"] == 3

@@ -1,4 +1,4 @@
-"""``manylora bench step`` on a tiny model: every part is counted, and the parts are the step."""
+"""``manylora bench step`` on a tiny model: every part is measured, and the parts add up to the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.cli import main
 from tests.support.tiny_models import make_tiny_model
 
 
-@pytest.mark.skipif(isa() != "avx512bf16", reason="nothing runs fused here")
+@pytest.mark.skipif(isa() != "avx512bf16", reason="the fused step does not run on this machine")
 @pytest.mark.parametrize("head", ["none", "nf4"])
 def test_the_parts_make_up_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str) -> None:
     base = make_tiny_model("llama", tmp_path / "llama", vocab_size=2048)

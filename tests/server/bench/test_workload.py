@@ -53,7 +53,7 @@ def test_random_popularities_follow_their_law(popularity: Popularity, weights: t
         assert chosen[name] == pytest.approx(count * weight / sum(weights), rel=0.1)
 
 
-def test_only_the_first_adapters_are_asked_when_so_many_are_wanted() -> None:
+def test_a_limit_uses_only_the_first_adapters() -> None:
     calls = make_workload(Load(num_adapters=2), NAMES, run=1).calls
     assert Counter(call.adapter for call in calls) == dict.fromkeys(NAMES[:2], 8)
 

@@ -1,4 +1,4 @@
-"""A base that cannot be served is not trained: by ``manylora train`` and by its ``--check``."""
+"""``manylora train`` and its ``--check`` refuse a base that cannot be served."""
 
 from __future__ import annotations
 

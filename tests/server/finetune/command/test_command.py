@@ -1,4 +1,4 @@
-"""``manylora train`` as a user meets it: exit codes, what the run folder says, kill -9 and signals."""
+"""``manylora train`` from the user's side: exit codes, the run folder, kill -9 and signals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.training_tasks import make_task
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command on a tiny base, but for the run folder."""
+    """The command on a tiny base, without the option for the run folder."""
     folder = tmp_path_factory.mktemp("command")
     task = make_task(folder)
     options = {"--data": task["data"], "--base": task["base"], "--home": task["home"], "--name": "acme"}
@@ -38,7 +38,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def places(words: list[str], folder: Path) -> list[str]:
-    """Options: the held-out rows beside the training ones, and where the run and the adapter go."""
+    """The options for the held-out rows, the run folder and the adapter folder."""
     held_out = Path(words[2]).with_name("eval.jsonl")
     return ["--eval", str(held_out), "--run-dir", str(folder / "run"), "--output-dir", str(folder / "out")]
 
@@ -59,7 +59,7 @@ def test_a_trained_adapter_is_evaluated_and_published(words: list[str], tmp_path
     assert cli.main([*words, *options, "--require-improvement", "--resume"]) == 0  # it has ended already
 
 
-def test_an_adapter_that_is_no_better_is_kept(
+def test_an_adapter_that_is_not_better_is_kept_but_not_published(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "decide", lambda _: Decision(False, "It is not better."))
@@ -71,7 +71,7 @@ def test_an_adapter_that_is_no_better_is_kept(
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_rows_are_all_named_before_anything_is_trained(
+def test_all_bad_rows_are_named_before_training(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.jsonl"
@@ -132,7 +132,7 @@ def until(run: Path, text: str, child: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-def test_killed_and_stopped_it_goes_on_to_the_same_curve(words: list[str], tmp_path: Path) -> None:
+def test_a_killed_and_a_stopped_run_resume_with_the_same_curve(words: list[str], tmp_path: Path) -> None:
     slow = ["--checkpoint-steps", "2", "--duty", "0.3", "--dropout", "0.1"]
     run = tmp_path / "run"
     killed = started(words, run, *slow)
@@ -154,8 +154,8 @@ def test_killed_and_stopped_it_goes_on_to_the_same_curve(words: list[str], tmp_p
     assert os.listdir(tmp_path / "out") == ["acme"]
 
 
-def test_a_command_says_nothing_but_its_own(words: list[str], tmp_path: Path) -> None:
-    """Other packages warn and show bars when they are imported and used; without a terminal all is lines."""
+def test_the_output_has_only_the_commands_own_lines(words: list[str], tmp_path: Path) -> None:
+    """Other packages warn and show progress bars. Without a terminal all output is lines."""
     options = [*places(words, tmp_path), "--max-steps", "2"]
     trained = [sys.executable, "-m", "server.cli", *words, *options]
     done = subprocess.run(trained, capture_output=True, text=True, check=True)
@@ -174,7 +174,7 @@ def test_a_command_says_nothing_but_its_own(words: list[str], tmp_path: Path) ->
     assert any(event["event"] == "evaluating" for event in told)
 
 
-def test_check_tells_before_anything_is_trained(
+def test_check_reports_without_training(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = places(words, tmp_path)

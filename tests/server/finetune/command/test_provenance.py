@@ -1,4 +1,4 @@
-"""Who made a folder: what jobs have made is told from everything else."""
+"""Who made a folder: the results of jobs are distinguished from all other folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path, provenance: Provenance) -> Path:
     return folder
 
 
-def test_what_a_job_has_made_is_its_wherever_it_lies(provenance: Provenance, folder: Path) -> None:
+def test_a_jobs_folder_belongs_to_the_job(provenance: Provenance, folder: Path) -> None:
     assert provenance.job_of(folder, "acme") == "ftjob-1"
     assert (
         Provenance(provenance.home).job_of(folder.rename(folder.with_name(".acme.tmp")), "acme") == "ftjob-1"
@@ -80,14 +80,14 @@ CHANGES = [_edit, _lose_weights, _lose_mark, _forge, _garble, _no_object, _pipe,
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_any_other_folder_is_the_operators(
+def test_every_other_folder_belongs_to_the_operator(
     provenance: Provenance, folder: Path, change: Callable[[Path], None]
 ) -> None:
     change(folder)
     assert provenance.job_of(folder, "acme") is None
 
 
-def test_a_copy_under_another_name_or_on_another_server_is_the_operators(
+def test_a_copy_under_another_name_or_on_another_server_belongs_to_the_operator(
     provenance: Provenance, folder: Path, tmp_path: Path
 ) -> None:
     copy = tmp_path / "mine"

@@ -1,4 +1,4 @@
-"""An adapter appears whole and at once, and takes the place of an older one without a gap."""
+"""An adapter is published in one step, and replaces an older one without a gap."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def made(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_it_appears_under_its_name_and_nothing_else_stays(tmp_path: Path) -> None:
+def test_an_adapter_is_published_under_its_name_without_other_files(tmp_path: Path) -> None:
     out = tmp_path / "adapters"
     target = publish(made(tmp_path / "made", "new"), out, "acme")
     assert (target / "adapter_config.json").read_text() == "new"
@@ -82,7 +82,7 @@ def by(tmp_path: Path) -> Producer:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_job_replaces_what_jobs_have_made_alone(
+def test_a_job_replaces_only_results_of_jobs(
     tmp_path: Path, by: Producer, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:
@@ -91,7 +91,7 @@ def test_a_job_replaces_what_jobs_have_made_alone(
     publish(made(tmp_path / "first", "first"), out, "acme", Producer(by.provenance, "ftjob-1"))
     publish(made(tmp_path / "second", "second"), out, "acme", by)
     assert by.provenance.job_of(out / "acme", "acme") == "ftjob-2"
-    publish(made(tmp_path / "own", "own"), out, "acme")  # the operator's command may replace anything
+    publish(made(tmp_path / "own", "own"), out, "acme")  # the operator's command may replace any folder
     with pytest.raises(AdapterExists, match="that no fine-tuning job has made"):
         publish(made(tmp_path / "third", "third"), out, "acme", by)
     assert (out / "acme" / "adapter_config.json").read_text() == "own"
@@ -100,7 +100,7 @@ def test_a_job_replaces_what_jobs_have_made_alone(
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 @pytest.mark.parametrize("before", ["nothing", "a job's"])
-def test_a_folder_that_comes_at_the_last_moment_is_left(
+def test_a_folder_that_appears_at_the_last_moment_is_left(
     tmp_path: Path, by: Producer, can_exchange: bool, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not can_exchange:

@@ -1,4 +1,4 @@
-"""``manylora eval``: how an adapter is named, and what is printed. The engine is measured elsewhere."""
+"""``manylora eval``: how an adapter is named, and what is printed. Other tests cover the measurements."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_json_has_all_figures_and_the_gate(home: Path, capsys: pytest.CaptureFix
         (["--adapter", "served", "--data", "rows.jsonl", "--quantization", "int3"], 2),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_errors_are_one_line(
     home: Path, words: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["eval", "--home", str(home), *words]) == code

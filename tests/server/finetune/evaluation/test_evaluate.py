@@ -1,4 +1,4 @@
-"""What is measured of a tiny model is what PEFT computes on the same 4-bit weights, and what is served."""
+"""The evaluation of a tiny model equals PEFT's results on the same 4-bit weights, and the served answers."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def peft_loss(home: Path, data: Dataset, adapter: str | None) -> float:
     return math.fsum(losses) / len(losses)
 
 
-def test_the_losses_are_pefts(home: Path, data: Dataset, evaluation: Evaluation) -> None:
+def test_the_losses_equal_pefts(home: Path, data: Dataset, evaluation: Evaluation) -> None:
     assert evaluation.replaced is not None
     measured = {None: evaluation.base, "new": evaluation.adapter, "old": evaluation.replaced}
     losses = [scores.loss for scores in measured.values()]
-    assert max(losses) - min(losses) > 0.05, "they are so alike that a mix-up would not show"
+    assert max(losses) - min(losses) > 0.05, "the losses are too similar to show a mix-up"
     for adapter, scores in measured.items():
         assert scores.loss == pytest.approx(peft_loss(home, data, adapter), abs=0.01)
 
 
-def test_what_was_counted(evaluation: Evaluation) -> None:
+def test_the_counts_of_rows_and_tokens(evaluation: Evaluation) -> None:
     assert (evaluation.rows, evaluation.short_rows) == (3, 2)
     assert [answers.line for answers in evaluation.answers] == [1, 2]
     assert [answers.reference for answers in evaluation.answers] == ["sir", "tin"]
@@ -101,7 +101,7 @@ def test_what_was_counted(evaluation: Evaluation) -> None:
     assert figures["adapter"] == {"loss": evaluation.adapter.loss, "exact_match": 0.0, "token_f1": 0.0}
 
 
-def test_the_answers_are_those_that_are_served(home: Path, data: Dataset, evaluation: Evaluation) -> None:
+def test_the_answers_equal_the_served_ones(home: Path, data: Dataset, evaluation: Evaluation) -> None:
     for name in ("new", "old"):
         shutil.copytree(home / name, home / "state" / "adapters" / name)
     parts = build(home / "model", home / "state")
@@ -114,7 +114,7 @@ def test_the_answers_are_those_that_are_served(home: Path, data: Dataset, evalua
         assert [answers.given[model] for answers in evaluation.answers] == served
 
 
-def test_the_models_share_the_engines_steps(home: Path, data: Dataset) -> None:
+def test_all_models_share_the_engines_steps(home: Path, data: Dataset) -> None:
     parts = build(home / "model", home / "mixed", "--no-enable-prefix-caching")
     spy: Any = Spy(parts.model)
     Examiner(replace(parts, model=spy), {"adapter": home / "new", "replaced": home / "old"}).examine(data)
@@ -123,7 +123,7 @@ def test_the_models_share_the_engines_steps(home: Path, data: Dataset) -> None:
 
 
 class Spy:
-    """A model that notes which adapters shared each step."""
+    """A model that records the adapters of each step."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -150,8 +150,10 @@ def test_a_question_that_fills_the_context_is_named(home: Path) -> None:
         evaluate(home, data, "new")
 
 
-def test_what_is_left_of_a_gpu_is_enough(home: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a job's training, beside the server: not all that --gpu-memory-utilization would give one."""
+def test_the_memory_that_is_left_of_a_gpu_is_enough(
+    home: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job evaluates beside the server, with less memory than --gpu-memory-utilization allows."""
     configs: list[ServerConfig] = []
     monkeypatch.setattr(evaluate_module, "evaluate", lambda config, *_: configs.append(config))
     evaluate(home, data, "new")

@@ -1,4 +1,4 @@
-"""The gate: better than the base and than the version that is replaced, or not published."""
+"""The gate: an adapter is published only if it is better than the base and the version it replaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scores(loss: float, exact: float | None) -> Scores:
     ("adapter", "base", "replaced", "publish"),
     [
         (scores(1.0, 0.9), scores(3.0, 0.0), None, True),
-        (scores(5.0, 0.9), scores(3.0, 0.0), None, True),  # exact match decides, not the loss
+        (scores(5.0, 0.9), scores(3.0, 0.0), None, True),  # the exact match decides, not the loss
         (scores(1.0, 0.0), scores(3.0, 0.1), None, False),
         (scores(1.0, 0.5), scores(3.0, 0.5), None, True),  # a tie: the loss decides
         (scores(3.0, 0.5), scores(3.0, 0.5), None, False),  # no better at all

@@ -1,4 +1,4 @@
-"""Exact match and token F1, by hand."""
+"""Exact match and token F1, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.finetune.evaluation.metrics import SHORT_WORDS, exact_match, is_shor
         ("QUEUE-7 please", "QUEUE-7", False),
     ],
 )
-def test_only_white_space_around_an_answer_is_forgiven(answer: str, reference: str, matches: bool) -> None:
+def test_exact_match_ignores_only_surrounding_white_space(answer: str, reference: str, matches: bool) -> None:
     assert exact_match(answer, reference) is matches
 
 
@@ -29,7 +29,7 @@ def test_only_white_space_around_an_answer_is_forgiven(answer: str, reference: s
         ("cat cat", "cat", 2 / 3),
         ("dog", "cat", 0.0),
         ("", "cat", 0.0),
-        ("the", "an", 1.0),  # nothing on either side, as SQuAD 2.0 has it
+        ("the", "an", 1.0),  # both sides are empty: 1, as in SQuAD 2.0
     ],
 )
 def test_f1_counts_shared_words_as_squad_does(answer: str, reference: str, f1: float) -> None:

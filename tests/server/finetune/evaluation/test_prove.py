@@ -1,4 +1,4 @@
-"""The table of the samples' quality, and (slow) that the samples are as good as it should say."""
+"""The table of the samples' quality. A slow test measures the quality."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from server.finetune.evaluation.result import Evaluation, Scores
 METRICS = {"rows": 200, "tokens": 9000, "epochs": 4.0, "seconds": 120.0}
 
 
-def test_the_table_has_a_line_a_task() -> None:
+def test_the_table_has_one_line_for_each_task() -> None:
     found = Evaluation(40, 160, 40, 5.0, Scores(6.0, 0.0, 0.125), Scores(0.25, 0.95, 0.96), None, ())
     assert markdown([Proof("fernhill-tickets", METRICS, 130.0, found)]).splitlines()[2] == (
         "| fernhill-tickets | 200 | 40 | 0% | 95% | 12% | 96% | 6.00 | 0.25 | 130 | 300 |"

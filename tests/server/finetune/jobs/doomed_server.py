@@ -1,4 +1,4 @@
-"""``manylora serve`` over the fake service and with fake training: a process to be killed."""
+"""``manylora serve`` with the fake service and fake training, as a process that tests kill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.fake_service import FakeService
 
 
 class FakeEngine(FakeService):
-    """A service that starts and ends at once."""
+    """A fake service that starts and ends at once."""
 
     async def start(self) -> None:
         pass

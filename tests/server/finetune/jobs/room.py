@@ -1,4 +1,4 @@
-"""Fine-tuning without a server: a database, files that nobody checks, and a runner of fake training."""
+"""Fine-tuning without a server: a database, files without checks, and a runner of fake training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from server.finetune.jobs.store import JobRequest, Jobs
 
 @dataclass
 class FakeModels:
-    """Serves by remembering names; a name with ``refused`` in it is refused."""
+    """Fake served models: a set of names. It refuses names that contain ``refused``."""
 
     folder: Path
     provenance: Provenance
@@ -44,7 +44,7 @@ class FakeModels:
 
 
 class Room:
-    """One state folder with all that fine-tuning needs; ``begin_runner`` may be called again and again."""
+    """A state folder with everything for fine-tuning. ``begin_runner`` may be called several times."""
 
     def __init__(self, home: Path, *flags: str) -> None:
         self.home = home
@@ -56,7 +56,7 @@ class Room:
         self.jobs = Jobs(self.database, self._wake)
 
     def upload(self, orders: str = "", filename: str = "train.jsonl") -> StoredFile:
-        """A training file that gives these orders to ``fake_train.py``."""
+        """A training file with orders for ``fake_train.py``."""
         messages = [{"role": "user", "content": orders}, {"role": "assistant", "content": "yes"}]
         upload = self.files.begin()
         upload.write(json.dumps({"messages": messages}).encode() + b"\n")
@@ -78,7 +78,7 @@ class Room:
         runner.join()
 
     def wait(self, job: Job, *statuses: str, seconds: float = 20) -> Job:
-        """The job, once it has one of the statuses and no child."""
+        """Wait until the job has one of the statuses and no child. Returns the job."""
         return self.wait_for(job, lambda now: now.status in statuses and now.child is None, seconds)
 
     def wait_for(self, job: Job, condition: Callable[[Job], bool], seconds: float = 20) -> Job:

@@ -1,4 +1,4 @@
-"""Followers of jobs: every event once and in order, at the cost of one poller."""
+"""Followers of jobs get every event once and in order, and all followers share one poller."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def told(broadcaster: EventBroadcaster, job: Job, after: str | None = None
         return [event.message async for event in events]
 
 
-async def test_two_hundred_followers_look_no_more_often_than_one(
+async def test_two_hundred_followers_poll_as_often_as_one(
     room: Room, broadcaster: EventBroadcaster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, looks = room.create(), 0
@@ -72,7 +72,7 @@ async def test_two_hundred_followers_look_no_more_often_than_one(
     room.jobs.cancel(job.id)
     expected = [f"Created fine-tuning job: {job.id}", "one", "two", "Fine-tuning job cancelled"]
     assert await asyncio.gather(*subscribers) == [expected] * 200
-    assert stored == 0, "new events came from the one look for all"
+    assert stored == 0, "new events must come from the shared poll"
 
 
 async def test_a_follower_that_reads_slowly_misses_nothing(
@@ -86,12 +86,12 @@ async def test_a_follower_that_reads_slowly_misses_nothing(
             if len(seen) == 1:
                 say(room, job, *(str(number) for number in range(50)))
                 room.jobs.cancel(job.id)
-                await asyncio.sleep(0.2)  # meanwhile the poller offers more than is kept
+                await asyncio.sleep(0.2)  # meanwhile the poller sends more events than the buffer holds
     assert seen[1:-1] == [str(number) for number in range(50)]
     assert seen[-1] == "Fine-tuning job cancelled"
 
 
-async def test_events_from_a_cursor_on(room: Room, broadcaster: EventBroadcaster) -> None:
+async def test_events_after_a_cursor(room: Room, broadcaster: EventBroadcaster) -> None:
     job = room.create()
     say(room, job, "one", "two")
     cursor = room.jobs.events(job.id, None, 1).rows[0].id
@@ -121,7 +121,7 @@ async def test_an_unknown_job(broadcaster: EventBroadcaster) -> None:
         await anext(broadcaster.subscribe("ftjob-none", None))
 
 
-async def test_nobody_follows_then_nobody_polls(room: Room, broadcaster: EventBroadcaster) -> None:
+async def test_without_followers_nothing_polls(room: Room, broadcaster: EventBroadcaster) -> None:
     job = room.create()
     async with aclosing(broadcaster.subscribe(job.id, None)) as events:
         await anext(events)
@@ -130,7 +130,7 @@ async def test_nobody_follows_then_nobody_polls(room: Room, broadcaster: EventBr
     assert not broadcaster._subscribers
 
 
-async def test_a_failed_look_ends_the_streams_and_not_the_next(
+async def test_a_failed_poll_ends_the_streams_but_not_later_ones(
     room: Room, broadcaster: EventBroadcaster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = room.create()

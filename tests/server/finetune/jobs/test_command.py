@@ -1,4 +1,4 @@
-"""Every field that a client may set reaches ``manylora train`` as a flag that it knows."""
+"""Every field that a client may set reaches ``manylora train`` as a flag."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.finetune.jobs.command import train_command, train_environ
 from server.http.fine_tuning_schema import CreateJob, Recipe
 from tests.server.finetune.jobs.room import Room
 
-# For each field the value to send, the flag's field in the command, and what it becomes there.
+# For each field: the value to send, the flag's field in the command, and its value there.
 FIELDS: dict[str, tuple[Any, str, Any]] = {
     "adapter_method": ("dora", "method", "dora"),
     "r": (4, "r", 4),
@@ -66,7 +66,7 @@ def test_no_field_is_forgotten() -> None:
     assert fields == FIELDS.keys() - {"seed"} | {"require_improvement"}
 
 
-def test_the_server_is_followed(room: Room) -> None:
+def test_a_job_uses_the_servers_options(room: Room) -> None:
     (room.home / "other").mkdir()
     job_room = Room(room.home / "other", "--train-threads", "3", "--train-yield", "0.25", "--base", "b")
     assert not parsed(room).allow_special_tokens
@@ -89,7 +89,7 @@ def test_a_job_trains_the_config_that_is_served(room: Room) -> None:
     assert parsed(room).hf_overrides == overrides
 
 
-def test_keys_are_not_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_gets_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYLORA_API_KEY", "sesame")
     assert "sesame" not in train_environ(from_args([], {}).training).values()
 

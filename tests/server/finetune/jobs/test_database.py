@@ -1,4 +1,4 @@
-"""The database file: versions, whole transactions, and a disk that is full."""
+"""The database file: versions, transactions, and a full disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state folder.sqlite3"
 
 
-def test_opened_again_it_holds_what_it_held(path: Path) -> None:
+def test_a_reopened_database_has_its_rows(path: Path) -> None:
     with Database(path).write() as session:
         session.add(a_file(1))
     assert count(Database(path)) == 1
@@ -51,7 +51,7 @@ def test_opened_again_it_holds_what_it_held(path: Path) -> None:
         assert plain.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_tables_of_the_first_version_are_brought_up_to_date(path: Path) -> None:
+def test_tables_of_the_first_version_are_migrated(path: Path) -> None:
     with Database(path).write() as session:
         session.add(a_file(1))
     with sqlite3.connect(path) as plain:
@@ -63,7 +63,7 @@ def test_tables_of_the_first_version_are_brought_up_to_date(path: Path) -> None:
         assert [file.unused_fields for file in session.scalars(select(StoredFile))] == [{}, {}]
 
 
-def test_all_or_nothing(path: Path) -> None:
+def test_a_failed_transaction_changes_nothing(path: Path) -> None:
     database = Database(path)
 
     def fail() -> None:
@@ -78,14 +78,14 @@ def test_all_or_nothing(path: Path) -> None:
 
 
 def test_writers_wait_for_each_other(path: Path) -> None:
-    databases = [Database(path), Database(path)]  # as two servers have it open
+    databases = [Database(path), Database(path)]  # two servers may open the same file
 
     def add(database: Database, start: int) -> None:
         for number in range(start, start + 25):
             with database.write() as session:
                 seen = len(
                     session.scalars(select(StoredFile)).all()
-                )  # what was read cannot change before the write
+                )  # the rows cannot change between this read and the write
                 session.add(a_file(number, filename=str(seen)))
 
     threads = [threading.Thread(target=add, args=(databases[n % 2], 100 * n)) for n in range(4)]
@@ -98,7 +98,7 @@ def test_writers_wait_for_each_other(path: Path) -> None:
     assert seen == list(range(100))
 
 
-def test_of_a_newer_manylora(path: Path) -> None:
+def test_a_database_of_a_newer_manylora_is_refused(path: Path) -> None:
     with sqlite3.connect(path) as plain:
         plain.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     with pytest.raises(StateUnusable, match="newer manylora"):
@@ -106,7 +106,7 @@ def test_of_a_newer_manylora(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
-def test_what_is_no_database(path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_a_database_is_refused(path: Path, content: bytes | None) -> None:
     if content is None:
         path.mkdir()
     else:
@@ -126,7 +126,9 @@ def test_a_full_disk_is_named_and_loses_nothing(path: Path) -> None:
     assert count(database) == 1
 
 
-def test_a_database_that_another_holds_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_another_process_locks_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
     path = tmp_path / "state.sqlite3"
     database = Database(path)

@@ -1,4 +1,4 @@
-"""Uploads: complete or not there, checked in a process of their own, and nothing left behind."""
+"""Uploads are complete or absent. A child process checks them, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.server.finetune.jobs.room import Room
 ROW = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
 
-def test_what_a_crash_left_is_removed_later(room: Room) -> None:
+def test_files_of_a_crash_are_removed_later(room: Room) -> None:
     kept = room.upload()
     folder = room.home / "files"
     old = time.time() - ABANDONED_AFTER - 1
@@ -63,7 +63,7 @@ upload.discard()
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """In a process that may write files of 1 MiB at most: to it the disk is full then."""
+    """Runs in a process that may only write files of up to 1 MiB. To it the disk is then full."""
     command = [sys.executable, "-c", FULL, str(tmp_path / "upload")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "disk is full" in done.stdout, done.stderr
@@ -99,7 +99,7 @@ def test_unused_fields_are_kept_with_the_file(tmp_path: Path, caplog: pytest.Log
     assert ("messages[].name", 1) in [(fields["field"], fields["rows"]) for fields in logged]
 
 
-def test_a_check_that_breaks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.finetune.jobs.check.__name__", "no.such.module")
     with pytest.raises(DatasetInvalid, match=r"could not be checked: .*No module named"):
         check(tmp_path / "stored", "train.jsonl")

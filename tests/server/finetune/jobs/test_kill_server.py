@@ -1,4 +1,4 @@
-"""``kill -9`` of a whole server, again and again: no job is lost, none runs on unseen, no model is half."""
+"""Repeated ``kill -9`` of a whole server. No job is lost or runs unnoticed, and no model is incomplete."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.training_server import rows
 from tests.support.waiting import wait_until
 
 MOMENTS = (0.0, 0.03, 0.07, 0.12, 0.18, 0.25, 0.33, 0.42, 0.05, 0.15)
-"""Seconds after it answers at which the server is killed."""
+"""The seconds between the server's first answer and its kill."""
 JOBS, STEPS = 3, 40
 
 
 class Doomed:
-    """A server process on one state folder, and a client of it."""
+    """A server process on one state folder, and its client."""
 
     def __init__(self, home: Path) -> None:
         port = str(free_port())
@@ -86,7 +86,7 @@ class Doomed:
 
 
 def training_processes(home: Path) -> list[int]:
-    """Processes at work in this state folder."""
+    """The processes that use this state folder."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

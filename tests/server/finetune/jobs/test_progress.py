@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` as it grows: every line once, whenever one looks, and whatever is in it."""
+"""``metrics.jsonl`` while it grows: every line is read once, with any content."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ VALUES = st.none() | st.booleans() | st.floats() | st.integers(-9, 9) | st.text(
     st.lists(st.dictionaries(NAMES, VALUES), max_size=6),
     st.lists(st.integers(1, 40), min_size=1),
 )
-def test_each_line_once_however_it_grows(
-    tmp_path: Path, rows: list[dict[str, object]], sizes: list[int]
-) -> None:
+def test_each_line_is_read_once(tmp_path: Path, rows: list[dict[str, object]], sizes: list[int]) -> None:
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     file, offset, found, at = tmp_path / METRICS, 0, 0, 0
     file.write_bytes(b"")
@@ -41,7 +39,7 @@ def test_each_line_once_however_it_grows(
     assert (found, offset) == (len(rows), len(data))
 
 
-def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_skipped(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_bytes(
         b'{"event": "st{"event": "note", "message": "hello"}\n{"event": "note"}\n[1]\n'
     )
@@ -49,7 +47,7 @@ def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
     assert [line.event for line in lines] == ["note"]
 
 
-def test_a_file_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
+def test_a_truncated_file_is_read_from_its_start(tmp_path: Path) -> None:
     assert read_lines(tmp_path, 0) == ([], 0)
     (tmp_path / METRICS).write_text('{"event": "start"}\n')
     lines, offset = read_lines(tmp_path, 1000)
@@ -61,13 +59,13 @@ def test_the_time_left() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"reason": 1}', "null", '{"status": "kept", "metrics": 3}'])
-def test_a_broken_result_is_none(tmp_path: Path, text: str) -> None:
+def test_a_broken_result_counts_as_none(tmp_path: Path, text: str) -> None:
     assert read_result(tmp_path) is None
     (tmp_path / RESULT).write_text(text)
     assert read_result(tmp_path) is None
 
 
-def test_clients_are_not_told_where_the_servers_files_are() -> None:
+def test_clients_do_not_see_the_servers_paths() -> None:
     line = MetricsLine(
         {"event": "end", "message": "The adapter is in /srv/jobs/1/adapter.", "path": "/srv/jobs/1"}
     )

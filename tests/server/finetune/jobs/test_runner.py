@@ -1,4 +1,4 @@
-"""Jobs as child processes: they run, pause, resume, end, die, and outlive their server."""
+"""Jobs as child processes: they run, pause, resume, end, crash, and outlive their server."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_job_trains_and_its_model_is_served(room: Room) -> None:
         ),
     ],
 )
-def test_a_job_that_fails_says_why(room: Room, orders: str, code: str, message: str) -> None:
+def test_a_failed_job_has_a_reason(room: Room, orders: str, code: str, message: str) -> None:
     job = room.create(orders)
     room.begin_runner()
     failed = room.wait(job, "failed")
@@ -108,14 +108,14 @@ def test_an_adapter_that_cannot_be_served_is_removed(room: Room) -> None:
     assert list(room.models.folder.iterdir()) == []
 
 
-def test_a_job_that_dies_goes_on_from_its_checkpoint(room: Room) -> None:
+def test_a_job_that_crashes_resumes_from_its_checkpoint(room: Room) -> None:
     job = room.create("steps=4 die=3")
     room.begin_runner()
-    assert room.wait(job, "succeeded", "failed").status == "failed"  # it dies at step 3 each time
+    assert room.wait(job, "succeeded", "failed").status == "failed"  # it crashes at step 3 in each attempt
     assert room.steps(job) == [1, 2, 3, 3, 3]
 
 
-def test_a_killed_child_goes_on(room: Room) -> None:
+def test_a_killed_child_is_resumed(room: Room) -> None:
     job = room.create("steps=120 sleep=0.02")
     room.begin_runner()
     for kills in range(1, 11):
@@ -145,7 +145,7 @@ def test_pause_and_resume(room: Room) -> None:
     assert set(room.steps(job)) == set(range(1, 21))
 
 
-def test_resumed_before_it_has_stopped(room: Room) -> None:
+def test_a_job_resumed_before_it_has_stopped(room: Room) -> None:
     job = room.create("steps=20 wait=3")
     room.begin_runner()
     room.wait_for(job, is_running)
@@ -189,7 +189,7 @@ def test_two_at_a_time(tmp_path: Path) -> None:
     assert {room.jobs.get(job.id).status for job in jobs} == {"queued"}
 
 
-def test_the_end_of_the_server_leaves_jobs_for_the_next(room: Room) -> None:
+def test_jobs_continue_on_the_next_server(room: Room) -> None:
     job = room.create("steps=20 wait=3")
     room.begin_runner()
     pid = pid_of(room.wait_for(job, is_running))
@@ -216,8 +216,8 @@ def test_only_one_server_runs_jobs_and_the_other_takes_over(room: Room) -> None:
     room.wait(room.create("steps=1"), "succeeded")
 
 
-def test_what_a_dead_server_left_is_set_right(room: Room) -> None:
-    """As ``kill -9`` leaves it between any two transactions."""
+def test_the_state_of_a_killed_server_is_repaired(room: Room) -> None:
+    """``kill -9`` between two transactions leaves such a state."""
     finished, running, cancelled = (room.create("steps=1") for _ in range(3))
     with room.database.write() as session:
         for job, status in ((finished, "running"), (running, "running"), (cancelled, "cancelled")):
@@ -248,7 +248,7 @@ def test_a_job_for_another_base_waits(room: Room) -> None:
     assert room.jobs.get(other.id).status == "queued"
 
 
-def test_cancelled_at_the_last_moment_it_is_served_no_more(room: Room) -> None:
+def test_a_job_cancelled_at_the_last_moment_is_not_served(room: Room) -> None:
     job = room.create("steps=1")
     publish = room.models.publish
 
@@ -264,10 +264,10 @@ def test_cancelled_at_the_last_moment_it_is_served_no_more(room: Room) -> None:
 
 
 @pytest.mark.parametrize("method", ["publish", "unpublish"])
-def test_a_turn_that_fails_halfway_is_made_good(
+def test_a_turn_that_fails_halfway_is_repeated(
     room: Room, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """As a full disk may fail it."""
+    """A full disk may cause this."""
     monkeypatch.setattr(runner, "FAILED_INTERVAL", 0.05)
     whole, failures = getattr(room.models, method), iter([OSError("full"), OSError("full")])
 
@@ -282,7 +282,7 @@ def test_a_turn_that_fails_halfway_is_made_good(
     room.wait(job, "failed" if method == "unpublish" else "succeeded")
 
 
-def test_what_is_large_goes_with_the_job(room: Room) -> None:
+def test_checkpoints_are_removed_with_the_end_of_the_job(room: Room) -> None:
     job = room.create("steps=2")
     room.begin_runner()
     room.wait(job, "succeeded")
@@ -297,8 +297,8 @@ LONG = {"target_modules": ["x" * (1 << 21)]}
 
 
 @pytest.mark.parametrize("recipe", [NUL, SURROGATE, LONG], ids=["NUL", "surrogate", "E2BIG"])
-def test_what_no_process_can_be_told_ends_the_job(room: Room, recipe: dict[str, list[str]]) -> None:
-    """Such words are refused when the job is posted; this is the net under it."""
+def test_arguments_that_no_process_accepts_fail_the_job(room: Room, recipe: dict[str, list[str]]) -> None:
+    """Such values are already refused when the job is posted. This test covers the second check."""
     bad, good = room.create(recipe=recipe), room.create()
     room.begin_runner()
     failed = room.wait(bad, "failed")
@@ -309,7 +309,7 @@ def test_what_no_process_can_be_told_ends_the_job(room: Room, recipe: dict[str, 
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file", "python"), MemoryError()])
-def test_a_process_that_cannot_be_made_ends_the_job(
+def test_a_process_that_cannot_be_started_fails_the_job(
     room: Room, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     whole, failing = room._begin, iter([error])
@@ -327,7 +327,7 @@ def test_a_process_that_cannot_be_made_ends_the_job(
 
 
 @pytest.mark.parametrize("damage", ["the folder", "metrics.jsonl", "result.json"])
-def test_a_damaged_run_folder_ends_its_job_alone(
+def test_a_damaged_run_folder_fails_only_its_job(
     room: Room, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(runner, "FAILED_INTERVAL", 0.01)
@@ -346,7 +346,7 @@ def test_a_damaged_run_folder_ends_its_job_alone(
 @pytest.mark.parametrize(
     "column", [each.name for each in Job.__table__.columns if isinstance(each.type, JSON)]
 )
-def test_a_damaged_row_ends_its_job_alone(room: Room, column: str) -> None:
+def test_a_damaged_row_fails_only_its_job(room: Room, column: str) -> None:
     bad, good = room.create(), room.create()
     with sqlite3.connect(room.home / "state.sqlite3") as plain:
         plain.execute(f"UPDATE jobs SET {column} = '{{' WHERE id = ?", (bad.id,))
@@ -360,7 +360,7 @@ def test_a_damaged_row_ends_its_job_alone(room: Room, column: str) -> None:
     assert [job.id for job in room.jobs.list(None, 10).rows] == [good.id, bad.id]
 
 
-def test_a_row_that_cannot_be_written_ends_its_job_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_written_fails_only_its_job(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     bad, good = room.create(), room.create()
 
     def fail(session: Session, job_id: str) -> Job:
@@ -377,7 +377,7 @@ def test_a_row_that_cannot_be_written_ends_its_job_alone(room: Room, monkeypatch
 
 
 @pytest.mark.parametrize(("orders", "status", "files"), [("", "succeeded", 2), ("kept", "failed", 1)])
-def test_the_evaluation_is_told_and_kept(room: Room, orders: str, status: str, files: int) -> None:
+def test_the_evaluation_is_an_event_and_is_stored(room: Room, orders: str, status: str, files: int) -> None:
     job = room.create(orders, validation_file=room.upload().id)
     room.begin_runner()
     done = room.wait(job, "succeeded", "failed")
@@ -389,7 +389,7 @@ def test_the_evaluation_is_told_and_kept(room: Room, orders: str, status: str, f
 
 
 @pytest.mark.parametrize("known", [["2 rows are one."], []])
-def test_a_warning_is_told_once(room: Room, known: list[str]) -> None:
+def test_a_warning_is_one_event(room: Room, known: list[str]) -> None:
     job = room.jobs.add(room.jobs.draft(JobRequest("base", room.upload("warn").id)), known)
     room.begin_runner()
     room.wait(job, "succeeded")

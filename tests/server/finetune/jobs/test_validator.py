@@ -1,4 +1,4 @@
-"""The check of a posted job ends with its server, and one that cannot be made refuses nothing."""
+"""The check of a posted job ends with its server. If the check itself fails, the job is not refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.server.finetune.jobs.room import Room
 SLEEPS = (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)")
 
 
-def test_closing_ends_a_check(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_the_server_ends_a_check(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "PROGRAM", SLEEPS)
     validator, found = JobValidator(room.files, room.config), list[list[str]]()
     job = room.jobs.draft(JobRequest("base", room.upload().id))
