@@ -5,7 +5,8 @@
     ManyloraError
     ├── BaseModelError              the 4-bit base is not available or cannot be used
     │   ├── BaseNotFound            nothing at that path, or the hub has no such id
-    │   └── BaseCorrupt             a digest differs, or a file is not what it claims
+    │   ├── BaseCorrupt             a digest differs, or a file is not what it claims
+    │   └── BaseTooLarge            memory or disk space is missing
     ├── AdapterError                one adapter failed; the server and the others continue
     │   ├── AdapterNotFound         no adapter has that name
     │   ├── AdapterNotReady         its folder is still being written, or was not read yet
@@ -47,6 +48,10 @@ class BaseNotFound(BaseModelError):
 
 class BaseCorrupt(BaseModelError):
     """A digest differs, or a file is not what it claims to be."""
+
+
+class BaseTooLarge(BaseModelError):
+    """Memory or disk space is missing. The text says how much."""
 
 
 class AdapterError(ManyloraError):

