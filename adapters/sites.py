@@ -40,6 +40,8 @@ class BaseLayout:
         norms: by name, the parameters of every norm and their lengths.
         biases: the linears (the head too) and the norms that have a bias.
         unservable: the linears that are not sites, by name, with the reason.
+        original_names: for a converted base, linears of the original by the end of their names, with what
+            they are here.
     """
 
     sites: Mapping[str, Site]
@@ -52,6 +54,7 @@ class BaseLayout:
     norms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     biases: frozenset[str] = frozenset()
     unservable: Mapping[str, str] = field(default_factory=dict)
+    original_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def embedding_and_head(self) -> dict[str, Site]:

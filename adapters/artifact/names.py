@@ -118,6 +118,13 @@ def _check_module(name: str, parsed: TensorName, layout: BaseLayout) -> None:
             if replaces
             else not_adaptable(parsed.module, layout)
         )
+    last = parsed.module.rpartition(".")[2]
+    if last in layout.original_names:
+        raise AdapterInvalid(
+            f"Tensor {name!r} is for the model's own code, which is never run here. The base is converted to "
+            f"a class of transformers, where {last} is {layout.original_names[last]}; train the adapter on "
+            "that, for example with manylora train."
+        )
     near = _near(parsed.module, layout)
     raise AdapterInvalid(
         f"Tensor {name!r} matches no module of the base ({layout.name_or_path}); "

@@ -21,8 +21,10 @@ from typing import Any, Literal
 import torch
 from transformers import GgufConfig
 
+from adapters.base import converted
 from adapters.base.experts import nf4_experts
 from adapters.base.head import quantize_head
+from adapters.base.overrides import apply_overrides
 from adapters.base.quantizer import Nf4Config, bitsandbytes_nf4
 from adapters.base.quiet import quiet_libraries
 from adapters.base.reading import config_of, convert_read_errors, load_tokenizer, load_whole
@@ -91,7 +93,8 @@ def prepare_base(
     cache_dir = cache_dir.expanduser().resolve()
     source = resolve(base, cache_dir, progress)
     if source.folder is not None:
-        config = config_of(source.folder, hf_overrides)
+        config = source.conversion.config if source.conversion else config_of(source.folder)
+        config = apply_overrides(config, hf_overrides) if hf_overrides else config
         if check is not None:
             check(config)
     if source.prequantized and quantization == "none":
@@ -102,6 +105,7 @@ def prepare_base(
             "head; leave out one of the two options."
         )
     how = quantization if head_quantization == "none" else f"{quantization}\nhead {head_quantization}"
+    how += f"\nconverted {converted.VERSION}" if source.conversion else ""
     digest = hashlib.sha256(f"{source.digest}\n{how}\n{_FORMAT}".encode()).hexdigest()
     target = cache_dir / "bases" / digest
     path = _checkpoint(source, quantization, head_quantization, target, progress)
@@ -122,28 +126,46 @@ def _checkpoint(
         if target.is_dir():  # another process made it in the meantime
             return target
         files = source.fetch()
-        if files.is_dir() and (source.prequantized or quantization == "none"):
+        is_ready = files.is_dir() and source.conversion is None
+        if is_ready and (source.prequantized or quantization == "none"):
             return files  # it is served in place: a copy would only cost disk space
         with _atomic_folder(target) as partial:
             logger.info("Preparing %s (%s); this happens once.", source.name, quantization)
-            _convert(files, quantization, head, partial, progress)
+            _convert(files, source.conversion, quantization, head, partial, progress)
     return target
 
 
 def _convert(
-    files: Path, quantization: Quantization, head: Quantization, target: Path, progress: bool
+    files: Path,
+    conversion: converted.Conversion | None,
+    quantization: Quantization,
+    head: Quantization,
+    target: Path,
+    progress: bool,
 ) -> None:
     """Write the checkpoint of ``files`` (a folder or a GGUF) to ``target``."""
     with quiet_libraries(progress):
-        if files.is_dir():
+        if files.is_dir() and conversion is None:
             _quantize(files, head, target)
         elif quantization == "none":
             _empty(target)
-            _unpack_gguf(files, target, progress)
-        else:  # transformers handles one quantisation at a time: first from GGUF, then to NF4
+            _write_dense(files, conversion, target, progress)
+        else:  # transformers handles one conversion at a time: first to its own format, then to NF4
             with _scratch_folder(target.with_suffix(".dense")) as dense:
-                _unpack_gguf(files, dense, progress)
+                _write_dense(files, conversion, dense, progress)
                 _quantize(dense, head, target)
+
+
+def _write_dense(files: Path, conversion: converted.Conversion | None, target: Path, progress: bool) -> None:
+    """Write the folder that transformers reads."""
+    if conversion is None:
+        _unpack_gguf(files, target, progress)
+    else:
+        logger.info(
+            "The weights are converted to %s.", type(conversion.config).__name__.removesuffix("Config")
+        )
+        with convert_read_errors(files):
+            converted.write_native(conversion, files, target)
 
 
 def _unpack_gguf(gguf: Path, target: Path, progress: bool) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 _UNLIMITED = 1 << 30
 
 
+EXACT_LENGTH = "exact_length"
+"""A field of some converted bases' configs. Beyond so many tokens the original computes something else."""
+
+
 def own_length(text_config: Any) -> int | None:
     """Tokens of the longest sequence; None if the config does not limit it.
 

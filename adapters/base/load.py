@@ -9,6 +9,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from adapters.base.checkpoint import PreparedBase
+from adapters.base.converted import original_names
 from adapters.base.head import has_4bit_head, was_tied
 from adapters.base.memory import check_memory, loaded_bytes
 from adapters.base.quiet import quiet_libraries
@@ -110,6 +111,7 @@ def layout_of(model: Any, name_or_path: str) -> BaseLayout:
         tied=head.weight is embedding.weight or was_tied(model),
         head_apart=was_tied(model),
         norms=norms,
+        original_names=original_names(model.config),
         biases=frozenset(n for m, n in names.items() if n in places and getattr(m, "bias", None) is not None),
     )
 

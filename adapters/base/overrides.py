@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from adapters.base.context import EXACT_LENGTH, own_length
 from adapters.base.quiet import quiet_libraries
 from adapters.base.rope_overrides import overridden_rope, refuse
 from adapters.errors import BaseModelError
@@ -21,7 +22,16 @@ _ROPE = ("rope_parameters", "rope_scaling")
 """transformers 5 and earlier releases name the parameters of rotary embeddings so."""
 
 _FIXED = frozenset(
-    {"architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype"}
+    {
+        "architectures",
+        "auto_map",
+        "converted_from",
+        EXACT_LENGTH,
+        "dtype",
+        "model_type",
+        "quantization_config",
+        "torch_dtype",
+    }
     | {"tie_word_embeddings", "transformers_version"}
 )
 """They tell what the files contain. Overrides cannot change that."""
@@ -52,6 +62,7 @@ def apply_overrides(config: Any, hf_overrides: str) -> Any:
             f"({lines[-1] if lines else type(error).__name__}); correct them."
         ) from error
     _check_taken(changed, fields, "")
+    _check_length(changed)
     _check_weights(config, changed)
     return changed
 
@@ -145,6 +156,15 @@ def _check_taken(changed: Any, fields: Mapping[str, Any], path: str) -> None:
                 f"--hf-overrides: {path}{key} has no effect, because the config names the type of each "
                 "layer; give layer_types too."
             )
+
+
+def _check_length(changed: Any) -> None:
+    limit, length = getattr(changed, EXACT_LENGTH, None), own_length(changed.get_text_config())
+    if limit is not None and (length is None or length > limit):
+        raise BaseModelError(
+            f"--hf-overrides: this base cannot be served with more than {limit} tokens: beyond, the original "
+            "scales attention by a token's position (use_logn_attn, use_dynamic_ntk). Leave the length."
+        )
 
 
 def _check_weights(config: Any, changed: Any) -> None:

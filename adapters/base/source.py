@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.base.converted import Conversion, conversion_of
 from adapters.base.digests import DigestMemo
 from adapters.base.quantized import is_nf4
 from adapters.base.quiet import quiet_libraries
@@ -33,7 +34,8 @@ class Source:
         digest: sha256 (hex) over the content of weights, config and tokenizer.
         fetch: downloads the files if needed and returns the transformers folder or the ``.gguf`` file.
         prequantized: whether the folder is already an NF4 checkpoint of bitsandbytes.
-        folder: the folder with its config, if that exists without a conversion.
+        folder: the folder with its config, if that exists before the base is prepared.
+        conversion: how the folder becomes that of a class of transformers, if it is not one already.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Source:
     fetch: Callable[[], Path]
     prequantized: bool = False
     folder: Path | None = None
+    conversion: Conversion | None = None
 
 
 def name_of(base: str) -> str:
@@ -96,7 +99,8 @@ def _folder(path: Path, name: str, name_or_path: str, memo: DigestMemo) -> Sourc
     _check_weights(path)
     prequantized = is_nf4(path, config)
     files = [file for pattern in _CONTENT for file in path.glob(pattern)]
-    return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized, path)
+    conversion = conversion_of(path, config)
+    return Source(name, name_or_path, memo.of_files(files), lambda: path, prequantized, path, conversion)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -59,6 +59,24 @@ _NOT_TRIED = """
 No tiny model of these classes can be built.
 
 """
+_CONVERTED = """
+## Converted
+
+The code of these models is not in transformers but in their repositories, and manylora never runs such
+code. Their weights are converted, tensor by tensor, to a class of transformers that computes the same.
+`tests/adapters/base/test_converted.py` compares tiny models in the published files with the published
+equations.
+
+- Qwen of the first generation (model type `qwen`) becomes Qwen2. If `use_logn_attn` or `use_dynamic_ntk` is
+  on, it is served up to `seq_length` tokens. Beyond, the original computes something that Qwen2 does not.
+- Baichuan-7B and Baichuan2-7B (`baichuan`) become Llama. The 13B models have ALiBi and are refused.
+- ChatGLM2 and ChatGLM3 (`chatglm`) become GLM. Models with `rope_ratio` (the 32k variants) are refused.
+
+The folder needs safetensors weights and a `tokenizer.json` with the model's vocabulary and token ids.
+The tokenizers in those repositories need code too. Adapters need the names of the new class (`q_proj`).
+Those that PEFT trained on the old names (`c_attn`, `W_pack`, `query_key_value`) are refused; train them
+again.
+"""
 
 
 def page_of(rows: Iterable[Row]) -> str:
@@ -75,6 +93,7 @@ def page_of(rows: Iterable[Row]) -> str:
             *(_SERVED, _table(blocks, [_cells(row) for row in served])),
             *(_REFUSED, _table(reasons, [_cells(row) for row in refused])),
             *(_NOT_TRIED, _table(reasons, [_cells(row) for row in others])),
+            _CONVERTED,
         ]
     )
 
