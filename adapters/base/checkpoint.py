@@ -23,6 +23,7 @@ from transformers import GgufConfig
 
 from adapters.base import converted
 from adapters.base.experts import nf4_experts
+from adapters.base.gguf_bits import note_bits, tell_few_bits
 from adapters.base.head import quantize_head
 from adapters.base.overrides import apply_overrides
 from adapters.base.quantizer import Nf4Config, bitsandbytes_nf4
@@ -109,6 +110,7 @@ def prepare_base(
     digest = hashlib.sha256(f"{source.digest}\n{how}\n{_FORMAT}".encode()).hexdigest()
     target = cache_dir / "bases" / digest
     path = _checkpoint(source, quantization, head_quantization, target, progress)
+    tell_few_bits(source.name, path)
     if hf_overrides:
         config_of(path, hf_overrides)
         digest = hashlib.sha256(f"{digest}\n{hf_overrides}".encode()).hexdigest()
@@ -154,6 +156,7 @@ def _convert(
             with _scratch_folder(target.with_suffix(".dense")) as dense:
                 _write_dense(files, conversion, dense, progress)
                 _quantize(dense, head, target)
+            note_bits(files, target)
 
 
 def _write_dense(files: Path, conversion: converted.Conversion | None, target: Path, progress: bool) -> None:

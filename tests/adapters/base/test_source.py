@@ -179,6 +179,34 @@ def test_a_local_gguf_is_unpacked(llama: Path, tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", "4.5"), ("Q4_1", "5.0"), ("Q8_0", None), ("F32", None)])
+def test_a_gguf_in_few_bits_is_told_at_every_start(
+    kind: str, bits: str | None, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = str(write_gguf(llama, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType[kind]))
+    caplog.set_level("INFO")
+    prepare_base(path, tmp_path, quantization="none", progress=False)
+    assert "quantised twice" not in caplog.text
+    for _ in range(2):
+        caplog.clear()
+        prepare_base(path, tmp_path, progress=False)
+        told = [record.getMessage() for record in caplog.records if "quantised twice" in record.message]
+        assert len(told) == (bits is not None)
+        assert all(
+            f"tiny is quantised twice: its GGUF file already has {bits} bits a weight ({kind})" in line
+            for line in told
+        )
+
+
+def test_damaged_figures_of_a_gguf_are_only_not_told(llama: Path, tmp_path: Path) -> None:
+    path = str(write_gguf(llama, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q4_0))
+    note = prepare_base(path, tmp_path, progress=False).path / "gguf.json"
+    assert json.loads(note.read_text()) == {"bits": 4.5, "types": ["Q4_0"]}
+    for damage in ("", "[]", '{"bits": "x", "types": []}', '{"bits": 4.5}'):
+        note.write_text(damage)
+        load_base(prepare_base(path, tmp_path, progress=False))
+
+
 def test_digests_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
@@ -194,8 +222,10 @@ def test_a_broken_memo_is_only_a_cache_miss(tmp_path: Path) -> None:
     assert DigestMemo(tmp_path / "memo.json").of_file(tmp_path / "weights") == sha256_of(tmp_path / "weights")
 
 
-def write_gguf(folder: Path, target: Path) -> Path:
-    """Write the tiny Llama of ``folder`` as llama.cpp stores it, in F32."""
+def write_gguf(
+    folder: Path, target: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
+) -> Path:
+    """Write the tiny Llama of ``folder`` as llama.cpp stores it, its matrices in ``kind``."""
     from transformers import AutoConfig, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -219,7 +249,9 @@ def write_gguf(folder: Path, target: Path) -> Path:
     writer.add_chat_template(tokenizer.chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name, (".weight",)), tensor.float().numpy())
+        data, stored = tensor.float().numpy(), kind if tensor.dim() > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(data, stored)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
