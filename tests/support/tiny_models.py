@@ -82,6 +82,31 @@ LONGROPE: dict[str, Any] = {
 }
 PHI3: dict[str, Any] = {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}
 """Fields of a Phi-3 that was trained for 32 tokens and then for longer sequences."""
+GEMMA3: dict[str, Any] = {
+    "text_config": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_index": 500,
+}
+"""A config of several models, as Gemma 3 has from 4B on."""
 
 
 def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any) -> Path:

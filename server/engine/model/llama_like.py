@@ -60,10 +60,32 @@ ALIKE = 0.15
 """Largest ``distance`` that rounding to bf16 explains."""
 
 
+def decoder_of(model: Any) -> Any:
+    """The module with the embedding, the blocks and the last norm; inside a base of text and images, too."""
+    return model.get_decoder()
+
+
+def decoder_name(model: Any) -> str:
+    """The path of ``decoder_of`` in the model."""
+    decoder = decoder_of(model)
+    name: str = next(name for name, module in model.named_modules() if module is decoder)
+    return name
+
+
+def text_config_of(model: Any) -> Any:
+    """The config of ``decoder_of``."""
+    return model.config.get_text_config()
+
+
+def _model_type(model: Any) -> str:
+    model_type: str = text_config_of(model).model_type
+    return model_type
+
+
 def check_llama_like(model: Any) -> Unsupported | None:
     """Why there is no fused step for this model, or None."""
-    if model.config.model_type not in MODEL_TYPES:
-        return Unsupported(f"there is no fused step for {model.config.model_type}")
+    if _model_type(model) not in MODEL_TYPES:
+        return Unsupported(f"there is no fused step for {_model_type(model)}")
     for kind in _rope_types(model).values():
         if kind not in STATIC_ROPE:
             return Unsupported(f"the fused step does not know rope type {kind!r}")
@@ -75,25 +97,25 @@ def check_llama_like(model: Any) -> Unsupported | None:
 
 def products_of(model: Any) -> Mapping[str, Sequence[str]]:
     """A block's products, and the paths of the linears whose outputs each one has side by side."""
-    return _JOINED_PRODUCTS if model.config.model_type == "phi3" else _PRODUCTS
+    return _JOINED_PRODUCTS if _model_type(model) == "phi3" else _PRODUCTS
 
 
 def activation_of(model: Any) -> type[nn.Module]:
     """The class of the activation; a key of ``ACTIVATIONS`` if it is supported."""
-    mlp = model.model.layers[0].mlp
+    mlp = decoder_of(model).layers[0].mlp
     return type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)
 
 
 def norms_of(model: Any, layer: Any) -> Mapping[str, str]:
     """The paths of a block's norms, by role."""
-    block = _POST_NORMED_BLOCK if model.config.model_type in _POST_NORMED else _BLOCK_NORMS
+    block = _POST_NORMED_BLOCK if _model_type(model) in _POST_NORMED else _BLOCK_NORMS
     heads = {role: path for role, path in _HEAD_NORMS.items() if hasattr(layer.self_attn, role)}
     return {**block, **heads}
 
 
 def norm_weight(model: Any, weight: Tensor) -> Tensor:
     """The weight that a fused norm multiplies by: float32, with Gemma's 1 added."""
-    return (weight.float() + 1.0 if model.config.model_type in _PLUS_ONE else weight.float()).contiguous()
+    return (weight.float() + 1.0 if _model_type(model) in _PLUS_ONE else weight.float()).contiguous()
 
 
 def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> list[tuple[Tensor, Tensor]]:
@@ -106,8 +128,8 @@ def rotary_angles(model: Any, positions: int, at_once: int = 8192) -> list[tuple
     """
     tables = {kind: _angles(model, kind, positions, at_once) for kind in _rope_types(model)}
     if None in tables:
-        return [tables[None]] * len(model.model.layers)
-    return [tables[kind] for kind in model.config.layer_types]
+        return [tables[None]] * len(decoder_of(model).layers)
+    return [tables[kind] for kind in text_config_of(model).layer_types]
 
 
 def angle_bytes(model: Any) -> int:
@@ -117,17 +139,17 @@ def angle_bytes(model: Any) -> int:
 
 def rotary_size(model: Any) -> int:
     """The number of a head's dimensions that are rotated: the columns of ``rotary_angles``."""
-    rotary: Any = model.model.rotary_emb
+    rotary: Any = decoder_of(model).rotary_emb
     (kind, *_) = _rope_types(model)
     return 2 * len(rotary.inv_freq if kind is None else getattr(rotary, f"{kind}_inv_freq"))
 
 
 def _rope_types(model: Any) -> dict[str | None, str]:
     """The rope type by type of layer; by None if all layers have the same."""
-    kinds = model.model.rotary_emb.rope_type
+    kinds = decoder_of(model).rotary_emb.rope_type
     if not isinstance(kinds, dict):
         return {None: kinds}
-    return {layer_type: kinds[layer_type] for layer_type in sorted(set(model.config.layer_types))}
+    return {layer_type: kinds[layer_type] for layer_type in sorted(set(text_config_of(model).layer_types))}
 
 
 @torch.inference_mode()
@@ -136,10 +158,11 @@ def _angles(model: Any, layer_type: str | None, positions: int, at_once: int) ->
     like = torch.zeros(1, dtype=torch.bfloat16, device=model.device)
     size = positions, rotary_size(model)
     cosines, sines = (torch.empty(size, dtype=torch.float32, device=model.device) for _ in range(2))
+    rotary: Any = decoder_of(model).rotary_emb
     which = () if layer_type is None else (layer_type,)
     for start in range(0, positions, at_once):
         ids = torch.arange(start, min(start + at_once, positions), device=model.device)
-        some = model.model.rotary_emb(like, ids[None], *which)
+        some = rotary(like, ids[None], *which)
         for table, made in zip((cosines, sines), some, strict=True):
             table[start : start + at_once] = made[0]
     return cosines, sines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from ctypes import byref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ from adapters.kernels.cpu.structs import HeadCall
 from adapters.layers.lora_state import ExtrasSegment
 from adapters.pool.extras_pool import ResidentEmbeddingOrHead
 from server.engine.model.cpu.weights import CpuWeights, is_4bit
+from server.engine.model.llama_like import decoder_name, text_config_of
 from server.engine.model.transformers_model import TransformersModel
-
-_FINAL_NORM = "model.norm"
 
 
 class CpuHead:
@@ -36,9 +34,9 @@ class CpuHead:
         self._library = library
         self._weights = weights
         self._lora, self._kernel = unfused.lora, unfused.lora_kernel
-        config: Any = unfused.model.config
-        self._eps: float = config.rms_norm_eps
-        self._softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
+        self._final_norm = f"{decoder_name(unfused.model)}.norm"
+        self._eps: float = text_config_of(unfused.model).rms_norm_eps
+        self._softcap: float = getattr(unfused.model.config, "final_logit_softcapping", None) or 0.0
         head = unfused.model.lm_head
         self._vocabulary: int = head.out_features
         self.size: int = head.in_features * head.out_features
@@ -48,7 +46,7 @@ class CpuHead:
         """float32 logits [n, vocabulary] of the given rows of x [tokens, hidden]."""
         logits, _ = self._run(x, rows, self._weights.final_norm, self._weights.head, self._softcap)
         for segment in self._lora.extras_head_rows:
-            if segment.extras.head is not None or _FINAL_NORM in segment.extras.norms:
+            if segment.extras.head is not None or self._final_norm in segment.extras.norms:
                 logits[segment.start : segment.stop] = self._replaced(
                     x, rows[segment.start : segment.stop], segment
                 )
@@ -56,8 +54,8 @@ class CpuHead:
 
     def _replaced(self, x: Tensor, rows: Tensor, segment: ExtrasSegment) -> Tensor:
         norm, head = self._weights.final_norm, self._weights.head
-        if _FINAL_NORM in segment.extras.norms:
-            norm = self._weights.norm_weight(segment.extras.norms[_FINAL_NORM]["weight"])
+        if self._final_norm in segment.extras.norms:
+            norm = self._weights.norm_weight(segment.extras.norms[self._final_norm]["weight"])
         end = segment.extras.head
         if end is not None and end.matrix is not None:
             head = {"w": end.matrix.data_ptr()}

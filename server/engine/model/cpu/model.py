@@ -28,9 +28,11 @@ from server.engine.model.llama_like import (
     activation_of,
     angle_bytes,
     check_llama_like,
+    decoder_of,
     products_of,
     rotary_angles,
     rotary_size,
+    text_config_of,
 )
 from server.engine.model.steps import flatten, lora_segments
 from server.engine.model.transformers_model import TransformersModel
@@ -49,7 +51,7 @@ def check_cpu_model(unfused: TransformersModel, block_size: int) -> Unsupported 
     if not NativePaged.fits(unfused.shapes, block_size):
         return Unsupported("head dimension and block size must be multiples of 16")
     paths = [path for paths in products_of(model).values() for path in paths]
-    linears = (layer.get_submodule(path).base for layer in model.model.layers for path in paths)
+    linears = (layer.get_submodule(path).base for layer in decoder_of(model).layers for path in paths)
     if not all(is_4bit(linear) for linear in linears):
         return Unsupported("its linears are not packed NF4")
     return None
@@ -77,7 +79,8 @@ class CpuModel:
         assert loaded is not None
         self._library = loaded
         self._model: Any = unfused.model
-        self._config: Any = unfused.model.config
+        self._decoder = decoder_of(unfused.model)
+        self._config: Any = text_config_of(unfused.model)
         self.shapes = unfused.shapes
         self.bytes_a_position = angle_bytes(unfused.model)
         self.fallbacks: list[str] = []
@@ -142,7 +145,7 @@ class CpuModel:
         self._lora.begin(len(tokens), lora_segments(chunks), rows)
         segments = np.array(self._lora.segments, np.int64).reshape(-1, 3)
         norm_slots = self._norm_slots(len(tokens))
-        x = self._model.model.embed_tokens(tokens)
+        x = self._decoder.embed_tokens(tokens)
         call = self._call
         call.x, call.tokens = x.data_ptr(), addressof(self._tokens.struct)
         call.segments, call.n_segments = segments.ctypes.data, len(segments)

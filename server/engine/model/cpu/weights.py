@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.kernels.cpu.structs import Block, Linear, Norm
 from adapters.pool.rank_pool import RankPool
 from server.engine.attention import AttentionSpec
-from server.engine.model.llama_like import norm_weight, norms_of, products_of
+from server.engine.model.llama_like import decoder_name, decoder_of, norm_weight, norms_of, products_of
 
 
 class CpuWeights:
@@ -29,13 +29,14 @@ class CpuWeights:
     def __init__(self, model: Any, pool: RankPool, specs: Mapping[int, AttentionSpec]) -> None:
         self._model = model
         self._kept: list[Tensor] = []
-        layers = model.model.layers
+        decoder, name = decoder_of(model), decoder_name(model)
+        layers = decoder.layers
         self.blocks = (Block * len(layers))()
         for i, layer in enumerate(layers):
-            self._fill(self.blocks[i], f"model.layers.{i}", layer, pool)
+            self._fill(self.blocks[i], f"{name}.layers.{i}", layer, pool)
             self.blocks[i].window = specs[i].window or 0
         self.codebook = self._keep(self._codebook())
-        self.final_norm = self._keep(self.norm_weight(model.model.norm.weight.detach()))
+        self.final_norm = self._keep(self.norm_weight(decoder.norm.weight.detach()))
         self.head = self._head(model.lm_head)
 
     def _fill(self, block: ctypes.Structure, name: str, layer: Any, pool: RankPool) -> None:
@@ -79,7 +80,7 @@ class CpuWeights:
     def _codebook(self) -> Tensor:
         """NF4's sixteen values in bf16, from bitsandbytes."""
         (path,) = products_of(self._model)["o"]
-        code: Tensor = self._model.model.layers[0].get_submodule(path).base.weight.quant_state.code
+        code: Tensor = decoder_of(self._model).layers[0].get_submodule(path).base.weight.quant_state.code
         return code.detach().to(torch.bfloat16)
 
     def _keep(self, tensor: Tensor) -> Tensor:

@@ -31,11 +31,14 @@ from server.engine.model.llama_like import (
     activation_of,
     angle_bytes,
     check_llama_like,
+    decoder_name,
+    decoder_of,
     distance,
     norm_weight,
     norms_of,
     products_of,
     rotary_angles,
+    text_config_of,
 )
 from server.engine.model.made_up import warming_steps
 from server.engine.model.steps import flatten, lora_segments
@@ -58,7 +61,7 @@ def check_cuda_model(unfused: TransformersModel) -> Unsupported | None:
         return Unsupported("its attention does not run over pages")
     if (unsupported := check_llama_like(model)) is not None:
         return unsupported
-    for layer in model.model.layers:
+    for layer in decoder_of(model).layers:
         for paths in products_of(model).values():
             unsupported = check_joinable([layer.get_submodule(path).base for path in paths])
             if unsupported is not None:
@@ -111,11 +114,12 @@ class CudaModel:
         assert isinstance(unfused.lora_kernel, TritonLora)
         self._unfused, self._ops, self._kernel = unfused, ops, unfused.lora_kernel
         self._model: Any = unfused.model
-        self._config: Any = unfused.model.config
+        self._decoder = decoder_of(unfused.model)
+        self._config: Any = text_config_of(unfused.model)
         self._gelu = bool(ACTIVATIONS[activation_of(self._model)])
         self._blocks = self._make_blocks(pool)
-        self._final_norm = norm_weight(self._model, self._model.model.norm.weight.detach())
-        self._softcap: float = getattr(self._config, "final_logit_softcapping", None) or 0.0
+        self._final_norm = norm_weight(self._model, self._decoder.norm.weight.detach())
+        self._softcap: float = getattr(self._model.config, "final_logit_softcapping", None) or 0.0
         self._angles: list[tuple[Tensor, Tensor]] = []
         self._sizes = 0, 0
         graph_batch_size = min(max_seqs, MAX_GRAPH_BATCH_SIZE) if new_graph else 0
@@ -215,7 +219,7 @@ class CudaModel:
         out: Tensor | None = None,
     ) -> Tensor:
         """float32 logits of ``rows`` (None = of all tokens), written to ``out`` if it is given."""
-        x = self._model.model.embed_tokens(tokens[None])[0]
+        x = self._decoder.embed_tokens(tokens[None])[0]
         delta = None
         for block in self._blocks:
             delta = self._run_block(block, x, delta, positions, adapted)
@@ -283,13 +287,14 @@ class CudaModel:
 
     def _make_blocks(self, pool: RankPool) -> list[Block]:
         blocks: list[Block] = []
-        for i, layer in enumerate(self._model.model.layers):
+        name = decoder_name(self._model)
+        for i, layer in enumerate(self._decoder.layers):
             norms = {
                 role: norm_weight(self._model, layer.get_submodule(path).weight.detach())
                 for role, path in norms_of(self._model, layer).items()
             }
             products = {
-                product: self._joined(layer, f"model.layers.{i}", paths, pool)
+                product: self._joined(layer, f"{name}.layers.{i}", paths, pool)
                 for product, paths in products_of(self._model).items()
             }
             before = blocks[-1].norms.get("norm_after_mlp") if blocks else None

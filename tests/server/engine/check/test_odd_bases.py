@@ -11,33 +11,7 @@ import pytest
 from adapters.errors import AdapterUnsupported, BaseModelError
 from server.engine.model.made_up import warming_steps
 from tests.support.running_engine import Asked, Driver, build
-from tests.support.tiny_models import PHI3, make_peft_adapter, make_tiny_model
-
-GEMMA3 = {
-    "text_config": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "vision_config": {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    },
-    "mm_tokens_per_image": 4,
-    "image_token_index": 500,
-}
-"""A config of several models, as Gemma 3 has from 4B on."""
+from tests.support.tiny_models import GEMMA3, PHI3, make_peft_adapter, make_tiny_model
 
 LLAMA4: dict[str, Any] = {"num_local_experts": 4, "head_dim": 16, "attention_chunk_size": 100}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
