@@ -25,7 +25,6 @@ WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_windo
 SEPARATE: dict[str, dict[str, Any]] = {
     **{family: {} for family in FAMILIES},
     "cohere2": WINDOW,
-    "gemma3_text": {"head_dim": 32, **WINDOW},
     "glm4": {"head_dim": 16},
     "gpt2": {},
     "gpt_neox": {},
@@ -33,7 +32,6 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "llama4_text": {"head_dim": 16, "layer_types": ["full_attention", "full_attention"], **LOCAL_EXPERTS},
     "mixtral": LOCAL_EXPERTS,
     "olmo2": {},
-    "phi3": {},
     "phimoe": LOCAL_EXPERTS,
     "qwen3_moe": {"head_dim": 32, **EXPERTS},
     "starcoder2": {},

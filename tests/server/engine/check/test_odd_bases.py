@@ -64,10 +64,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         {"layer_types": ["attention", "attention"], "num_local_experts": 4},
     ),
-    "gemma3": (
-        "gemma3_text",
-        {"head_dim": 32, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "gemma3": ("gemma3_text", {}),
     "diffllama": ("diffllama", {}),
     "hrm_text": ("hrm_text", {}),
     "gemma3 with images": ("gemma3", GEMMA3),
