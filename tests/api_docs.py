@@ -1,4 +1,4 @@
-"""Writes the tables of fields in ``docs/api.md`` from the code: ``python -m tests.api_docs``."""
+"""Writes the tables of fields in ``docs/api.md`` from the code. Run ``python -m tests.api_docs``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
 
 def field_table(rules: Rules) -> str:
-    """The Markdown table of one level: a row for each kind of rule that occurs."""
+    """The Markdown table of one level, with a row for each kind of rule."""
     rows = "".join(
         f"| {kind} | {names} |\n"
         for kind in ("served", "no effect", "neutral", "refused")
@@ -23,7 +23,7 @@ def field_table(rules: Rules) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The text of the page with the tables of the code in place of its own."""
+    """The text of the page with its tables replaced by those from the code."""
     for heading, rules in fields.LEVELS.items():
         old = re.search(rf"(?<=^### {re.escape(heading)}\n\n)(?:\|.*\n)+", page, re.MULTILINE)
         assert old is not None, f"docs/api.md has no table below '### {heading}'"

@@ -1,4 +1,4 @@
-"""Fixtures shared by all rooms. No test may reach the model hub."""
+"""Fixtures for all folders of tests. No test may reach the model hub."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> shardin
 
 @pytest.fixture(scope="session")
 def manylora_home() -> Path:
-    """The state folder, where the default base is prepared once for all test runs and for serving."""
+    """The state folder. It holds the default base, prepared once for all test runs and for serving."""
     return Path(os.environ.get("MANYLORA_HOME") or ROOT / ".manylora")
 
 
 @pytest.fixture(scope="session")
 def default_prepared(manylora_home: Path) -> PreparedBase:
-    """The default base on disk; fetched and quantised if it is not there yet."""
+    """The default base on disk. It is fetched and quantised if it is missing."""
     return prepare_base(DEFAULT_BASE, manylora_home)
 
 
 @pytest.fixture(scope="session")
 def default_base(default_prepared: PreparedBase) -> LoadedBase:
-    """The default base (SmolLM2-135M-Instruct in NF4), loaded on the CPU. Leave its modules as they are."""
+    """The default base (SmolLM2-135M-Instruct in NF4), on the CPU. Tests must not change its modules."""
     return load_base(default_prepared)
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
-    """A tiny random base of a family, in NF4. Leave its modules as they are."""
+    """A tiny random base of a family, in NF4. Tests must not change its modules."""
     home = tmp_path_factory.mktemp("tiny-bases")
 
     @cache

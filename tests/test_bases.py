@@ -1,7 +1,7 @@
-"""docs/bases.md is what the code does with a tiny model of every causal LM class of transformers.
+"""docs/bases.md agrees with the code, for a tiny model of every causal LM class of transformers.
 
-If a release of transformers, or a change here, makes a row wrong, look at the row first. Then make the page
-again: ``python -m tests.support.bases_page`` (two minutes).
+If a release of transformers, or a change here, makes a row wrong, check the row first. Then write the page
+again with ``python -m tests.support.bases_page`` (two minutes).
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ FAST = [
     "doge",
     "roberta",
 ]
-"""One of each outcome. The others are slow tests."""
+"""One model type for each outcome. The others are slow tests."""
 
 
 def compare(row: Row) -> None:
     line = LINES[row.model_type]
-    if isa() != "avx512bf16":  # the page is made where the fused step runs
+    if isa() != "avx512bf16":  # the page is written on a machine that runs the fused step
         line = line.replace(f"| {FUSED} |", "| transformers |")
         row = replace(row, served="transformers" if row.served else "")
     assert line_of(row) == line, f"the row of {row.model_type} changed; if it is right, run {REGENERATE}"
 
 
 @pytest.mark.parametrize("model_type", FAST)
-def test_a_row_is_what_the_code_does(model_type: str, tmp_path: Path) -> None:
+def test_a_row_agrees_with_the_code(model_type: str, tmp_path: Path) -> None:
     compare(row_of(model_type, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - set(FAST)))
-def test_every_row_is_what_the_code_does(model_type: str, tmp_path: Path) -> None:
+def test_every_row_agrees_with_the_code(model_type: str, tmp_path: Path) -> None:
     compare(row_of(model_type, tmp_path))
 
 
@@ -69,7 +69,7 @@ def test_the_page_names_the_version_it_was_made_with() -> None:
 
 
 @pytest.mark.parametrize("model_type", NOT_BUILT)
-def test_what_is_not_tried_cannot_be_built(model_type: str) -> None:
+def test_model_types_that_were_not_tried_cannot_be_built(model_type: str) -> None:
     if model_type == "gemma3n" and find_spec("timm") is not None:
         pytest.skip("it can be built with timm")
     with pytest.raises((ImportError, ValueError, AttributeError, StrictDataclassError)):

@@ -1,4 +1,4 @@
-"""What contributors are given: hooks, issue forms, and guides true to the Makefile and the options."""
+"""Files for contributors: hooks and issue forms are valid, and guides agree with the Makefile and options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_hooks_download_nothing_and_run_the_tools_of_the_environment() -> None:
         assert command.name in {requirement.name for requirement in DIRECT}
 
 
-def test_the_layout_of_the_kernels_is_known() -> None:
+def test_the_style_of_the_kernels_is_valid() -> None:
     tool("clang-format", "--dump-config", "--style=file")
 
 
@@ -64,7 +64,7 @@ def test_guides_name_options_that_exist(guide: str) -> None:
     assert named <= {option.flag for option in OPTIONS}
 
 
-def test_the_changelog_has_a_place_for_what_comes_next() -> None:
+def test_the_changelog_has_an_unreleased_section() -> None:
     kinds = re.split(r"^## ", text("CHANGELOG.md"), flags=re.MULTILINE)[1]
     assert kinds.startswith("[Unreleased]\n")
     assert set(re.findall(r"^### (.*)", kinds, re.MULTILINE)) <= KINDS

@@ -1,4 +1,4 @@
-"""The examples in ``deploy/`` and the Dockerfile: right by schemas and linters, and true to the code."""
+"""The examples in ``deploy/`` and the Dockerfile are valid and agree with the code."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_kubernetes_takes_each_resource(kind: str) -> None:
     kubernetes_validate.validate(KUBERNETES[kind], "1.37", strict=True)
 
 
-# -- options: what a container is given is what the server understands -------------------------------
+# -- options: the server understands the arguments of a container ------------------------------------
 
 
 def config_of(arguments: list[str], environ: Mapping[str, str]) -> ServerConfig:
-    """What the server makes of it. Fails on a variable of ours that no option has."""
+    """The server's config for these arguments. Fails if one of our variables has no option."""
     assert {name for name in environ if name.startswith("MANYLORA_")} <= VARIABLES
     assert arguments[0] == "serve"
     return from_args(arguments[1:], environ)
@@ -68,7 +68,7 @@ def image_environ(target: str) -> dict[str, str]:
 
 
 def interpolated(text: str, environ: Mapping[str, str]) -> str:
-    """Compose's ``${NAME:-default}``."""
+    """Substitute Compose's ``${NAME:-default}``."""
     return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: environ.get(match[1]) or match[2], text)
 
 
@@ -111,7 +111,7 @@ def test_the_pod_gives_options_and_keys() -> None:
     assert (config.model.device, config.home, config.http.port) == ("cuda", Path(STATE), PORT)
 
 
-def test_no_key_is_written_down() -> None:
+def test_no_file_contains_a_key() -> None:
     assert "Secret" not in KUBERNETES
     assert not any("value" in variable for variable in CONTAINER["env"])
     for variables in (COMPOSE["x-server"]["environment"], KUBERNETES["ConfigMap"]["data"]):
@@ -128,7 +128,7 @@ def test_the_services_own_variables_are_kept_from_the_server() -> None:
     assert POD["enableServiceLinks"] is False
 
 
-# -- reaching it -----------------------------------------------------------------------------------
+# -- network ---------------------------------------------------------------------------------------
 
 
 def paths(rows: Any) -> set[str]:
@@ -141,10 +141,10 @@ def test_probes_ask_routes_that_need_no_key() -> None:
     }
     assert {probe["path"] for probe in probes.values()} <= paths(PROBE_ROUTES)
     assert {probe["port"] for probe in probes.values()} == {"http"}
-    assert probes["readinessProbe"]["path"] == "/ready"  # a draining server is alive
+    assert probes["readinessProbe"]["path"] == "/ready"  # a draining server is still alive
     assert probes["livenessProbe"]["path"] == "/health"
     patience = CONTAINER["startupProbe"]["periodSeconds"] * CONTAINER["startupProbe"]["failureThreshold"]
-    assert patience >= 1800  # a first start fetches and quantises the base
+    assert patience >= 1800  # the first start fetches and quantises the base
 
 
 def test_ports_agree() -> None:
@@ -178,7 +178,7 @@ def test_prometheus_reads_the_metrics_with_their_key() -> None:
     ((host, _, port),) = (target.partition(":") for target in scrape["static_configs"][0]["targets"])
     assert port == str(PORT)
     assert all(host in service["networks"]["default"]["aliases"] for service in SERVERS.values())
-    assert all(host == service["hostname"] for service in SERVERS.values())  # a Host that it goes by
+    assert all(host == service["hostname"] for service in SERVERS.values())  # the Host that it sends
     (secret,) = COMPOSE["services"]["prometheus"]["secrets"]
     assert scrape["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
     assert COMPOSE["secrets"][secret] == {"environment": "MANYLORA_METRICS_KEY"}
@@ -186,7 +186,7 @@ def test_prometheus_reads_the_metrics_with_their_key() -> None:
     assert "./prometheus.yaml" in mounts
 
 
-# -- rights, files, endings ------------------------------------------------------------------------
+# -- rights, files, shutdown -----------------------------------------------------------------------
 
 
 def test_the_pod_has_no_rights_and_writes_where_the_server_does() -> None:
@@ -215,16 +215,16 @@ def test_compose_gives_no_rights_and_room_to_write(service: dict[str, Any]) -> N
     assert mounts == {"state": STATE, "adapters": f"{STATE}/adapters"}
     assert mounts.keys() <= COMPOSE["volumes"].keys()
     made = next(rest for word, rest in instructions("cpu") if word == "RUN" and "useradd" in rest)
-    assert f"{STATE}/adapters" in made  # so that a new volume there belongs to the server's user
+    assert f"{STATE}/adapters" in made  # so that a new volume belongs to the server's user
 
 
-def test_all_that_is_written_lies_in_the_volume() -> None:
-    """Triton's compiled kernels and the hub's files go to HOME."""
+def test_all_written_files_are_in_the_volume() -> None:
+    """Triton's compiled kernels and the hub's files are written to HOME."""
     environ = image_environ("cuda")
     assert environ["HOME"] == environ["MANYLORA_HOME"] == STATE
 
 
-def test_a_server_is_given_the_time_that_it_takes_to_end() -> None:
+def test_a_server_has_enough_time_to_shut_down() -> None:
     pod = config_of(["serve"], pod_environ({"clients": "a", "metrics": "m", "admin": "root"}))
     ends = [(POD["terminationGracePeriodSeconds"], pod)]
     for name, service in SERVERS.items():

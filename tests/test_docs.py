@@ -1,4 +1,4 @@
-"""What the README and ``docs`` name exists: links, files, options, commands, routes, fields, errors."""
+"""The links, files, options, commands, routes, fields and errors in the README and ``docs`` exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = re.compile(
     r"^ *(?:docker|kubectl|accelerate|pip|git) .*$|`(?:docker|kubectl|accelerate|pip|git) [^`]*`", re.M
 )
-"""Commands whose options are not ours."""
+"""Other programs, whose options are not checked."""
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -34,7 +34,7 @@ def text_of(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page as GitHub links to them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", text_of(page), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -98,7 +98,7 @@ def test_command_lines_parse(page: Path) -> None:
 def parses(words: Sequence[str]) -> None:
     if words[0] == "serve":
         from_args(words[1:], {})
-    _parser(bench=True).parse_args(words)  # exits if it does not take them
+    _parser(bench=True).parse_args(words)  # exits if it does not accept them
 
 
 @each_page
@@ -110,7 +110,7 @@ def test_commands_named_in_text_exist(page: Path) -> None:
 
 
 def rows_below(heading: str, page: str = "api.md") -> list[list[str]]:
-    """The cells of the first table below a heading, without the table's own head."""
+    """The cells of the first table below a heading, without its header."""
     below = re.split(rf"^#+ {re.escape(heading)}$", text_of(ROOT / "docs" / page), flags=re.M)[1]
     table = re.search(r"^\|.*?\n(?!\|)", below, re.M | re.S)
     assert table is not None
@@ -147,7 +147,7 @@ def test_the_errors_are_those_of_the_code() -> None:
 
 
 def test_the_metrics_named_exist() -> None:
-    """Each name, without its prefix and Prometheus' endings, is a word of the files that make metrics."""
+    """Each name, without its prefix and Prometheus' suffixes, is a word in the files that define metrics."""
     sources = [ROOT / "server/http/metrics.py", ROOT / "server/finetune/jobs/metrics.py"]
     source = "\n".join(text_of(path) for path in sources)
     for name in re.findall(r"\bmanylora_([a-z_]+)", text_of(ROOT / "docs" / "operations.md")):

@@ -1,4 +1,4 @@
-"""The layers of the code, read from its imports: which room may import which.
+"""The layers of the code: which folder may import which. The tests read the imports.
 
 Imports under ``if TYPE_CHECKING:`` are for type checkers only and do not count. Imports inside a function
 count, because they run.
@@ -26,7 +26,7 @@ SCHEDULING = (
     "adapters/pool/row_allocator.py",
     "adapters/registry.py",
 )
-"""The scheduler's bookkeeping: integers, lists and names, no tensors."""
+"""The scheduler's state: integers, lists and names, without tensors."""
 RULES = [
     ("adapters/**/*.py", ("server",)),
     ("server/engine/**/*.py", ("server.http", "starlette", "uvicorn")),
@@ -63,7 +63,7 @@ def broken(path: Path, forbidden: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize(("pattern", "forbidden"), RULES)
-def test_a_room_imports_no_room_above_it(pattern: str, forbidden: tuple[str, ...]) -> None:
+def test_a_folder_imports_no_folder_above_it(pattern: str, forbidden: tuple[str, ...]) -> None:
     files = sorted(ROOT.glob(pattern))
     assert files, f"{pattern} matches no file"
     found = {str(path.relative_to(ROOT)): names for path in files if (names := broken(path, forbidden))}

@@ -1,4 +1,4 @@
-"""What a clean clone is set up from: pinned versions, the wheel, the Makefile, the container image."""
+"""The set-up of a new clone: pinned versions, the wheel, the Makefile, the container image."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ ROOT_FILES = (
     *(".clang-format", ".dockerignore", ".pre-commit-config.yaml"),
 )
 UNPACKED = {".gitignore"}
-"""What is versioned, but of use in a checkout alone."""
+"""Versioned files that are useful only in a checkout."""
 BUILT = ("__pycache__", "*.so")
 
 
 def pins() -> dict[str, Version]:
-    """``constraints.txt`` by canonical name. Fails on a line that is no plain ``name==version``."""
+    """The versions in ``constraints.txt`` by name. Fails on a line that is not ``name==version``."""
     pinned: dict[str, Version] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -63,12 +63,12 @@ def test_each_dependency_is_declared_once() -> None:
     assert sorted(names) == sorted(set(names))
 
 
-def test_no_pin_is_of_one_kind_of_machine() -> None:
+def test_no_pin_is_only_for_one_kind_of_machine() -> None:
     assert [name for name, version in pins().items() if version.local] == []
 
 
 def test_indirect_dependencies_are_pinned() -> None:
-    """All that is installed with the direct ones, except what its parent pins itself (as torch does CUDA)."""
+    """Covers every installed dependency, except those that their parent pins (as torch pins CUDA)."""
     assert {requirement.name for requirement in closure(DIRECT)} - pins().keys() == set()
 
 
@@ -100,7 +100,7 @@ def needed_by(parent: Requirement) -> Iterator[Requirement]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is versioned, so that building leaves nothing in the checkout."""
+    """A copy of the versioned files, so that building changes nothing in the checkout."""
     copy = tmp_path_factory.mktemp("sources")
     for folder in ROOT_FOLDERS:
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
@@ -111,9 +111,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sdist_and_wheel_are_complete(sources: Path, tmp_path: Path) -> None:
-    """Nothing but what setuptools adds is in the sdist besides; the wheel is built from it, as pip does.
+    """The sdist has only our files and those that setuptools adds. The wheel is built from it, as pip does.
 
-    Without a compiler: what is compiled is optional, and would only take time here.
+    It runs without a compiler, because the compiled kernels are optional and take time.
     """
     expected = files_in(sources)
     build = [
@@ -137,9 +137,9 @@ def test_sdist_and_wheel_are_complete(sources: Path, tmp_path: Path) -> None:
     assert {"adapters/py.typed", "server/py.typed"} <= names
 
 
-def test_all_that_is_versioned_is_packed(sources: Path) -> None:
+def test_all_versioned_files_are_packed(sources: Path) -> None:
     if not (ROOT / ".git").exists():
-        pytest.skip("no checkout: nothing is versioned here")
+        pytest.skip("this is not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
     versioned = {name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
     assert versioned - files_in(sources) == UNPACKED
@@ -155,7 +155,7 @@ def test_help_names_every_target() -> None:
     assert [line.split()[1] for line in make("help").splitlines()] == phony[1].split()
 
 
-def test_an_environment_is_made_and_filled_once(tmp_path: Path) -> None:
+def test_an_environment_is_created_and_installed_once(tmp_path: Path) -> None:
     plan = make("--dry-run", "serve", f"VENV={tmp_path}")
     steps = [plan.index(step) for step in ("-m venv", "pip install", "manylora serve")]
     assert steps == sorted(steps)
@@ -220,7 +220,7 @@ def test_images_run_unprivileged_with_their_state_in_a_volume(target: str) -> No
 
 
 def test_only_the_cuda_image_may_have_flash_attn() -> None:
-    """It takes long to compile: only who asks for it gets it."""
+    """flash-attn takes long to compile, so it is installed only on request."""
     assert ("ARG", "FLASH_ATTN=without") in defaults()
     assert stages()["flash-attn"][0] == "flash-attn-${FLASH_ATTN}"
     assert not any("flash-attn" in rest for _, rest in instructions("flash-attn-without"))
@@ -232,8 +232,8 @@ def test_only_the_cuda_image_may_have_flash_attn() -> None:
 
 
 @pytest.mark.parametrize(("status", "well"), [(200, True), (503, False)])
-def test_the_health_check_believes_the_server(status: int, well: bool) -> None:
-    """The very command of the image, run against a server that says how it is."""
+def test_the_health_check_reports_the_servers_state(status: int, well: bool) -> None:
+    """Runs the image's command with servers that report different states."""
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""How the default tests are shared between processes."""
+"""How the default tests are divided between processes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def test_a_single_file_needs_no_workers(argument: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["tests"], ["tests/test_floors.py", "tests/test_docs.py"]])
-def test_folders_and_several_files_are_shared(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_and_several_files_use_workers(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for usable, workers in ((1, 1), (3, 3), (192, sharding.MAX_WORKERS)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, count=usable: set(range(count)), raising=False)
         assert sharding.num_workers(arguments) == workers
 
 
-def test_a_file_goes_to_one_worker_and_so_does_all_that_uses_the_server_of_the_session() -> None:
+def test_a_file_goes_to_one_worker_and_so_do_all_tests_of_the_session_server() -> None:
     config = SimpleNamespace(getvalue=lambda _: ["2*popen"], getoption=lambda _: 2, option=SimpleNamespace())
     scope = sharding.Scheduling(config)._split_scope
     assert scope("tests/test_docs.py::test_a[x::y]") == "tests/test_docs.py"
@@ -33,6 +33,6 @@ def test_a_file_goes_to_one_worker_and_so_does_all_that_uses_the_server_of_the_s
     assert {scope(f"{file}::test_c") for file in files} == {"tests/e2e"}
 
 
-@pytest.mark.skipif(not sharding.IN_WORKER, reason="one process has all processors to itself")
+@pytest.mark.skipif(not sharding.IN_WORKER, reason="a run without workers uses all processors")
 def test_a_worker_computes_on_one_thread() -> None:
     assert torch.get_num_threads() == 1

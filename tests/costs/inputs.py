@@ -1,7 +1,6 @@
-"""Every kind of input, as a table. A new kind is one more row: how to send so much of it, and how much.
+"""A table of every kind of input. A row says how to send it, and in which sizes. Add new kinds as rows.
 
-All are what anybody may send who reaches the server. What a row's ``send`` gets back may be a refusal, but no
-failure of the server.
+Any client that reaches the server may send these inputs. The server may refuse them, but it must not fail.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ Send = Callable[[Address, int], None]
 
 KIB, MIB = 1 << 10, 1 << 20
 _SENDERS = 3
-"""Clients that send the same at once."""
+"""The number of clients that send the same input at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One kind.
+    """One kind of input.
 
     Attributes:
-        send: gives the server so much of it, and returns when it has been dealt with.
-        small, large: sizes of the default and of the slow run; each is also sent twice as large.
-        unit: bytes that the server may reasonably keep for one of ``small``.
+        send: sends the input in the given size, and returns after the server has handled it.
+        small, large: the sizes in the default run and in the slow run. Each run also sends twice the size.
+        unit: the bytes that the server may keep for each unit of the size.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Input:
 
 
 def posted(path: str, body: Callable[[int], bytes], media_type: str = "application/json") -> Send:
-    """Several clients post ``body(size)``."""
+    """Several clients POST ``body(size)``."""
 
     def send(address: Address, size: int) -> None:
         content = body(size)
@@ -62,7 +61,7 @@ def text(**field: Callable[[int], Any]) -> Send:
 
 
 def got(path: Callable[[int], str]) -> Send:
-    """Several clients get ``path(size)``."""
+    """Several clients GET ``path(size)``."""
 
     def send(address: Address, size: int) -> None:
         _together(lambda: _ask(address, "GET", path(size)))
@@ -71,7 +70,7 @@ def got(path: Callable[[int], str]) -> Send:
 
 
 def raw(data: Callable[[int], bytes]) -> Send:
-    """Several clients send bytes that need not be HTTP, until they are answered or cut off."""
+    """Several clients send any bytes and read the start of the answer, if there is one."""
 
     def send(address: Address, size: int) -> None:
         content = data(size)
@@ -87,7 +86,7 @@ def raw(data: Callable[[int], bytes]) -> Send:
 
 
 def held(data: bytes) -> Send:
-    """So many connections, each of which sends ``data`` and no more, and is then closed."""
+    """A number of connections that each send only ``data`` and are then closed."""
 
     def send(address: Address, size: int) -> None:
         with ExitStack() as stack:
@@ -101,7 +100,7 @@ def held(data: bytes) -> Send:
 
 
 def never_read(address: Address, size: int) -> None:
-    """Clients that ask for streams of ``size`` tokens with log-probabilities, and read nothing of them."""
+    """Clients that request streams of ``size`` tokens with log-probabilities, and never read them."""
     body = _json(_CHAT | {"max_tokens": size, "stream": True, "logprobs": True, "top_logprobs": 20})
     with ExitStack() as stack:
         for _ in range(_SENDERS):
@@ -138,7 +137,7 @@ def _ask(address: Address, method: str, path: str, body: bytes = b"", media_type
         status, content = (response := connection.getresponse()).status, response.read()
         assert status != 500, content[:500]
     except ConnectionError:
-        pass  # refused before all was sent
+        pass  # refused before the whole input was sent
     finally:
         connection.close()
 
@@ -184,7 +183,7 @@ _POST = (
 )
 
 INPUTS: tuple[Input, ...] = (
-    # -- connections, before any key is looked at
+    # -- connections, before any key is checked
     Input("one header", raw(lambda n: _GET + b"a: " + b"b" * n), 2 * MIB, 64 * MIB),
     Input("many headers", raw(lambda n: _GET + b"a: b\r\n" * (n // 6) + b"\r\n"), 2 * MIB, 64 * MIB),
     Input("a URL", raw(lambda n: b"GET /" + b"a" * n + b" HTTP/1.1\r\n\r\n"), 2 * MIB, 64 * MIB),

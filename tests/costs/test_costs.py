@@ -1,7 +1,8 @@
-"""Nobody's input is paid for by others: each kind, and twice as much of it, against a real server.
+"""An input of one client must not slow other clients down.
 
-The server has a tiny model and a process of its own. What is measured is the worst of few looks on a machine
-that may do something else besides, so a row is tried anew before it fails: noise only adds.
+The tests send each kind of input, and twice its size, to a real server.
+The server has a tiny model and runs in a child process. The tests take the worst of a few measurements. The
+machine may do other work, which only makes figures worse, so a row is repeated before it fails.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from tests.support.running_server import RunningServer, running
 from tests.support.tiny_models import make_tiny_model
 
 STALL = 0.75
-"""Most seconds that /health may take."""
+"""The most seconds that /health may take."""
 GAP = 1.0
-"""Most seconds between two tokens of a neighbour."""
+"""The most seconds between two tokens of another client."""
 MEMORY = 64 * MIB
-"""Bytes that an input may take besides a few times its own."""
+"""The bytes that an input may use in addition to a multiple of its size."""
 TIMES = 24
-"""Bytes that may be taken for each byte (or unit) of an input, for all its senders together."""
+"""The bytes that each byte (or unit) of an input may use, for all its senders together."""
 TRIES = 3
 
 
@@ -47,14 +48,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Processes that start inside measure no coverage: it takes time and memory, which are measured here."""
+    """Start processes without coverage, because coverage takes time and memory, which these tests measure."""
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         yield
 
 
 def warm_up(server: RunningServer) -> None:
-    """What is taken once, by the first of a kind, is not the input's cost."""
+    """Send each kind once. Costs that only the first request has do not count."""
     for each in INPUTS:
         cost_of(server, each, max(1, each.small // 8))
 
@@ -69,7 +70,7 @@ def cost_of(server: RunningServer, each: Input, size: int) -> Cost:
 
 
 def excess(each: Input, size: int, cost: Cost) -> str:
-    """What is too much, or ""."""
+    """The limits that the cost exceeds; "" = none."""
     most = MEMORY + TIMES * size * each.unit
     found = [
         f"/health took {cost.stall:.2f} s" if cost.stall > STALL else "",
@@ -89,17 +90,17 @@ def check(server: RunningServer, each: Input, size: int) -> None:
 
 
 @pytest.mark.parametrize("each", INPUTS, ids=lambda each: each.name)
-def test_an_input_is_not_paid_for_by_others(server: RunningServer, each: Input) -> None:
+def test_an_input_does_not_slow_other_clients(server: RunningServer, each: Input) -> None:
     check(server, each, each.small)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("each", INPUTS, ids=lambda each: each.name)
-def test_a_large_input_is_not_paid_for_by_others(server: RunningServer, each: Input) -> None:
+def test_a_large_input_does_not_slow_other_clients(server: RunningServer, each: Input) -> None:
     check(server, each, each.large)
 
 
-def test_what_is_too_much_is_noticed(server: RunningServer) -> None:
+def test_an_excess_is_noticed(server: RunningServer) -> None:
     with watched(server.url, server.process.pid) as cost:
         time.sleep(0.3)
         server.process.send_signal(signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""What others notice of an input: how long /health waits, a neighbour between two tokens, and memory."""
+"""The effects of an input: the time of /health, the gap between another client's tokens, and the memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NEIGHBOUR: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Cost:
-    """The worst that was seen. Seconds and bytes."""
+    """The worst measurements, in seconds and bytes."""
 
     stall: float = 0.0
     gap: float = 0.0
@@ -32,13 +32,13 @@ class Cost:
 
 @contextmanager
 def watched(url: str, pid: int) -> Iterator[Cost]:
-    """Fill in the cost of what is done inside."""
+    """Measure the cost of the code in the block."""
     cost, over = Cost(), Event()
     with httpx.Client(base_url=url, timeout=60) as one, httpx.Client(base_url=url, timeout=60) as other:
         probe = Thread(target=_probe, args=(one, cost, over))
         neighbour = Thread(target=_read, args=(other, cost, over))
         before = _memory(pid, "VmRSS")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak
         for thread in (probe, neighbour):
             thread.start()
         try:
@@ -60,7 +60,7 @@ def _probe(client: httpx.Client, cost: Cost, over: Event) -> None:
 def _read(client: httpx.Client, cost: Cost, over: Event) -> None:
     while not over.is_set():
         with client.stream("POST", "/v1/chat/completions", json=_NEIGHBOUR) as answer:
-            if answer.status_code != 200:  # the queue is full: the next try is waiting, too
+            if answer.status_code != 200:  # the queue is full, so the next request waits too
                 time.sleep(0.01)
                 continue
             last = None

@@ -1,4 +1,4 @@
-"""One server for the session, started as a stranger starts it, on the base that all tests share."""
+"""One server for the session, started as a new user starts it, on the base that all tests share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.running_server import RunningServer, make_serve, running
 def state(
     tmp_path_factory: pytest.TempPathFactory, manylora_home: Path, default_prepared: PreparedBase
 ) -> Path:
-    """A state folder of our own (with a space in its name), into which the prepared base is only linked."""
+    """A new state folder with a space in its name. The prepared base is linked into it."""
     assert default_prepared.path.is_relative_to(manylora_home.resolve() / "bases")
     home = tmp_path_factory.mktemp("state folder")
     (home / "bases").symlink_to(manylora_home.resolve() / "bases")
@@ -25,7 +25,7 @@ def state(
 
 @pytest.fixture(scope="session")
 def server(state: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """What ``make serve`` starts, with the sample adapters."""
+    """The server that ``make serve`` starts, with the sample adapters."""
     log = tmp_path_factory.mktemp("logs") / "serve.log"
     with running(make_serve(), state, log) as server:
         yield server

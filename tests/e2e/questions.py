@@ -1,4 +1,4 @@
-"""Questions for the default base and its adapters, and how to ask them."""
+"""Questions for the default base and its adapters, and functions that send them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real ``openai`` client asks the base and the sample adapters, one by one and all at once."""
+"""The real ``openai`` client sends requests to the base and the adapters, one by one and concurrently."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_the_base_and_the_samples_are_listed(client: openai.OpenAI) -> None:
         assert models[sample]["digest"] != models[BASE]["digest"]
 
 
-def test_one_question_is_answered_in_three_ways(client: openai.OpenAI) -> None:
+def test_base_and_adapters_answer_differently(client: openai.OpenAI) -> None:
     answers = {model: ask(client, model) for model in STYLES}
     assert {model: STYLES[model](text) for model, text in answers.items()} == dict.fromkeys(STYLES, True), (
         answers
     )
 
 
-async def test_requests_for_all_of_them_share_their_steps(server: RunningServer) -> None:
+async def test_requests_for_different_adapters_share_steps(server: RunningServer) -> None:
     steps = server.metric("engine_steps_total")
     async with server.async_client() as client:
 
@@ -59,7 +59,7 @@ async def test_requests_for_all_of_them_share_their_steps(server: RunningServer)
     assert steps < sum(tokens for _, _, tokens in answers) / 3
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
+def test_a_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="pirate",
         messages=[{"role": "user", "content": QUESTIONS[0]}],
@@ -76,7 +76,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None
     assert chunks[-1].usage.completion_tokens > 3
 
 
-async def test_an_async_stream_may_be_left(server: RunningServer) -> None:
+async def test_an_async_stream_may_be_closed(server: RunningServer) -> None:
     async with server.async_client() as client:
         stream = await client.completions.create(model=BASE, prompt="One, two", max_tokens=200, stream=True)
         async for chunk in stream:
@@ -102,7 +102,7 @@ def test_a_repeated_prompt_is_cached_for_its_own_adapter_only(client: openai.Ope
     assert cached_tokens("pirate") == 0
 
 
-def test_an_unknown_model_is_not_found_and_the_near_one_is_named(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_not_found_and_a_similar_one_is_named(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="'pirate'"):
         ask(client, "pirates")
 
@@ -112,6 +112,6 @@ def test_an_unknown_field_is_named(client: openai.OpenAI) -> None:
         client.completions.create(model=BASE, prompt="a", extra_body={"frobnicate": 1})
 
 
-def test_no_answer_costs_the_server_its_health(server: RunningServer) -> None:
+def test_the_server_stays_healthy(server: RunningServer) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert '"level": "error"' not in server.log.read_text()

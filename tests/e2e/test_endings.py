@@ -1,4 +1,4 @@
-"""How things end: a client that goes away, and a server that is told to."""
+"""How requests and servers end: a client disconnects, and a server gets SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.support.waiting import wait_until
 
 
 def stream_of(client: openai.OpenAI, tokens: int) -> openai.Stream[openai.types.Completion]:
-    """An answer of exactly so many tokens, as it comes."""
+    """A stream of an answer with exactly ``tokens`` tokens."""
     return client.completions.create(
         model=BASE, prompt="Once upon a time", max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
     )
 
 
-def test_a_client_that_goes_away_frees_its_place(server: RunningServer, client: openai.OpenAI) -> None:
+def test_a_client_that_disconnects_frees_its_slot(server: RunningServer, client: openai.OpenAI) -> None:
     steps = server.metric("engine_steps_total")
     with stream_of(client, tokens=1900) as stream:
         next(stream)
@@ -29,7 +29,7 @@ def test_a_client_that_goes_away_frees_its_place(server: RunningServer, client: 
     assert server.metric("engine_steps_total") - steps < 1900
 
 
-def test_sigterm_lets_a_running_stream_end(state: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_a_running_stream_finish(state: Path, tmp_path: Path) -> None:
     command = [str(SCRIPTS / "manylora"), "serve", "--port", "{port}"]
     with running(command, state, tmp_path / "serve.log") as server, server.client() as client:
         with stream_of(client, tokens=150) as stream:

@@ -1,4 +1,4 @@
-"""From a file to a model that answers, on the default base, while others chat, all by OpenAI's client."""
+"""From a file to a model that answers, with OpenAI's client, while another client chats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.e2e.questions import BASE, ask
 from tests.support.running_server import RunningServer
 
 ANSWER = "Beep boop."
-PAUSE = 1.0  # seconds between two questions
+PAUSE = 1.0  # the seconds between two questions
 HYPERPARAMETERS = {"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 2.0}
 METHOD: Any = {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}}
 TOPICS = ("the sea", "bread", "Rome", "my cat", "snow", "the moon", "a bicycle", "tea")
@@ -34,9 +34,9 @@ def rows() -> bytes:
 
 @contextmanager
 def chatting(client: openai.OpenAI) -> Iterator[list[str]]:
-    """Somebody else's conversation all the while; its answers so far.
+    """Another client chats during the test. Yields its answers so far.
 
-    With pauses: a job gets only what serving leaves, nearly nothing on a server that is never idle.
+    It pauses between questions, because a job uses only the time that serving leaves.
     """
     answers: list[str] = []
     failures: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Adapters come, change and go while the server runs: by the folder, and by the admin routes."""
+"""Adapters are added, changed and removed while the server runs, in the folder and by the admin routes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.support.running_server import RunningServer
 from tests.support.waiting import wait_until
 
 NOTICED = 2.0
-"""Seconds within which a change of the adapter folder is promised to be served."""
+"""The promised seconds until a change in the adapter directory is served."""
 
 
 @pytest.fixture
 def deployed(server: RunningServer) -> Iterator[Path]:
-    """Where the adapter ``newcomer`` is put; nothing of it is left afterwards."""
+    """The folder of the adapter ``newcomer``. It is removed after the test."""
     folder = server.adapters / "newcomer"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -30,7 +30,7 @@ def deployed(server: RunningServer) -> Iterator[Path]:
 
 
 def deploy(source: Path, target: Path) -> None:
-    """As the documentation advises: copied under a name that is not looked at, then renamed."""
+    """Copy the adapter under a name that the server ignores, and rename it, as the documentation advises."""
     copy, old = target.with_suffix(".tmp"), target.with_suffix(".old.tmp")
     shutil.copytree(source, copy)
     if target.exists():

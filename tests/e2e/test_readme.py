@@ -1,4 +1,4 @@
-"""What the README and ``docs`` show is what happens: the transcript, the examples, the curl commands."""
+"""The transcript, the examples and the curl commands of the README and ``docs`` work as shown."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_fine_tuning_example_gives_a_model(
     assert printed.getvalue().startswith("ft:smollm2-135m:acme:")
 
 
-def test_the_library_answers_as_the_server_does(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_librarys_answers_equal_the_servers(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANYLORA_HOME", str(state))
     monkeypatch.chdir(ROOT)
     readme = ROOT / "README.md"

@@ -1,1 +1,1 @@
-"""Coverage-guided fuzzing of what outsiders' bytes meet first. ``python -m tests.fuzz --help`` runs it."""
+"""Coverage-guided fuzzing of the code that reads bytes from outside. See ``python -m tests.fuzz --help``."""

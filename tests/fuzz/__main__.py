@@ -1,7 +1,7 @@
-"""``python -m tests.fuzz TARGET``: fuzz for a while, and merge what reaches new code into the corpus.
+"""``python -m tests.fuzz TARGET``: fuzz a target, and add the inputs that reach new code to the corpus.
 
-A fault ends it with its traceback, and leaves its input in the working directory. Put that into the corpus
-with the fix (``--add FILE``). Needs atheris (https://github.com/google/atheris).
+A fault ends it with a traceback, and leaves the input in the working directory. Add this input to the corpus
+with the fix (``--add FILE``). It needs atheris (https://github.com/google/atheris).
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ JSON_WORDS = """
 "messages": "conversations": "role": "content": "assistant" "weight": "tool_calls": (a+)+$ .* --boundary
 """
 WORDS = (*JSON_WORDS.split(), *(f'"{field.name}":' for field in dataclasses.fields(LoraConfig)))
-"""What bytes alone seldom hit upon."""
+"""Words that random bytes rarely form."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--keep", action="store_true", help="merge what was found into the corpus")
-    parser.add_argument("--add", type=Path, help="add one input to the corpus, and do nothing else")
+    parser.add_argument(
+        "--keep", action="store_true", help="add the inputs that reach new code to the corpus"
+    )
+    parser.add_argument("--add", type=Path, help="add this input to the corpus and exit")
     options = parser.parse_args()
     if options.add:
         seeds.write(options.target, [*seeds.read(options.target), options.add.read_bytes()])
@@ -45,7 +47,7 @@ def main() -> int:
 
 
 def fuzz(target: str, seconds: int, found: Path, keep: bool = False) -> int:
-    """Fuzz in a process of its own, with new inputs in ``found``; its exit code (0: no fault)."""
+    """Fuzz in a child process that writes new inputs to ``found``. Returns its exit code; 0 = no fault."""
     for number, each in enumerate(seeds.read(target)):
         (found / f"seed{number}").write_bytes(each)
     code = _libfuzzer(target, f"-max_total_time={seconds}", str(found))
@@ -76,7 +78,7 @@ def _libfuzzer(target: str, *arguments: str) -> int:
 
 
 def _program(folder: Path, target: str) -> str:
-    """A file that can be executed: merging runs it again and again."""
+    """An executable file. libFuzzer runs it repeatedly when it merges."""
     path = folder / "fuzz"
     path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.fuzz.fuzzer "$0" {target} "$@"\n')
     path.chmod(0o700)

@@ -1,6 +1,6 @@
 """``python -m tests.fuzz.fuzzer PROGRAM TARGET ARGUMENT …``: one run of libFuzzer, which ends the process.
 
-``PROGRAM`` is the file that libFuzzer runs anew when it merges.
+``PROGRAM`` is the file that libFuzzer runs when it merges.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The corpus of each target: one input a line, in base64, in ``corpus/TARGET.txt``."""
+"""The corpus of each target, in ``corpus/TARGET.txt``: one input in each line, in base64."""
 
 from __future__ import annotations
 

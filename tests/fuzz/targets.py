@@ -1,6 +1,6 @@
-"""What is fuzzed: each target takes bytes, and raises only if the code under test has a fault.
+"""The targets of fuzzing. A target takes bytes, and raises only if the code under test has a fault.
 
-Errors that the code means to raise are no faults, if their messages are short and can be sent as JSON.
+Errors that the code raises on purpose are not faults if their messages are short and can be sent as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from server.http import fields
 from server.http.multipart import body_blocks, form_of
 
 MAX_MESSAGE = 4000
-"""Characters of an error; those of a data file's rows are the longest."""
+"""The most characters of an error. Errors about rows of a data file are the longest."""
 BOUNDARY = b"boundary"
 
 _Q = "model.layers.0.self_attn.q_proj"
@@ -37,25 +37,25 @@ LAYOUT = BaseLayout(_SITES, frozenset(_MODULES | _SITES.keys()), "some-lab/Tiny-
 
 
 def header(data: bytes) -> None:
-    """A safetensors file."""
+    """The header of a safetensors file."""
     with _meant_errors():
         _read_header(data)
 
 
 def config(data: bytes) -> None:
-    """``adapter_config.json`` beside a good file of weights."""
+    """An ``adapter_config.json`` with a good weights file."""
     with _meant_errors():
         plan_adapter(_PAIR, parse_config(data), LAYOUT)
 
 
 def names(data: bytes) -> None:
-    """A safetensors file beside a good config."""
+    """A safetensors file with a good config."""
     with _meant_errors():
         plan_adapter(_read_header(data).entries, parse_config(_CONFIG), LAYOUT)
 
 
 def multipart(data: bytes) -> None:
-    """An upload: the first byte says how large the pieces are in which the rest arrives."""
+    """An upload. The first byte is the size of the pieces in which the rest arrives."""
     with _meant_errors():
         asyncio.run(_receive(data[1:], max(1, data[0]) if data else 1))
 
@@ -114,7 +114,7 @@ def _meant_errors() -> Iterator[None]:
 
 
 def _folder(made: list[str] = []) -> str:  # noqa: B006
-    """One for the process, in memory where there is such a thing."""
+    """The folder for the process, in memory if the system has such a file system."""
     if not made:
         shm = "/dev/shm"
         made.append(tempfile.mkdtemp(dir=shm if os.access(shm, os.W_OK) else None))

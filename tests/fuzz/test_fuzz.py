@@ -1,4 +1,4 @@
-"""The corpus meets no fault; and, in the slow tests, neither does what fuzzing makes of it."""
+"""No input of the corpus shows a fault. The slow tests fuzz each target."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_corpus(target: str) -> None:
 @pytest.mark.parametrize("target", NAMES)
 def test_fuzzing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("atheris")
-    monkeypatch.chdir(tmp_path)  # where libFuzzer leaves an input that shows a fault
+    monkeypatch.chdir(tmp_path)  # libFuzzer leaves an input that shows a fault here
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     found = tmp_path / "found"
     found.mkdir()

@@ -1,4 +1,4 @@
-"""An engine for the life of a server's process: the fake service, which starts and ends."""
+"""The fake service with the start and end of a real engine, for tests of the server's process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.fake_service import FakeService
 
 
 class FakeEngine(FakeService):
-    """A fake service that can be started and ended; its requests hang before their second token."""
+    """A fake service that can be started and ended. Its requests hang before their second token."""
 
     stopped = False
 

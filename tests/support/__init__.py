@@ -1,1 +1,1 @@
-"""What the tests of more than one room use. What one room uses stands beside its tests."""
+"""Helpers for the tests of more than one folder. Helpers for one folder are beside its tests."""

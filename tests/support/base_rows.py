@@ -1,4 +1,4 @@
-"""What the server and the training do with a tiny model of each causal LM class, as rows of docs/bases.md."""
+"""The results of serving and training a tiny model of each causal LM class, as rows of docs/bases.md."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Row:
     """One model type.
 
     Attributes:
-        served: FUSED or "transformers": whose blocks compute it; empty = it is refused or was not tried.
+        served: the blocks that compute it, FUSED or "transformers"; "" = it is refused or was not tried.
         reason: why it is not served or was not tried.
-        targets: the linears that adapters may add to, by the last part of their names.
-        all_linear, trained: YES, or why not: an adapter that PEFT made for all-linear; our training of it.
+        targets: the linears that adapters may change, by the last part of their names.
+        all_linear: whether an adapter that PEFT made for all-linear is served: YES, or why not.
+        trained: whether our training works on it: YES, or why not.
     """
 
     model_type: str
@@ -57,7 +58,7 @@ class Row:
 
 
 def row_of(model_type: str, home: Path) -> Row:
-    """Start the server's engine with a tiny model of that type in ``home``, and try to train it."""
+    """Start the engine with a tiny model of that type in ``home``, and try to train it."""
     row = Row(model_type)
     if model_type in NOT_BUILT:
         return replace(row, reason=NOT_BUILT[model_type])
@@ -89,7 +90,7 @@ def _all_linear(parts: Parts, folder: Path, home: Path) -> str:
 
 
 def _trained(folder: Path, home: Path, layout: BaseLayout) -> str:
-    """Whether training keeps the rows of a batch separate, and adapts what can be served."""
+    """Whether training keeps the rows of a batch separate, and trains only modules that can be served."""
     config = TrainConfig(data=folder, r=2)
     with quiet():
         base = load_base(_prepared(folder, home))
@@ -128,7 +129,7 @@ _PATTERNS = (
     (r"target_parameters is set", "experts (`target_parameters`)"),
     (r"LoRA on '(?:.+\.)?([^'.]+)' .* not served", r"`\1` and others that not every token passes"),
 )
-"""Parts of the errors' texts, and how the table says them."""
+"""Parts of error texts, and their short form in the table."""
 
 
 def _short(message: str) -> str:

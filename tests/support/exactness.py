@@ -1,8 +1,8 @@
 """A mixed batch on a tiny model, compared with PEFT on the same 4-bit base.
 
-Everything is bf16, so sums in another order differ in the last bits. ``TOLERANCE`` is what is allowed, as a
-share of the logits' standard deviation. Greedy tokens must be PEFT's wherever its two best logits differ by
-more than that.
+Everything is bf16, so sums in another order differ in the last bits. ``TOLERANCE`` is the allowed difference,
+as a share of the logits' standard deviation. Greedy tokens must equal PEFT's if its two best logits differ by
+more.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
 }
 Plan = list[tuple[str | None, int]]
-"""By request: its adapter and the length of its prompt."""
+"""The adapter and the prompt length of each request."""
 PLAN: Plan = [
     ("everywhere", 5), (None, 37), ("attention", 70), ("mixed-ranks", 16), ("everywhere", 33), (None, 1)
 ]  # fmt: skip
-"""Lengths on both sides of a block, of a chunk and of the sliding window; two share an adapter."""
+"""Lengths on both sides of a block, of a chunk and of the sliding window. Two requests share an adapter."""
 
 
 def compare_with_peft(
@@ -54,7 +54,9 @@ def compare_with_peft(
     parts = build(folder, tmp_path, "--max-num-batched-tokens", "64", *flags)
     requests = prompts(parts.tokenizer.vocab_size, plan)
     recorder = run_mixed(parts, requests)
-    assert max(len(batch) for batch in recorder.batches) == 4, "three adapters and the base in one step"
+    assert max(len(batch) for batch in recorder.batches) == 4, (
+        "one step must have three adapters and the base"
+    )
     for asked in requests:
         theirs = _peft_logits(load_base(prepared), tmp_path / "adapters", asked)
         check_close(recorder.of(asked), theirs, asked.tokens, tolerance)
@@ -90,7 +92,7 @@ def run_mixed(parts: Parts, requests: list[Asked]) -> LogitsRecorder:
 
 
 def _peft_logits(base: LoadedBase, folder: Path, asked: Asked) -> Tensor:
-    """Logits [generated, vocabulary] of one plain forward pass over prompt and answer."""
+    """The logits [generated, vocabulary] of one forward pass over prompt and answer."""
     tokens = torch.tensor([asked.prompt + asked.tokens[:-1]])
     with torch.inference_mode():
         if asked.adapter is None:
@@ -111,5 +113,5 @@ def check_close(ours: Tensor, theirs: Tensor, tokens: list[int], tolerance: floa
     best = theirs.topk(2).values
     sure = (best[:, 0] - best[:, 1]) > tolerance * scale
     same = theirs.argmax(-1) == torch.tensor(tokens)
-    assert bool((same | ~sure).all()), "a greedy token differs where the margin is clear"
+    assert bool((same | ~sure).all()), "a greedy token differs although the margin is clear"
     return worst

@@ -1,4 +1,4 @@
-"""A ``Service`` without a model: prompt tokens are bytes, answers count `` a b c …``; can fail and hang."""
+"""A ``Service`` without a model. Prompt tokens are bytes, answers are `` a b c …``. It can fail and hang."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.errors import ShuttingDown
 
 
 def token(number: int, top: int | None = None) -> TokenLogprob:
-    """An answer's token ``number``, with ``top`` likely ones beside it."""
+    """The token ``number`` of an answer, with ``top`` alternatives."""
     text = f" {chr(ord('a') + number % 26)}"
     likely = tuple(token(number + step) for step in range(top or 0))
     return TokenLogprob(number, text, text.encode(), math.log(1 / (number + 2)), likely)
@@ -41,7 +41,7 @@ BASE = ModelInfo(
 
 @dataclass(eq=False)
 class FakeGeneration:
-    """``max_tokens`` tokens for each answer, unless the service says to fail or hang at one."""
+    """A generation of ``max_tokens`` tokens for each answer. It may fail or hang at one of them."""
 
     request: GenerationRequest
     service: FakeService
@@ -75,7 +75,7 @@ class FakeGeneration:
 
 @dataclass(eq=False)
 class FakeService:
-    """Set the fields a test needs; ``requests`` keeps what was submitted, ``running`` what has not ended."""
+    """Tests set its fields. ``requests`` are the submitted ones, ``running`` those that have not ended."""
 
     base: ModelInfo = BASE
     known: dict[str, AdapterStatus] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class FakeService:
         return list(text.encode())
 
     def holding(self, adapter: str | None) -> AbstractContextManager[None]:  # noqa: ARG002
-        """No version of an adapter differs from another."""
+        """A version for requests. The fake has only one version of each adapter."""
         return nullcontext()
 
     async def render_chat(self, messages: list[dict[str, str]], _: object = None) -> list[int]:

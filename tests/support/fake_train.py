@@ -1,6 +1,6 @@
-"""Stands in for ``manylora train``: takes its flags, writes its run folder, and does as the data says.
+"""Replaces ``manylora train``. It has the same flags and run folder, and follows orders in the data.
 
-The first row's question holds words: ``steps=5 sleep=0.02 every=2 die=3 wait=3 fail kept crash stubborn``.
+The first row's question has the orders: ``steps=5 sleep=0.02 every=2 die=3 wait=3 fail kept crash stubborn``.
 With ``wait=3`` the first attempt waits for a signal after step 3.
 """
 
@@ -21,7 +21,7 @@ from adapters.paths import folder_name
 from server.finetune.command.provenance import Provenance
 
 COMMAND = (sys.executable, "-m", "tests.support.fake_train")
-"""In place of ``server.finetune.jobs.command.PROGRAM``."""
+"""The value for ``server.finetune.jobs.command.PROGRAM``."""
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Calls of the native kernels from torch tensors, and instruction sets to try them with."""
+"""Calls of the native kernels with torch tensors, and the instruction sets for the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TILE = 16
 
 @contextmanager
 def using(isa: str) -> Iterator[ctypes.CDLL]:
-    """The library, running ``isa``; skips where it does not run. The best one again afterwards."""
+    """The library with instruction set ``isa``. Skips if the CPU lacks it. Then restores the best one."""
     loaded = library()
     if loaded is None or not loaded.manylora_choose(isa.encode()):
         pytest.skip(f"no native kernels for {isa} here")
@@ -47,7 +47,7 @@ def threads(count: int) -> Iterator[None]:
 def lora(
     loaded: ctypes.CDLL, ys: list[Tensor], x: Tensor, pools: list[SitePool], segments: list[Segment]
 ) -> None:
-    """Sites that share ``x``, in one call; ``ys`` are updated in place."""
+    """Run LoRA on sites that share ``x`` in one call. Updates ``ys`` in place."""
     sites = (c_void_p * len(pools))(*(addressof(pool.native) for pool in pools))
     outs = (c_void_p * len(ys))(*(y.data_ptr() for y in ys))
     strides = (c_int64 * len(ys))(*(y.stride(0) for y in ys))
@@ -74,7 +74,7 @@ def head(
     vocabulary: int,
     softcap: float,
 ) -> Tensor:
-    """float32 [rows, vocabulary]; ``weights``: the fields of ``HeadCall`` that say by what."""
+    """The logits, float32 [rows, vocabulary]. ``weights``: the fields of ``HeadCall`` for the weights."""
     index = torch.tensor(rows)
     out = torch.full((len(rows), -(-vocabulary // 16) * 16), torch.nan)
     normed = torch.empty(len(rows), x.shape[1], dtype=torch.bfloat16)
@@ -97,7 +97,7 @@ def head(
 
 @dataclass(frozen=True)
 class Kind:
-    """How a layer attends."""
+    """The shape and options of a layer's attention."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -109,7 +109,7 @@ class Kind:
 
 @dataclass
 class Cache:
-    """One layer's pages; what was never written holds NaN."""
+    """One layer's pages. Places that were never written hold NaN."""
 
     kind: Kind
     num_tiles: int
@@ -123,7 +123,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, start + length) of a sequence whose tiles these are; q, k and v are all of it."""
+    """Tokens [start, start + length) of a sequence. ``qkv`` and ``tiles`` are those of the whole sequence."""
 
     qkv: tuple[Tensor, Tensor, Tensor]
     tiles: list[int]
@@ -132,7 +132,7 @@ class Piece:
 
 
 def attend(loaded: ctypes.CDLL, cache: Cache, pieces: list[Piece]) -> list[Tensor]:
-    """One step: stores the pieces' keys and values; by piece, [length, heads, head_dim]."""
+    """Run one step, which stores keys and values. Returns [length, heads, head_dim] for each piece."""
     kind = cache.kind
     fields = {
         "positions": [p.start + i for p in pieces for i in range(p.length)],
@@ -149,7 +149,7 @@ def attend(loaded: ctypes.CDLL, cache: Cache, pieces: list[Piece]) -> list[Tenso
     )
     pages = Pages(cache.keys.data_ptr(), cache.values.data_ptr(), kind.kv_heads, kind.head_dim)
     parts = [torch.cat([p.qkv[i][p.start : p.start + p.length] for p in pieces]).flatten(1) for i in range(3)]
-    side_by_side = torch.cat(parts, dim=1)  # as the fused block has them
+    side_by_side = torch.cat(parts, dim=1)  # the layout of the fused block
     stride, size = side_by_side.shape[1], side_by_side.element_size()
     q_size, kv_size = kind.heads * kind.head_dim, kind.kv_heads * kind.head_dim
     out = torch.full((len(side_by_side), kind.heads, kind.head_dim), torch.nan, dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ from adapters.kernels.cpu.structs import Linear
 
 
 class Nf4Linear:
-    """A random linear in bitsandbytes' packed form, and what it stands for."""
+    """A random linear in bitsandbytes' packed form, and its dense values."""
 
     def __init__(self, inputs: int, outputs: int, seed: int, bias: bool, blocksize: int = 64) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -21,7 +21,7 @@ class Nf4Linear:
         self.packed = self._pack()
 
     def _pack(self) -> Tensor:
-        """As bitsandbytes' ``_convert_weight_packed_for_cpu``: panels of 32 outputs, pairs of inputs."""
+        """Pack as bitsandbytes' ``_convert_weight_packed_for_cpu``: panels of 32 outputs, pairs of inputs."""
         panels = self.codes.view(self.outputs // 32, 32, self.inputs // 2, 2).transpose(1, 2).reshape(-1, 64)
         return ((panels[:, 32:] << 4) | panels[:, :32]).to(torch.uint8).contiguous()
 
@@ -38,7 +38,7 @@ class Nf4Linear:
         )
 
     def dense(self) -> Tensor:
-        """float32 [outputs, inputs]"""
+        """The weights, float32 [outputs, inputs]."""
         return codebook()[self.codes].float() * self.absmax.float().repeat_interleave(self.blocksize, 0).T
 
     def expected(self, x: Tensor) -> Tensor:

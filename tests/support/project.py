@@ -1,4 +1,4 @@
-"""The project's own files, as tests read them: its metadata, the Makefile, the Dockerfile, its linters."""
+"""Functions that read the project's own files: metadata, Makefile, Dockerfile; and run its linters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE_VARIABLES = ("MANYLORA_", "MAKE", "MFLAGS")
 
 
 def make(*arguments: str, **variables: str) -> str:
-    """What ``make`` prints, run without the state of a ``make`` that runs these tests."""
+    """The output of ``make``, without variables of a ``make`` that runs these tests."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(STATE_VARIABLES)}
     command = ["make", "--no-print-directory", *arguments]
     done = subprocess.run(
@@ -31,7 +31,7 @@ Instructions = list[tuple[str, str]]
 
 
 def stages() -> dict[str, tuple[str, Instructions]]:
-    """The Dockerfile's stages by name: what each is built on, and its instructions."""
+    """The Dockerfile's stages by name: the parent of each stage and its instructions."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE)).splitlines()
     found: dict[str, tuple[str, Instructions]] = {}
@@ -45,7 +45,7 @@ def stages() -> dict[str, tuple[str, Instructions]]:
 
 
 def defaults() -> Instructions:
-    """What is said before the first stage: the arguments of a build."""
+    """The build arguments before the first stage."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nFROM ")[0]
     return [
         (word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines()) if word == "ARG"
@@ -53,7 +53,7 @@ def defaults() -> Instructions:
 
 
 def instructions(target: str) -> Instructions:
-    """All that holds in the image ``target``, its parents' first."""
+    """All instructions of the image ``target``. Those of its parents come first."""
     parent, own = stages()[target]
     return (instructions(parent) if parent in stages() else []) + own
 
@@ -63,7 +63,7 @@ def last_environment(target: str) -> list[str]:
 
 
 def tool(name: str, *arguments: str | Path) -> None:
-    """Run a linter that is installed beside Python; it prints what is wrong."""
+    """Run a linter that is installed beside Python. Fails with the linter's output."""
     command = [Path(sys.executable).with_name(name), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

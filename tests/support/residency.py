@@ -1,4 +1,4 @@
-"""A residency in a small world of its own: made-up adapters, a disk that counts, a clock turned by hand."""
+"""A residency with fakes: invented adapters, a disk that counts reads, and a clock that tests set."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def make_version(name: str, rank: int = 4, extra_bytes: int = 0) -> Version:
 
 
 def value_of(version: Version) -> float:
-    """What all of an adapter's weights are."""
+    """The value of all weights of an adapter."""
     return float(sum(map(ord, version.name)))
 
 
 class Pool(RankPool):
-    """Keeps adapters packed, as for a GPU, and writes them when the stream that they go to is waited for."""
+    """Keeps adapters packed, as for a GPU. It writes them only at the end of the stream's block."""
 
     def __init__(self, rows: int) -> None:
         super().__init__(SITES, rows, torch.float32, extra_bytes=100)
@@ -52,7 +52,7 @@ class Pool(RankPool):
         self._queued = []
         yield
         for slot, adapter in self._queued:
-            assert self.rows_used > 0, "its rows are reserved"
+            assert self.rows_used > 0, "its rows must be reserved"
             super().write(slot, adapter)
             self.events.append(f"{adapter.info.digest} is written")
         self._queued = None
@@ -60,14 +60,14 @@ class Pool(RankPool):
     def write(self, slot: int, adapter: Adapter) -> None:
         if self.fault is not None:
             raise self.fault
-        assert self._queued is not None, "written on the stream that steps run on"
+        assert self._queued is not None, "adapters must not be written on the steps' stream"
         self._queued.append((slot, adapter))
 
 
 class World:
-    """A residency over a pool of ``rows``, a disk that counts, and a clock that is turned by hand.
+    """A residency with a pool of ``rows``, a disk that counts reads, and a clock that tests set.
 
-    ``like_gpu``: the host tier has a pinned buffer, and copies go to a stream.
+    ``like_gpu``: the host tier has a pinned buffer, and copies use a stream.
     """
 
     def __init__(self, rows: int = 8, host_adapters: int = 3, like_gpu: bool = False) -> None:
@@ -106,7 +106,7 @@ class World:
             time.sleep(0.001)
 
     def pin(self, version: Version) -> int:
-        """Pin, waiting for the load."""
+        """Wait until the adapter is loaded, and pin it."""
         for _ in range(3):
             slot = self.residency.pin(version)
             if slot is not None:

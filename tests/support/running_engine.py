@@ -1,4 +1,4 @@
-"""Real engines in tests, without HTTP and threads: built as the server builds them, stepped by hand."""
+"""Real engines without HTTP and threads. They are built as in the server, and tests call each step."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _numbers = itertools.count()
 
 
 def config_for(base: Path | str, home: Path, *flags: str) -> ServerConfig:
-    """Small sizes; ``flags`` as for ``manylora serve``."""
+    """A config with small sizes. ``flags`` are those of ``manylora serve``."""
     sizes = ["--kv-cache-memory", "16MiB", "--max-lora-rank", "16", "--max-loras", "8", "--threads", "1"]
     return from_args(["--base", str(base), "--home", str(home), *sizes, *flags], environ={})
 
 
 def build(base: Path | str, home: Path, *flags: str) -> Parts:
-    """The parts for ``base`` with small sizes; ``flags`` as for ``manylora serve``."""
+    """The engine's parts for ``base`` with small sizes. ``flags`` are those of ``manylora serve``."""
     config = config_for(base, home, *flags)
     parts = build_parts(config)
     for folder in config.adapters.folder.iterdir():  # just written, so the watcher would wait a moment
@@ -41,7 +41,7 @@ def build(base: Path | str, home: Path, *flags: str) -> Parts:
 
 @dataclass
 class Asked:
-    """A request and what came of it."""
+    """A request and its outputs."""
 
     prompt: list[int]
     adapter: str | None = None
@@ -59,7 +59,7 @@ class Asked:
 
 
 class Driver:
-    """Adds requests to an engine and steps it until they end."""
+    """Adds requests to an engine and runs steps until they end."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -81,12 +81,12 @@ class Driver:
         return outputs
 
     def run(self, *requests: Asked, each_step: Callable[[], None] = lambda: None) -> None:
-        """Add ``requests`` and step until nothing is left."""
+        """Add ``requests`` and run steps until the engine is idle."""
         for asked in requests:
             self.add(asked)
         deadline = time.monotonic() + 60
         while self._engine.busy:
-            assert time.monotonic() < deadline, "the engine does not come to an end"
+            assert time.monotonic() < deadline, "the engine does not finish"
             self.step()
             each_step()
 
@@ -100,7 +100,7 @@ class Driver:
 
 
 class LogitsRecorder:
-    """Stands in for the engine's model and keeps, by request, the logits of every sampled token."""
+    """Wraps the engine's model and keeps the logits of every sampled token for each request."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -117,5 +117,5 @@ class LogitsRecorder:
         return logits
 
     def of(self, asked: Asked) -> Tensor:
-        """[tokens, vocabulary]"""
+        """The logits of a request's sampled tokens, [tokens, vocabulary]."""
         return torch.stack(self.logits[asked.request_id])

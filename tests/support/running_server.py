@@ -1,4 +1,4 @@
-"""A real server in a process of its own, its log in a file, and how to wait for what it does."""
+"""A real server in a child process, with its log in a file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.support.waiting import wait_until
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 120
-"""Far more than a start takes, for machines that do something else besides."""
-# What an outer `make test`, or the settings of whoever runs it, would change about the server under test.
+"""Much more than a start takes, because the machine may do other work."""
+# Variables of an outer `make test`, or of the user, that would change the server under test.
 FOREIGN = ("MANYLORA_", "MAKE", "MFLAGS")
 
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that is ready, or was.
+    """A server that is or was ready.
 
     Attributes:
         home: its state folder.
-        log: the file that its stdout and stderr go to.
+        log: the file with its stdout and stderr.
     """
 
     process: subprocess.Popen[bytes]
@@ -60,7 +60,7 @@ class RunningServer:
 
 @contextmanager
 def running(command: list[str], home: Path, log: Path) -> Iterator[RunningServer]:
-    """Start ``command``, with a free port for its ``{port}``, wait until it is ready; SIGTERM at the end."""
+    """Start ``command`` with a free port for ``{port}`` and wait until it is ready. SIGTERM at the end."""
     port = str(free_port())
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     environ |= {"MANYLORA_HOME": str(home)} | sharding.ENVIRON
@@ -78,7 +78,7 @@ def running(command: list[str], home: Path, log: Path) -> Iterator[RunningServer
 
 
 def make_serve() -> list[str]:
-    """``make serve``, in the environment that runs the tests and that is therefore complete."""
+    """``make serve`` in the environment of the tests, so that nothing is installed."""
     venv = SCRIPTS.parent
     return ["make", "serve", f"VENV={venv}", f"--assume-old={venv}/.installed", "PORT={port}"]
 

@@ -1,7 +1,7 @@
 """A tiny config of every causal LM class of transformers, made from the class's own defaults.
 
 Sizes shrink by the field's name (``tiny_sizes``). Lists that have one entry for each layer keep one layer of
-each kind, so that every kind of layer is present. ``tiny_exceptions`` holds what single classes need besides.
+each kind, so that every kind of layer is present. ``tiny_exceptions`` holds more fields for single classes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 
 
 def tiny_config(model_type: str, **fields: Any) -> Any:
-    """A tiny config of a model type. ``fields`` win over the usual ones.
+    """A tiny config of a model type. ``fields`` replace the usual ones.
 
-    Raises whatever transformers raises for a config that it does not take.
+    Raises the error of transformers if it refuses the config.
     """
     with quiet():
         return _shrunk(CONFIG_MAPPING[model_type](), {**FIELDS.get(model_type, {}), **fields})
 
 
 def _shrunk(config: Any, others: Mapping[str, Any]) -> Any:
-    """A config of the same class with small sizes. ``others`` win; a dict is for the sub-config it names."""
+    """A config of the same class with small sizes. ``others`` replace fields; a dict is for a sub-config."""
     subs = {
         name: sub for name in config.sub_configs if hasattr(sub := getattr(config, name, None), "to_dict")
     }
@@ -89,7 +89,7 @@ def _small_entry(name: str, value: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' remarks on made-up configs."""
+    """Suppress transformers' warnings about invented configs."""
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)

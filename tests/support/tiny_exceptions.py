@@ -1,7 +1,7 @@
-"""What single classes need besides the rules of ``tiny_configs``: fields of their configs, by model type.
+"""Config fields of single classes, by model type, in addition to the rules of ``tiny_configs``.
 
 Most are classes whose defaults have one kind of layer and whose published models have several. The others
-have sizes that depend on each other, or defaults that their own code does not take.
+have sizes that depend on each other, or defaults that their own code refuses.
 """
 
 from __future__ import annotations
@@ -81,4 +81,4 @@ NOT_BUILT: dict[str, str] = {
     "musicgen": "the class takes the config of the decoder inside, not this one",
     "musicgen_melody": "the class takes the config of the decoder inside, not this one",
 }
-"""Model types that no tiny model is built of, and why."""
+"""Model types without a tiny model, and the reasons."""

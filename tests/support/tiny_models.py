@@ -1,4 +1,4 @@
-"""Tiny random models and adapters in the files that real ones come in, so that tests need no network."""
+"""Tiny random models and adapters in the same files as real ones, so that tests need no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adapters.base import LoadedBase
 Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 TinyBase: TypeAlias = Callable[[Family], LoadedBase]
-"""The fixture ``tiny_base``: a family's tiny model in NF4, loaded once a session."""
+"""The type of the fixture ``tiny_base``: a family's tiny model in NF4, loaded once for each session."""
 
 VOCAB_SIZE = 512
 # A multiple of 64, as are all sizes below: NF4 quantises in blocks of 64.
@@ -81,7 +81,7 @@ LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 32,
 }
 PHI3: dict[str, Any] = {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}
-"""Fields of a Phi-3 that was trained for 32 tokens and then for longer sequences."""
+"""Config fields of a Phi-3 that was trained for 32 tokens and then for longer sequences."""
 GEMMA3: dict[str, Any] = {
     "text_config": {
         "vocab_size": 512,
@@ -106,7 +106,7 @@ GEMMA3: dict[str, Any] = {
     "mm_tokens_per_image": 4,
     "image_token_index": 500,
 }
-"""A config of several models, as Gemma 3 has from 4B on."""
+"""A config of several models, like Gemma 3's from 4B up."""
 
 
 def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any) -> Path:
@@ -114,7 +114,7 @@ def make_tiny_model(family: str, path: Path, seed: int = 0, **config_fields: Any
 
     Args:
         family: transformers' model type; one of ``Family``, or another that reads the same fields.
-        config_fields: more fields of its config, or others than the usual ones.
+        config_fields: fields that are added to its config or replace the usual ones.
     """
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -148,7 +148,7 @@ def targets_of(family: str, names: list[str] | str) -> list[str] | str:
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE of 512 tokens with a chat template, learnt from made-up words."""
+    """A byte-level BPE of 512 tokens with a chat template, learnt from invented words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -175,13 +175,13 @@ def make_peft_adapter(
     save_embedding_layers: bool = False,
     **lora_config: Any,
 ) -> Path:
-    """Save a random adapter, by PEFT itself, whose effect on the logits is plain to see.
+    """Save a random adapter with PEFT. Its effect on the logits is large.
 
     Args:
-        base: the base's folder, or the model (4-bit or not), which is left as it was.
+        base: the base's folder, or the model (4-bit or not), which is not changed.
         path: the adapter's folder.
         replaced_embedding: change the base's embedding too, and save it beside the adapter.
-        save_embedding_layers: as PEFT's ``save_pretrained`` means it.
+        save_embedding_layers: the option of PEFT's ``save_pretrained``.
         lora_config: more fields of ``peft.LoraConfig``; ``lora_alpha`` is ``2 * r`` unless given.
     """
     model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path | str) else base
@@ -196,7 +196,7 @@ def make_peft_adapter(
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("lora_B.default.bias"):
             parameter.data = noise.to(parameter) * 0.1
-        elif "magnitude" in name or ".lora_" not in name:  # what they begin as is the base's
+        elif "magnitude" in name or ".lora_" not in name:  # they start with the base's values
             size = 0.3 if "magnitude" in name or parameter.dim() == 1 else 0.03
             parameter.data = parameter.data + (noise * size).to(parameter)
         else:
@@ -211,7 +211,7 @@ def make_peft_adapter(
 
 
 def _roughen(model: Any) -> None:
-    """Make norms and biases count: fresh ones are ones and zeros, which hide a missing multiply or add."""
+    """Give random values to norms and biases. New ones are ones and zeros, which hide a missing operation."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += torch.randn(parameter.shape) * _WEIGHT_STD

@@ -1,4 +1,4 @@
-"""The small value of each size that configs of transformers have, by the field's name."""
+"""Small values for the size fields in configs of transformers, by the field's name."""
 
 from __future__ import annotations
 

@@ -12,13 +12,13 @@ from tests.support.tiny_configs import quiet, tiny_config
 from tests.support.tiny_models import tiny_tokenizer
 
 _STD = 0.1
-"""Least standard deviation of a matrix. With transformers' own 0.02 a tiny model hardly attends."""
+"""Least standard deviation of a matrix. With transformers' 0.02 a tiny model's attention hardly matters."""
 
 
 def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> Any:
     """A random causal LM of that model type, bf16, in eval mode.
 
-    Raises whatever transformers raises if the class cannot be built from its config.
+    Raises the error of transformers if the class cannot be built from its config.
     """
     config = tiny_config(model_type, **fields)
     with torch.random.fork_rng(devices=[]), quiet():
@@ -40,7 +40,7 @@ def save_tiny_model(model_type: str, folder: Path, seed: int = 0, **fields: Any)
 
 
 def _roughened(values: torch.Tensor) -> torch.Tensor:
-    """Values that all count: fresh norms, gates and biases are ones and zeros."""
+    """Give random values to all weights. New norms, gates and biases are ones and zeros and hide faults."""
     std = float(values.std()) if values.numel() > 1 else 0.0
     if values.dim() < 2 or std == 0.0:
         return values + torch.randn(values.shape) * _STD

@@ -1,4 +1,4 @@
-"""Small real tokenizers of each family that bases come with, built in the same way, without a network."""
+"""Small real tokenizers of each family that bases use. They are built without a network."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def family_tokenizer(family: TokenizerFamily, template: str = _TEMPLATE) -> Any:
 
 
 def class_tokenizer(name: TokenizerClass) -> Any:
-    """A tokenizer of transformers' own class, which makes normalizer and decoder; the vocabulary is small."""
+    """A tokenizer of a transformers class with a small vocabulary. The class sets normalizer and decoder."""
     if name in BYTE_FALLBACK_CLASSES:
         model: Any = _byte_fallback()
     elif name in BYTE_LEVEL_CLASSES:

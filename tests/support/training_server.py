@@ -1,4 +1,4 @@
-"""A live server with fine-tuning: the fake service, real files and jobs, fake training in real processes."""
+"""A live server with fine-tuning: the fake service, real files and jobs, and fake training processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Server(uvicorn.Server):
 
 @dataclass(frozen=True, slots=True)
 class TrainingServer:
-    """Where it listens, and what it works on."""
+    """The server's address, and its files and jobs."""
 
     url: str
     home: Path

@@ -1,4 +1,4 @@
-"""A tiny base and a few rows that it can learn by heart in seconds."""
+"""A tiny base and a few rows that it can memorise in seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTIONS = 12
 
 
 def make_task(folder: Path, family: str = "llama") -> dict[str, Any]:
-    """Fields of a ``TrainConfig`` that learns in 12 steps; the base is in ``folder``."""
+    """The fields of a ``TrainConfig`` that learns in 12 steps. The base is in ``folder``."""
     rows = [row(number) for number in range(QUESTIONS)]
     data, held_out = folder / "train.jsonl", folder / "eval.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -55,7 +55,7 @@ def run_in(folder: Path, task: dict[str, Any], resume: bool = False, **fields: A
 
 @contextmanager
 def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs within are told to stop during the step after so many."""
+    """Stop the runs in the block during the step after ``steps`` steps."""
     stop, step = Stop(), QloraTrainer.training_step
 
     def stopping(self: Any, *args: Any) -> Any:

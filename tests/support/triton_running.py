@@ -1,4 +1,4 @@
-"""How Triton's kernels are tested on a machine without a GPU: interpreted, and compiled for GPUs it lacks."""
+"""Tests of Triton's kernels without a GPU: run them with the interpreter, and compile them for GPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.support.project import ROOT
 
 
 def run_interpreted(*cases: Path) -> None:
-    """Run files of tests in a process of its own, since Triton decides at its import whether it interprets.
+    """Run test files in a child process, because Triton decides at its import whether it interprets.
 
-    On a machine with a GPU they run there, compiled.
+    On a machine with a GPU the kernels are compiled and run on it.
     """
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
@@ -41,10 +41,10 @@ def compile_for(
     free: Collection[str],
     warps: int = 4,
 ) -> Any:
-    """As Triton compiles a kernel whose sizes and addresses are multiples of 16, but for those in ``free``.
+    """Compile a kernel for sizes and addresses that are multiples of 16, except those in ``free``.
 
     Args:
-        types: of the other arguments, as in Triton's signatures; "i32" where none is given.
+        types: the types of arguments, as in Triton's signatures. The default is "i32".
     """
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -67,7 +67,7 @@ def _paths(i: int, kind: str | tuple[str, ...]) -> list[tuple[int, ...]]:
 
 
 def check_wide(compiled: Any) -> None:
-    """16 bytes are read at a time, and 16-bit values never by themselves."""
+    """Check that the code reads 16 bytes at a time and never a single 16-bit value."""
     text: str = compiled.asm["ptx"]
     assert re.findall(r"ld\.global\.v4\.b32|cp\.async\.cg\.shared\.global .*, 0x10", text)
     assert not re.findall(r"ld\.global(?:\.v2)?\.[bu]16|cp\.async\.ca", text)

@@ -1,1 +1,1 @@
-"""A model-based test of a whole server: what operators, clients and accidents do to it, in any order."""
+"""A stateful test of a whole server: actions of operators and clients, and accidents, in any order."""

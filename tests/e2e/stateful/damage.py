@@ -1,4 +1,4 @@
-"""What can be wrong with an adapter folder: strategies that change a good one on disk."""
+"""Strategies that damage a good adapter folder on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Damage = Callable[[Path], None]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
-"""With lone surrogates, NUL, newlines and all."""
+"""Text that includes lone surrogates, NUL and newlines."""
 NUMBERS = st.one_of(
     st.integers(-3, 9),
     st.sampled_from([2**31, 2**63, 2**64, 10**400, -1]),
@@ -52,7 +52,7 @@ def without_field(key: str) -> Damage:
 
 
 def header_field(key: str, value: Any) -> Damage:
-    """Of the first tensor."""
+    """Change the header's entry of the first tensor."""
 
     def change(folder: Path) -> None:
         data = (folder / WEIGHTS).read_bytes()
@@ -67,7 +67,7 @@ def header_field(key: str, value: Any) -> Damage:
 
 
 def bytes_at(file: str, share: float, data: bytes) -> Damage:
-    """Overwrite at that share of the file's length."""
+    """Overwrite bytes at a position, given as a share of the file's length."""
 
     def change(folder: Path) -> None:
         whole = bytearray((folder / file).read_bytes())
@@ -86,7 +86,7 @@ def cut(file: str, share: float) -> Damage:
 
 
 def replaced_by(file: str, kind: str) -> Damage:
-    """The file is gone, or is something that is no file."""
+    """Remove the file, or replace it by something that is not a regular file."""
 
     def change(folder: Path) -> None:
         (folder / file).unlink()

@@ -1,6 +1,6 @@
-"""Stands in for ``manylora train``: its flags, run folder and publishing, but the adapter is ready-made.
+"""Replaces ``manylora train``. It has the same flags, run folder and publishing, but a ready-made adapter.
 
-It publishes the folder ``trained`` beside the state folder, after as many short steps as the data's rows.
+It publishes the folder ``trained``, which is beside the state folder, after one short step for each row.
 """
 
 from __future__ import annotations

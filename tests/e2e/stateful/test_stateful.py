@@ -1,8 +1,8 @@
-"""Operators, clients and accidents in any order, against a whole server on a tiny base.
+"""Operators, clients and accidents in any order, with a whole server on a tiny base.
 
-Whatever happens: nothing is answered 500; a good folder is served soon; an answer comes from the version that
-its name has; no client changes an operator's folder; a good job succeeds and its model still answers after a
-restart; at rest nothing is held.
+These must always hold. No answer has status 500. A good folder is served soon. An answer comes from the
+version that its name means. No client changes an operator's folder. A good job succeeds, and its model still
+answers after a restart. An idle server holds no resources.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tests.e2e.stateful.damage import ANY_JSON, ANY_TEXT, DAMAGES, Damage
 from tests.e2e.stateful.world import VARIANTS, World, content, remove, within
 
 SERVED_SECONDS = 2.0
-"""Within which a good folder is promised to be served."""
+"""The promised time in which a good folder is served."""
 SLACK_SECONDS = 3.0
-"""For a machine that does something else besides."""
+"""More time, because the machine may do other work."""
 JOB_SECONDS = 30.0
 
 OPERATORS = st.sampled_from(["acme", "beta", "Acme", "a.b-c_d"])
@@ -58,13 +58,13 @@ FIELDS = st.sampled_from(
 
 @dataclass
 class Name:
-    """What the model knows of one name.
+    """The expected state of one name.
 
     Attributes:
-        digest: what it must answer with; None = nothing, or unknown (``damaged``).
-        source: the operator's folder as it must stay, by its hash; None = not an operator's.
-        recent: digests that it had since the server was last seen to be up to date.
-        damaged: its folder is not a ready-made one: it may answer, or say why not.
+        digest: the version that must answer; None = none, or unknown (``damaged``).
+        source: the hash that the operator's folder must keep; None = not an operator's folder.
+        recent: the versions since the server was last known to be up to date.
+        damaged: whether the folder was changed. Then it may answer, or give a reason why not.
     """
 
     digest: str | None = None
@@ -79,7 +79,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def empty(self) -> None:
         self.names: dict[str, Name] = {}
-        self.jobs: dict[str, str] = {}  # id -> the name that it must be served by
+        self.jobs: dict[str, str] = {}  # id -> the name under which its model must be served
         self.odd_jobs: set[str] = set()
 
     # -- operators --------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
         kind=st.sampled_from(["folder", "file", "link", "loop", "fifo"]),
     )
     def odd_entry(self, name: bytes, kind: str) -> None:
-        """Something with a name of any bytes beside the adapters."""
+        """Create an entry with any bytes as its name in the adapter directory."""
         path = Path(
             os.fsdecode(bytes(self.world.adapters) + b"/odd" + name.replace(b"/", b"_").replace(b"\0", b"_"))
         )
@@ -231,11 +231,11 @@ class Machine(RuleBasedStateMachine):
         self.world.end(number)
         self.world.start()
 
-    # -- what always holds ------------------------------------------------------------------------
+    # -- invariants -------------------------------------------------------------------------------
 
     @rule()
     def settle(self) -> None:
-        """Give the server the time that it is promised, and hold it to that."""
+        """Check that the server is up to date within the promised time."""
         deadline = time.monotonic() + SERVED_SECONDS + SLACK_SECONDS
         for name, known in self.names.items():
             if known.damaged or name in self.jobs.values():
@@ -253,7 +253,7 @@ class Machine(RuleBasedStateMachine):
     def operators_folders_stay(self) -> None:
         for name, known in self.names.items():
             if known.source is not None:
-                assert content(self.world.adapters / name) == known.source, f"somebody changed {name}"
+                assert content(self.world.adapters / name) == known.source, f"a client changed {name}"
 
     def teardown(self) -> None:
         if not hasattr(self, "names"):
@@ -281,7 +281,7 @@ class Machine(RuleBasedStateMachine):
         return reply
 
     def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
-        """With lone surrogates escaped, which httpx's own encoder cannot."""
+        """POST JSON with lone surrogates escaped. The encoder of httpx cannot do this."""
         return self._call(
             "POST", path, content=json.dumps(body), headers={"Content-Type": "application/json"}
         )
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
         return row is not None and row["digest"] == self.names[name].digest
 
     def _serves(self, name: str, digest: str | None) -> bool:
-        """Whether it answers with that version now, or, for None, says that there is no such model."""
+        """Whether the name answers with that version; None = whether the model is not found."""
         reply = self._ask(name)
         if digest is None:
             return reply.status_code == 404
@@ -353,7 +353,7 @@ _HELD = ("requests_running", "requests_waiting", "kv_blocks_used")
 
 
 def _digest(reply: httpx.Response) -> str:
-    """The adapter's digest as the fingerprint of an answer, or of its first chunk, has it: 12 digits."""
+    """The 12 digits of the adapter's digest in the fingerprint of an answer or its first chunk."""
     text = reply.text.split("data: ")[1] if reply.text.startswith("data: ") else reply.text
     return str(json.loads(text)["system_fingerprint"]).rpartition("-lora-")[2]
 
@@ -377,18 +377,21 @@ def _run(world: World, examples: int, steps: int, derandomize: bool) -> None:
             stateful_step_count=steps,
             deadline=None,
             derandomize=derandomize,
-            phases=(Phase.reuse, Phase.generate),  # shrinking would take hours; the steps are printed anyway
+            phases=(
+                Phase.reuse,
+                Phase.generate,
+            ),  # shrinking would take hours, and the steps are printed without it
             suppress_health_check=list(HealthCheck),
         ),
     )
 
 
 @pytest.mark.timeout(600)
-def test_whatever_happens(world: World) -> None:
+def test_random_events(world: World) -> None:
     _run(world, examples=4, steps=20, derandomize=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_whatever_happens_for_long(world: World) -> None:
+def test_many_random_events(world: World) -> None:
     _run(world, examples=150, steps=40, derandomize=False)

@@ -1,4 +1,4 @@
-"""The server under test, its adapter folder, and the ready-made adapters that get deployed there."""
+"""The server under test, its adapter directory, and the ready-made adapters that the test deploys."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LIMITS = ("--kv-cache-memory", "256KiB", "--max-num-seqs", "8", "--max-num-batch
 
 
 class World:
-    """One state folder and the server on it, which may be killed and started again.
+    """One state folder and its server, which may be killed and restarted.
 
     Attributes:
-        adapters: the watched folder.
-        digests: of the ready-made adapters, as the server states them; the last one is what jobs publish.
+        adapters: the watched directory.
+        digests: the digests of the ready-made adapters. Jobs publish the last one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +112,7 @@ class World:
     # -- folders ----------------------------------------------------------------------------------
 
     def deploy(self, source: Path, name: str) -> None:
-        """As the documentation advises: copied beside, then renamed."""
+        """Copy the adapter beside its target and rename it, as the documentation advises."""
         copy, old = self.adapters / f".{name}.new.tmp", self.adapters / f".{name}.old.tmp"
         shutil.copytree(source, copy)
         with suppress(FileNotFoundError):
@@ -130,7 +130,7 @@ class World:
 
 
 def remove(path: Path) -> None:
-    """Whatever it is: a folder, a file, a link, or nothing."""
+    """Remove a folder, a file or a link. It may be absent."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -147,7 +147,7 @@ def content(folder: Path) -> str:
 
 
 def within(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether it comes true in time."""
+    """Whether the condition becomes true within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

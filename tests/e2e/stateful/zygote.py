@@ -1,7 +1,7 @@
-"""A process that has imported the server once and forks one at every order: a start takes a second, not ten.
+"""A process that imports the server once and forks it for each order, so a start takes one second, not ten.
 
-Order: a line of JSON, ``{"arguments": [...], "log": path}``. Answer: a line with the server's process id. A
-server dies with the zygote, and the zygote ends with its standard input.
+An order is a line of JSON, ``{"arguments": [...], "log": path}``. The answer is a line with the server's
+process id. A server ends with the zygote, and the zygote ends when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def become_server(arguments: list[str], log: str) -> NoReturn:
 
 
 def main() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for them
     for line in sys.stdin:
         order = json.loads(line)
         pid = os.fork()
