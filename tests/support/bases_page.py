@@ -1,4 +1,4 @@
-"""docs/bases.md: writes it, and reads its rows back.
+"""Writes docs/bases.md, and reads its rows.
 
 python -m tests.support.bases_page
 """
@@ -28,7 +28,7 @@ of each kind that its config has, and starts the server with it in 4 bits on a C
 compares it with transformers' own forward pass, as for every base (see [operations.md](operations.md)).
 The first column is `model_type` in a base's `config.json`.
 
-`tests/test_bases.py` fails if a row changes. If the new row is right, make the page again:
+`tests/test_bases.py` fails if a row changes. If the new row is right, write the page again:
 
 ```sh
 {regenerate}
@@ -39,8 +39,8 @@ _SERVED = """
 
 - **blocks**: "fused" means manylora's own fused step, on a CPU with AVX512-BF16 or on a GPU. Otherwise
   transformers' blocks run, with manylora's attention and LoRA.
-- **LoRA targets**: the linears that adapters may add to. Experts that transformers keeps in one tensor are
-  not among them, and they stay in bf16.
+- **LoRA targets**: the linears that adapters may change. Experts that transformers keeps in one tensor are
+  not among them.
 - **all-linear**: whether an adapter that PEFT made with `target_modules="all-linear"` is accepted. If it is
   not, name the linears of the column before.
 - **trained**: whether `manylora train` with its defaults trains what can be served, and computes the rows of

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from server.engine.check.sample import Request, Step, lone_chunked_steps, lone_steps
 
 _ALONE = (
-    "a whole prompt is wrong even alone, so its masks, its positions or its attention are other ones than "
-    "transformers' attention interface tells"
+    "a whole prompt is wrong even alone, so its masks, its positions or its attention differ from what "
+    "transformers' attention interface states"
 )
 _CHUNKED = (
     "a whole prompt alone is right, but not in chunks or in decoding, so layers keep a state besides keys "
