@@ -44,7 +44,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(
     assert error.startswith("manylora")
 
 
-def test_a_base_that_cannot_be_had_is_one_line_and_exit_code_1(
+def test_a_base_that_cannot_be_loaded_is_one_line_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: ServerConfig) -> None:

@@ -92,7 +92,7 @@ def typed_as(option: Option, text: str) -> list[str]:
 
 
 @EACH
-def test_flag_and_variable_mean_the_same(option: Option) -> None:
+def test_flag_and_variable_have_the_same_meaning(option: Option) -> None:
     text, value = OTHER[option.flag]
     typed = typed_as(option, text)
     assert value_of(from_args(typed, {}), option) == value
@@ -200,7 +200,7 @@ def test_rope_scaling_is_an_override() -> None:
             from_args(["--hf-overrides", f'{{"{name}": {{}}}}', "--rope-scaling", rope], {})
 
 
-def test_auto_is_resolved_where_it_can_be() -> None:
+def test_auto_is_resolved_if_possible() -> None:
     config = from_args(["--home", "h", "--max-loras", "2"], {})
     assert config.adapters.folder == Path("h/adapters")
     assert config.adapters.pool_rows == 64  # an adapter of the largest rank must fit

@@ -41,7 +41,7 @@ def scrape(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], 
     return samples(response.text)
 
 
-def test_what_a_request_leaves_behind(client: TestClient) -> None:
+def test_the_metrics_of_a_request(client: TestClient) -> None:
     body: dict[str, Any] = {"model": "poet", "prompt": "abcd", "max_tokens": 3}
     client.post("/v1/completions", json=body)
     client.post("/v1/completions", json=body | {"model": "tiny", "stream": True})
@@ -64,7 +64,7 @@ def test_what_a_request_leaves_behind(client: TestClient) -> None:
     assert not any(("adapter", "nobody") in labels or ("adapter", "router") in labels for _, labels in found)
 
 
-def test_the_engine_is_asked_at_every_scrape(client: TestClient, service: FakeService) -> None:
+def test_the_engines_figures_are_read_at_every_scrape(client: TestClient, service: FakeService) -> None:
     stats = {name: number for number, name in enumerate(EngineStats.__dataclass_fields__, 1)}
     service.stats = lambda: EngineStats(**stats)  # type: ignore[method-assign]
     found = scrape(client)

@@ -34,7 +34,7 @@ async def test_no_more_threads_than_declared(kind: str) -> None:
     pool.close()
 
 
-async def test_what_nobody_waits_for_is_not_begun() -> None:
+async def test_cancelled_work_does_not_start() -> None:
     held, pool = threading.Event(), Pool("database-writes")
     begun: list[int] = []
     first = asyncio.ensure_future(pool.run(held.wait))
@@ -47,7 +47,7 @@ async def test_what_nobody_waits_for_is_not_begun() -> None:
     assert begun == []
 
 
-async def test_errors_come_through_and_a_closed_pool_takes_nothing() -> None:
+async def test_errors_are_raised_and_a_closed_pool_refuses_work() -> None:
     pool = Pool("disk")
     with pytest.raises(ValueError, match="invalid literal"):
         await pool.run(int, "x")

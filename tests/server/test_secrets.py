@@ -91,13 +91,13 @@ def test_keys_are_neither_in_ps_nor_in_children(
     assert mode(home / "state.sqlite3") == 0o600
 
 
-def test_only_variables_that_hold_a_key_are_forgotten() -> None:
+def test_only_variables_with_a_key_are_removed() -> None:
     environ = {"A": "k", "B": "x, k", "C": "kk", "PATH": "/k:/bin", "D": "x\nk"}
     forget_keys(environ, ["k"])
     assert environ == {"C": "kk", "PATH": "/k:/bin"}
 
 
-def test_all_keys_count() -> None:
+def test_all_keys_are_collected() -> None:
     words = ["--api-key", "a", "--api-key", "b", "--admin-key", "c", "--metrics-key", "d"]
     assert keys_of(from_args(words, {}).http) == {"a", "b", "c", "d"}
     assert keys_of(from_args([], {}).http) == frozenset()

@@ -81,7 +81,7 @@ async def test_a_signal_lets_running_requests_finish(
 
 @pytest.mark.parametrize("timeout", [0.05])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_outlives_the_timeout_is_told(
+async def test_a_request_that_exceeds_the_timeout_gets_an_error(
     engine: FakeEngine, process: tuple[asyncio.Task[None], httpx.AsyncClient], stream: bool
 ) -> None:
     task, client = process

@@ -35,7 +35,7 @@ def test_unknown_fields_are_refused(client: TestClient) -> None:
     assert client.post("/v1/load_lora_adapter", json=body).json()["error"]["param"] == "lora_int_id"
 
 
-def test_vllms_number_of_an_adapter_is_taken_and_not_read(client: TestClient) -> None:
+def test_vllms_number_of_an_adapter_is_accepted_and_ignored(client: TestClient) -> None:
     client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "folder"})
     body = {"lora_name": "new", "lora_int_id": 3}
     assert client.post("/v1/unload_lora_adapter", json=body).status_code == 200

@@ -42,35 +42,37 @@ class TestClientRoutes:
         assert status(make_client, path, None, ELSEWHERE, admin_key="a") in (200, 415)
 
     @pytest.mark.parametrize("key", [None, "", "wrong", "k1 k2", "K1", "k1x", "ü"])
-    def test_closed_to_other_keys(self, make_client: MakeClient, path: str, key: str | None) -> None:
+    def test_other_keys_are_refused(self, make_client: MakeClient, path: str, key: str | None) -> None:
         assert status(make_client, path, key, HERE, api_keys=("k1", "k2")) == 401
 
     @pytest.mark.parametrize("key", ["k1", "k2", "a"])
-    def test_open_to_each_key(self, make_client: MakeClient, path: str, key: str) -> None:
+    def test_each_key_is_accepted(self, make_client: MakeClient, path: str, key: str) -> None:
         assert status(make_client, path, key, ELSEWHERE, api_keys=("k1", "k2"), admin_key="a") in (200, 415)
 
 
 @pytest.mark.parametrize("path", paths(ADMIN_ROUTES))
 class TestAdminRoutes:
     @pytest.mark.parametrize("host", [HERE, "::1", "::ffff:127.0.0.1", "127.8.8.8"])
-    def test_without_an_admin_key_open_to_this_machine(
+    def test_without_an_admin_key_admin_routes_are_open_to_this_machine(
         self, make_client: MakeClient, path: str, host: str
     ) -> None:
         assert status(make_client, path, None, host) in (200, 415)
 
     @pytest.mark.parametrize("host", [ELSEWHERE, "2001:db8::1", "::ffff:203.0.113.9", "testclient", ""])
-    def test_without_an_admin_key_closed_to_others(
+    def test_without_an_admin_key_admin_routes_are_closed_to_others(
         self, make_client: MakeClient, path: str, host: str
     ) -> None:
         assert status(make_client, path, "k", host, api_keys=("k",)) == 403
 
-    def test_on_this_machine_a_client_key_is_needed_if_there_are_any(
+    def test_on_this_machine_admin_routes_need_a_client_key_if_there_are_any(
         self, make_client: MakeClient, path: str
     ) -> None:
         assert status(make_client, path, None, HERE, api_keys=("k",)) == 401
         assert status(make_client, path, "k", HERE, api_keys=("k",)) in (200, 415)
 
-    def test_with_an_admin_key_only_it_will_do(self, make_client: MakeClient, path: str) -> None:
+    def test_with_an_admin_key_only_this_key_opens_admin_routes(
+        self, make_client: MakeClient, path: str
+    ) -> None:
         for host in (HERE, ELSEWHERE):
             assert status(make_client, path, None, host, api_keys=("k",), admin_key="a") == 401
             assert status(make_client, path, "k", host, api_keys=("k",), admin_key="a") == 401
@@ -82,7 +84,7 @@ def test_headers_do_not_make_a_peer_local(make_client: MakeClient) -> None:
     assert make_client(ELSEWHERE).get("/v1/adapters", headers=headers).status_code == 403
 
 
-def test_a_refusal_says_how(make_client: MakeClient) -> None:
+def test_a_refusal_says_how_to_send_a_key(make_client: MakeClient) -> None:
     response = make_client(api_keys=("k",)).get("/v1/models")
     assert response.headers["www-authenticate"] == "Bearer"
     assert response.json()["error"]["code"] == "invalid_api_key"

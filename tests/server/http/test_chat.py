@@ -55,7 +55,7 @@ def test_a_whole_answer(client: TestClient) -> None:
     }
 
 
-def test_a_stream_says_the_same(client: TestClient) -> None:
+def test_a_stream_has_the_same_answer(client: TestClient) -> None:
     first, *deltas, last = (chunk["choices"][0] for chunk in stream(client))
     assert first["delta"] == {"role": "assistant", "content": ""}
     assert [choice["delta"] for choice in (*deltas, last)] == [{"content": f" {letter}"} for letter in "abc"]
@@ -165,7 +165,7 @@ DEFAULTS = SamplingDefaults(
 
 
 @pytest.mark.parametrize("model", ["tiny", "poet"])
-def test_absent_and_null_fields_take_the_bases_defaults_and_given_ones_do_not(
+def test_absent_and_null_fields_get_the_bases_defaults(
     client: TestClient, service: FakeService, model: str
 ) -> None:
     service.base = replace(service.base, defaults=DEFAULTS)
@@ -180,7 +180,7 @@ def test_absent_and_null_fields_take_the_bases_defaults_and_given_ones_do_not(
     assert service.requests[-1].sampling == SamplingParams(**asdict(DEFAULTS) | {"max_tokens": 16})
 
 
-def test_absent_fields_take_openai_defaults(client: TestClient, service: FakeService) -> None:
+def test_absent_fields_get_openais_defaults(client: TestClient, service: FakeService) -> None:
     chat(client, max_tokens=None)
     assert service.requests[-1].sampling == SamplingParams(max_tokens=61)  # all that the context leaves
 
@@ -203,7 +203,9 @@ def test_absent_fields_take_openai_defaults(client: TestClient, service: FakeSer
         {"metadata": {"job": "7"}, "max_tokens": 2},
     ],
 )
-def test_harmless_fields_are_taken(client: TestClient, service: FakeService, fields: dict[str, Any]) -> None:
+def test_fields_without_effect_are_accepted(
+    client: TestClient, service: FakeService, fields: dict[str, Any]
+) -> None:
     assert chat(client, **fields)["choices"][0]["message"]["content"] == " a b"
     assert service.requests[-1].sampling.top_k == 0
 
@@ -219,7 +221,7 @@ def test_request_ids_of_the_engine_are_unique(client: TestClient, service: FakeS
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_nothing_runs_on_after_an_answer(client: TestClient, service: FakeService, streamed: bool) -> None:
+def test_nothing_runs_after_an_answer(client: TestClient, service: FakeService, streamed: bool) -> None:
     client.post(
         URL, json={"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": streamed}
     )

@@ -40,7 +40,7 @@ def test_prompts(
     assert answer["usage"]["prompt_tokens"] == sum(map(len, tokens))
 
 
-def test_sixteen_tokens_unless_told_otherwise(client: TestClient) -> None:
+def test_the_default_is_sixteen_tokens(client: TestClient) -> None:
     assert complete(client, "a")["usage"]["completion_tokens"] == 16
     assert complete(client, "a" * 60)["usage"]["completion_tokens"] == 4
 
@@ -85,7 +85,7 @@ def test_streamed_logprobs_continue_their_offsets(client: TestClient) -> None:
     assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks] == [[0], [2], [4]]
 
 
-def test_one_refused_prompt_takes_the_others_along(client: TestClient, service: FakeService) -> None:
+def test_one_refused_prompt_refuses_the_whole_request(client: TestClient, service: FakeService) -> None:
     response = client.post(URL, json={"model": "tiny", "prompt": ["a", "b" * 64]})
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert not service.running

@@ -116,7 +116,9 @@ def serve(service: FakeService, config: HttpConfig) -> Iterator[Serve]:
         (b"GET /v1/models\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "bad_request"),
     ],
 )
-def test_what_is_too_large_is_refused_unseen(serve: Serve, request_: bytes, status: int, code: str) -> None:
+def test_too_large_requests_are_refused_before_they_are_read(
+    serve: Serve, request_: bytes, status: int, code: str
+) -> None:
     server = serve()
     client = server.connect()
     client.send(request_)
@@ -129,7 +131,7 @@ def test_what_is_too_large_is_refused_unseen(serve: Serve, request_: bytes, stat
 @pytest.mark.parametrize(
     "unending", [b"5;" + b"x" * (1 << 20), b"0\r\na: " + b"b" * (1 << 20), b"0\r\n" + b"a: b\r\n" * 300]
 )
-def test_what_surrounds_a_body_is_bounded_too(serve: Serve, unending: bytes) -> None:
+def test_chunk_extensions_and_trailers_are_bounded(serve: Serve, unending: bytes) -> None:
     """The limits include extensions of chunks, and trailers."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     client = serve(keys=()).connect(head + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -137,7 +139,7 @@ def test_what_surrounds_a_body_is_bounded_too(serve: Serve, unending: bytes) -> 
     assert client.answer()[0] == 431
 
 
-def test_what_is_not_too_large_is_served(serve: Serve) -> None:
+def test_requests_within_the_limits_are_served(serve: Serve) -> None:
     server = serve(keys=())
     padding = b"".join(b"h%d: %s\r\n" % (number, b"v" * 240) for number in range(200))
     client = server.connect()
@@ -161,12 +163,12 @@ def test_the_parser_keeps_no_more_than_the_bound(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("first", [b"", b"\r\n"])
-def test_a_silent_client_is_let_go(serve: Serve, first: bytes) -> None:
+def test_a_silent_client_is_disconnected(serve: Serve, first: bytes) -> None:
     client = serve(header_timeout=SOON).connect(first)
     assert client.is_closed()
 
 
-def test_headers_have_a_deadline_whatever_drips_in(serve: Serve) -> None:
+def test_headers_have_a_deadline_even_if_bytes_keep_coming(serve: Serve) -> None:
     client = serve(header_timeout=SOON).connect(GET)
     started = time.monotonic()
     while time.monotonic() - started < 10 * SOON:
@@ -181,7 +183,9 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 
 @pytest.mark.parametrize("keys", [(), ("k",)])
-def test_a_body_must_come_at_a_pace(serve: Serve, service: FakeService, keys: tuple[str, ...]) -> None:
+def test_a_body_must_arrive_at_a_minimum_rate(
+    serve: Serve, service: FakeService, keys: tuple[str, ...]
+) -> None:
     """With keys, the server refuses the request first, and does not wait for the rest of the body."""
     client = serve(keys, body_timeout=SOON).connect(POST + b"Content-Length: 1000\r\n\r\n{")
     assert client.answer()[0] == (401 if keys else 408)
@@ -217,14 +221,14 @@ def test_an_answer_has_no_deadline(serve: Serve, service: FakeService) -> None:
     wait_until(lambda: not service.running)
 
 
-def test_an_idle_connection_is_closed_whatever_it_dribbles(serve: Serve) -> None:
+def test_an_idle_connection_is_closed_even_if_it_sends_blank_lines(serve: Serve) -> None:
     client = serve((), timeout_keep_alive=1).connect(GET + b"\r\n")
     assert client.answer()[0] == 200
     client.send(b"\r\n")
     assert client.is_closed()
 
 
-def test_a_connection_ends_after_so_many_requests(serve: Serve) -> None:
+def test_a_connection_is_closed_after_a_number_of_requests(serve: Serve) -> None:
     client = serve((), keep_alive_max_requests=3).connect((GET + b"\r\n") * 3)
     assert [client.answer()[0] for _ in range(3)] == [200] * 3
     assert client.is_closed()
@@ -239,7 +243,7 @@ def test_an_upgrade_is_answered_and_closed(serve: Serve) -> None:
 # -- the connection limit ---------------------------------------------------------------------------
 
 
-def test_who_only_holds_connections_shuts_nobody_out(serve: Serve) -> None:
+def test_connections_without_requests_do_not_block_others(serve: Serve) -> None:
     """Connections that send nothing, and headers that do not end."""
     server = serve((), limit_concurrency=2)
     held = [server.connect(first) for first in (b"", GET) for _ in range(2 * RESERVED_CONNECTIONS)]
@@ -248,7 +252,7 @@ def test_who_only_holds_connections_shuts_nobody_out(serve: Serve) -> None:
     assert held[0].is_closed()
 
 
-def test_what_is_too_much_is_told_and_operators_get_through(serve: Serve, service: FakeService) -> None:
+def test_above_the_limit_clients_get_503_and_operators_an_answer(serve: Serve, service: FakeService) -> None:
     service.hang_at = 0
     server = serve((), limit_concurrency=2)
     body = json.dumps(CHAT).encode()
@@ -288,7 +292,7 @@ class FakeConnection:
         self.gone = True
 
 
-def test_the_longest_idle_gives_way() -> None:
+def test_the_longest_idle_connection_is_closed_first() -> None:
     connection_limit = ConnectionLimit(2)
     connections = [FakeConnection() for _ in range(2 + RESERVED_CONNECTIONS)]
     assert all(connection_limit.add(connection) for connection in connections)
@@ -301,7 +305,7 @@ def test_the_longest_idle_gives_way() -> None:
     assert not connections[0].gone
 
 
-def test_without_an_idle_one_there_is_no_room() -> None:
+def test_without_an_idle_connection_a_new_one_is_refused() -> None:
     connection_limit = ConnectionLimit(2)
     connections = [FakeConnection() for _ in range(2 + RESERVED_CONNECTIONS)]
     for number, connection in enumerate(connections):

@@ -28,7 +28,7 @@ def open_request(address: str, path: str, body: dict[str, Any]) -> socket.socket
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("hang_at", [0, 2])
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
-def test_leaving_cancels(
+def test_disconnecting_cancels_the_generation(
     live: str, service: FakeService, path: str, body: dict[str, Any], hang_at: int, stream: bool
 ) -> None:
     service.hang_at = hang_at

@@ -49,7 +49,7 @@ def test_an_error_own_code_goes_first() -> None:
 
 
 @pytest.mark.parametrize("kind", [ShuttingDown, OutOfMemory, AdapterOutOfMemory])
-def test_who_may_succeed_later_is_told_to_try_again(kind: type[Exception]) -> None:
+def test_errors_that_may_pass_have_retry_after(kind: type[Exception]) -> None:
     response = error_response(kind("not now"))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
 
@@ -67,7 +67,7 @@ def test_who_may_succeed_later_is_told_to_try_again(kind: type[Exception]) -> No
         ("POST", "/v1/models/tiny", "method_not_supported", "GET"),
     ],
 )
-def test_a_url_that_does_not_exist_is_no_missing_model(
+def test_an_unknown_url_is_not_a_missing_model(
     client: TestClient, method: str, path: str, code: str, hint: str
 ) -> None:
     error = client.request(method, f"http://localhost{path}").json()["error"]
@@ -80,14 +80,14 @@ def test_a_last_slash_makes_no_difference(client: TestClient, path: str) -> None
     assert client.get(f"{path}/").json() == client.get(path).json()
 
 
-def test_half_of_a_surrogate_pair_can_be_told() -> None:
+def test_an_error_may_contain_half_of_a_surrogate_pair() -> None:
     """Names on the disk and rows of files may contain one. UTF-8 cannot encode it, but JSON can escape it."""
     response = error_response(InvalidRequest("Row 1 has \ud800 in it.", "file\udcff"))
     told = json.loads(bytes(response.body))["error"]
     assert (told["message"], told["param"]) == ("Row 1 has \ud800 in it.", "file\udcff")
 
 
-def test_codes_are_ours_alone() -> None:
+def test_error_codes_are_only_ours() -> None:
     """SQLAlchemy's errors have their own codes. They mean nothing to clients."""
 
     class LibraryError(Exception):

@@ -37,7 +37,7 @@ def accepted(rule: Rule) -> list[object]:
 
 
 @pytest.mark.parametrize("body", list(bodies()), ids=lambda body: body.__name__)
-def test_the_table_and_the_models_say_the_same(body: type[Body]) -> None:
+def test_the_table_and_the_models_agree(body: type[Body]) -> None:
     assert body.rules in fields.LEVELS.values()
     kinds = {field: rule.kind for field, rule in body.rules.items()}
     served = {field for field, kind in kinds.items() if kind == "served"}
@@ -161,7 +161,7 @@ def test_tool_calls_are_named_as_the_cause(client: TestClient, content: dict[str
     assert error["message"].startswith("'messages.1.tool_calls' is not supported; this server does not read")
 
 
-def test_only_an_assistant_may_have_said_nothing(client: TestClient) -> None:
+def test_only_an_assistants_message_may_be_empty(client: TestClient) -> None:
     messages = [{"role": "user", "content": None}]
     error = client.post("/v1/chat/completions", json=CHAT | {"messages": messages}).json()["error"]
     assert (error["param"], error["code"]) == ("messages.0.content", "missing_required_parameter")
@@ -190,6 +190,6 @@ def test_a_refusal_beside_content_is_not_lost(client: TestClient) -> None:
     assert (error["param"], error["code"]) == ("messages.0.refusal", "unsupported_parameter")
 
 
-def test_as_many_answers_as_at_openai(client: TestClient) -> None:
+def test_the_most_answers_are_the_same_as_at_openai(client: TestClient) -> None:
     answer = client.post("/v1/chat/completions", json=CHAT | {"n": 128}).json()
     assert len(answer["choices"]) == 128

@@ -42,7 +42,9 @@ def openai_client(server: TrainingServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_from_a_file_to_a_model_and_away(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+def test_a_file_becomes_a_model_that_is_used_and_deleted(
+    openai_client: openai.OpenAI, server: TrainingServer
+) -> None:
     client = openai_client
     job = create(
         client,
@@ -164,7 +166,7 @@ def test_a_large_file_is_refused(openai_client: openai.OpenAI, server: TrainingS
     assert len(list((server.home / "files").iterdir())) == 1
 
 
-def test_forms_that_are_no_upload(server: TrainingServer) -> None:
+def test_forms_that_are_not_uploads_are_refused(server: TrainingServer) -> None:
     def post(**arguments: Any) -> tuple[int, str | None]:
         response = httpx.post(f"{server.url}/v1/files", **arguments)
         return response.status_code, response.json()["error"]["param"]
@@ -213,7 +215,7 @@ def test_jobs_are_found_by_metadata(openai_client: openai.OpenAI) -> None:
     assert [each.id for each in jobs.list(metadata={"team": "blue"})] == [blue.id]
 
 
-def test_no_integrations_ask_for_nothing(openai_client: openai.OpenAI) -> None:
+def test_empty_integrations_are_accepted(openai_client: openai.OpenAI) -> None:
     assert create(openai_client, integrations=[]).status == "queued"
 
 
@@ -264,7 +266,7 @@ def test_a_job_may_name_its_model_and_replace_it(openai_client: openai.OpenAI) -
         ({"training_file": "file-\0"}, "training_file"),
     ],
 )
-def test_what_a_job_cannot_be_is_named(
+def test_wrong_fields_of_a_job_are_named(
     openai_client: openai.OpenAI, server: TrainingServer, fields: dict[str, Any], param: str
 ) -> None:
     body = {"model": "tiny", "training_file": upload(openai_client)} | fields
@@ -275,7 +277,7 @@ def test_what_a_job_cannot_be_is_named(
 
 @pytest.mark.parametrize("path", ["files", "fine_tuning/jobs", "fine_tuning/jobs/{job}/events"])
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "after=nobody", "colour=red"])
-def test_what_cannot_be_listed_is_named(server: TrainingServer, path: str, query: str) -> None:
+def test_wrong_fields_of_a_listing_are_named(server: TrainingServer, path: str, query: str) -> None:
     with server.client() as client:
         job = create(client)
     response = httpx.get(f"{server.url}/v1/{path.format(job=job.id)}?{query}")
@@ -291,14 +293,14 @@ def test_only_models_of_jobs_are_deleted(openai_client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--api-key", "k", "--admin-key", "a"]])
-def test_keys_are_the_clients(server: TrainingServer) -> None:
+def test_client_keys_open_the_routes(server: TrainingServer) -> None:
     for key, status in (("k", 200), ("a", 200), ("wrong", 401)):
         headers = {"Authorization": f"Bearer {key}"}
         assert httpx.get(f"{server.url}/v1/files", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize("flags", [["--admin-key", "a"]])
-def test_without_client_keys_it_is_the_admins(server: TrainingServer) -> None:
+def test_without_client_keys_the_admin_key_is_needed(server: TrainingServer) -> None:
     assert httpx.get(f"{server.url}/v1/fine_tuning/jobs").status_code == 401
     assert httpx.get(f"{server.url}/v1/models").status_code == 200
 
@@ -317,9 +319,7 @@ def test_metrics(openai_client: openai.OpenAI, server: TrainingServer) -> None:
     assert value("seconds_total") > 0
 
 
-def test_a_held_database_delays_those_who_write_and_nobody_else(
-    openai_client: openai.OpenAI, server: TrainingServer
-) -> None:
+def test_a_locked_database_delays_only_writers(openai_client: openai.OpenAI, server: TrainingServer) -> None:
     job = create(openai_client, "steps=100000")
     holder = sqlite3.connect(server.home / "state.sqlite3", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
@@ -345,7 +345,7 @@ def damage(server: TrainingServer, table: str, column: str, value: str | bytes, 
 
 @pytest.mark.parametrize("column", ["hyperparameters", "recipe", "tags", "error", "result_files"])
 @pytest.mark.parametrize("value", ["{", "7", "\ud800".encode("utf-8", "surrogatepass")], ids=repr)
-def test_a_damaged_row_of_a_finished_job_is_named_there_alone(
+def test_a_damaged_row_of_a_finished_job_affects_only_this_job(
     openai_client: openai.OpenAI, server: TrainingServer, column: str, value: str | bytes
 ) -> None:
     jobs = openai_client.fine_tuning.jobs
@@ -414,7 +414,7 @@ def test_a_row_with_half_of_a_surrogate_pair(server: TrainingServer) -> None:
         ("The_base_has_no_chat_template.", None, "The base has no chat template."),
     ],
 )
-def test_what_the_check_finds_is_refused_in_the_apis_words(
+def test_faults_that_the_check_finds_name_the_apis_fields(
     openai_client: openai.OpenAI, error: str, param: str | None, message: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -424,7 +424,9 @@ def test_what_the_check_finds_is_refused_in_the_apis_words(
     assert list(openai_client.fine_tuning.jobs.list()) == []
 
 
-def test_bad_rows_are_the_files_fault(openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_rows_are_an_error_of_the_file(
+    openai_client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_file = upload(openai_client)
     words = f"{job_file} has 1 row that cannot be used: line 1 is longer than --max-seq-len 8."
     told = json.dumps({"error": words, "warnings": []})
@@ -443,11 +445,11 @@ def test_warnings_are_the_jobs_first_events(openai_client: openai.OpenAI) -> Non
     ]
 
 
-def test_a_check_that_breaks_refuses_nothing(openai_client: openai.OpenAI) -> None:
+def test_a_check_that_fails_refuses_no_job(openai_client: openai.OpenAI) -> None:
     assert ended(openai_client, create(openai_client, "broken=1")).status == "succeeded"
 
 
-def test_a_file_whose_bytes_are_gone_is_named(openai_client: openai.OpenAI, server: TrainingServer) -> None:
+def test_a_file_without_its_bytes_is_named(openai_client: openai.OpenAI, server: TrainingServer) -> None:
     file_id = upload(openai_client)
     server.training.files.path(file_id).unlink()
     with pytest.raises(openai.BadRequestError, match="upload it again") as refused:
@@ -459,7 +461,7 @@ def test_a_file_whose_bytes_are_gone_is_named(openai_client: openai.OpenAI, serv
 
 
 @pytest.mark.parametrize(("path", "methods"), [("/v1/files", "GET, POST"), ("/v1/models/a", "DELETE, GET")])
-def test_every_method_of_a_url_is_named(server: TrainingServer, path: str, methods: str) -> None:
+def test_a_405_lists_the_methods_of_the_url(server: TrainingServer, path: str, methods: str) -> None:
     response = httpx.put(f"{server.url}{path}")
     assert (response.status_code, response.headers["Allow"]) == (405, methods)
     assert response.json()["error"]["message"].endswith(f"; use {methods} with this URL.")

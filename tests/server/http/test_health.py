@@ -20,7 +20,7 @@ def test_draining_is_alive_but_not_ready(client: TestClient, service: FakeServic
     assert statuses(client) == (200, 503)
 
 
-def test_dead_says_why(client: TestClient, service: FakeService) -> None:
+def test_a_dead_engine_has_a_reason(client: TestClient, service: FakeService) -> None:
     service.dead = "ValueError: out of blocks"
     assert statuses(client) == (503, 503)
     assert client.get("/health").json()["reason"] == "ValueError: out of blocks"

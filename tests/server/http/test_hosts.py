@@ -90,7 +90,7 @@ def test_another_sites_form_uploads_nothing(tmp_path: Path) -> None:
         "[::1]:80", "[::ffff:127.0.0.1]", "localhost:",
     ],
 )  # fmt: skip
-def test_loopback_names_are_ours(make_client: MakeClient, host: str) -> None:
+def test_loopback_names_are_accepted(make_client: MakeClient, host: str) -> None:
     assert code(make_client, {"Host": host}) == ""
 
 
@@ -101,14 +101,14 @@ def test_loopback_names_are_ours(make_client: MakeClient, host: str) -> None:
         "0.0.0.0", "[fe80::1%25eth0]", "[2001:db8::1]", "127.1", "gpubox", "..localhost.x",
     ],
 )  # fmt: skip
-def test_other_names_are_not(make_client: MakeClient, host: str) -> None:
+def test_other_names_are_refused(make_client: MakeClient, host: str) -> None:
     assert code(make_client, {"Host": host}) == "host_not_allowed"
 
 
 @pytest.mark.parametrize(
     "host", ["", "a b", "localhost@evil", "localhost/", "[::1", "::1", "a:b", "localhost:123456", "a,b", "ü"]
 )
-def test_what_is_no_host_is_a_bad_request(make_client: MakeClient, host: str) -> None:
+def test_an_invalid_host_is_a_bad_request(make_client: MakeClient, host: str) -> None:
     assert parse_host(host) is None or host == ""
     for keys in ((), ("k",)):
         client = make_client(api_keys=keys)
@@ -141,7 +141,7 @@ def test_names(bind: str, more: tuple[str, ...], host: str, ours: bool) -> None:
     assert Names(bind, more).has(host) is ours
 
 
-def test_a_page_of_an_address_is_not_ours_only_because_we_listen_on_all(
+def test_listening_on_all_addresses_does_not_allow_pages_of_every_address(
     service: FakeService, config: HttpConfig
 ) -> None:
     app = create_app(service, replace(config, host="0.0.0.0"))
@@ -151,17 +151,17 @@ def test_a_page_of_an_address_is_not_ours_only_because_we_listen_on_all(
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:3000", "http://127.0.0.1:8000", "https://[::1]"])
-def test_pages_of_this_machine_may(make_client: MakeClient, origin: str) -> None:
+def test_pages_of_this_machine_are_accepted(make_client: MakeClient, origin: str) -> None:
     assert code(make_client, HERE | {"Origin": origin, "Sec-Fetch-Site": "same-site"}) == ""
 
 
-def test_pages_of_an_allowed_host_may(make_client: MakeClient) -> None:
+def test_pages_of_an_allowed_host_are_accepted(make_client: MakeClient) -> None:
     headers = HERE | {"Origin": "https://chat.example", "Sec-Fetch-Site": "cross-site"}
     assert code(make_client, headers) == "origin_not_allowed"
     assert code(make_client, headers, allowed_hosts=("chat.example",)) == ""
 
 
-def test_keys_are_protection_enough(make_client: MakeClient) -> None:
+def test_with_keys_any_host_is_accepted_by_default(make_client: MakeClient) -> None:
     """A proxy with a key may send any Host. A web page has no key."""
     foreign = {"Host": "api.example", "Origin": "https://chat.example", "Sec-Fetch-Site": "cross-site"}
     key = {"Authorization": "Bearer k"}

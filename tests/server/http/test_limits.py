@@ -116,7 +116,7 @@ class TestValues:
         with pytest.raises(InvalidRequest, match=f"more than {MAX_NAMES} names"):
             parse_body(data, ChatBody)
 
-    def test_those_in_texts_are_no_names(self) -> None:
+    def test_colons_in_texts_do_not_count_as_names(self) -> None:
         parse_body(json.dumps(TEXT | {"prompt": '":"' * MAX_NAMES}).encode(), CompletionBody)
 
     def test_as_many_token_ids_as_allowed(self) -> None:
@@ -125,12 +125,12 @@ class TestValues:
         assert prompt == tuple(ids)
 
     @pytest.mark.parametrize("text", [",", '",', "\\\\,", '\\",{[', 'a"b,[{\\'])
-    def test_those_in_texts_are_none(self, text: str) -> None:
+    def test_commas_and_brackets_in_texts_do_not_count_as_values(self, text: str) -> None:
         body = TEXT | {"prompt": text * (MAX_VALUES // max(1, text.count(",")) + 7)}
         assert parse_body(json.dumps(body).encode(), CompletionBody).prompt == (body["prompt"],)
 
     @pytest.mark.parametrize("item", ['"",', '"\\\\",', '"\\"",', '{"a":"["},', '"' + "x" * 30 + '",'])
-    def test_texts_between_are_told_apart(self, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_texts_are_recognised_across_pieces(self, item: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Pieces may end anywhere, inside strings and next to their quotes."""
         monkeypatch.setattr(limits, "MAX_VALUES", 1000)
         monkeypatch.setattr(limits, "_PIECE", 7)
@@ -139,7 +139,7 @@ class TestValues:
             data = b"[" + item.encode() * count + b'",,,,[[[[' + b"," * 1000 + b'"]'
             assert limits._has_many_values(data) is many
 
-    def test_unclosed_quotes_and_escapes_take_no_longer(self) -> None:
+    def test_unclosed_quotes_and_escapes_take_linear_time(self) -> None:
         """A careless regular expression is quadratic here, and would take minutes."""
         for data in (rb'"' + rb"\"" * 2_000_000, b"[]{}" * 1_000_000, b'"",' * 2_000_000, b"\\" * 8_000_000):
             with pytest.raises(InvalidRequest):
@@ -188,7 +188,7 @@ async def test_large_bodies_that_wait_are_bounded(
         assert [each.status_code for each in await asyncio.gather(first, small)] == [200, 200]
         assert (await client.post(url, json=large)).status_code == 200
         assert (await client.post(url, json=large | {"model": "none"})).status_code == 404
-        assert (await client.post(url, json=large)).status_code == 200, "a refused body is held no longer"
+        assert (await client.post(url, json=large)).status_code == 200, "a refused body must be freed"
 
 
 class TestBodiesThatCome:
@@ -202,20 +202,20 @@ class TestBodiesThatCome:
         with live_server(service, replace(config, max_body_bytes=4 * SMALL_BODY)) as address:
             yield address
 
-    def test_the_one_that_has_been_coming_for_longest_gives_way(self, address: str) -> None:
+    def test_the_body_that_has_arrived_for_longest_is_refused(self, address: str) -> None:
         first, second, third = (send_most(address, 4 * SMALL_BODY) for _ in range(3))
         assert first.recv(1000).startswith(b"HTTP/1.1 429 ")
         for each in (second, third):
             each.sendall(b'"}]}' + b" " * 6)
-            assert each.recv(1000).startswith(b"HTTP/1.1 400 "), "it was read whole: 'model' is missing"
+            assert each.recv(1000).startswith(b"HTTP/1.1 400 "), "the whole body was read: 'model' is missing"
 
-    def test_small_ones_come_as_before(self, address: str) -> None:
+    def test_small_bodies_are_still_accepted(self, address: str) -> None:
         slow = [send_most(address, 4 * SMALL_BODY) for _ in range(2)]
         assert httpx.post(f"{address}/v1/chat/completions", json=CHAT | {"max_tokens": 2}).status_code == 200
         for each in slow:
             each.close()
 
-    def test_those_that_left_are_held_no_longer(self, address: str) -> None:
+    def test_bodies_of_disconnected_clients_are_freed(self, address: str) -> None:
         for _ in range(6):
             send_most(address, 4 * SMALL_BODY).close()
         large = CHAT | {"user": "x" * 3 * SMALL_BODY}

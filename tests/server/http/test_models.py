@@ -70,7 +70,7 @@ def test_the_disk_is_not_shown_to_clients(client: TestClient, service: FakeServi
     assert '"root":"v2"' in text
 
 
-def test_an_unknown_name_is_looked_for_before_it_is_refused(client: TestClient, service: FakeService) -> None:
+def test_an_unknown_name_is_looked_up_before_it_is_refused(client: TestClient, service: FakeService) -> None:
     messages = [{"role": "user", "content": "hi"}]
     for path, fields in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": messages})):
         name = path.replace("/", "-")
@@ -85,7 +85,7 @@ def test_an_unknown_name_is_looked_for_before_it_is_refused(client: TestClient, 
     assert service.looked_for == []
 
 
-def test_an_adapter_that_is_waited_for_is_asked_for_again(client: TestClient, service: FakeService) -> None:
+def test_a_request_for_a_waiting_adapter_may_be_retried(client: TestClient, service: FakeService) -> None:
     reason = "adapter_model.safetensors is not there yet."
     service.known["new"] = adapter("new", state="waiting", digest=None, tier=None, reason=reason)
     response = client.post("/v1/completions", json={"model": "new", "prompt": "a"})
@@ -97,7 +97,7 @@ def test_an_adapter_that_is_waited_for_is_asked_for_again(client: TestClient, se
     assert (listed["state"], listed["reason"]) == ("waiting", reason)
 
 
-def test_an_adapter_may_be_named_behind_its_base(client: TestClient, service: FakeService) -> None:
+def test_an_adapter_may_be_named_with_its_base(client: TestClient, service: FakeService) -> None:
     answer = client.post("/v1/completions", json={"model": "tiny:poet", "prompt": "a", "max_tokens": 1})
     assert (answer.status_code, service.requests[-1].adapter) == (200, "poet")
     assert answer.json()["model"] == "tiny:poet"
@@ -119,13 +119,13 @@ def test_an_adapter_may_be_named_behind_its_base(client: TestClient, service: Fa
     assert hint == "The model 'gpt:pot' does not exist; did you mean 'poet'?"
 
 
-def test_a_whole_name_goes_before_one_behind_the_base(client: TestClient, service: FakeService) -> None:
+def test_a_whole_name_has_precedence_over_base_and_adapter(client: TestClient, service: FakeService) -> None:
     service.base = replace(service.base, served_names=("ft",))
     service.known |= {name: adapter(name) for name in ("ft:poet", "ft_3apoet")}
     assert client.get("/v1/models/ft:poet").json()["id"] == "ft:poet"
 
 
-def test_the_bases_card_shows_what_silent_requests_get(client: TestClient, service: FakeService) -> None:
+def test_the_bases_card_shows_the_sampling_defaults(client: TestClient, service: FakeService) -> None:
     service.base = replace(service.base, defaults=SamplingDefaults(temperature=0.6, top_k=20))
     card = client.get("/v1/models/tiny").json()
     assert card["default_sampling_params"] == {"temperature": 0.6, "top_k": 20}

@@ -37,7 +37,7 @@ def read(data: bytes, cuts: list[int] | None = None) -> tuple[Form, bytes]:
     st.text("abcü._-;= ", min_size=1, max_size=20).map(lambda name: f"a{name}z"),
     st.lists(st.integers(0, 1000), max_size=8),
 )
-def test_cut_anywhere(content: bytes, filename: str, cuts: list[int]) -> None:
+def test_the_form_may_be_split_anywhere(content: bytes, filename: str, cuts: list[int]) -> None:
     if f"\r\n--{BOUNDARY}".encode() in b"\r\n" + content + b"\r\n":
         content = content.replace(b"-", b"")
     data = body(part('name="purpose"', b"fine-tune"), part(f'name="file"; filename="{filename}"', content))
@@ -64,7 +64,7 @@ def test_any_bytes_end_in_a_form_or_a_refusal(data: bytes, cuts: list[int]) -> N
         ([part('name="purpose"', b"x" * (MAX_FIELD_BYTES + 1))], "purpose"),
     ],
 )
-def test_what_is_not_wanted_is_named(parts: list[bytes], param: str) -> None:
+def test_unexpected_parts_are_named(parts: list[bytes], param: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         read(body(*parts))
     assert refused.value.param == param
@@ -87,7 +87,7 @@ def test_filenames_are_only_names(sent: str, kept: str) -> None:
     ],
     ids=["many fields", "much behind the file"],
 )
-def test_what_is_around_the_file_is_bounded(parts: list[bytes]) -> None:
+def test_the_parts_besides_the_file_are_bounded(parts: list[bytes]) -> None:
     data = body(*parts) if parts[-1].startswith(b"--") else body(*parts[:-1]) + parts[-1]
     with pytest.raises(InvalidRequest, match="outside its file"):
         read(data, list(range(0, len(data), 4096)))
@@ -99,7 +99,7 @@ def test_a_field_that_is_not_served_is_refused_with_the_remedy() -> None:
     assert caught.value.param == "expires_after[anchor]"
 
 
-def test_a_large_file_is_no_matter() -> None:
+def test_a_large_file_is_accepted() -> None:
     content = b"y" * (4 * MAX_OTHER_BYTES)
     form, file = read(body(part('name="file"; filename="a"', content)), list(range(0, len(content), 9999)))
     form.finish()

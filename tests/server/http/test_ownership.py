@@ -66,7 +66,9 @@ def test_a_paused_job_never_replaces_what_was_deployed_meanwhile(
     assert is_deployed(folder)
 
 
-def test_nor_does_one_that_finds_it_at_its_end(client: openai.OpenAI, server: TrainingServer) -> None:
+def test_a_job_that_ends_never_replaces_an_operators_folder(
+    client: openai.OpenAI, server: TrainingServer
+) -> None:
     job = create(client, "steps=20 sleep=0.05", extra_body=NAMED)
     wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", 20)
     wait_until(lambda: len(list(client.fine_tuning.jobs.list_events(job.id))) > 3, 20)
@@ -76,7 +78,7 @@ def test_nor_does_one_that_finds_it_at_its_end(client: openai.OpenAI, server: Tr
     assert not (server.home / "adapters" / "acme").exists()
 
 
-def test_what_an_operator_has_put_in_the_place_of_a_job_is_not_deleted(
+def test_an_operators_folder_in_place_of_a_jobs_is_not_deleted(
     client: openai.OpenAI, server: TrainingServer
 ) -> None:
     assert ended(client, create(client, extra_body=NAMED)).status == "succeeded"
@@ -89,9 +91,7 @@ def test_what_an_operator_has_put_in_the_place_of_a_job_is_not_deleted(
         create(client, extra_body=NAMED)
 
 
-def test_a_name_that_was_given_to_another_folder_is_not_taken_away(
-    client: openai.OpenAI, server: TrainingServer
-) -> None:
+def test_a_name_registered_for_another_folder_is_kept(client: openai.OpenAI, server: TrainingServer) -> None:
     assert ended(client, create(client, extra_body=NAMED)).status == "succeeded"
     server.service.known["acme"] = adapter("acme", path="/srv/adapters/acme-v2")
     with pytest.raises(openai.BadRequestError, match="not made by a fine-tuning job"):
@@ -125,7 +125,7 @@ def test_ownership_outlives_the_server(tmp_path: Path, service: FakeService) -> 
     assert not (tmp_path / "adapters" / "acme").exists()
 
 
-def test_what_a_cancelled_job_has_published_goes_and_what_it_has_not_stays(
+def test_cancelling_a_job_keeps_a_folder_that_an_operator_deployed(
     client: openai.OpenAI, server: TrainingServer
 ) -> None:
     job = create(client, "steps=1000 sleep=0.02", extra_body=NAMED)
@@ -136,7 +136,7 @@ def test_what_a_cancelled_job_has_published_goes_and_what_it_has_not_stays(
     assert is_deployed(folder)
 
 
-def test_names_that_nobody_could_serve_are_refused_at_once(client: openai.OpenAI) -> None:
+def test_names_that_cannot_be_served_are_refused_at_once(client: openai.OpenAI) -> None:
     odd = [
         "acme.tmp",
         "acme.partial",

@@ -165,17 +165,19 @@ def test_a_wrong_field_of_completions_is_named(
         ),
     ],
 )
-def test_what_content_may_be_is_said(client: TestClient, fields: dict[str, Any], message: str) -> None:
+def test_the_error_lists_the_kinds_of_content(
+    client: TestClient, fields: dict[str, Any], message: str
+) -> None:
     body = CHAT | {"messages": [{"role": "user"} | fields]}
     assert post(client, "/v1/chat/completions", body)[1]["message"].startswith(message)
 
 
-def test_no_word_of_the_library_is_repeated(client: TestClient) -> None:
+def test_errors_do_not_repeat_the_librarys_words(client: TestClient) -> None:
     _, error = post(client, "/v1/chat/completions", CHAT | {"stop": ["a"] * 17})
     assert error["message"] == "'stop': Value should have at most 16 items, not 17."
 
 
-def test_unsupported_is_said_plainly(client: TestClient) -> None:
+def test_unsupported_fields_have_a_clear_error(client: TestClient) -> None:
     _, error = post(client, "/v1/chat/completions", CHAT | {"temprature": 1})
     assert error["code"] == "unsupported_parameter"
     assert error["message"] == "'temprature' is not supported; leave it out."
@@ -217,20 +219,22 @@ def test_the_last_token_of_the_context_can_be_used(client: TestClient) -> None:
 
 
 class TestModels:
-    def test_unknown_names_get_near_ones(self, client: TestClient, service: FakeService) -> None:
+    def test_errors_of_unknown_names_suggest_similar_names(
+        self, client: TestClient, service: FakeService
+    ) -> None:
         status, error = post(client, "/v1/chat/completions", CHAT | {"model": "poets"})
         assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
         assert "'poet'" in error["message"]
         assert "broken" not in post(client, "/v1/chat/completions", CHAT | {"model": "brokem"})[1]["message"]
         assert not service.requests
 
-    def test_near_names_are_found_among_thousands(self, client: TestClient, service: FakeService) -> None:
+    def test_similar_names_are_found_among_thousands(self, client: TestClient, service: FakeService) -> None:
         names = [f"team-{number:04}" for number in range(3000)]
         service.known |= {name: adapter(name) for name in (*names, "router-de")}
         _, error = post(client, "/v1/chat/completions", CHAT | {"model": "router-ed"})
         assert "'router-de'" in error["message"]
 
-    def test_a_failed_adapter_says_why_and_never_is_the_base(
+    def test_a_failed_adapter_has_a_reason_and_the_base_never_answers(
         self, client: TestClient, service: FakeService
     ) -> None:
         status, error = post(client, "/v1/chat/completions", CHAT | {"model": "broken"})
@@ -245,13 +249,13 @@ class TestModels:
 
 
 class TestEngine:
-    def test_a_full_queue_says_when_to_come_back(self, client: TestClient, service: FakeService) -> None:
+    def test_a_full_queue_has_retry_after(self, client: TestClient, service: FakeService) -> None:
         service.refusal = QueueFull("512 requests wait.", retry_after=7)
         response = client.post("/v1/chat/completions", json=CHAT)
         assert (response.status_code, response.headers["retry-after"]) == (429, "7")
         assert response.json()["error"]["type"] == "rate_limit_error"
 
-    def test_a_lack_of_memory_may_be_over_soon(self, client: TestClient, service: FakeService) -> None:
+    def test_out_of_memory_has_retry_after(self, client: TestClient, service: FakeService) -> None:
         service.fail_at, service.error = 0, OutOfMemory("The device has too little memory left.")
         response = client.post("/v1/chat/completions", json=CHAT)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
@@ -277,7 +281,7 @@ class TestEngine:
         )
 
     @pytest.mark.parametrize("stream", [False, True])
-    def test_failing_before_the_first_token_is_a_status(
+    def test_a_failure_before_the_first_token_is_a_status(
         self, client: TestClient, service: FakeService, stream: bool
     ) -> None:
         service.fail_at, service.error = 0, RequestFailed("Processing this request raised.")
@@ -285,7 +289,7 @@ class TestEngine:
         assert (status, error["code"]) == (500, "request_failed")
         assert not service.running
 
-    def test_failing_later_is_an_event(self, client: TestClient, service: FakeService) -> None:
+    def test_a_later_failure_is_an_event(self, client: TestClient, service: FakeService) -> None:
         service.fail_at, service.error = 2, RequestFailed("Processing this request raised.")
         response = client.post("/v1/chat/completions", json=CHAT | {"stream": True})
         assert response.status_code == 200
@@ -298,7 +302,7 @@ class TestEngine:
 
     @pytest.mark.parametrize("fail_at", [0, 1])
     @pytest.mark.parametrize("stream", [False, True])
-    def test_a_bug_is_not_told_to_the_client(
+    def test_the_client_does_not_see_details_of_a_bug(
         self, client: TestClient, service: FakeService, stream: bool, fail_at: int
     ) -> None:
         service.fail_at, service.error = fail_at, ValueError("secret detail")
@@ -323,7 +327,7 @@ class TestBodies:
         """A browser sends other media types to other origins without a preflight request."""
         assert self.send(client, json.dumps(CHAT).encode(), "text/plain")[0] == 415
 
-    def test_a_charset_is_no_matter(self, client: TestClient) -> None:
+    def test_a_charset_is_accepted(self, client: TestClient) -> None:
         headers = {"Content-Type": "application/json; charset=utf-8"}
         assert (
             client.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers).status_code == 200
@@ -363,7 +367,7 @@ class TestBodies:
         assert self.send(client, b'{"model": "tiny", "prompt": ' + b"9" * 10_000 + b"}")[0] == 400
 
 
-def test_paths_and_methods_that_are_not_there(client: TestClient) -> None:
+def test_unknown_paths_and_methods(client: TestClient) -> None:
     assert client.get("/nothing").json()["error"]["type"] == "invalid_request_error"
     assert client.get("/v1/chat/completions").status_code == 405
     assert client.get("/v1/chat/completions").headers["allow"] == "POST"

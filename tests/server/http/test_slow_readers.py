@@ -60,7 +60,7 @@ def read(connection: socket.socket, pause: float = 0) -> bytes:
 
 
 @pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
-def test_a_stream_that_nobody_reads_ends(
+def test_a_stream_without_a_reader_ends(
     address: str, service: FakeService, path: str, body: dict[str, Any]
 ) -> None:
     with ask(address, path, body | {"stream": True}):
@@ -68,7 +68,7 @@ def test_a_stream_that_nobody_reads_ends(
         wait_until(lambda: not service.running, 30)
 
 
-def test_a_whole_answer_that_nobody_reads_is_let_go(address: str, service: FakeService) -> None:
+def test_a_whole_answer_without_a_reader_is_freed(address: str, service: FakeService) -> None:
     """The answer is longer than the buffers of both sides."""
     with ask(address, "/v1/chat/completions", CHAT | {"max_tokens": 20_000}) as connection:
         assert connection.recv(9) == b"HTTP/1.1 "
@@ -77,7 +77,7 @@ def test_a_whole_answer_that_nobody_reads_is_let_go(address: str, service: FakeS
         assert not read(connection).endswith(b"}")
 
 
-def test_a_slow_reader_gets_all(address: str, service: FakeService) -> None:
+def test_a_slow_reader_gets_the_whole_answer(address: str, service: FakeService) -> None:
     """The client reads more slowly than the answer is generated, but not too slowly."""
     body = CHAT | {"max_tokens": 2000, "stream": True}
     with ask(address, "/v1/chat/completions", body) as connection:
