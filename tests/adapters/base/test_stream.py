@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +176,35 @@ def test_after_a_kill_only_the_rest_is_done(
     assert len(converted) == 2
     assert_same(prepared.path, as_a_whole(sharded, tmp_path / "whole", monkeypatch))
     assert not list(prepared.path.glob("*.partial"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from adapters.base import prepare_base, stream
+from adapters.base.shard_folder import ShardFolder
+
+add, stream.SHARD = ShardFolder.add, 1
+
+def add_and_die(self, name, tensors):
+    add(self, name, tensors)
+    if name.startswith("model-00002"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ShardFolder.add = add_and_die
+prepare_base(sys.argv[1], Path(sys.argv[2]), progress=False)
+"""
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_after_a_real_sigkill(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: list[str]
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(sharded), str(tmp_path / "cache")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    prepared = prepare_base(str(sharded), tmp_path / "cache", progress=False)
+    assert len(converted) == 3
+    assert_same(prepared.path, as_a_whole(sharded, tmp_path / "whole", monkeypatch))
 
 
 @pytest.mark.usefixtures("small_shards")
