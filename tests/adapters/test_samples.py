@@ -85,5 +85,5 @@ def test_heldout_questions_are_in_no_training_row(task: str) -> None:
         ("json-answers", '{"answer": "Paris", "topic": []}'),
     ],
 )
-def test_other_styles_are_told_apart(task: str, text: str) -> None:
+def test_other_styles_are_distinguished(task: str, text: str) -> None:
     assert not HAS_STYLE[task](text)

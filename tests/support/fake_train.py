@@ -64,7 +64,7 @@ def main() -> int:
                 epoch=now / total,
                 eta_seconds=total - now,
             )
-            step = now  # only now: a signal before it must not skip a step that was not told
+            step = now  # not earlier, because a signal must not skip a step that was not reported
             if orders.get("die") == str(step):
                 os.kill(os.getpid(), signal.SIGKILL)
             if step % int(orders.get("every", 1)) == 0:

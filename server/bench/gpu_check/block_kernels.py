@@ -39,7 +39,7 @@ _IN_A_ROW = 32
 Result = Callable[[BlockOps, bool], tuple[Tensor, ...]]
 """Takes the operations and ``fresh``: whether it copies the tensors that it changes in place.
 
-Timing changes tensors of its own again and again, so their values may overflow.
+Timing changes its own tensors repeatedly, so their values may overflow.
 """
 
 

@@ -103,7 +103,7 @@ def test_attention_equals_a_plain_softmax(isa: str, case: Case) -> None:
 @settings(deadline=None, max_examples=25)
 @given(cases())
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_token_is_the_same_to_the_bit_however_it_is_computed(isa: str, case: Case) -> None:
+def test_a_token_has_the_same_bits_in_every_batch(isa: str, case: Case) -> None:
     """Whole prompts on two threads equal chunks computed alone, elsewhere in memory, on one thread."""
     with using(isa) as loaded:
         together = Setup(case)

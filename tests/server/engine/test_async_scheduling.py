@@ -300,7 +300,7 @@ ASKS = st.builds(
     async_scheduling=st.sampled_from([True, True, True, False]),
     slice_tokens=st.integers(1, 4),
 )
-def test_the_tokens_are_the_same_whatever_happens(
+def test_random_requests_have_the_same_tokens(
     asks: list[Ask],
     blocks: int,
     seqs: int,
