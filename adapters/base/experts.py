@@ -13,12 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from adapters.base.panels import PANEL, pack_panels, unpack_panels
+from adapters.kernels.cpu import library
+from adapters.kernels.cpu.experts import multiply_experts
 
 BLOCK = 64
 """Weights of a row that share a scale, as in bitsandbytes' linears."""
@@ -38,7 +43,8 @@ class Nf4Experts(nn.Module):
     Attributes:
         gate_up_proj, down_proj: uint8 [experts, outputs, inputs / 2], two weights in a byte, the first one in
             the high half, as bitsandbytes packs them.
-        gate_up_proj_scales, down_proj_scales: bf16 [experts, outputs, inputs / 64].
+        gate_up_proj_scales, down_proj_scales: bf16 [experts, outputs, inputs / 64]. ``pack`` changes the
+            order of weights and scales.
     """
 
     gate_up_proj: Tensor
@@ -50,6 +56,7 @@ class Nf4Experts(nn.Module):
         self.shapes = {"gate_up_proj": (outputs, inputs), "down_proj": (inputs, outputs // 2)}
         self.act_fn = dense.act_fn
         self._dense = (dense,)  # in a tuple, so that its parameters are not this module's
+        self._is_packed = False
         for name, (outputs, inputs) in self.shapes.items():
             device = getattr(dense, name).device
             sizes = self.num_experts, outputs
@@ -95,6 +102,10 @@ class Nf4Experts(nn.Module):
             name: one of ``MATRICES``.
             counts: how many of the rows, which are sorted by expert, each expert has.
         """
+        loaded = library() if self._is_packed and x.dtype == torch.bfloat16 else None
+        if loaded is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            scales = getattr(self, name + SCALES)
+            return multiply_experts(loaded, x, getattr(self, name), scales, _code(), counts)
         parts = [
             cast("Tensor", _Product.apply(rows, self, name, expert))  # type: ignore[no-untyped-call]
             for expert, rows in enumerate(torch.split(x, counts))
@@ -104,7 +115,23 @@ class Nf4Experts(nn.Module):
 
     def dense(self, name: str, expert: int) -> Tensor:
         """bf16 [outputs, inputs]: an expert's weights, dequantised."""
-        return dequantize(getattr(self, name)[expert], getattr(self, name + SCALES)[expert])
+        packed, scales = getattr(self, name)[expert], getattr(self, name + SCALES)[expert]
+        if self._is_packed:
+            packed, scales = unpack_panels(packed), scales.t()
+        return dequantize(packed, scales)
+
+    def pack(self) -> None:
+        """Reorder the weights for the native kernel on a CPU, one matrix after the other."""
+        if self._is_packed:
+            return
+        for name, (outputs, inputs) in self.shapes.items():
+            usual, scales = getattr(self, name), getattr(self, name + SCALES)
+            packed = torch.empty(self.num_experts, outputs // PANEL, inputs // 2, PANEL, dtype=torch.uint8)
+            for expert in range(self.num_experts):
+                packed[expert] = pack_panels(usual[expert])
+            setattr(self, name, packed)
+            setattr(self, name + SCALES, scales.transpose(1, 2).contiguous())
+        self._is_packed = True
 
     def transformers_forward(self, *args: Tensor) -> Tensor:
         """The same with transformers' own code: it dequantises all experts of both matrices."""
@@ -201,6 +228,23 @@ def computing_as_transformers(model: nn.Module) -> Iterator[None]:
     finally:
         for module in experts:
             del module.forward
+
+
+def pack_experts(model: nn.Module) -> None:
+    """On a CPU with native kernels, reorder the experts of ``model`` for them. They still have a backward
+    pass."""
+    for experts in nf4_experts(model).values():
+        if experts.gate_up_proj.device.type == "cpu" and library() is not None:
+            experts.pack()
+
+
+@cache
+def _code() -> Tensor:
+    """bf16 [16]: NF4's values, on the host."""
+    from bitsandbytes.functional import get_4bit_type
+
+    values: Tensor = get_4bit_type("nf4", device="cpu").bfloat16()
+    return values
 
 
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters.base.unpack import PANEL
+from adapters.base.panels import PANEL
 from adapters.errors import BaseModelError
 
 

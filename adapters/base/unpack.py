@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from adapters.base.experts import nf4_experts
+from adapters.base.panels import PANEL
 from adapters.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
-
-PANEL = 32
-"""Outputs of one block in bitsandbytes' 4-bit CPU kernels."""
 
 
 def four_bit_linears(model: Any) -> dict[str, Any]:

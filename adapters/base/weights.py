@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from adapters.base.unpack import PANEL, dequantized
+from adapters.base.panels import PANEL, unpack_panels
+from adapters.base.unpack import dequantized
 from adapters.sites import BaseLayout
 
 
@@ -55,11 +56,7 @@ def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import QuantState
 
     outputs, inputs = state.shape
-    panels = packed.view(outputs // PANEL, inputs // 2, PANEL // 2, 2)
-    first, second = panels[..., 0], panels[..., 1]  # each byte pair: a pair of inputs for two outputs
-    low = (first << 4) | (second & 15)
-    high = (first & 0xF0) | (second >> 4)
-    weight = torch.cat([low, high], dim=-1).transpose(1, 2).reshape(-1, 1)
+    weight = unpack_panels(packed.view(outputs // PANEL, inputs // 2, PANEL)).reshape(-1, 1)
     return weight, QuantState(
         state.absmax.t().float().flatten(),
         shape=state.shape,

@@ -17,6 +17,7 @@ from adapters.artifact.chat_config import ChatConfig
 from adapters.artifact.regex import BudgetExceeded, time_for
 from adapters.base import LoadedBase, load_base, prepare_base
 from adapters.base.context import served_length
+from adapters.base.experts import pack_experts
 from adapters.base.rope import settle_rope
 from adapters.base.weight_bytes import WeightBytes, count_weight_bytes, log_weight_bytes
 from adapters.base.weights import BaseWeights
@@ -89,6 +90,7 @@ def assemble(
 
     ``load`` reads an adapter version; None = from its folder.
     """
+    pack_experts(base.model)
     found = probe(base, config.engine.max_model_len)
     base = servable(base, found)
     weights, weight_bytes = BaseWeights(base.model, base.layout), count_weight_bytes(base.model)

@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL | None:
     loaded.manylora_isa.restype = ctypes.c_char_p
     loaded.manylora_choose.argtypes = [ctypes.c_char_p]
     loaded.manylora_release_workers.restype = None
-    for name in ("linears", "lora", "attention", "stack", "head"):
+    for name in ("linears", "experts", "lora", "attention", "stack", "head"):
         function = getattr(loaded, f"manylora_{name}")
         function.argtypes = [ctypes.c_void_p]
         function.restype = None

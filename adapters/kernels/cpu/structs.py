@@ -79,6 +79,20 @@ LinearCall = _struct(
     count=c_int64,
     codebook=c_void_p,
 )
+ExpertsCall = _struct(
+    "ExpertsCall",
+    w=c_void_p,
+    absmax=c_void_p,
+    inputs=c_int64,
+    outputs=c_int64,
+    blocksize=c_int64,
+    chosen=c_void_p,
+    starts=c_void_p,
+    n_chosen=c_int64,
+    x=c_void_p,
+    y=c_void_p,
+    codebook=c_void_p,
+)
 Norm = _struct("Norm", weight=c_void_p, by_slot=c_void_p)
 Product = _struct("Product", parts=Linear * 3, n=c_int64)
 Block = _struct(

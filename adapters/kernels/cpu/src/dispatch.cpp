@@ -51,6 +51,7 @@ EXPORT int manylora_choose(const char* name) {
 EXPORT void manylora_release_workers() { omp_pause_resource_all(omp_pause_soft); }
 
 EXPORT void manylora_linears(const LinearCall* call) { chosen->linears(call); }
+EXPORT void manylora_experts(const ExpertsCall* call) { chosen->experts(call); }
 EXPORT void manylora_lora(const LoraCall* call) { chosen->lora(call); }
 EXPORT void manylora_attention(const AttentionCall* call) { chosen->attention(call); }
 EXPORT void manylora_stack(const StackCall* call) { chosen->stack(call); }

@@ -31,6 +31,9 @@ void linears(const LinearCall* call) {
         linears(*call, team, none);
     });
 }
+void experts(const ExpertsCall* call) {
+    parallel([&](Team team) { experts(*call, team); });
+}
 void lora(const LoraCall* call) {
     parallel([&](Team team) { lora(*call, team); });
 }
@@ -42,4 +45,5 @@ void attention(const AttentionCall* call) {
 }
 }  // namespace
 
-#define MANYLORA_KERNELS(isa) extern const Kernels isa##_kernels = {#isa, linears, lora, attention, stack, head};
+#define MANYLORA_KERNELS(isa) \
+    extern const Kernels isa##_kernels = {#isa, linears, experts, lora, attention, stack, head};

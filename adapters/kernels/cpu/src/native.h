@@ -89,6 +89,19 @@ struct LinearCall {
     const bf16* codebook;  // [16] NF4's values
 };
 
+// One matrix of all experts of a layer. Rows [starts[i], starts[i + 1]) of x and y belong to the expert chosen[i].
+struct ExpertsCall {
+    const uint8_t* w;    // [experts, out / 32, in / 2, 32], each expert as in Linear
+    const bf16* absmax;  // [experts, in / blocksize, out]
+    int64_t in, out, blocksize;
+    const int64_t* chosen;  // [n_chosen]
+    const int64_t* starts;  // [n_chosen + 1]
+    int64_t n_chosen;
+    const bf16* x;         // [rows, in], contiguous
+    bf16* y;               // [rows, out], contiguous
+    const bf16* codebook;  // [16] NF4's values
+};
+
 // The float32 weights of one norm: the base's, and those of the adapters that replace them.
 struct Norm {
     const float* weight;  // [hidden], or [head_dim] for q_norm and k_norm; null = the model has no such norm
@@ -151,6 +164,7 @@ struct HeadCall {
 struct Kernels {
     const char* name;
     void (*linears)(const LinearCall*);
+    void (*experts)(const ExpertsCall*);
     void (*lora)(const LoraCall*);
     void (*attention)(const AttentionCall*);
     void (*stack)(const StackCall*);

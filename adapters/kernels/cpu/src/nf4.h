@@ -124,3 +124,22 @@ static void linears(const LinearCall& call, const Team& team, Prefetcher& prefet
                   call.y_stride, prefetcher);
     });
 }
+
+// Computes one matrix of a layer's experts. Only the weights of the chosen ones are read.
+static void experts(const ExpertsCall& call, const Team& team) {
+    const Codebook codebook(call.codebook);
+    const int64_t panels = call.out / PANEL, weights = call.in * call.out;
+    Prefetcher none;
+    team.share_unequal(call.n_chosen * panels, [&](int64_t task) {
+        const int64_t i = task / panels, expert = call.chosen[i], start = call.starts[i];
+        const Linear l{call.w + expert * (weights / 2),
+                       call.absmax + expert * (weights / call.blocksize),
+                       nullptr,
+                       call.in,
+                       call.out,
+                       call.blocksize,
+                       nullptr};
+        nf4_panel(l, task % panels, codebook, call.starts[i + 1] - start, call.x + start * call.in, call.in,
+                  call.y + start * call.out, call.out, none);
+    });
+}
