@@ -73,9 +73,11 @@ equations.
 - ChatGLM2 and ChatGLM3 (`chatglm`) become GLM. Models with `rope_ratio` (the 32k variants) are refused.
 
 The folder needs safetensors weights and a `tokenizer.json` with the model's vocabulary and token ids.
-The tokenizers in those repositories need code too. Adapters need the names of the new class (`q_proj`).
-Those that PEFT trained on the old names (`c_attn`, `W_pack`, `query_key_value`) are refused; train them
-again.
+The tokenizers in those repositories need code too. An answer also ends at the tokens that end it in their
+chat code (`<|im_end|>` for Qwen, `<|user|>` for ChatGLM3).
+
+Adapters need the names of the new class (`q_proj`). Those that PEFT trained on the old names
+(`c_attn`, `W_pack`, `query_key_value`) are refused; train them again.
 """
 
 

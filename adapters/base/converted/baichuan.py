@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import LlamaConfig
@@ -32,6 +33,7 @@ _WITH_PLAIN_HEAD = ("BaiChuanForCausalLM", 64000)
 _WITH_NORMED_HEAD = ("BaichuanForCausalLM", 125696)
 """Architecture and vocabulary, as published."""
 
+_BLOCK = 4096
 _HIDDEN_13B = 5120
 """Of the 13B models. They have ``model_max_length`` in place of ``max_position_embeddings``."""
 
@@ -96,7 +98,8 @@ def _has_normed_head(config: Mapping[str, Any]) -> bool:
 
 def _convert(name: str, tensor: Tensor, hidden: int, normed: bool) -> Converted:
     if normed and name == "lm_head.weight":
-        return {name: normalize(tensor.float()).to(tensor.dtype)}
+        # In blocks, because all of it in float32 would take gigabytes.
+        return {name: torch.cat([normalize(rows.float()).to(rows) for rows in torch.split(tensor, _BLOCK)])}
     place = _NAMES.layer_and_rest(name)
     if place is None or place[1] != "self_attn.W_pack.weight":
         return _NAMES.renamed(name, tensor)

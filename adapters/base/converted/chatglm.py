@@ -36,6 +36,9 @@ ORIGINAL_NAMES = {
 _EOS = 2
 """``</s>`` of the tokenizer. The first published configs do not state it."""
 
+_TURN_ENDS = ("<|user|>", "<|observation|>")
+"""Of ChatGLM3. The tokenizer of ChatGLM2 does not have them."""
+
 _NAMES = Names(
     "chatglm",
     {
@@ -93,7 +96,7 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
         pad_token_id=config.get("pad_token_id") or 0,
     )
     sizes = [heads * width, groups * width, groups * width]
-    return Conversion(native, lambda name, tensor: _convert(name, tensor, sizes))
+    return Conversion(native, lambda name, tensor: _convert(name, tensor, sizes), lambda _: _TURN_ENDS)
 
 
 def _convert(name: str, tensor: Tensor, sizes: list[int]) -> Converted:

@@ -23,10 +23,13 @@ class Conversion:
     Attributes:
         config: transformers' config of that class.
         convert: takes a tensor's name in the files and the tensor. Raises BaseCorrupt or BaseModelError.
+        turn_ends: takes ``generation_config.json`` and gives the tokens that end an answer in the original's
+            own chat code. The code has them, not the files.
     """
 
     config: Any
     convert: Callable[[str, Tensor], Converted]
+    turn_ends: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda _: ()
 
 
 def field(config: Mapping[str, Any], name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters.base.converted import baichuan, chatglm, qwen
 from adapters.base.converted.conversion import Conversion
-from adapters.errors import BaseModelError
+from adapters.errors import BaseCorrupt, BaseModelError
 
 FROM = "converted_from"
 """The field of a native config that says the original's ``model_type``."""
@@ -33,12 +33,21 @@ def conversion_of(folder: Path, config: Mapping[str, Any]) -> Conversion | None:
         config: its ``config.json``.
 
     Raises:
+        BaseCorrupt: the config has wrong values.
         BaseModelError: a variant that is not converted, or a folder without a fast tokenizer.
     """
     family = config.get("model_type")
     if family not in _FAMILIES:
         return None
-    conversion = _FAMILIES[family](config)
+    try:
+        conversion = _FAMILIES[family](config)
+    except BaseModelError:
+        raise
+    except Exception as error:  # of fields that are not numbers, or of transformers' checks
+        raise BaseCorrupt(
+            f"{folder / 'config.json'} cannot be read as the config of a {family} model ({error!r}); "
+            "fetch it again."
+        ) from error
     if not (folder / "tokenizer.json").is_file():
         raise BaseModelError(
             f"{folder} has no tokenizer.json. The tokenizer that {family} models come with needs code from "

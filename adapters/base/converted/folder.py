@@ -17,7 +17,8 @@ from adapters.base.headers import INDEX, weight_files
 SHARD = 1 << 30
 """Bytes of a shard, before one more tensor."""
 
-_COPIED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json", "chat_template.jinja")
+_COPIED = ("special_tokens_map.json", "tokenizer.json", "chat_template.jinja")
+_GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -38,7 +39,23 @@ def write_native(conversion: Conversion, folder: Path, target: Path) -> None:
     for name in _COPIED:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+    if generation_config := _generation_config(conversion, folder):
+        (target / _GENERATION_CONFIG).write_text(json.dumps(generation_config))
     (target / _TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(folder / _TOKENIZER_CONFIG)))
+
+
+def _generation_config(conversion: Conversion, folder: Path) -> dict[str, Any]:
+    """The original's, with the tokens that end an answer in its chat code."""
+    file = folder / _GENERATION_CONFIG
+    settings: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    ends = [ids[token] for token in conversion.turn_ends(settings) if token in ids]
+    if ends:
+        eos = settings.get("eos_token_id", conversion.config.eos_token_id)
+        known = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        settings["eos_token_id"] = [*known, *(end for end in ends if end not in known)]
+    return settings
 
 
 def _tokenizer_config(file: Path) -> dict[str, Any]:

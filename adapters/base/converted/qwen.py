@@ -84,7 +84,11 @@ def conversion(config: Mapping[str, Any]) -> Conversion:
     )
     if _is_scaled(config):
         setattr(native, EXACT_LENGTH, native.max_position_embeddings)
-    return Conversion(native, lambda name, tensor: _convert(name, tensor, hidden))
+    return Conversion(native, lambda name, tensor: _convert(name, tensor, hidden), _turn_ends)
+
+
+def _turn_ends(generation_config: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("<|im_end|>", "<|im_start|>") if generation_config.get("chat_format") == "chatml" else ()
 
 
 def _is_scaled(config: Mapping[str, Any]) -> bool:

@@ -189,11 +189,33 @@ def test_qwen_is_served_as_far_as_its_switches_do_nothing(
         assert outline_of(prepared).context == 2 * length
 
 
+def test_answers_end_as_in_the_models_own_chat_code(tmp_path: Path) -> None:
+    def ends(case: str, name: str, generation_config: Any = None, renamed: str = "") -> frozenset[int]:
+        folder = make_original(case, tmp_path / name)
+        (folder / "generation_config.json").unlink()
+        if generation_config is not None:
+            (folder / "generation_config.json").write_text(json.dumps(generation_config))
+        if renamed:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                text = (folder / file).read_text().replace("<|im_start|>", renamed)
+                (folder / file).write_text(text)
+        return outline_of(prepare_base(str(folder), tmp_path / "home", "none", progress=False)).eos
+
+    own = {"chat_format": "chatml", "eos_token_id": 5, "max_window_size": 24000, "top_k": 0, "top_p": 0.8}
+    assert ends("qwen", "chat", own) == {5, 2, 1}  # <|endoftext|>, <|im_end|>, <|im_start|>
+    assert ends("qwen", "plain", own | {"chat_format": "raw"}) == {5}
+    assert ends("baichuan2", "baichuan", {"eos_token_id": 2, "user_token_id": 195}) == {2}
+    assert ends("chatglm", "second") == {2}
+    assert ends("chatglm", "third", renamed="<|user|>") == {2, 1}
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen", {"no_bias": False}, "no_bias False in its config.json. Only models with True"),
     ("qwen", {"rotary_pct": 0.5}, "rotary_pct 0.5"),
     ("qwen", {"kv_channels": 8}, "kv_channels 8"),
     ("qwen", {"seq_length": ...}, "has no seq_length"),
+    ("qwen", {"num_attention_heads": 0}, r"cannot be read as the config of a qwen model \(ZeroDivisionError"),
+    ("chatglm", {"ffn_hidden_size": "wide"}, "cannot be read as the config of a chatglm model"),
     ("baichuan2", {"max_position_embeddings": ...}, "Baichuan2-13B cannot be served: they have ALiBi"),
     ("baichuan2", {"hidden_size": 5120}, "Baichuan2-13B cannot be served: they have ALiBi"),
     ("baichuan2", {"vocab_size": 64000}, r"\(BaichuanForCausalLM, vocabulary 64000\) is neither"),
