@@ -156,7 +156,8 @@ def _convert(
             with _scratch_folder(target.with_suffix(".dense")) as dense:
                 _write_dense(files, conversion, dense, progress)
                 _quantize(dense, head, target)
-            note_bits(files, target)
+            if conversion is None:
+                note_bits(files, target)
 
 
 def _write_dense(files: Path, conversion: converted.Conversion | None, target: Path, progress: bool) -> None:
