@@ -38,7 +38,7 @@ class Row:
         reason: why it is not served or was not tried.
         targets: the linears that adapters may change, by the last part of their names.
         all_linear: whether an adapter that PEFT made for all-linear is served: YES, or why not.
-        trained: whether our training works on it: YES, or why not.
+        trained: whether our training works on it: YES, perhaps without some linears, or why not.
     """
 
     model_type: str
@@ -103,7 +103,10 @@ def _trained(folder: Path, home: Path, layout: BaseLayout) -> str:
             return _short(str(error))
     trained = {name for name, each in adapted.named_parameters() if each.requires_grad}
     linears = {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in trained}
-    return YES if linears == set(layout.sites) else "it trains other linears than those that are served"
+    served = set(layout.sites)
+    if not linears <= served:
+        return "it trains other linears than those that are served"
+    return YES if linears == served else f"{YES}, without {_endings(served - linears)}"
 
 
 def _prepared(folder: Path, home: Path) -> Any:

@@ -117,7 +117,7 @@ def _cells(row: Row) -> Sequence[str]:
 
 
 def _answer(text: str) -> str:
-    return text if text == YES else f"no: {text}"
+    return text if text.startswith(YES) else f"no: {text}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

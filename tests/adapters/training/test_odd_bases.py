@@ -61,5 +61,11 @@ def test_names_that_peft_takes_for_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeInvalid, match=r"PEFT adapts experts \(.*gate_up_proj.*\), which cannot be served"
     ):
-        adapted(base)
+        adapted(base, "q_a_proj", "gate_proj", "up_proj", "down_proj")
     assert adapted(tiny("deepseek_v2", tmp_path), "q_a_proj", "o_proj") == {"q_a_proj", "o_proj"}
+
+
+def test_all_linear_leaves_out_names_that_peft_takes_for_experts(tmp_path: Path) -> None:
+    trained = adapted(tiny("deepseek_v2", tmp_path))
+    assert {"q_a_proj", "o_proj"} < trained
+    assert "gate_proj" not in trained
