@@ -136,9 +136,9 @@ struct StackCall {
     int64_t hidden, heads, head_dim, intermediate;
     int64_t rotary_dim;  // the first dimensions of a head are rotated, the others stay as they are
     float eps, scale, softcap;
-    int64_t gelu;                  // 0 = SiLU, 1 = GELU with tanh
-    const bf16* codebook;          // [16] NF4's values
-    bf16* x;                       // [tokens, hidden] in: embeddings; out: the last block's output
+    int64_t gelu;          // 0 = SiLU, 1 = GELU with tanh
+    const bf16* codebook;  // [16] NF4's values
+    bf16* x;               // [tokens, hidden] in: embeddings; out: the last block's output
     const Tokens* tokens;
     const Segment* segments;
     int64_t n_segments;
