@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adapters.base import prepare_base
 from adapters.base.outline import BaseOutline, outline_of
 from adapters.text.renderer import ChatRenderer, base_renderer
 from adapters.training.dataset import Dataset, read_dataset
@@ -17,7 +16,7 @@ from adapters.training.fit import check_questions, one_row_per_role_order, rows_
 from adapters.training.overlap import repetitions
 from adapters.training.recipe import TrainConfig
 from adapters.training.schedule import steps_for
-from adapters.training.servable import Serving, check_servable
+from adapters.training.servable import Serving, check_servable, prepare_run_base
 
 
 def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
@@ -30,16 +29,7 @@ def check_run(config: TrainConfig, serving: Serving | None = None) -> list[str]:
     """
     data = read_dataset(config.data)
     held_out = read_dataset(config.eval_data) if config.eval_data else None
-    check_config = serving.check_config if serving is not None else None
-    prepared = prepare_base(
-        config.base,
-        config.home,
-        config.quantization,
-        config.head_quantization,
-        False,
-        check_config,
-        config.hf_overrides,
-    )
+    prepared = prepare_run_base(config, serving, progress=False)
     outline = outline_of(prepared)
     check_servable(config, outline.layout, serving)
     renderer = base_renderer(outline.tokenizer, config.allow_special_tokens)

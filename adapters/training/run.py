@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from adapters.artifact import CONFIG_FILE, WEIGHTS_FILE
-from adapters.base import LoadedBase, load_base, prepare_base
+from adapters.base import LoadedBase, load_base
 from adapters.base.context import served_length
 from adapters.base.outline import BaseOutline, outline_of
 from adapters.base.quiet import quiet_libraries
@@ -46,7 +46,7 @@ from adapters.training.recipe import EXECUTION, TrainConfig, learning_rate_for
 from adapters.training.resources import choose_device, decide_recomputing, decide_unpacking
 from adapters.training.run_folder import RunFolder
 from adapters.training.schedule import epochs_for, steps_for
-from adapters.training.servable import Serving, check_servable
+from adapters.training.servable import Serving, check_servable, prepare_run_base
 from adapters.training.stop import Stop
 from adapters.training.trainer import CheckpointSchedule, QloraTrainer
 
@@ -126,16 +126,7 @@ def _read(config: TrainConfig, run: RunFolder, show: bool, serving: Serving | No
     held_out = read_dataset(config.eval_data) if config.eval_data else None
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     bars = show and sys.stderr.isatty()
-    check_config = serving.check_config if serving is not None else None
-    prepared = prepare_base(
-        config.base,
-        config.home,
-        config.quantization,
-        config.head_quantization,
-        bars,
-        check_config,
-        config.hf_overrides,
-    )
+    prepared = prepare_run_base(config, serving, bars)
     run.check_same_run(
         {
             **config.as_json(),

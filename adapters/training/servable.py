@@ -1,6 +1,7 @@
-"""Checks whether a recipe's adapter can be trained and then served. Reads no weights.
+"""Prepares a run's base, and checks whether a recipe's adapter can be trained and then served.
 
-The code that reads adapters for serving plans the adapter, from the names and shapes that its file will have.
+The checks read no weights. The code that reads adapters for serving plans the adapter, from the names and
+shapes that its file will have.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from adapters.artifact.adapter import Limits
 from adapters.artifact.config import LoraSettings
 from adapters.artifact.header import TensorEntry
 from adapters.artifact.plan import check_limits, plan_adapter
-from adapters.base import PreparedBase
+from adapters.base import PreparedBase, prepare_base
 from adapters.errors import AdapterError, RecipeInvalid
 from adapters.sites import BaseLayout, Site
 from adapters.training.recipe import ADALORA_SURPLUS, ALL_LINEAR, TrainConfig
@@ -41,6 +42,23 @@ class Serving:
     max_model_len: int | None = None
     check_config: Callable[[Any], None] | None = None
     check_base: Callable[[PreparedBase, str], None] | None = None
+
+
+def prepare_run_base(config: TrainConfig, serving: Serving | None, progress: bool) -> PreparedBase:
+    """The base of a run, prepared as the server prepares it.
+
+    Raises:
+        BaseModelError: it is not available, or ``serving`` refuses its config.
+    """
+    return prepare_base(
+        config.base,
+        config.home,
+        config.quantization,
+        config.head_quantization,
+        progress,
+        None if serving is None else serving.check_config,
+        config.hf_overrides,
+    )
 
 
 def check_servable(config: TrainConfig, layout: BaseLayout, serving: Serving | None) -> None:
