@@ -42,7 +42,7 @@ def noting_calls(model: Any, names: Iterable[str]) -> Iterator[Mapping[str, set[
 
 
 def why_unservable(calls: Collection[Call], tokens: int) -> str | None:
-    """Why a linear with these calls, in a pass over so many ``tokens``, takes no adapter; None = it does."""
+    """Why a linear with these calls takes no adapter; None = it takes one. The pass had ``tokens`` tokens."""
     if any(not call.is_plain for call in calls):
         return "it returns more than a linear's output, as routers of experts do"
     if {call.rows for call in calls} != {tokens}:

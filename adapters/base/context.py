@@ -7,9 +7,8 @@ from typing import Any
 
 _UNLIMITED = 1 << 30
 
-
 EXACT_LENGTH = "exact_length"
-"""A field of some converted bases' configs. Beyond so many tokens the original computes something else."""
+"""A field of some converted bases' configs: the length in tokens up to which they equal the original."""
 
 
 def own_length(text_config: Any) -> int | None:

@@ -1,7 +1,7 @@
 """uvicorn's connection with limits on size and time. They apply before any API key is checked.
 
-uvicorn itself limits neither headers nor the time that a client takes to send or read. An answer that nobody
-reads would stay in memory forever. Here each phase of a connection has a deadline::
+uvicorn itself limits neither headers nor the time that a client takes to send or read. An answer would
+stay in memory forever if its client did not read it. Here each phase of a connection has a deadline::
 
     idle --first byte--> head --last header--> body --last byte--> answer --last byte--> idle
 
