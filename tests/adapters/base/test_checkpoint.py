@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 import time
@@ -21,17 +20,6 @@ from adapters.errors import BaseCorrupt, BaseModelError
 from tests.support.tiny_models import TinyBase, make_tiny_model
 
 PROMPT = torch.arange(3, 23)[None]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture
-def copied(llama: Path, tmp_path: Path) -> Path:
-    """A copy of the base's folder, which the test may change."""
-    return shutil.copytree(llama, tmp_path / "changed")
 
 
 @pytest.fixture

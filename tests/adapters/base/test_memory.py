@@ -12,14 +12,8 @@ import pytest
 from adapters.base import load_base, memory, prepare_base
 from adapters.base.memory import free_memory, loaded_bytes
 from adapters.errors import BaseTooLarge
-from tests.support.tiny_models import make_tiny_model
 
 Usage = namedtuple("Usage", "free")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 def no_weights(*_: Any, **__: Any) -> None:

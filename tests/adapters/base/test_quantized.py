@@ -16,20 +16,10 @@ from adapters.base import load_base, prepare_base
 from adapters.base.source import resolve
 from adapters.base.weights import BaseWeights
 from adapters.errors import BaseCorrupt, BaseModelError
-from tests.support.tiny_models import make_tiny_model, tiny_tokenizer
+from tests.support.tiny_models import tiny_tokenizer
 
 PROMPT = torch.arange(3, 23)[None]
 STATE = "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture
-def copied(llama: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(llama, tmp_path / "changed")
 
 
 def by_transformers(source: Path, folder: Path, **fields: Any) -> Path:

@@ -19,12 +19,6 @@ from adapters.base import load_base, prepare_base, wheel
 from adapters.base.digests import DigestMemo, sha256_of
 from adapters.base.source import name_of, resolve
 from adapters.errors import BaseCorrupt, BaseNotFound
-from tests.support.tiny_models import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.mark.parametrize("base", ["no/such/folder/at/all", "./typo", "typo.gguf", "/nowhere/model"])

@@ -32,11 +32,6 @@ NOT_LOADED = {"emu3", "mllama"}
 """transformers has no causal LM for the config that it saves with these."""
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
 @pytest.fixture
 def sharded(llama: Path, tmp_path: Path) -> Path:
     """The same model in several files."""
